@@ -1,0 +1,222 @@
+"""The command line. Each command reads its recipe and hands it to a stage; what is heavy is imported inside.
+
+Mistakes of the user are one line without a traceback (`--debug` shows it); the epilog of `--help` has the exit codes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import megatron_apo
+
+if TYPE_CHECKING:
+    from megatron_apo.config import Recipe
+
+DEBUG = "MEGATRON_APO_DEBUG"
+
+app = typer.Typer(
+    help="A*-PO: V* of a reference policy offline, then one regression per prompt online.",
+    epilog="Exit codes: 0 done; 1 the run failed; 2 the command line or the recipe is wrong; 130 Ctrl-C; 143 SIGTERM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+convert_app = typer.Typer(help="Convert weights, bit for bit.", no_args_is_help=True)
+app.add_typer(convert_app, name="convert")
+
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="YAML recipe, or the name of a shipped one")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="change the recipe")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(megatron_apo.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", envvar=DEBUG, help="show the traceback of any error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG] = "1"  # ranks and workers are processes of their own
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    seed: Annotated[int, typer.Option(help="seeds the task, the model and the run")] = 0,
+    out: Annotated[Path | None, typer.Option(help="folder of the run; default: a new one under runs/")] = None,
+) -> None:
+    """Train a tiny model on arithmetic, end to end, without a GPU or a download."""
+    from megatron_apo import quickstart as demonstration
+
+    demonstration.run(seed, out, overrides or [])
+
+
+@app.command()
+def warmup(recipe: RecipeOption, overrides: Overrides = None) -> None:
+    """Supervised warm start of model.path on warmup.data, exported to warmup.out."""
+    loaded = _load(recipe, overrides)
+    from megatron_apo.stages import start
+
+    start.warmup(loaded)
+
+
+@app.command("estimate-vstar")
+def estimate_vstar(recipe: RecipeOption, overrides: Overrides = None) -> None:
+    """Stage 1: sample the reference, grade, write the V* store. Resumes at the first missing shard."""
+    loaded = _load(recipe, overrides)
+    from megatron_apo.stages import estimate_vstar as stage
+
+    stage.run(loaded)
+
+
+@app.command()
+def train(recipe: RecipeOption, overrides: Overrides = None) -> None:
+    """Stage 2: train the policy against a V* store."""
+    loaded = _load(recipe, overrides)
+    from megatron_apo.stages import start
+
+    start.train(loaded)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeOption,
+    overrides: Overrides = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face folder to evaluate; default: model.path")] = None,
+) -> None:
+    """avg@k at the sampling temperature, and greedy, on data.eval."""
+    loaded = _load(recipe, overrides)
+    from megatron_apo.stages import evaluate as stage
+
+    stage.run(loaded, model)
+
+
+@convert_app.command("hf-to-megatron")
+def hf_to_megatron(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder")],
+    out: Annotated[Path, typer.Argument(help="folder of the Megatron checkpoint")],
+    tp: Annotated[int, typer.Option(min=1, help="tensor-parallel size to write with")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="pipeline-parallel size to write with")] = 1,
+) -> None:
+    """Write a Hugging Face model as a Megatron distributed checkpoint (any layout can load it)."""
+    from megatron_apo.stages import convert
+
+    convert.hf_to_megatron(source, out, tp=tp, pp=pp)
+
+
+@convert_app.command("megatron-to-hf")
+def megatron_to_hf(
+    source: Annotated[Path, typer.Argument(help="folder of the Megatron checkpoint; it holds a pickle: trust it")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
+) -> None:
+    """Write a Megatron distributed checkpoint as a Hugging Face folder."""
+    from megatron_apo.stages import convert
+
+    convert.megatron_to_hf(source, out)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="folder of a run, finished or not")]) -> None:
+    """Write RUN/report.html, one self-contained page."""
+    from megatron_apo.telemetry.report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def vstar(
+    store: Annotated[Path, typer.Argument(help="folder of a V* store")],
+    beta1: Annotated[float, typer.Option(help="b1 of V* = b1 log mean exp(r/b1)")] = 0.5,
+) -> None:
+    """Validate a V* store and summarize it."""
+    from megatron_apo.values.store import VStarStore
+
+    opened = VStarStore.open(store)
+    values_P = opened.values(beta1, "log_mean_exp").values_P
+    summary = {
+        "prompts": f"{len(opened)} in {opened.num_shards} shards, {opened.rewards.shape[1]} samples of each",
+        "mean reward": f"{opened.rewards.mean():.4f}",
+        "V*": f"mean {values_P.mean():.4f}, {values_P.min():.4f} to {values_P.max():.4f} at b1 = {beta1:g}",
+        "never right": f"{len(opened.filtered_ids('all_wrong'))} prompts",
+        "always right": f"{len(opened.filtered_ids('all_right'))} prompts",
+    }
+    for name, value in (summary | opened.fingerprint.model_dump()).items():
+        print(f"{name:20} {value}")
+
+
+@app.command()
+def doctor(
+    overrides: Overrides = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="check this recipe as well")] = None,
+    fields: Annotated[bool, typer.Option("--fields", help="only list every field of a recipe")] = False,
+) -> None:
+    """Say what is installed, what this machine can do, and what is lost without the rest."""
+    from megatron_apo import doctor as checks
+
+    if fields:
+        checks.print_fields()
+    else:
+        checks.print_findings(_load(recipe, overrides) if recipe else None)
+
+
+def _load(recipe: str, overrides: list[str] | None) -> Recipe:
+    from megatron_apo.config import load_recipe
+
+    return load_recipe(recipe, overrides or [])
+
+
+def _is_users(error: BaseException) -> bool:
+    """Whether an error is the user's to mend: the system's, one of this package, or a ValueError its code raised."""
+    if type(error).__module__.startswith("megatron_apo"):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised_here = str(frame.f_globals.get("__name__")).startswith("megatron_apo")
+    return isinstance(error, OSError) or (isinstance(error, ValueError) and raised_here)
+
+
+def _quiet_upstream() -> None:
+    """Megatron-Core's warnings of what is not installed; `doctor` says the same once, and what is lost by it."""
+    for pattern in (
+        "Transformer Engine and Apex are not installed",
+        "Apex is not installed",
+        "full scope is deprecated",
+        "The .grad attribute of a Tensor that is not a leaf",
+        "`torch.distributed.",
+    ):
+        warnings.filterwarnings("ignore", message=pattern)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    _quiet_upstream()
+    # Like Ctrl-C, SIGTERM unwinds the stack, so that servers and ranks are stopped on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        app(prog_name="megatron-apo")
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get(DEBUG) or not _is_users(error):
+            raise
+        from megatron_apo.config import RecipeError
+
+        for line in error.problems if isinstance(error, RecipeError) else [str(error)]:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, RecipeError) else getattr(error, "exit_code", 1))
+
+
+if __name__ == "__main__":
+    main()

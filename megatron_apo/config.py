@@ -1,0 +1,345 @@
+"""The recipe: everything a run is, in one YAML file plus dotted overrides.
+
+    recipe = load_recipe("recipe.yaml", ["train.steps=50", "parallel.tp=2"])
+
+Each field's `description` is its documentation (`megatron-apo doctor --fields` prints them).
+Every problem of a recipe is found before any work and reported at once, one line each: the key, its
+value, what is allowed and the fix. Unknown keys are errors. This module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """One or more mistakes in a recipe. `problems` holds one line each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    dir: Path = Field(Path("runs/apo"), description="folder of this run: recipe, metrics, logs, checkpoints, report")
+    seed: int = Field(0, ge=0, lt=2**31, description="seeds prompts' order, rollouts and initial weights")
+
+
+class ModelConfig(Section):
+    path: Path = Field(description="Hugging Face folder of the starting policy (config.json, safetensors, tokenizer)")
+    reference: Path | None = Field(None, description="Hugging Face folder of pi_ref; none: the same as model.path")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of the trainer's forward and backward")
+
+    @property
+    def reference_path(self) -> Path:
+        return self.reference or self.path
+
+
+class ParallelConfig(Section):
+    tp: int = Field(1, ge=1, description="tensor-parallel ranks; divides the attention heads")
+    pp: int = Field(1, ge=1, description="pipeline-parallel stages; divides the layers")
+    dp: int = Field(1, ge=1, description="data-parallel replicas")
+    threads_per_rank: int = Field(1, ge=1, description="CPU threads of each trainer rank")
+    timeout_s: float = Field(1800, gt=0, description="how long a collective may wait before the run is stopped")
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+class DataConfig(Section):
+    train: str = Field(description="prompts to train on: a .jsonl or .parquet file, or a hub dataset's name")
+    eval: str | None = Field(None, description="held-out prompts, same form; none: no evaluation")
+    split: str = Field("train", description="split to read when the source is a hub dataset")
+    prompt_column: str = Field("prompt", description="column that holds the prompt's text")
+    answer_column: str = Field("answer", description="column that holds the reference answer")
+    template: Literal["raw", "chat"] = Field("chat", description="raw: the text as it is; chat: the chat template")
+    thinking: bool | None = Field(None, description="the chat template's thinking switch; none: the template's default")
+    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are counted, listed and left out")
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of both stages; log-probs are under it")
+    top_p: float = Field(1.0, ge=1, le=1, description="1 only: truncated sampling changes the policy that is sampled")
+    top_k: Literal[-1] = Field(-1, description="-1 only: truncated sampling changes the policy that is sampled")
+    max_response_tokens: int = Field(1024, ge=1, description="length cap of a response; part of V*'s provenance")
+    stop_token_ids: list[int] | None = Field(None, description="ids that end a response; none: the model's EOS ids")
+
+
+class RewardConfig(Section):
+    name: str = Field("math", description="arithmetic, gsm8k, math, or your own as my_module:MyReward")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that reward")
+    workers: int = Field(1, ge=1, description="grader processes")
+    time_limit_s: float = Field(5.0, gt=0, description="a grader that takes longer is killed and its sample fails")
+    memory_limit_gib: float = Field(
+        8.0, gt=0, description="address space of a grader process; beyond it the sample fails"
+    )
+    failure_reward: float = Field(0.0, description="reward of a sample whose grader hung, died or threw")
+
+
+class VStarConfig(Section):
+    dir: Path = Field(description="folder of the V* store")
+    samples_per_prompt: int = Field(8, ge=1, description="N: responses of pi_ref per prompt")
+    beta1: float = Field(0.5, gt=0, description="b1 of V* = b1 log mean exp(r/b1)")
+    estimator: Literal["log_mean_exp", "mean", "max"] = Field("log_mean_exp", description="how rewards become V*")
+    filter: Literal["none", "all_wrong", "all_right", "both"] = Field("none", description="prompts left out of stage 2")
+    prompts_per_shard: int = Field(1024, ge=1, description="rows of one Parquet shard")
+    seed: int = Field(0, ge=0, lt=2**31, description="seeds the samples of pi_ref; runs of any run.seed can share a store")
+    keep_responses: bool = Field(False, description="store the sampled token ids as well")
+
+
+class ObjectiveConfig(Section):
+    name: Literal["apo"] = Field("apo", description="the method; see megatron_apo/objectives")
+    beta2: float = Field(1e-3, gt=0, description="b2: weight of the log-ratio in the regression")
+    loss_scale: Literal["paper", "unit"] = Field("paper", description="unit divides by 2*b2 (REINFORCE's units)")
+
+
+class TrainConfig(Section):
+    steps: int = Field(200, ge=1, description="rollout batches")
+    prompts_per_step: int = Field(256, ge=1, description="prompts of one rollout batch")
+    minibatches: int = Field(2, ge=1, description="optimizer steps per rollout batch; divides prompts_per_step")
+    packing: bool = Field(True, description="pack sequences; false: pad to the longest of a micro-batch")
+    tokens_per_micro_batch: int = Field(4096, ge=1, description="token budget of one micro-batch (padding included)")
+    log_prob_chunk_tokens: int = Field(1024, ge=1, description="tokens whose logits exist at once")
+    first_log_ratio_tolerance: float = Field(0.0, ge=0, description="largest |log pi/pi_ref| on the first batch")
+    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only the final HF export")
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-6, gt=0, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of a decay")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="decay after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second-moment decay")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon; mind the gradient's scale, 2*b2 for loss_scale paper")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    distributed: bool = Field(True, description="shard optimizer state over data-parallel ranks")
+
+
+class RolloutConfig(Section):
+    host: str = Field("127.0.0.1", description="interface the server binds to; keep it private")
+    port: int = Field(0, ge=0, le=65535, description="0: a free port")
+    python: str | None = Field(None, description="Python interpreter that has vLLM; none: this one")
+    tp: int = Field(1, ge=1, description="vLLM's tensor-parallel size")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="vLLM's compute type")
+    max_num_seqs: int = Field(256, ge=1, description="sequences vLLM decodes at once")
+    max_num_batched_tokens: int = Field(16384, ge=64, description="tokens of one vLLM step; holds a whole prompt")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of each engine, GiB")
+    threads: int | None = Field(None, ge=1, description="CPU threads of each vLLM worker; none: vLLM decides")
+    extra_args: list[str] = Field(default_factory=list, description="appended to the server's command line as they are")
+    start_timeout_s: float = Field(600, gt=0, description="how long a server may take to answer")
+    request_timeout_s: float = Field(3600, gt=0, description="how long one rollout batch may take")
+
+
+class SyncConfig(Section):
+    transport: Literal["shm"] = Field("shm", description="shm: safetensors in shared memory or a shared folder")
+    dir: Path | None = Field(None, description="folder of the shm transport; none: a private one under /dev/shm")
+    probe_every: int = Field(
+        50, ge=1, description="steps between proofs that vLLM holds the trainer's weights (always after the first)"
+    )
+    probe_sequences: int = Field(8, ge=1, description="sequences whose log-probs are compared")
+    probe_tolerance: float = Field(1e-4, gt=0, description="largest |log-prob difference| of a probe token")
+
+
+class EvalConfig(Section):
+    samples: int = Field(8, ge=1, description="k of avg@k at sampling.temperature")
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
+    max_prompts: int | None = Field(None, ge=1, description="first rows of the held-out file; none: all")
+
+
+class WarmupConfig(Section):
+    start: Path | None = Field(None, description="HF folder that a warm start begins from; it is exported to model.path")
+    data: str | None = Field(None, description="SFT data: prompt and response columns; none: no warm start")
+    response_column: str = Field("response", description="column that holds the target response")
+    steps: int = Field(400, ge=1, description="optimizer steps")
+    sequences_per_step: int = Field(64, ge=1, description="sequences of one optimizer step")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate (linear warm-up, cosine decay to a tenth)")
+
+
+class TelemetryConfig(Section):
+    tensorboard: bool = Field(True, description="write RUN/tensorboard")
+    progress: bool = Field(True, description="draw progress bars")
+
+
+class Recipe(Section):
+    """The whole of a run. Defaults are the paper's values."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    vstar: VStarConfig
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    sync: SyncConfig = Field(default_factory=SyncConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    warmup: WarmupConfig = Field(default_factory=WarmupConfig)
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
+
+    def problems(self) -> list[str]:
+        """Combinations of fields that cannot work, one line each."""
+        found = []
+        train, parallel = self.train, self.parallel
+        if train.prompts_per_step % (train.minibatches * parallel.dp):
+            found.append(
+                f"train.prompts_per_step: {train.prompts_per_step} does not divide into train.minibatches="
+                f"{train.minibatches} x parallel.dp={parallel.dp}; use a multiple of {train.minibatches * parallel.dp}"
+            )
+        if self.max_sequence_tokens > train.tokens_per_micro_batch:
+            found.append(
+                f"train.tokens_per_micro_batch: {train.tokens_per_micro_batch} cannot hold one sequence of "
+                f"data.max_prompt_tokens + sampling.max_response_tokens; use at least {self.max_sequence_tokens}"
+            )
+        if self.data.max_prompt_tokens > self.rollout.max_num_batched_tokens:
+            found.append(
+                f"rollout.max_num_batched_tokens: {self.rollout.max_num_batched_tokens} cannot prefill one prompt "
+                f"whole; use at least data.max_prompt_tokens={self.data.max_prompt_tokens}"
+            )
+        if self.optimizer.min_lr > self.optimizer.lr:
+            found.append(
+                f"optimizer.min_lr: {self.optimizer.min_lr} is above optimizer.lr={self.optimizer.lr}; lower it"
+            )
+        return found
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest prompt plus longest response, tokens."""
+        return self.data.max_prompt_tokens + self.sampling.max_response_tokens
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe as YAML that `load_recipe` reads back."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe of this package, e.g. "quickstart". Raises `RecipeError` naming those there are."""
+    shipped = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    if name not in shipped:
+        raise RecipeError([f"recipe: {name} is not a file nor one of the recipes here: {', '.join(sorted(shipped))}"])
+    return shipped[name]
+
+
+def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a YAML recipe (a path, or a name for `recipe_path`) and apply `section.key=value` overrides (YAML values).
+
+    Raises `RecipeError` with every problem, one line each.
+    """
+    path = Path(path)
+    if not path.is_file():
+        path = recipe_path(str(path))
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError([f"recipe: {path} is not YAML: {' '.join(str(error).split())}"]) from None
+    return build_recipe(tree, overrides)
+
+
+def build_recipe(tree: Any, overrides: Iterable[str] = ()) -> Recipe:
+    """Make a validated `Recipe` of a nested dict and overrides. Raises `RecipeError`."""
+    if not isinstance(tree, dict):
+        raise RecipeError([f"recipe: the top level is a {type(tree).__name__}; it must map sections to their keys"])
+    # An absent section counts as an empty one, so that what is missing is named by its full key.
+    tree = {name: {} for name in Recipe.model_fields} | {
+        name: {} if section is None else section for name, section in copy.deepcopy(tree).items()
+    }
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            problems.append(f"override {override!r}: not of the form section.key=value")
+            continue
+        problem = _set_dotted(tree, key.strip(), _parse_value(text))
+        if problem:
+            problems.append(problem)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(problems + [_explain(item) for item in error.errors()]) from None
+    problems += recipe.problems()
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def describe_fields() -> list[tuple[str, str, str]]:
+    """(dotted key, default, description) of every field of a recipe."""
+    rows = []
+    for section_name, section in Recipe.model_fields.items():
+        for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+            rows.append((f"{section_name}.{name}", default, field.description or ""))
+    return rows
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> str | None:
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            return f"override {key}: {parent} is a value, not a section"
+        node = child
+    node[leaf] = value
+    return None
+
+
+def _known_keys(parents: list[str]) -> list[str]:
+    model: Any = Recipe
+    for parent in parents:
+        field = model.model_fields.get(parent)
+        model = field.annotation if field else None
+        if model is None or not hasattr(model, "model_fields"):
+            return []
+    return list(model.model_fields)
+
+
+def _explain(item: Any) -> str:
+    """One line for one pydantic error: key, value, allowed, fix."""
+    parts = [str(part) for part in item["loc"]]
+    key = ".".join(parts)
+    kind = item["type"]
+    if kind == "extra_forbidden":
+        known = _known_keys(parts[:-1])
+        near = difflib.get_close_matches(parts[-1], known, n=1)
+        hint = f"did you mean {'.'.join(parts[:-1] + near)}?" if near else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{key}: missing and has no default; set it in the recipe or with {key}=..."
+    allowed = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{key}: {item['input']!r} is not allowed; use {allowed}"
+
+
+assert all(get_args(section.annotation) == () for section in Recipe.model_fields.values()), "sections are plain models"

@@ -1,0 +1,94 @@
+"""What both stages start from: tokenizer, rendered prompts, stop ids, and the fingerprint that ties a V* store to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_apo.config import Recipe, SamplingConfig
+from megatron_apo.data.prompts import LoadedPrompts, Prompt, PromptRenderer, load_prompts
+from megatron_apo.rewards import GradeRequest
+from megatron_apo.rollout.client import Sampling, eos_token_ids
+from megatron_apo.values.store import Fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The recipe's data, read once. `evaluation` is empty where the recipe has no data.eval."""
+
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    training: LoadedPrompts
+    evaluation: list[Prompt]
+    stop_token_ids: tuple[int, ...]
+
+    def grade_request(self, prompt: Prompt, token_ids: Sequence[int], finish_reason: str) -> GradeRequest:
+        """A sample as a grader sees it: the stop id is no part of the text; other special tokens are."""
+        if token_ids and token_ids[-1] in self.stop_token_ids:
+            token_ids = token_ids[:-1]
+        response = self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return GradeRequest(prompt.text, response, prompt.answer, finish_reason)
+
+    def sampling(self, config: SamplingConfig, *, greedy: bool = False) -> Sampling:
+        """The recipe's sampling as a request's parameters; `greedy` keeps its cap and stop ids."""
+        return Sampling(
+            max_tokens=config.max_response_tokens,
+            stop_token_ids=self.stop_token_ids,
+            temperature=0.0 if greedy else config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+        )
+
+
+def load_inputs(recipe: Recipe) -> Inputs:
+    """Read tokenizer and prompts. Raises `ValueError` naming the recipe's key for anything that is not as it says."""
+    tokenizer = load_tokenizer(recipe.model.path, "model.path")
+    renderer = PromptRenderer(tokenizer, recipe.data)
+    training = load_prompts(recipe.data.train, recipe.data, renderer)
+    evaluation: list[Prompt] = []
+    if recipe.data.eval:
+        evaluation = load_prompts(recipe.data.eval, recipe.data, renderer, recipe.eval.max_prompts).prompts
+    return Inputs(tokenizer, renderer, training, evaluation, stop_token_ids(recipe, recipe.model.path))
+
+
+def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder; `key`: the recipe's key that names it."""
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise ValueError(f"{key}: {folder} is not a folder; give a Hugging Face model folder")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: no tokenizer can be read from {folder} ({' '.join(str(error).split())[:200]})") from error
+
+
+def stop_token_ids(recipe: Recipe, folder: Path) -> tuple[int, ...]:
+    """The ids that end a response: the recipe's, else the EOS ids of the model in `folder`."""
+    return tuple(recipe.sampling.stop_token_ids or eos_token_ids(folder))
+
+
+def fingerprint(recipe: Recipe, inputs: Inputs, *, model_hash: str, reward_name: str, reward_version: str) -> Fingerprint:
+    """Everything that V* under this recipe depends on. `model_hash`: of the reference's weights."""
+    return Fingerprint(
+        model_hash=model_hash,
+        **inputs.renderer.fingerprint(),
+        temperature=recipe.sampling.temperature,
+        top_p=recipe.sampling.top_p,
+        top_k=recipe.sampling.top_k,
+        max_response_tokens=recipe.sampling.max_response_tokens,
+        stop_token_ids=list(inputs.stop_token_ids),
+        reward_name=reward_name,
+        reward_version=reward_version,
+        reward_options=recipe.reward.options,
+        failure_reward=recipe.reward.failure_reward,
+        dataset_hash=inputs.training.dataset_hash,
+        max_prompt_tokens=recipe.data.max_prompt_tokens,
+        samples_per_prompt=recipe.vstar.samples_per_prompt,
+        seed=recipe.vstar.seed,
+    )

@@ -1,0 +1,98 @@
+"""Core attention on `scaled_dot_product_attention`: O(s) memory, padded or packed.
+
+Megatron-Core's local layer spec has an attention that stores s x s scores and refuses packed sequences; this one takes
+its place. Packed sequences are gathered into groups of similar length (powers of two), one SDPA call each, so that
+ten 16k-token responses and a hundred short ones cost neither s^2 memory nor a hundred calls.
+
+Shapes: T tokens of a packed micro-batch, S padded length, B sequences, N query heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass
+class LengthGroup:
+    """Sequences of similar length: `gather_BS` token indices (padding repeats the first token), `valid_BS` bool."""
+
+    gather_BS: Tensor
+    valid_BS: Tensor
+
+
+@dataclass
+class PackedLayout(PackedSeqParams):
+    """Megatron's packed-sequence parameters plus the gather plan of `SDPAttention`."""
+
+    groups: list[LengthGroup] = field(default_factory=list)
+    scatter_T: Tensor | None = None  # position of each token in the groups' concatenated valid tokens
+
+    @classmethod
+    def from_lengths(cls, lengths: list[int]) -> PackedLayout:
+        """`lengths`: tokens of each packed sequence, in order; at least one, all positive."""
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        by_size: dict[int, list[int]] = {}
+        for index, length in enumerate(lengths):
+            by_size.setdefault(math.ceil(math.log2(length)), []).append(index)
+        groups, order = [], []
+        for _, members in sorted(by_size.items()):
+            first_B = starts[members]
+            length_B = torch.tensor([lengths[i] for i in members])
+            offset_S = torch.arange(int(length_B.max()))
+            valid_BS = offset_S < length_B[:, None]
+            gather_BS = first_B[:, None] + offset_S * valid_BS
+            groups.append(LengthGroup(gather_BS, valid_BS))
+            order.append(gather_BS[valid_BS])
+        scatter_T = torch.empty(int(starts[-1]), dtype=torch.long)
+        scatter_T[torch.cat(order)] = torch.arange(len(scatter_T))
+        cu_seqlens = starts.to(torch.int32)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+            groups=groups,
+            scatter_T=scatter_T,
+        )
+
+
+class SDPAttention(torch.nn.Module):
+    """Drop-in for Megatron-Core's `DotProductAttention` (same constructor and call); causal self-attention only."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **unused):
+        super().__init__()
+        assert attention_type == "self" and config.attention_dropout == 0.0
+        self.scale = softmax_scale
+
+    def forward(
+        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
+        """Padded: query [S, B, N, D], key/value [S, B, G, D] -> [S, B, N*D]. Packed: [T, N, D] -> [T, N*D].
+
+        Padding goes at the end of a sequence: causality keeps it out of every earlier position.
+        """
+        if packed_seq_params is None:
+            out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
+            return out.permute(2, 0, 1, 3).flatten(2)
+        pieces = []
+        for group in packed_seq_params.groups:
+            out = self._attend(*(_take(x, group.gather_BS).transpose(1, 2) for x in (query, key, value)))
+            pieces.append(out.transpose(1, 2)[group.valid_BS])
+        packed = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return packed.index_select(0, packed_seq_params.scatter_T).flatten(1)
+
+    def _attend(self, query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> Tensor:
+        return scaled_dot_product_attention(
+            query_BNSD, key_BGSD, value_BGSD, is_causal=True, scale=self.scale, enable_gqa=True
+        )
+
+
+def _take(x: Tensor, index_BS: Tensor) -> Tensor:
+    return x.index_select(0, index_BS.flatten()).unflatten(0, index_BS.shape)

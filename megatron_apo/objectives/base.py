@@ -1,0 +1,98 @@
+"""What a training method is to the loop. A method declares; the loop obeys and never reads its name.
+
+Pure tensor maths: no I/O, no ranks. Shapes: B sequences (of the whole batch in `prepare`, of a micro-batch in `loss`),
+R response tokens of a micro-batch, concatenated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Anchor = Literal["reference", "sampler", "iterate", "none"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A whole rollout batch as a method sees it, in rollout order."""
+
+    prompt_ids: Sequence[str]
+    reward_B: Tensor
+    num_tokens_B: Tensor  # response tokens, stop id included
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Targets fixed before any gradient: named fp32 values per sequence, and per response token where a method has them."""
+
+    per_sequence: Mapping[str, Tensor]  # name -> [B]
+    per_token: Mapping[str, Sequence[Tensor]]  # name -> B tensors, one value a response token
+
+    def select(self, indices: Sequence[int]) -> MicroTargets:
+        """The targets of a micro-batch made of these sequences."""
+        rows = list(indices)
+        return MicroTargets(
+            per_sequence={name: values[rows] for name, values in self.per_sequence.items()},
+            per_token={name: torch.cat([values[i] for i in rows]) for name, values in self.per_token.items()},
+        )
+
+
+@dataclass(frozen=True)
+class MicroTargets:
+    """`Prepared`, for one micro-batch: [B] and [R] tensors."""
+
+    per_sequence: Mapping[str, Tensor]
+    per_token: Mapping[str, Tensor]
+
+
+class Objective(Protocol):
+    """A training method.
+
+    samples_per_prompt  responses drawn for each prompt of a step
+    anchor              whose log-probs the ratio is against: the frozen reference, the policy that sampled, the policy at
+                        the start of the step, or none
+    needs_critic        whether values of a critic come with the batch
+    unit                what `count` counts: the global count divides the gradient
+    reinforce_scale     the loss's gradient is this many times REINFORCE's
+    """
+
+    samples_per_prompt: ClassVar[int]
+    anchor: ClassVar[Anchor]
+    needs_critic: ClassVar[bool]
+    unit: ClassVar[Literal["sequence", "token"]]
+    reinforce_scale: float
+
+    def prepare(self, samples: Samples, values: Mapping[str, float]) -> Prepared:
+        """Targets from the whole global batch (baselines, group statistics). `values`: V* by prompt id."""
+
+    def loss(self, log_prob_R: Tensor, anchor_R: Tensor, sequence_R: Tensor, targets: MicroTargets) -> LossTerm:
+        """The micro-batch's loss, summed."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a micro-batch says of itself, without gradient: scalars to be added up and scalars to take the maximum of."""
+
+    sums: Mapping[str, Tensor]
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """total: scalar with gradient, a sum over `count` units."""
+
+    total: Tensor
+    count: int
+    stats: Stats
+
+
+def sequence_sum(value_R: Tensor, sequence_R: Tensor, num_sequences: int) -> Tensor:
+    """[B]: sum of `value_R` over each sequence, in fp32."""
+    return value_R.new_zeros(num_sequences, dtype=torch.float32).index_add(0, sequence_R, value_R.float())
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {}

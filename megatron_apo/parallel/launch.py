@@ -1,0 +1,165 @@
+"""Starts this machine's trainer ranks, watches them, and leaves none behind.
+
+A stage's command run by hand starts the ranks itself; under `torchrun` or `srun`, where RANK and WORLD_SIZE are set, the
+same command is a rank. Rank 0 writes to the terminal, the others to RUN/logs/rank<k>.log.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+from megatron_apo.config import Recipe
+from megatron_apo.rollout import guard
+
+_STOP_LIMIT_S = 10.0
+_LOG_TAIL_LINES = 20
+
+
+class RankFailed(RuntimeError):
+    """A rank ended with an error, after saying why. `exit_code` is its status."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def is_rank() -> bool:
+    """Whether this process is one rank of a job that someone else started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def spawn_stage(command: str, recipe: Recipe) -> None:
+    """Run `megatron-apo COMMAND` with this recipe as the recipe's ranks on this machine."""
+    path = recipe.run.dir / f"{command}.yaml"
+    recipe.save(path)
+    spawn([command, "--recipe", str(path)], world_size=recipe.parallel.world_size, log_dir=recipe.run.dir / "logs")
+
+
+def spawn(arguments: Sequence[str], *, world_size: int, log_dir: Path) -> None:
+    """Run `megatron-apo ARGUMENTS` as `world_size` ranks and wait for them.
+
+    The first rank to fail ends the others; then `RankFailed` is raised. Also when this process is interrupted, every
+    process that the ranks started is gone before this returns.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    failed, code = _supervise([partial(_start_rank, arguments, rank, world_size, port, log_dir) for rank in range(world_size)])
+    if failed is not None:
+        raise RankFailed(_describe(failed, code, log_dir), code)
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run `megatron-apo ARGUMENTS` in a process of its own and wait for it, as `spawn` does for ranks."""
+    failed, code = _supervise([partial(_start, arguments, dict(os.environ), None)])
+    if failed is not None:
+        raise RankFailed(f"megatron-apo {arguments[0]} ended with status {code}", code)
+
+
+def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple[int | None, int]:
+    """Start processes and wait for all. Returns (index of the first to fail or None, its exit code as a shell has it)."""
+    guard.LIBC.prctl(guard.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a killed child leaves becomes ours
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for start in starts:
+            processes.append(start())
+        failed = _wait(processes)
+        code = processes[failed].returncode if failed is not None else 0
+    finally:
+        _stop(processes)
+    return failed, code if code >= 0 else 128 - code
+
+
+def _start_rank(arguments: Sequence[str], rank: int, world_size: int, port: int, log_dir: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return _start(arguments, environment, None if rank == 0 else _log_path(log_dir, rank))
+
+
+def _start(arguments: Sequence[str], environment: Mapping[str, str], log_path: Path | None) -> subprocess.Popen[bytes]:
+    """`log_path` None: write to this process's terminal."""
+    with open(log_path, "wb") if log_path else nullcontext() as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_apo.cli", *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log and subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the others in order
+            preexec_fn=_die_with_parent,
+        )
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """Index of the first rank that failed; None when all ended well."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [index for index, code in enumerate(codes) if code not in (None, 0)]
+        if failed:
+            return failed[0]
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.05)
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End what is still running. The first process (rank 0) has servers to stop and is asked; the others hold nothing, and
+    their sudden end wakes a first one that waits for them in a collective."""
+    if not processes:
+        return
+    first, *others = processes
+    if first.poll() is None:
+        first.terminate()
+    for process in others:
+        process.kill()
+        process.wait()
+    end = time.monotonic() + _STOP_LIMIT_S
+    try:
+        first.wait(_STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        first.kill()
+        first.wait()
+    # A server's guard ends its tree by itself; what is still here after that is killed.
+    while (left := guard.descendants(os.getpid())) and time.monotonic() < end:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _describe(rank: int, code: int, log_dir: Path) -> str:
+    message = f"rank {rank} ended with status {code}"
+    if rank == 0:
+        return message
+    path = _log_path(log_dir, rank)
+    lines = path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+    return "\n".join([f"{message}; the end of {path}:", *lines])
+
+
+def _log_path(log_dir: Path, rank: int) -> Path:
+    return log_dir / f"rank{rank}.log"
+
+
+def _die_with_parent() -> None:
+    guard.LIBC.prctl(guard.PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,109 @@
+"""Which rank is what: process groups of the trainer, set up through Megatron-Core.
+
+Rank order is Megatron's (tp fastest, then dp, then pp). Global rank 0 is the driver: it talks to the rollout servers,
+writes metrics and sees the user.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_apo.config import ParallelConfig
+from megatron_apo.model import cpu_compat
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place. Groups are torch process groups."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    tp: int
+    pp: int
+    dp: int
+    tp_group: Any
+    pp_group: Any
+    dp_group: Any
+    device: torch.device
+
+    @property
+    def is_driver(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage, tensor rank 0, of this data-parallel replica."""
+        return dist.get_global_rank(self.pp_group, self.pp - 1)
+
+    def owner_ranks(self, pp_rank: int) -> list[int]:
+        """Global ranks that hold stage `pp_rank` of data-parallel replica 0, by tensor rank."""
+        return [tp_rank + pp_rank * self.tp * self.dp for tp_rank in range(self.tp)]
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """The object of global rank `src`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=src)
+        return box[0]
+
+
+@contextmanager
+def distributed(parallel: ParallelConfig) -> Iterator[Topology]:
+    """Join the job described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; leave it at the end."""
+    from megatron.core import parallel_state
+
+    cpu_compat.install()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world_size != parallel.world_size:
+        raise ValueError(
+            f"parallel: tp={parallel.tp} x pp={parallel.pp} x dp={parallel.dp} needs {parallel.world_size} ranks, "
+            f"but the job has {world_size}; change the recipe or the number of ranks"
+        )
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        torch.set_num_threads(parallel.threads_per_rank)
+    timeout = datetime.timedelta(seconds=parallel.timeout_s)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            distributed_timeout_minutes=max(1, int(parallel.timeout_s / 60)),
+        )
+        yield Topology(
+            rank=rank,
+            world_size=world_size,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            tp=parallel.tp,
+            pp=parallel.pp,
+            dp=parallel.dp,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

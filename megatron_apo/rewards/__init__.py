@@ -1,0 +1,78 @@
+"""Rewards: what a grader sees, what it is, and how it is found by name.
+
+A reward is one object for both stages; its name, version and options are part of the V* store's fingerprint. Give
+`reward.name` a registered name, or `my_module:MyReward` for a class (called with `reward.options`) of your own:
+
+    class MyReward:
+        name, version = "my_reward", "1"
+        def __call__(self, request: GradeRequest) -> float: ...
+
+Importing this package is light; a reward's own imports happen in the grader processes (see `pool.py`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+
+@dataclass(frozen=True)
+class GradeRequest:
+    """One sample. Only `response` is judged: the prompt may hold worked answers of its own."""
+
+    prompt: str
+    response: str
+    answer: str  # the dataset's answer column
+    finish_reason: str  # "stop" | "length"
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """A grader. A change of what it returns needs a new `version`."""
+
+    name: str
+    version: str
+
+    def __call__(self, request: GradeRequest) -> float: ...
+
+
+_TARGETS = {
+    "arithmetic": "megatron_apo.rewards.arithmetic:ArithmeticReward",
+    "gsm8k": "megatron_apo.rewards.gsm8k:Gsm8kReward",
+    "math": "megatron_apo.rewards.math_answers:MathReward",
+}
+
+
+def register_reward(name: str, target: str) -> None:
+    """Let `name` stand for `target`, a `module:attribute`. Raises `ValueError` if the name is taken."""
+    if _TARGETS.setdefault(name, target) != target:
+        raise ValueError(f"reward.name: {name!r} is already {_TARGETS[name]}; choose another name")
+
+
+def reward_target(name: str) -> str:
+    """The `module:attribute` that `name` stands for. Raises `ValueError` listing the names."""
+    target = _TARGETS.get(name, name)
+    module, colon, attribute = target.partition(":")
+    if not (module and colon and attribute):
+        known = ", ".join(sorted(_TARGETS))
+        raise ValueError(f"reward.name: {name!r} is not a reward; use {known}, or my_module:MyReward")
+    return target
+
+
+def get_reward(name: str, options: Mapping[str, Any]) -> Reward:
+    """Build a reward. Raises `ValueError` naming the key for an unknown name, a failed import or bad options."""
+    target = reward_target(name)
+    module, _, attribute = target.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward.name: cannot load {target} ({error}); is it importable from here?") from error
+    try:
+        reward = factory(**options)
+    except TypeError as error:
+        raise ValueError(f"reward.options: {dict(options)!r} do not fit {target} ({error})") from error
+    if not isinstance(reward, Reward):
+        raise ValueError(f"reward.name: {target} does not make a reward; it must be callable and have name and version")
+    return reward

@@ -1,0 +1,255 @@
+"""Token ids in, token ids and log-probs out: a blocking client of one vLLM server.
+
+    client = RolloutClient(server.url, server.token)
+    sampling = Sampling(max_tokens=1024, stop_token_ids=eos_token_ids(model))
+    completions = client.generate([GenerateRequest(token_ids, seed), ...], sampling)
+
+All requests of a call are in flight at once over kept-alive connections, on an event loop in a thread of its own;
+callbacks run in the caller's thread. It also has the four methods of vLLM's VLLMWeightSyncClient protocol
+(vllm/distributed/weight_transfer/base.py), so that any of vLLM's trainer-side engines can drive a server through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Coroutine, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import aiohttp
+
+from megatron_apo.rollout.server import ServerDied, ServerError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `temperature` 0 is greedy. `stop_token_ids` alone end a response: see `eos_token_ids`."""
+
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One prompt to continue. `key` is the caller's, untouched."""
+
+    token_ids: Sequence[int]
+    seed: int
+    key: Hashable = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response. `token_ids` has the stop id that ended it; a truncated one ("length") has nothing added.
+
+    `log_probs`: of each token under the distribution it was sampled from (temperature applied; natural logarithm).
+    `weight_version`: of the weights that made it; "default" before the first sync.
+    """
+
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+    weight_version: str
+
+
+def eos_token_ids(model: Path) -> tuple[int, ...]:
+    """The ids that end a response by the HF folder's generation_config.json, else its config.json.
+
+    Raises ValueError when neither names one.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = model / name
+        eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if eos is not None:
+            return tuple(eos) if isinstance(eos, list) else (eos,)
+    raise ValueError(f"{model}: no eos_token_id in generation_config.json or config.json; set sampling.stop_token_ids")
+
+
+class RolloutClient:
+    """One connection pool to one server. Every method blocks and raises ServerDied when the server is gone, ServerError
+    (one line) when it refuses. `timeout_s` bounds one call."""
+
+    def __init__(self, url: str, token: str, *, timeout_s: float = 3600):
+        self.timeout_s = timeout_s
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-client", daemon=True)
+        self._thread.start()
+        self._session = self._run(self._open_session(url, token))
+
+    def close(self) -> None:
+        self._run(self._session.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> RolloutClient:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def generate(
+        self,
+        requests: Sequence[GenerateRequest],
+        sampling: Sampling,
+        on_completion: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Sample one response per request, in the order of `requests`.
+
+        `on_completion(index, completion)` is called in this thread as each arrives. The first failure ends the call.
+        """
+        parameters = {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "ignore_eos": True,  # only the stop ids count, whatever the model's files say
+            "detokenize": False,
+            "logprobs": 0,  # the sampled token's
+        }
+        bodies = [
+            {"token_ids": list(request.token_ids), "sampling_params": parameters | {"seed": request.seed}}
+            for request in requests
+        ]
+        completions: dict[int, Completion] = {}
+
+        def read(index: int, answer: dict[str, Any]) -> None:
+            completions[index] = _read_completion(answer)
+            if on_completion is not None:
+                on_completion(index, completions[index])
+
+        self._generate_all(bodies, read)
+        return [completions[index] for index in range(len(requests))]
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of each sequence's tokens but the first, given those before them, at temperature 1.
+
+        A sequence has at most the server's `max_model_len` tokens (one fewer where that is the model's own limit).
+        """
+        parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        bodies = [{"token_ids": list(sequence), "sampling_params": parameters} for sequence in sequences]
+        scores: dict[int, list[float]] = {}
+
+        def read(index: int, answer: dict[str, Any]) -> None:
+            pairs = zip(sequences[index][1:], answer["prompt_logprobs"][1:], strict=True)
+            scores[index] = [entry[str(token)]["logprob"] for token, entry in pairs]
+
+        self._generate_all(bodies, read)
+        return [scores[index] for index in range(len(sequences))]
+
+    def health(self) -> None:
+        """Raise ServerDied unless server and engine answer."""
+        self._call("GET", "/health")
+
+    def pause(self) -> None:
+        """Let running requests end, hold new ones back and forget the KV cache, which belongs to the old weights."""
+        self._call("POST", "/pause?mode=wait&clear_cache=true")
+
+    def resume(self) -> None:
+        self._call("POST", "/resume")
+
+    def is_paused(self) -> bool:
+        return self._call("GET", "/is_paused")["is_paused"]
+
+    def weight_version(self) -> str:
+        """The version that the last finished update gave; "default" before the first."""
+        return self._call("GET", "/weight_info")["weight_version"]
+
+    def num_workers(self) -> int:
+        return self._call("GET", "/get_world_size")["world_size"]
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("POST", "/init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._call("POST", "/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        self._call("POST", "/update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("POST", "/finish_weight_update", {"weight_version": weight_version})
+
+    async def _open_session(self, url: str, token: str) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            url,
+            headers={"Authorization": f"Bearer {token}"},
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=1800),
+            timeout=aiohttp.ClientTimeout(total=self.timeout_s),
+        )
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        return self._run(self._exchange(method, path, None if body is None else json.dumps(body).encode()))
+
+    def _generate_all(self, bodies: list[dict[str, Any]], read: Callable[[int, dict[str, Any]], None]) -> None:
+        """Send all bodies at once; call `read(index, answer)` in this thread as answers arrive."""
+        arrived: SimpleQueue[tuple[int, dict[str, Any] | None]] = SimpleQueue()
+
+        async def post(index: int, body: dict[str, Any]) -> None:
+            arrived.put((index, await self._exchange("POST", "/inference/v1/generate", json.dumps(body).encode())))
+
+        async def post_all() -> None:
+            try:
+                async with asyncio.TaskGroup() as group:  # the first failure cancels the rest
+                    for index, body in enumerate(bodies):
+                        group.create_task(post(index, body))
+            finally:
+                arrived.put((-1, None))
+
+        future = asyncio.run_coroutine_threadsafe(post_all(), self._loop)
+        try:
+            while (item := arrived.get())[1] is not None:
+                read(*item)
+            future.result()
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            future.cancel()
+
+    async def _exchange(self, method: str, path: str, body: bytes | None) -> Any:
+        headers = {"Content-Type": "application/json"} if body is not None else None
+        try:
+            async with self._session.request(method, path, data=body, headers=headers) as response:
+                text = await response.read()
+        except aiohttp.ClientError as error:
+            raise ServerDied(f"the rollout server does not answer {path}: {error or type(error).__name__}") from None
+        except TimeoutError:
+            raise ServerError(f"the rollout server did not answer {path} within {self.timeout_s:g} s") from None
+        if response.status == 200:
+            return json.loads(text) if text else None
+        message = _error_message(text)
+        if response.status == 503 or "EngineDeadError" in message or "EngineCore encountered" in message:
+            raise ServerDied(f"vLLM's engine is dead: {path}: {message}")
+        raise ServerError(f"the rollout server answered {path} with {response.status}: {message}")
+
+
+def _read_completion(answer: dict[str, Any]) -> Completion:
+    choice = answer["choices"][0]
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise ServerError(f"a request ended with {choice['finish_reason']!r} instead of a response")
+    versions = sorted({span["version"] for span in choice["weight_versions"]})
+    if len(versions) != 1:
+        raise ServerError(f"a response was sampled across weight versions {versions}; pause before an update")
+    log_probs = [token["logprob"] for token in choice["logprobs"]["content"]]
+    return Completion(choice["token_ids"], log_probs, choice["finish_reason"], versions[0])
+
+
+def _error_message(text: bytes) -> str:
+    """The message of vLLM's error body, in one line."""
+    try:
+        message = json.loads(text)["error"]
+        message = message["message"] if isinstance(message, dict) else message
+    except (ValueError, KeyError, TypeError):
+        message = text.decode(errors="replace")
+    return " ".join(str(message).split())

@@ -1,0 +1,69 @@
+"""avg@k at the sampling temperature, and greedy, of the weights that a server holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_apo.config import Recipe
+from megatron_apo.data.order import sample_seed
+from megatron_apo.data.prompts import Prompt
+from megatron_apo.inputs import Inputs
+from megatron_apo.rewards.pool import RewardPool
+from megatron_apo.rollout.client import GenerateRequest, RolloutClient
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """avg@k and greedy accuracy (mean reward), with standard errors over prompts."""
+
+    mean: float
+    stderr: float
+    greedy: float
+    greedy_stderr: float
+    samples_per_prompt: int
+    num_prompts: int
+    truncated: float  # share of the sampled responses that reached the length cap
+
+
+def evaluate_policy(recipe: Recipe, inputs: Inputs, client: RolloutClient, pool: RewardPool) -> Evaluation:
+    """Evaluate the weights that the server holds, on `inputs.evaluation`."""
+    k = recipe.eval.samples
+    prompts = inputs.evaluation
+    sampled, truncated = _rewards(
+        recipe, inputs, client, pool, [prompt for prompt in prompts for _ in range(k)], greedy=False
+    )
+    greedy, _ = _rewards(recipe, inputs, client, pool, prompts, greedy=True)
+    per_prompt = sampled.reshape(len(prompts), k).mean(axis=1)
+    return Evaluation(
+        mean=float(per_prompt.mean()),
+        stderr=_stderr(per_prompt),
+        greedy=float(greedy.mean()),
+        greedy_stderr=_stderr(greedy),
+        samples_per_prompt=k,
+        num_prompts=len(prompts),
+        truncated=truncated,
+    )
+
+
+def _rewards(
+    recipe: Recipe, inputs: Inputs, client: RolloutClient, pool: RewardPool, prompts: list[Prompt], *, greedy: bool
+) -> tuple[np.ndarray, float]:
+    """([len(prompts)] rewards, share truncated) of one response each; a prompt's repeats are its samples 0, 1, ..."""
+    seen: dict[str, int] = {}
+    requests = []
+    for prompt in prompts:
+        sample = seen[prompt.prompt_id] = seen.get(prompt.prompt_id, -1) + 1
+        seed = sample_seed(recipe.run.seed, "eval", 0, prompt.prompt_id) + sample
+        requests.append(GenerateRequest(prompt.token_ids, seed))
+    completions = client.generate(requests, inputs.sampling(recipe.sampling, greedy=greedy))
+    grades = pool.grade(
+        [inputs.grade_request(p, c.token_ids, c.finish_reason) for p, c in zip(prompts, completions, strict=True)]
+    )
+    truncated = float(np.mean([completion.finish_reason == "length" for completion in completions]))
+    return np.array([grade.reward for grade in grades]), truncated
+
+
+def _stderr(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")

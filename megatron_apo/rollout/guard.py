@@ -1,0 +1,148 @@
+"""Runs one command and leaves nothing behind: `python guard.py --parent PID [--remove DIR]... -- COMMAND...`
+
+A rollout server is a tree of processes (API server, engine core, workers, resource trackers) with shared memory and
+sockets. The guard is its root: a subreaper, so that orphans of the tree become its children and none is lost. When the
+command ends, the guard gets SIGTERM, or the parent is gone (SIGKILL included), it ends the whole tree, unlinks the
+shared memory that the tree had mapped and the given folders, and exits with the command's status.
+Standard library only: it is started by path, and imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+LIBC = ctypes.CDLL(None, use_errno=True)
+POLL_S = 0.25
+TRACKER_LIMIT_S = 2.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--remove", type=Path, action="append", default=[])
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals | {signal.SIGCHLD})
+    status = 1
+    try:
+        server = subprocess.Popen(args.command[1:], stdin=subprocess.DEVNULL, preexec_fn=_prepare_child)
+        while (code := server.poll()) is None and os.getppid() == args.parent:
+            if (caught := signal.sigtimedwait(signals | {signal.SIGCHLD}, POLL_S)) and caught.si_signo in signals:
+                break
+            _reap(server.pid)
+        status = 1 if code is None else code
+        _end_tree()
+    finally:
+        for folder in args.remove:
+            shutil.rmtree(folder, ignore_errors=True)
+    return status if status >= 0 else 128 - status
+
+
+def _prepare_child() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # for the guard's own sudden end
+
+
+def _end_tree() -> None:
+    """SIGKILL at once: a server holds nothing worth a graceful end, and vLLM's own ends its engine the same way."""
+    everyone = descendants(os.getpid())
+    mapped = mapped_shared_memory(everyone)
+    # Resource trackers unlink what their processes leaked once those are dead, so they end last, by themselves.
+    _kill([pid for pid in everyone if not _is_resource_tracker(pid)])
+    end = time.monotonic() + TRACKER_LIMIT_S
+    while time.monotonic() < end and descendants(os.getpid()):
+        time.sleep(0.02)
+    while everyone := descendants(os.getpid()):
+        _kill(everyone)
+        time.sleep(0.02)
+    for path in mapped:
+        path.unlink(missing_ok=True)
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _reap(server_pid: int) -> None:
+    """Collect orphans that ended; the server itself is left to its Popen."""
+    for pid in children(os.getpid()):
+        if pid != server_pid:
+            try:
+                os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                continue
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [
+            int(child)
+            for task in os.listdir(f"/proc/{pid}/task")
+            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()
+        ]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def descendants(pid: int) -> list[int]:
+    """Live processes below `pid`; ended ones that are this process's own children are collected on the way."""
+    found = []
+    for child in children(pid):
+        found += descendants(child)
+        if is_zombie(child):
+            if pid == os.getpid():
+                try:
+                    os.waitpid(child, os.WNOHANG)
+                except ChildProcessError:
+                    pass
+        else:
+            found.append(child)
+    return found
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    try:
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def mapped_shared_memory(pids: list[int]) -> set[Path]:
+    """Files in /dev/shm that one of the processes has mapped.
+
+    Found by inode: glibc makes a semaphore under a temporary name, which is the one that its mapping shows.
+    """
+    inodes = set()
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        inodes |= {int(line.split()[4]) for line in lines if " /dev/shm/" in line}
+    return {Path(entry.path) for entry in os.scandir("/dev/shm") if entry.inode() in inodes}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

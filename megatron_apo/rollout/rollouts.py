@@ -1,0 +1,195 @@
+"""Graded responses from vLLM for every trainer rank, and vLLM kept on the policy's weights.
+
+    with Rollouts(recipe, topology, policy, spec, inputs) as rollouts:
+        rollouts.sync(0)                          # vLLM serves the trainer's weights, proven
+        batch = rollouts.sample(prompts, step)    # the same list of Rollout on every rank
+
+Every method is called on every rank. Server, graders and tokenizer live on the driver (global rank 0). A server that dies is
+restarted once a step, given the weights again and asked again; a second death in the same step ends the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from typing import TypeVar
+
+from megatron_apo.config import Recipe
+from megatron_apo.data.batch import make_micro_batch
+from megatron_apo.data.order import sample_seed
+from megatron_apo.data.prompts import Prompt
+from megatron_apo.data.rollout import Rollout
+from megatron_apo.inputs import Inputs
+from megatron_apo.model.build import LogProbModel
+from megatron_apo.model.hf_config import ModelSpec
+from megatron_apo.parallel.pipeline import forward_log_probs
+from megatron_apo.parallel.topology import Topology
+from megatron_apo.rewards.pool import Grade, RewardPool
+from megatron_apo.rollout.client import Completion, GenerateRequest, RolloutClient
+from megatron_apo.rollout.evaluation import Evaluation, evaluate_policy
+from megatron_apo.rollout.failures import on_driver
+from megatron_apo.rollout.server import ServerDied, VLLMServer
+from megatron_apo.rollout.weight_sync import SyncReport, WeightSync
+from megatron_apo.weights.stream import WeightStream
+
+Answer = TypeVar("Answer")
+
+
+class Rollouts:
+    """Use as a context manager. `inputs` is None except on the driver."""
+
+    def __init__(
+        self, recipe: Recipe, topology: Topology, policy: LogProbModel, spec: ModelSpec, inputs: Inputs | None
+    ):
+        self._recipe = recipe
+        self._topology = topology
+        self._policy = policy
+        self._stream = WeightStream(policy, spec, topology)
+        self._inputs = inputs
+        self._stack = ExitStack()
+        self._server: VLLMServer | None = None
+        self._client: RolloutClient | None = None
+        self._pool: RewardPool | None = None
+        self._sync: WeightSync
+        self._version = 0
+        self._died_in_step: int | None = None
+        self._step = 0
+
+    def __enter__(self) -> Rollouts:
+        try:
+            on_driver(self._topology, self._start)
+            self._meet()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    @property
+    def server_pid(self) -> int | None:
+        """The server's root process, on the driver."""
+        return self._server.process.pid if self._server and self._server.process else None
+
+    @property
+    def pool(self) -> RewardPool:
+        """The graders, on the driver."""
+        assert self._pool is not None
+        return self._pool
+
+    def sync(self, version: int) -> SyncReport:
+        """Give the server the policy's present weights and call them `version`."""
+        self._version = version
+        return self._surviving(lambda: self._sync.sync(version), sync_after_restart=False)
+
+    def prove(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> float:
+        """Largest |log-prob difference| between vLLM and the policy on these sequences; SyncError past sync.probe_tolerance.
+
+        The arguments are the same on every rank. Both sides at temperature 1.
+        """
+        sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        micro = make_micro_batch(
+            list(range(len(sequences))), [s[:1] for s in sequences], [s[1:] for s in sequences], packing=True
+        )
+        temperature, self._policy.temperature = self._policy.temperature, 1.0
+        log_probs = forward_log_probs(self._policy, [micro])
+        self._policy.temperature = temperature
+        ours: list[list[float]] = []
+        if self._topology.is_last_stage:
+            ours = [values.tolist() for values in log_probs[0].split([len(s) - 1 for s in sequences])]
+        ours = self._topology.broadcast(ours, src=self._topology.last_stage_rank)
+        return self._surviving(lambda: self._sync.prove(sequences, ours, self._recipe.sync.probe_tolerance))
+
+    def sample(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+        """One graded response for each prompt (given on the driver), in their order."""
+        self._step = step
+        return self._surviving(lambda: on_driver(self._topology, lambda: self._sample(prompts, step)))
+
+    def evaluate(self, step: int) -> Evaluation:
+        """avg@k and greedy of the weights that the server holds, on the recipe's held-out prompts."""
+        self._step = step
+
+        def work() -> Evaluation:
+            assert self._client and self._inputs
+            return evaluate_policy(self._recipe, self._inputs, self._client, self.pool)
+
+        return self._surviving(lambda: on_driver(self._topology, work))
+
+    def _sample(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+        assert self._client and self._inputs
+        grades: list[Future[Grade] | None] = [None] * len(prompts)
+
+        def grade(index: int, completion: Completion) -> None:
+            request = self._inputs.grade_request(prompts[index], completion.token_ids, completion.finish_reason)
+            grades[index] = self.pool.submit(request)
+
+        seed = self._recipe.run.seed
+        requests = [GenerateRequest(p.token_ids, sample_seed(seed, "train", step, p.prompt_id)) for p in prompts]
+        completions = self._client.generate(requests, self._inputs.sampling(self._recipe.sampling), grade)
+        return [
+            Rollout(
+                prompt_id=prompt.prompt_id,
+                prompt_ids=prompt.token_ids,
+                response_ids=tuple(completion.token_ids),
+                log_probs=tuple(completion.log_probs),
+                finish_reason=completion.finish_reason,
+                weight_version=int(completion.weight_version),
+                reward=future.result().reward,
+            )
+            for prompt, completion, future in zip(prompts, completions, grades, strict=True)
+        ]
+
+    def _start(self) -> None:
+        """On the driver: graders and server."""
+        recipe = self._recipe
+        self._pool = self._stack.enter_context(RewardPool(recipe.reward))
+        server = VLLMServer(
+            recipe.rollout,
+            recipe.model.path,
+            log_path=recipe.run.dir / "logs" / "vllm.log",
+            seed=recipe.run.seed,
+            max_model_len=recipe.max_sequence_tokens,
+            shm_dir=recipe.sync.dir,
+        )
+        self._stack.callback(server.stop)
+        self._stack.callback(lambda: self._client and self._client.close())
+        self._server = server
+        self._start_server()
+
+    def _start_server(self) -> None:
+        assert self._server
+        self._server.start()
+        self._client = RolloutClient(
+            self._server.url, self._server.token, timeout_s=self._recipe.rollout.request_timeout_s
+        )
+
+    def _restart(self) -> None:
+        assert self._server and self._client
+        self._client.close()
+        self._client = None
+        self._server.stop()
+        self._start_server()
+
+    def _meet(self) -> None:
+        folder = self._server.payload_dir if self._server else None
+        self._sync = WeightSync(self._stream, client=self._client, folder=folder, rank=self._topology.rank)
+        self._sync.init()
+
+    def _surviving(self, work: Callable[[], Answer], sync_after_restart: bool = True) -> Answer:
+        """Do collective `work`; if the server dies in it, restart the server, give it the weights, and do it once more."""
+        try:
+            return work()
+        except ServerDied as death:
+            if self._died_in_step == self._step:
+                tail = on_driver(self._topology, lambda: self._server.log_tail() if self._server else "")
+                raise ServerDied(f"{death}; it died twice in step {self._step}. The end of its log:\n{tail}") from None
+            self._died_in_step = self._step
+            if self._topology.is_driver:
+                print(f"the rollout server died in step {self._step} ({death}); restarting it once", flush=True)
+            on_driver(self._topology, self._restart)
+            self._meet()
+            if sync_after_restart:
+                self.sync(self._version)
+            return self._surviving(work, sync_after_restart)

@@ -1,0 +1,253 @@
+"""Starts, watches and stops one vLLM server: `with VLLMServer(recipe.rollout, model, ...) as server: ...`
+
+The server is `python -m vllm.entrypoints.openai.api_server` (`vllm serve` looks up a distribution named `vllm`, which
+the CPU wheel is not), in any interpreter that has vLLM and this package. It runs under `guard.py`, so that no exit of
+this process, SIGKILL included, leaves one of its processes, its shared memory or its folders behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from megatron_apo.config import RolloutConfig
+from megatron_apo.rollout import guard
+from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
+
+LOG_TAIL_LINES = 30
+STOP_LIMIT_S = 15.0
+# Set by torchrun for this process's own group; vLLM would take them for its own.
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "OMP_NUM_THREADS",
+)
+
+
+class ServerError(RuntimeError):
+    """The rollout server could not be started, or refused a request."""
+
+
+class ServerDied(ServerError):
+    """The rollout server is gone, or its engine is."""
+
+
+class VLLMServer:
+    """One vLLM engine replica behind HTTP.
+
+    `url`, `token` (bearer, on every request) and `payload_dir` (private folder for the `shm` transport, removed with
+    the server) hold from `start` to `stop`. A stopped server can be started again, with a new port and token.
+    """
+
+    def __init__(
+        self,
+        rollout: RolloutConfig,
+        model: Path,
+        *,
+        log_path: Path,
+        seed: int,
+        max_model_len: int,
+        shm_dir: Path | None = None,
+    ):
+        """`model`: HF folder. `max_model_len`: longest prompt + response, tokens. `shm_dir`: parent of `payload_dir`
+        (None: /dev/shm). `log_path` is appended to."""
+        self.rollout = rollout
+        self.model = model
+        self.log_path = log_path
+        self.seed = seed
+        self.max_model_len = max_model_len
+        self.shm_dir = shm_dir or Path("/dev/shm")
+        self.process: subprocess.Popen[bytes] | None = None
+        self.url = self.token = ""
+        self.payload_dir = Path()
+
+    def start(self) -> None:
+        """Start and wait until the server answers. Raises ServerError, with the log's last lines if there are any."""
+        assert self.process is None, "the server is already started"
+        if not (self.model / "config.json").is_file():
+            raise ServerError(f"model: {self.model} has no config.json; give a Hugging Face folder")
+        port = _free_port(self.rollout.host, self.rollout.port)
+        self.url = f"http://{self.rollout.host}:{port}"
+        self.token = secrets.token_urlsafe(32)
+        self.shm_dir.mkdir(parents=True, exist_ok=True)
+        self.payload_dir = Path(tempfile.mkdtemp(prefix="megatron-apo-", dir=self.shm_dir))
+        scratch = tempfile.mkdtemp(prefix="apo-")  # sockets; their paths have at most 107 characters
+        watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}"]
+        watch += [f"--remove={self.payload_dir}", f"--remove={scratch}", "--"]
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
+            self.log_start = log.tell()
+            self.process = subprocess.Popen(
+                watch + self._command(port),
+                env=self._environment(scratch),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the trainer, which then stops the server
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End every process of the server. Returns at once when it is not running."""
+        if self.process is None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            for pid in [*guard.descendants(self.process.pid), self.process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+        self.process = None
+
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def pids(self) -> list[int]:
+        """Every process of the server (for memory accounting)."""
+        return [self.process.pid, *guard.descendants(self.process.pid)] if self.process is not None else []
+
+    def log_tail(self) -> str:
+        """The last lines that this start of the server logged."""
+        with self.log_path.open("rb") as log:
+            log.seek(self.log_start)
+            lines = log.read().decode(errors="replace").splitlines()
+        return "\n".join(lines[-LOG_TAIL_LINES:])
+
+    def __enter__(self) -> VLLMServer:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def _wait_until_ready(self) -> None:
+        assert self.process is not None
+        request = urllib.request.Request(f"{self.url}/health", headers={"Authorization": f"Bearer {self.token}"})
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy must not see the token
+        end = time.monotonic() + self.rollout.start_timeout_s
+        while time.monotonic() < end:
+            if (status := self.process.poll()) is not None:
+                raise ServerError(
+                    f"vLLM ended with status {status} at its start; {self.log_path} ends:\n{self.log_tail()}"
+                )
+            try:
+                with opener.open(request, timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        limit = f"rollout.start_timeout_s={self.rollout.start_timeout_s:g}"
+        raise ServerError(f"vLLM did not answer within {limit}; {self.log_path} ends:\n{self.log_tail()}")
+
+    def _command(self, port: int) -> list[str]:
+        rollout = self.rollout
+        arguments = {
+            "model": self.model,
+            "served-model-name": "policy",
+            "host": rollout.host,
+            "port": port,
+            "dtype": rollout.dtype,
+            "seed": self.seed,
+            "max-model-len": longest_request(self.model, self.max_model_len),
+            "max-num-seqs": rollout.max_num_seqs,
+            "max-num-batched-tokens": rollout.max_num_batched_tokens,
+            "kv-cache-memory-bytes": int(rollout.kv_cache_gib * 2**30),
+            "tensor-parallel-size": rollout.tp,
+            "generation-config": "vllm",  # no sampling default from the model's folder
+            "logprobs-mode": "processed_logprobs",  # of the distribution that was sampled from: after the temperature
+            "weight-transfer-config": json.dumps({"backend": "shm"}),
+            "middleware": "megatron_apo.rollout.vllm_plugin.TokenCheck",
+            "uvicorn-log-level": "warning",
+        }
+        command = [rollout.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+        command += [
+            "--enable-scale-out",  # /inference/v1/generate
+            "--skip-tokenizer-init",  # token ids in, token ids out
+            "--no-enable-chunked-prefill",  # a seeded request prefilled in two pieces kills the CPU engine
+            "--no-enable-prefix-caching",  # a request's numbers do not depend on those before it
+            "--disable-log-stats",
+            "--disable-uvicorn-access-log",
+            "--disable-fastapi-docs",
+        ]
+        if not _has_gpu():
+            command.append("--enforce-eager")  # compiling costs more than it gains on a CPU
+        return command + rollout.extra_args
+
+    def _environment(self, scratch: str) -> dict[str, str]:
+        environment = dict(os.environ)
+        for name in LAUNCHER_VARIABLES:
+            environment.pop(name, None)
+        environment |= {
+            TOKEN_VARIABLE: self.token,
+            "TMPDIR": scratch,
+            "VLLM_RPC_BASE_PATH": scratch,
+            "VLLM_SERVER_DEV_MODE": "1",  # the weight-transfer routes; the token check guards them
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",  # the model is a folder
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # connections outlive the trainer's part of a step
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        return environment | engine_environment(self.rollout)
+
+
+def engine_environment(rollout: RolloutConfig) -> dict[str, str]:
+    """Variables that a vLLM engine with these settings needs on this machine, before vLLM is imported."""
+    return {} if _has_gpu() else _cpu_environment(rollout.tp, rollout.threads)
+
+
+def _cpu_environment(tp: int, threads: int | None) -> dict[str, str]:
+    """Give each worker its threads, and let idle ones sleep: trainer and rollouts take turns on the same cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    per_worker = threads or max(1, len(cores) // tp)
+    # vLLM compiles its sampler whatever --enforce-eager says: 15 s of the first call, for nothing.
+    shared = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_COMPILE_DISABLE": "1"}
+    if tp == 1:
+        # The worker lives in the engine core: one process fewer to start, and no shared-memory queue between the two,
+        # whose reader spins for a second after each message (distributed/device_communicators/shm_broadcast.py:139).
+        return shared | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(per_worker)}
+    groups = [[cores[(worker * per_worker + i) % len(cores)] for i in range(per_worker)] for worker in range(tp)]
+    bind = "|".join(",".join(map(str, dict.fromkeys(group))) for group in groups)
+    return shared | {"VLLM_CPU_OMP_THREADS_BIND": bind}
+
+
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def longest_request(model: Path, max_model_len: int) -> int:
+    """One token more than the longest sequence, where the model has room: scoring a sequence generates one token."""
+    limit = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
+    return max_model_len if max_model_len == limit else max_model_len + 1
+
+
+def _free_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0. Raises ServerError when it is taken."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerError(
+                f"rollout.port: cannot listen on {host}:{port}: {error.strerror}; use another, or 0"
+            ) from None
+        return probe.getsockname()[1]

@@ -1,0 +1,64 @@
+"""What stage 2 learns from: prompts, and their V* from a store that was proven to belong to this run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_apo.config import Recipe
+from megatron_apo.data.prompts import Prompt
+from megatron_apo.data.rollout import Rollout
+from megatron_apo.inputs import Inputs, fingerprint, load_inputs
+from megatron_apo.model.hf_config import check_layout, read_hf_config
+from megatron_apo.rewards import get_reward
+from megatron_apo.values.store import PromptValues, VStarStore
+from megatron_apo.weights.hf_io import HFReader, model_hash
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """`prompts`: those the recipe's filter keeps."""
+
+    inputs: Inputs
+    prompts: list[Prompt]
+    vstar: PromptValues
+
+    def values(self, batch: Sequence[Rollout]) -> dict[str, float]:
+        """V* of the batch's prompts."""
+        ids = [rollout.prompt_id for rollout in batch]
+        return dict(zip(ids, self.vstar.lookup(ids).tolist(), strict=True))
+
+
+def open_curriculum(recipe: Recipe) -> Curriculum:
+    """Check everything that training reads: models, layout, prompts, and the V* store against this run.
+
+    Raises a ValueError of one line per problem.
+    """
+    for folder in dict.fromkeys((recipe.model.path, recipe.model.reference_path)):
+        spec = read_hf_config(folder)
+        check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp)
+        HFReader(folder).check(spec)
+    out = recipe.run.dir / "checkpoints" / "hf"
+    if out.exists():
+        raise ValueError(f"run.dir: {out} is there already; give another run.dir, or remove it")
+    inputs = load_inputs(recipe)
+    if not inputs.evaluation:
+        raise ValueError("data.eval: missing; training reports on held-out prompts")
+    reward = get_reward(recipe.reward.name, recipe.reward.options)
+    store = VStarStore.open(recipe.vstar.dir)
+    store.check(
+        fingerprint(
+            recipe,
+            inputs,
+            model_hash=model_hash(recipe.model.reference_path),
+            reward_name=reward.name,
+            reward_version=reward.version,
+        )
+    )
+    left_out = store.filtered_ids(recipe.vstar.filter)
+    prompts = [prompt for prompt in inputs.training.prompts if prompt.prompt_id not in left_out]
+    vstar = store.values(recipe.vstar.beta1, recipe.vstar.estimator)
+    if not prompts:
+        raise ValueError(f"vstar.filter: {recipe.vstar.filter} leaves none of {len(store)} prompts; choose another filter")
+    vstar.lookup([prompt.prompt_id for prompt in prompts])
+    return Curriculum(inputs, prompts, vstar)

@@ -1,0 +1,41 @@
+"""avg@k and greedy of a Hugging Face folder on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_apo.config import Recipe
+from megatron_apo.inputs import load_inputs
+from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.rewards.pool import RewardPool
+from megatron_apo.rollout.client import RolloutClient
+from megatron_apo.rollout.evaluation import evaluate_policy
+from megatron_apo.rollout.server import VLLMServer
+
+
+def run(recipe: Recipe, model: Path | None = None) -> None:
+    """Evaluate an HF folder (default: model.path) with a server of its own, print, and write RUN/evaluation-<name>.json."""
+    model = model or recipe.model.path
+    read_hf_config(model)
+    if recipe.data.eval is None:
+        raise ValueError("data.eval: missing; give held-out prompts to evaluate on")
+    inputs = load_inputs(recipe)
+    server = VLLMServer(
+        recipe.rollout,
+        model,
+        log_path=recipe.run.dir / "logs" / "vllm-evaluate.log",
+        seed=recipe.run.seed,
+        max_model_len=recipe.max_sequence_tokens,
+    )
+    with RewardPool(recipe.reward) as pool, server:
+        with RolloutClient(server.url, server.token, timeout_s=recipe.rollout.request_timeout_s) as client:
+            found = evaluate_policy(recipe, inputs, client, pool)
+    path = recipe.run.dir / f"evaluation-{model.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(found) | {"model": str(model)}, indent=1) + "\n")
+    print(
+        f"{model}: avg@{found.samples_per_prompt} {found.mean:.3f} +- {found.stderr:.3f}, greedy {found.greedy:.3f} +- "
+        f"{found.greedy_stderr:.3f} ({found.num_prompts} prompts); {path}"
+    )

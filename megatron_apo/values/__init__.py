@@ -1,0 +1,1 @@
+"""V*: estimators from sampled rewards, and the store that keeps the samples."""

@@ -1,0 +1,124 @@
+"""How one Megatron parameter corresponds to Hugging Face tensors, in both directions.
+
+A `Rule` knows three things: the HF names, how full HF tensors become this parameter's tensor-parallel shards (`split`),
+and how the shards become the full HF tensors again (`merge`). `merge(split(x)) == x` bitwise, for every TP that
+fits. Rules hold no state and are never changed at run time.
+
+Shapes are full, unsharded: H hidden, N query heads, G query groups, D head size, F ffn, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_apo.model.hf_config import ModelSpec
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of a family's table. `{layer}` in names stands for the layer's index.
+
+    megatron: parameter name, in the local layer spec's spelling; te: in Transformer Engine's, where it differs.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    te: str | None = None
+
+    def hf_shapes(self, spec: ModelSpec) -> list[tuple[int, ...]]:
+        """Full shape of each HF tensor, in the order of `hf`."""
+        raise NotImplementedError
+
+    def split(self, tensors: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        """Full HF tensors -> the parameter's shard on each of `tp` ranks."""
+        raise NotImplementedError
+
+    def merge(self, shards: Sequence[Tensor], spec: ModelSpec) -> list[Tensor]:
+        """Shards in tensor-rank order -> full HF tensors, in the order of `hf`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Copy(Rule):
+    """The same tensor on both sides: `shape` names its dimensions; `dim` is the one split over TP, None: replicated."""
+
+    shape: tuple[str, ...] = ()
+    dim: int | None = None
+
+    def hf_shapes(self, spec: ModelSpec) -> list[tuple[int, ...]]:
+        sizes = {
+            "hidden": spec.hidden_size,
+            "heads": spec.num_heads * spec.head_dim,
+            "head": spec.head_dim,
+            "ffn": spec.ffn_size,
+        }
+        return [tuple(sizes[name] for name in self.shape)]
+
+    def split(self, tensors: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        (tensor,) = tensors
+        return [tensor] * tp if self.dim is None else list(tensor.chunk(tp, dim=self.dim))
+
+    def merge(self, shards: Sequence[Tensor], spec: ModelSpec) -> list[Tensor]:
+        return [shards[0] if self.dim is None else torch.cat(list(shards), dim=self.dim)]
+
+
+@dataclass(frozen=True)
+class Vocabulary(Rule):
+    """[V, H] split over rows; Megatron's copy is padded with zero rows so that TP divides it."""
+
+    def hf_shapes(self, spec: ModelSpec) -> list[tuple[int, ...]]:
+        return [(spec.vocab_size, spec.hidden_size)]
+
+    def split(self, tensors: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        (tensor,) = tensors
+        padding = -len(tensor) % tp
+        if padding:
+            tensor = torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])])
+        return list(tensor.chunk(tp))
+
+    def merge(self, shards: Sequence[Tensor], spec: ModelSpec) -> list[Tensor]:
+        return [torch.cat(list(shards))[: spec.vocab_size]]
+
+
+@dataclass(frozen=True)
+class QKV(Rule):
+    """Query, key and value in one parameter, interleaved by query group: [q..q k v] for each group, split over rows.
+
+    Works on weights [., H] and biases [.]. (Megatron-Core attention.py, `get_query_key_value_tensors`.)
+    """
+
+    bias: bool = False
+
+    def hf_shapes(self, spec: ModelSpec) -> list[tuple[int, ...]]:
+        tail = () if self.bias else (spec.hidden_size,)
+        return [(heads * spec.head_dim, *tail) for heads in (spec.num_heads, *(spec.num_query_groups,) * 2)]
+
+    def split(self, tensors: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        groups = [tensor.unflatten(0, (spec.num_query_groups, -1)) for tensor in tensors]
+        return list(torch.cat(groups, dim=1).flatten(0, 1).chunk(tp))
+
+    def merge(self, shards: Sequence[Tensor], spec: ModelSpec) -> list[Tensor]:
+        groups = torch.cat(list(shards)).unflatten(0, (spec.num_query_groups, -1))
+        query_rows = spec.num_heads // spec.num_query_groups * spec.head_dim
+        parts = groups.split([query_rows, spec.head_dim, spec.head_dim], dim=1)
+        return [part.flatten(0, 1) for part in parts]
+
+
+@dataclass(frozen=True)
+class GatedMLP(Rule):
+    """gate and up [F, H] in one parameter: each rank holds its slice of gate, then its slice of up."""
+
+    def hf_shapes(self, spec: ModelSpec) -> list[tuple[int, ...]]:
+        return [(spec.ffn_size, spec.hidden_size)] * 2
+
+    def split(self, tensors: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
+        gate, up = tensors
+        return [torch.cat(pair) for pair in zip(gate.chunk(tp), up.chunk(tp), strict=True)]
+
+    def merge(self, shards: Sequence[Tensor], spec: ModelSpec) -> list[Tensor]:
+        halves = [shard.chunk(2) for shard in shards]
+        return [torch.cat([gate for gate, _ in halves]), torch.cat([up for _, up in halves])]

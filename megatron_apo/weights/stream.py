@@ -1,0 +1,189 @@
+"""Moves weights between a Megatron model spread over ranks and Hugging Face tensors.
+
+    load_weights(model, spec, topology, reader)     every rank reads its own shards
+    WeightStream(model, spec, topology)             HF tensors, in HF order, on global rank 0
+    export_hf(stream, topology, ...)                the stream written as an HF folder
+
+The stream sends a layer at a time: every rank that holds a piece of the layer (data-parallel replica 0) sends one flat
+buffer to rank 0, which merges. While the caller consumes one layer, the next is already being received.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_apo.model.hf_config import ModelSpec
+from megatron_apo.parallel.topology import Topology
+from megatron_apo.weights.families import Entry, model_entries, tied_head_entry
+from megatron_apo.weights.hf_io import write_hf_folder
+
+
+class TensorReader(Protocol):
+    def get(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """A full Hugging Face tensor, not yet made."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class MappingError(ValueError):
+    """Parameters without a row in the family's table, or rows without a parameter. Lists all of them."""
+
+
+def stage_parameters(model: torch.nn.Module, spec: ModelSpec, topology: Topology) -> dict[Entry, torch.nn.Parameter]:
+    """Each of this rank's parameters with its row, in HF order. Raises `MappingError` for any that has none."""
+    entries = [entry for entry in model_entries(spec, topology.pp) if entry.pp_rank == topology.pp_rank]
+    tied_head = tied_head_entry(spec, topology.pp)
+    if tied_head and tied_head.pp_rank == topology.pp_rank:
+        entries.append(tied_head)
+    parameters = dict(model.named_parameters())
+    found = {}
+    missing = []
+    for entry in entries:
+        parameter = parameters.pop(entry.megatron, None)
+        if parameter is None:
+            parameter = parameters.pop(entry.te, None)
+        if parameter is None:
+            missing.append(entry.megatron)
+        else:
+            found[entry] = parameter
+    if missing or parameters:
+        raise MappingError(
+            f"{spec.family}: parameters without a row: {sorted(parameters) or 'none'}; rows without a parameter: {missing or 'none'}"
+        )
+    return found
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, spec: ModelSpec, topology: Topology, reader: TensorReader) -> None:
+    """Copy this rank's shards of an HF checkpoint into `model`, cast to each parameter's dtype."""
+    for entry, parameter in stage_parameters(model, spec, topology).items():
+        tensors = [reader.get(name) for name in entry.hf]
+        shard = entry.rule.split(tensors, spec, topology.tp)[topology.tp_rank]
+        if shard.shape != parameter.shape:
+            raise MappingError(f"{entry.megatron}: shard {tuple(shard.shape)}, parameter {tuple(parameter.shape)}")
+        parameter.copy_(shard)
+
+
+class WeightStream:
+    """The model's Hugging Face tensors, one layer at a time.
+
+    `metadata()` is static and the same on every rank. Iterating is collective over all ranks; global rank 0 yields
+    (name, full tensor) in the order of `metadata()`, the others yield nothing. Can be iterated again.
+
+    tensor_of: which tensor of a parameter to stream; the default is its value (tests stream gradients).
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        spec: ModelSpec,
+        topology: Topology,
+        *,
+        dtype: torch.dtype | None = None,
+        tensor_of: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.detach(),
+    ):
+        self._spec = spec
+        self._topology = topology
+        self._tensor_of = tensor_of
+        self._own = stage_parameters(model, spec, topology)
+        self._shard_dtype = tensor_of(next(iter(self._own.values()))).dtype
+        self.dtype = dtype or self._shard_dtype
+        entries = model_entries(spec, topology.pp)
+        self._buckets = [list(members) for _, members in groupby(entries, key=lambda entry: (entry.pp_rank, entry.layer))]
+
+    def metadata(self) -> list[TensorMeta]:
+        return [
+            TensorMeta(name, self.dtype, shape)
+            for bucket in self._buckets
+            for entry in bucket
+            for name, shape in zip(entry.hf, entry.rule.hf_shapes(self._spec), strict=True)
+        ]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        if self._topology.is_driver:
+            yield from self._receive()
+        else:
+            self._send()
+
+    def _send(self) -> None:
+        if self._topology.rank not in self._topology.owner_ranks(self._topology.pp_rank):
+            return
+        pending = []
+        for bucket in self._buckets:
+            if bucket[0].pp_rank == self._topology.pp_rank:
+                flat = self._flatten(bucket)
+                pending.append((dist.isend(flat, dst=0), flat))
+            if len(pending) > 2:  # a layer being received and one ahead of it
+                pending.pop(0)[0].wait()
+        for work, _ in pending:
+            work.wait()
+
+    def _receive(self) -> Iterator[tuple[str, Tensor]]:
+        posted = self._post(0)
+        for index, bucket in enumerate(self._buckets):
+            current, posted = posted, self._post(index + 1)
+            flats = []
+            for flat, work in current:
+                if work is not None:
+                    work.wait()
+                flats.append(flat)
+            yield from self._merge(bucket, flats)
+
+    def _post(self, index: int) -> list[tuple[Tensor, dist.Work | None]]:
+        """Start receiving bucket `index`: (flat shard, work) by tensor rank."""
+        if index >= len(self._buckets):
+            return []
+        bucket = self._buckets[index]
+        size = sum(prod(shape) for entry in bucket for shape in self._shard_shapes(entry)[:1])
+        posted: list[tuple[Tensor, dist.Work | None]] = []
+        for rank in self._topology.owner_ranks(bucket[0].pp_rank):
+            if rank == 0:
+                posted.append((self._flatten(bucket), None))
+            else:
+                flat = torch.empty(size, dtype=self._shard_dtype, device=self._topology.device)
+                posted.append((flat, dist.irecv(flat, src=rank)))
+        return posted
+
+    def _flatten(self, bucket: list[Entry]) -> Tensor:
+        return torch.cat([self._tensor_of(self._own[entry]).reshape(-1) for entry in bucket])
+
+    def _merge(self, bucket: list[Entry], flats: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        offset = 0
+        for entry in bucket:
+            shapes = self._shard_shapes(entry)
+            size = prod(shapes[0])
+            pairs = zip(flats, shapes, strict=True)
+            shards = [flat[offset : offset + size].view(shape) for flat, shape in pairs]
+            offset += size
+            for name, tensor in zip(entry.hf, entry.rule.merge(shards, self._spec), strict=True):
+                yield name, tensor.to(self.dtype).contiguous()
+
+    def _shard_shapes(self, entry: Entry) -> list[torch.Size]:
+        """Shape of the parameter on each tensor rank, from the rule itself."""
+        full = [torch.empty(shape, device="meta") for shape in entry.rule.hf_shapes(self._spec)]
+        return [shard.shape for shard in entry.rule.split(full, self._spec, self._topology.tp)]
+
+
+def export_hf(stream: WeightStream, topology: Topology, *, source: Path, out: Path) -> None:
+    """Write the streamed weights as the HF folder `out`, with `source`'s configuration and tokenizer. Collective."""
+    if topology.is_driver:
+        write_hf_folder(stream, source, out, dtype=stream.dtype)
+    else:
+        for _ in stream:
+            pass
+    dist.barrier()

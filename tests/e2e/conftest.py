@@ -1,0 +1,145 @@
+"""One real vLLM server per (model, TP), shared by every case that does not kill it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from megatron_apo.config import RolloutConfig
+from megatron_apo.rollout import guard
+from megatron_apo.rollout.client import RolloutClient
+from megatron_apo.rollout.server import VLLMServer
+from megatron_apo.rollout.weight_sync import WeightSync
+
+torch.set_num_threads(1)  # the tiny reference models share the cores with the servers under test
+
+EOS = 1
+VOCABULARY = 40  # not a multiple of vLLM's padding, 64
+MAX_MODEL_LEN = 96
+
+
+def tiny_model(family: str, tied: bool, seed: int) -> PreTrainedModel:
+    """A random fp32 model whose distributions are far from uniform."""
+    kind = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
+    config = kind(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=192,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        eos_token_id=EOS,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    if family == "qwen3":
+        config.head_dim = 32  # vLLM's CPU attention wants a multiple of 32
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
+    return model
+
+
+def log_probs(model: PreTrainedModel, tokens: list[int], temperature: float = 1.0) -> list[float]:
+    """transformers' fp32 log-probs of every token but the first."""
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0, :-1].float() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+
+
+def traces(pids: list[int], payload_dir: Path) -> list[Path]:
+    """What a server's processes leave in the file system while they run."""
+    shared = guard.mapped_shared_memory(pids)
+    assert any(path.name.startswith("sem.mp-") for path in shared)
+    return [*(Path(f"/proc/{pid}") for pid in pids), *shared, payload_dir]
+
+
+def assert_all_gone(paths: list[Path]) -> None:
+    """None of a server's processes runs any more, and nothing of theirs is left in shared memory."""
+    end = time.monotonic() + 15
+    while left := [path for path in paths if path.exists() and not (path.parts[1] == "proc" and is_zombie(path))]:
+        assert time.monotonic() < end, f"still there: {left}"
+        time.sleep(0.05)
+
+
+def is_zombie(process: Path) -> bool:
+    return guard.is_zombie(int(process.name))
+
+
+@dataclass(frozen=True)
+class Meta:
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class ModelSource:
+    """The weight source of a plain model in this process: every parameter under its HF name, a tied head left out."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def metadata(self) -> list[Meta]:
+        return [Meta(name, value.dtype, tuple(value.shape)) for name, value in self.model.named_parameters()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.model.named_parameters()
+
+
+@dataclass
+class Rollouts:
+    """A running server, its client, and the model that it was started with."""
+
+    server: VLLMServer
+    client: RolloutClient
+    family: str
+    tied: bool
+
+    def model(self, seed: int) -> PreTrainedModel:
+        return tiny_model(self.family, self.tied, seed)
+
+    def sync(self, model: PreTrainedModel) -> WeightSync:
+        """A WeightSync over `model`, introduced to the server."""
+        sync = WeightSync(ModelSource(model), client=self.client, folder=self.server.payload_dir)
+        sync.init()
+        return sync
+
+
+StartServer = Callable[..., Rollouts]
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
+    """start_server(family, tied, tp, **rollout options) -> a new Rollouts; stopped at the end of the session."""
+    started: list[Rollouts] = []
+
+    def start(family: str = "qwen3", tied: bool = True, tp: int = 1, **options: object) -> Rollouts:
+        folder = tmp_path_factory.mktemp("server")
+        tiny_model(family, tied, seed=0).save_pretrained(folder / "model")
+        config = RolloutConfig(tp=tp, kv_cache_gib=0.1, **options)
+        server = VLLMServer(config, folder / "model", log_path=folder / "vllm.log", seed=0, max_model_len=MAX_MODEL_LEN)
+        server.start()
+        rollouts = Rollouts(server, RolloutClient(server.url, server.token, timeout_s=120), family, tied)
+        started.append(rollouts)
+        return rollouts
+
+    yield start
+    for rollouts in started:
+        rollouts.client.close()
+        rollouts.server.stop()
+
+
+@pytest.fixture(scope="session")
+def rollouts(start_server: StartServer) -> Rollouts:
+    """The server that the cases share: tied Qwen3, TP 1."""
+    return start_server()

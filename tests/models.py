@@ -1,0 +1,63 @@
+"""Tiny random Hugging Face models of every family, made where a test needs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+_COMMON = {
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 101,  # not divisible by TP: the last shard is padded
+    "max_position_embeddings": 16384,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,  # transformers gives the padding row no gradient
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# name: (model class, config class, what differs)
+VARIANTS = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": False}),
+    "llama3-tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": _LLAMA3_ROPE}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": False}),
+    "qwen2-tied-one-group": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": False, "head_dim": 20}),
+    "qwen3-tied": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": True, "head_dim": 12}),
+}
+
+
+def make_model(name: str, folder: Path, seed: int = 0) -> Path:
+    """Save a random fp32 model of variant `name` under `folder`; returns its path."""
+    model_class, config_class, changes = VARIANTS[name]
+    torch.manual_seed(seed)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**(_COMMON | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms start constant, which would hide a swapped one
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    path = folder / name
+    model.save_pretrained(path)
+    return path
+
+
+def hf_log_probs(path: Path, prompts: list[list[int]], responses: list[list[int]], temperature: float = 1.0) -> list[torch.Tensor]:
+    """Log-probs of each response's tokens by transformers, fp32, one sequence at a time."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    found = []
+    with torch.no_grad():
+        for prompt, response in zip(prompts, responses, strict=True):
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+            found.append(logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1))
+    return found

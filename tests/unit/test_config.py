@@ -1,0 +1,117 @@
+"""The recipe: defaults, overrides, and every mistake named at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_apo.config import RECIPES, RecipeError, build_recipe, describe_fields, load_recipe, recipe_path
+
+PATHS = ["model.path=m", "data.train=t.jsonl", "vstar.dir=v"]
+
+
+def problems_of(tree: Any, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        build_recipe(tree, overrides)
+    return caught.value.problems
+
+
+def test_defaults_are_the_papers() -> None:
+    recipe = build_recipe({}, PATHS)
+    assert (recipe.vstar.beta1, recipe.objective.beta2, recipe.vstar.samples_per_prompt) == (0.5, 1e-3, 8)
+    assert (recipe.train.prompts_per_step, recipe.train.minibatches, recipe.optimizer.lr) == (256, 2, 1e-6)
+    assert (recipe.sampling.temperature, recipe.sampling.top_p, recipe.sampling.top_k) == (1, 1, -1)
+    assert recipe.model.reference_path == Path("m")
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("optimizer.lr=1e-4", "optimizer", "lr", 1e-4),  # YAML 1.1 reads this as a string
+        ("train.packing=false", "train", "packing", False),
+        ("data.eval=null", "data", "eval", None),
+        ("rollout.extra_args=[--seed, '3']", "rollout", "extra_args", ["--seed", "3"]),
+        ("reward.options.tolerance=0.1", "reward", "options", {"tolerance": 0.1}),
+        ("data.train=a=b.jsonl", "data", "train", "a=b.jsonl"),
+    ],
+)
+def test_overrides_are_yaml_values(override: str, section: str, key: str, value: object) -> None:
+    assert getattr(getattr(build_recipe({}, [*PATHS, override]), section), key) == value
+
+
+def test_all_problems_are_said_at_once() -> None:
+    problems = problems_of({"trian": {}, "train": {"stps": 3}}, "optimizer.lr=-1", "parallel.tp=two", "nonsense")
+    starts = ["override 'nonsense'", "trian:", "train.stps:", "optimizer.lr:", "parallel.tp:"]
+    starts += ["model.path:", "data.train:", "vstar.dir:"]
+    for start in starts:
+        assert sum(problem.startswith(start) for problem in problems) == 1, (start, problems)
+    assert len(problems) == len(starts)
+    assert all("\n" not in problem for problem in problems)
+
+
+def test_a_problem_names_key_value_allowed_and_fix() -> None:
+    (unknown,) = problems_of({}, *PATHS, "train.stps=3")
+    assert unknown == "train.stps: unknown key; did you mean train.steps?"
+    (choice,) = problems_of({}, *PATHS, "vstar.estimator=median")
+    assert choice == "vstar.estimator: 'median' is not allowed; use 'log_mean_exp', 'mean' or 'max'"
+    (number,) = problems_of({}, *PATHS, "vstar.beta1=0")
+    assert number == "vstar.beta1: 0 is not allowed; use greater than 0"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "fix"),
+    [
+        (["train.prompts_per_step=6", "train.minibatches=2", "parallel.dp=2"], "train.prompts_per_step", "8"),
+        (["data.max_prompt_tokens=5000"], "train.tokens_per_micro_batch", "6024"),  # 5000 + 1024
+        (["data.max_prompt_tokens=100", "rollout.max_num_batched_tokens=99"], "rollout.max_num_batched_tokens", "100"),
+        (["optimizer.lr=1e-6", "optimizer.min_lr=1e-5"], "optimizer.min_lr", "1e-7"),
+    ],
+)
+def test_combinations_that_cannot_work(overrides: list[str], key: str, fix: str) -> None:
+    (problem,) = problems_of({}, *PATHS, *overrides)
+    assert problem.startswith(f"{key}: ")
+    build_recipe({}, [*PATHS, *overrides, f"{key}={fix}"])  # what the message asks for is enough
+
+
+def test_the_callers_tree_is_left_alone() -> None:
+    tree: dict[str, Any] = {"train": {"steps": 1}}
+    build_recipe(tree, [*PATHS, "train.steps=2"])
+    assert tree == {"train": {"steps": 1}}
+
+
+def test_save_and_load_give_the_same_recipe(tmp_path: Path) -> None:
+    recipe = build_recipe({}, [*PATHS, "optimizer.lr=3e-5", "sampling.stop_token_ids=[1, 2]"])
+    recipe.save(tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("[1]", "top level is a list"), ("a: [", "not YAML"), ("train: 3", "train: 3")]
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(tmp_path / "r.yaml", PATHS)
+
+
+def test_empty_sections_are_defaults(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("train:\n")
+    assert load_recipe(tmp_path / "r.yaml", PATHS) == build_recipe({}, PATHS)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    assert load_recipe(path.stem, PATHS) == load_recipe(path, PATHS)
+
+
+def test_an_unknown_recipe_names_those_there_are() -> None:
+    with pytest.raises(RecipeError, match="nowhere is not a file nor one of the recipes here: .*quickstart"):
+        recipe_path("nowhere")
+
+
+def test_every_field_is_described() -> None:
+    rows = describe_fields()
+    assert ("train.steps", "200", "rollout batches") in rows
+    assert [key for key, _, description in rows if not description] == []

@@ -1,0 +1,438 @@
+"""Graders on the answers people and models write, and the pool on graders that misbehave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_apo.config import RewardConfig
+from megatron_apo.rewards import GradeRequest, Reward, get_reward, register_reward, reward_target
+from megatron_apo.rewards.pool import Grade, RewardPool
+
+MISBEHAVING = """
+import os, signal, sys, time
+
+
+class Misbehaving:
+    name, version = "misbehaving", "7"
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def __call__(self, request):
+        what = request.response
+        if what == "hang":
+            time.sleep(3600)
+        if what == "hang in C":
+            import re
+            re.match("(a*)*b", "a" * 60)  # exponential, holds the interpreter lock
+        if what == "ignore SIGTERM":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(3600)
+        if what == "throw":
+            raise KeyError("no such\\nthing")
+        if what == "sys.exit":
+            sys.exit(3)
+        if what == "exit 0":
+            os._exit(0)
+        if what == "exit 1":
+            os._exit(1)
+        if what == "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if what == "memory":
+            return len(bytearray(1 << 31))  # twice the limit
+        if what == "recursion":
+            return self(request)
+        if what == "pid":
+            return float(os.getpid())
+        returns = {"nan": float("nan"), "inf": float("inf"), "text": "1.0", "none": None, "true": True}
+        return returns[what] if what in returns else self.scale * float(what)
+
+
+class Nameless:
+    def __call__(self, request):
+        return 0.0
+
+
+class DiesInTheMaking:
+    def __init__(self):
+        os._exit(1)
+
+
+class RaisesInTheMaking:
+    def __init__(self):
+        raise RuntimeError("no licence")
+"""
+
+
+def request(response: str, answer: str = "", finish_reason: str = "stop", prompt: str = "") -> GradeRequest:
+    return GradeRequest(prompt, response, answer, finish_reason)
+
+
+def grade(name: str, response: str, answer: str, finish_reason: str = "stop", prompt: str = "", **options) -> float:
+    return get_reward(name, options)(request(response, answer, finish_reason, prompt))
+
+
+# --- graders
+
+
+@pytest.mark.parametrize(
+    ("response", "finish_reason", "expected"),
+    [
+        ("<think>12+34=46;46+56=102</think>102", "stop", 1),
+        ("12+34=46;46+56=102</think>102", "stop", 1),  # the template opened the tag
+        ("<think>12+34=46;46+56=102</think>102", "length", 0),
+        ("<think>12+34=46;46+56=102102", "stop", 0),
+        ("102", "stop", 0),
+        ("<think></think>103", "stop", 0),
+        ("<think></think>1020", "stop", 0),
+        ("<think></think>0102", "stop", 0),
+        ("<think>102</think>", "stop", 0),
+        ("<think></think>7</think>102", "stop", 0),
+    ],
+)
+def test_arithmetic(response, finish_reason, expected):
+    assert grade("arithmetic", response, "102", finish_reason) == expected
+
+
+SOLUTION = "Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### "
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "expected"),
+    [
+        ("so 9+9 is 18\n#### 18", "18", 1),
+        ("#### 18.", "18", 1),
+        ("#### 1,800", "1800", 1),
+        ("#### 1800", "1,800", 1),
+        ("#### $1,234,567.50", "1234567.5", 1),
+        ("#### 18.00", "18", 1),
+        ("#### -5", "-5", 1),
+        ("#### $-5", "-5", 1),
+        ("#### 18 dollars", "18", 1),
+        ("#### **18**", "18", 1),
+        ("#### 17\nno, wait\n#### 18", "18", 1),
+        ("#### 18\n#### 17", "18", 0),
+        ("the answer is 18", "18", 0),
+        ("#### 5", "-5", 0),
+        ("#### 180", "18", 0),
+        ("#### 1", "1800", 0),
+        ("#### 18/7", "18", 0),
+        ("#### 1,80", "180", 0),
+        ("#### 18e3", "18", 0),
+        ("#### eighteen", "18", 0),
+        ("#### ", "18", 0),
+        ("", "18", 0),
+    ],
+)
+def test_gsm8k(response, reference, expected):
+    assert grade("gsm8k", response, SOLUTION + reference) == expected
+    assert grade("gsm8k", response, reference) == expected
+
+
+def test_gsm8k_options():
+    assert grade("gsm8k", "it is 17, no: 18.", SOLUTION + "18", strict=False) == 1
+    assert grade("gsm8k", "it is 18, no: 17.", SOLUTION + "18", strict=False) == 0
+    assert grade("gsm8k", "#### 18", SOLUTION + "18", thinking=True) == 0
+    assert grade("gsm8k", "#### 17</think>#### 18", SOLUTION + "18", thinking=True) == 1
+    assert grade("gsm8k", "#### 18</think>#### 17", SOLUTION + "18") == 0
+    with pytest.raises(ValueError, match="no number after ####"):
+        grade("gsm8k", "#### 18", "#### unknown")
+
+
+@pytest.mark.parametrize(
+    ("response", "reference", "expected"),
+    [
+        (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}", 1),
+        (r"so \boxed{0.5}", r"\frac12", 1),
+        (r"so \boxed{\dfrac{2}{4}}.", "$\\frac{1}{2}$", 1),
+        (r"\boxed{2} no, \boxed{3}", "3", 1),
+        (r"\boxed{3} no, \boxed{2}", "3", 0),
+        (r"\boxed{x^2+2x+1}", "(x+1)^2", 1),
+        (r"\boxed{(1, 2)}", "(1,2)", 1),
+        (r"\boxed{(2, 1)}", "(1,2)", 0),
+        (r"\boxed{1{,}000}", "1000", 1),
+        (r"\boxed{3}", r"adding up gives $\boxed{3}$.", 1),
+        (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", 1),
+        (r"\boxed{}", "3", 0),
+        (r"\boxed{", "3", 0),
+        ("the answer is 3", "3", 0),
+        (r"<think>\boxed{3}</think>the answer is 3", "3", 0),
+        (r"<think>\boxed{4}</think>\boxed{3}", "3", 1),
+    ],
+)
+def test_math(response, reference, expected):
+    assert grade("math", response, reference) == expected
+
+
+def test_math_options():
+    assert grade("math", "the answer is $3$", "3", boxed=False) == 1
+    assert grade("math", "the answer is $4$", "3", boxed=False) == 0
+    assert grade("math", r"\boxed{3}", "3", thinking=True) == 0
+    assert grade("math", r"thoughts</think>\boxed{3}", "3", thinking=True) == 1
+    with pytest.raises(ValueError, match="cannot parse the reference"):
+        grade("math", r"\boxed{3}", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "solved", "answer"),
+    [("arithmetic", "</think>102", "102"), ("gsm8k", "#### 18", "#### 18"), ("math", r"\boxed{3}", "3")],
+)
+def test_the_prompt_is_not_graded(name, solved, answer):
+    assert grade(name, "", answer, prompt=solved) == 0
+    assert grade(name, solved, answer, prompt="#### 1 \\boxed{2}") == 1
+
+
+# --- names
+
+
+def test_every_registered_reward_has_an_identity():
+    for name in ("arithmetic", "gsm8k", "math"):
+        reward = get_reward(name, {})
+        assert isinstance(reward, Reward) and reward.name == name and reward.version
+
+
+def test_names_that_are_no_rewards():
+    with pytest.raises(
+        ValueError, match="reward.name: 'maths' is not a reward; use arithmetic, gsm8k, math, or my_module"
+    ):
+        get_reward("maths", {})
+    with pytest.raises(ValueError, match="reward.name: cannot load no_such_module:Thing"):
+        get_reward("no_such_module:Thing", {})
+    with pytest.raises(ValueError, match="reward.name: cannot load json:Reward"):
+        get_reward("json:Reward", {})
+    with pytest.raises(ValueError, match="reward.options: {'colour': 1} do not fit"):
+        get_reward("math", {"colour": 1})
+
+
+def test_register_reward():
+    register_reward("test_twin", "megatron_apo.rewards.arithmetic:ArithmeticReward")
+    assert get_reward("test_twin", {}).name == "arithmetic"
+    assert reward_target("test_twin") == reward_target("arithmetic")
+    with pytest.raises(ValueError, match="'math' is already"):
+        register_reward("math", "my_module:Mine")
+
+
+# --- the pool
+
+
+@pytest.fixture
+def misbehaving(tmp_path, monkeypatch):
+    (tmp_path / "misbehaving.py").write_text(MISBEHAVING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def configure(**changes):
+        settings = {
+            "name": "misbehaving:Misbehaving",
+            "time_limit_s": 1.0,
+            "memory_limit_gib": 1.0,
+            "failure_reward": -9.0,
+        }
+        return RewardConfig(**(settings | changes))
+
+    return configure
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_pool_grades_in_order(workers):
+    requests = [request(f"</think>{i % 7}", str(i % 5)) for i in range(300)]
+    with RewardPool(RewardConfig(name="arithmetic", workers=workers)) as pool:
+        assert (pool.reward_name, pool.reward_version) == ("arithmetic", "1")
+        assert pool.grade(requests) == [Grade(float(i % 7 == i % 5)) for i in range(300)]
+        futures = [pool.submit(item) for item in requests]
+        assert [future.result() for future in futures] == pool.grade(requests)
+        assert pool.grade([]) == []
+    assert not pool.failures
+
+
+FAILURES = {
+    "hang": "timeout",
+    "hang in C": "timeout",
+    "ignore SIGTERM": "timeout",
+    "exit 0": "died",
+    "exit 1": "died",
+    "segfault": "died",
+    "throw": "error: KeyError: 'no such\\nthing'",
+    "sys.exit": "error: SystemExit: 3",
+    "memory": "error: MemoryError:",
+    "recursion": "error: RecursionError: maximum recursion depth exceeded",
+    "nan": "error: returned nan",
+    "inf": "error: returned inf",
+    "text": "error: returned a str, not a number",
+    "none": "error: returned a NoneType, not a number",
+}
+
+
+def test_exactly_the_guilty_samples_fail_and_are_counted(misbehaving):
+    responses = [text for i, what in enumerate(FAILURES) for text in (str(i), what, str(i + 0.5))] + ["true"]
+    with RewardPool(misbehaving(options={"scale": 2.0}, time_limit_s=0.5)) as pool:
+        assert (pool.reward_name, pool.reward_version) == ("misbehaving", "7")
+        grades = dict(zip(responses, pool.grade([request(text) for text in responses]), strict=True))
+        assert pool.failures == {"timeout": 3, "died": 3, "error": 8}
+        assert pool.grade([request("4")]) == [Grade(8.0)]
+    assert grades.pop("true") == Grade(1.0)
+    for what, failure in FAILURES.items():
+        found = grades.pop(what)
+        assert found.reward == -9.0 and found.failure.startswith(failure) and "\n" not in found.failure, (what, found)
+    assert grades == {text: Grade(2.0 * float(text)) for text in grades}
+
+
+def test_a_hang_costs_its_limit_once(misbehaving):
+    """Its neighbours in the batch are neither failed nor made to wait for more than the one kill."""
+    with RewardPool(misbehaving(workers=2, time_limit_s=1.0)) as pool:
+        started = time.monotonic()
+        grades = pool.grade([request("hang" if i == 20 else str(i)) for i in range(64)])
+        assert 1.0 <= time.monotonic() - started < 10.0
+    assert [i for i, found in enumerate(grades) if found.failure] == [20]
+
+
+def test_a_worker_killed_between_batches_fails_no_sample(misbehaving):
+    with RewardPool(misbehaving()) as pool:
+        for _ in range(5):
+            (found,) = pool.grade([request("pid")])
+            assert found.failure is None
+            os.kill(int(found.reward), signal.SIGKILL)
+        assert pool.grade([request("3")]) == [Grade(3.0)]
+        assert not pool.failures
+
+
+def test_workers_stay_light_and_end_with_the_pool(misbehaving, tmp_path):
+    (tmp_path / "light.py").write_text(
+        textwrap.dedent("""
+        import signal, sys
+        class Light:
+            name, version = "light", "1"
+            def __call__(self, request):
+                assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+                return sum(name in sys.modules for name in ("torch", "vllm", "megatron", "transformers", "numpy"))
+        """)
+    )
+    with RewardPool(misbehaving(name="light:Light")) as pool:
+        assert pool.grade([request("")]) == [Grade(0.0)]
+    with RewardPool(misbehaving()) as pool:
+        pid = int(pool.grade([request("pid")])[0].reward)
+        os.kill(pid, signal.SIGINT)
+        assert pool.grade([request("pid")])[0].reward == pid
+        awaited = pool.submit(request("hang"))
+    with pytest.raises(RuntimeError, match="closed"):
+        awaited.result(timeout=5)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(request("1"))
+    pool.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "no_such"}, "reward.name: 'no_such' is not a reward"),
+        ({"name": "no_such_module:Thing"}, "reward.name: cannot load no_such_module:Thing"),
+        ({"options": {"colour": 1}}, "reward.options: {'colour': 1} do not fit misbehaving:Misbehaving"),
+        ({"name": "misbehaving:Nameless"}, "misbehaving:Nameless does not make a reward"),
+        ({"name": "misbehaving:DiesInTheMaking"}, "the grader process died while it started"),
+        ({"name": "misbehaving:RaisesInTheMaking"}, "misbehaving:RaisesInTheMaking: RuntimeError: no licence"),
+    ],
+)
+def test_a_reward_that_cannot_be_built_stops_the_pool(misbehaving, changes, message):
+    with pytest.raises(ValueError, match=message):
+        RewardPool(misbehaving(**changes))
+
+
+def test_math_verify_leaves_the_limit_to_the_pool():
+    """9^9^9^9 keeps sympy busy for ever; an alarm of math-verify's own would hide that behind a plain 0."""
+    with RewardPool(RewardConfig(name="math", time_limit_s=2.0)) as pool:
+        answers = pool.grade(
+            [request(r"\boxed{3}", "3"), request(r"\boxed{9^{9^{9^{9}}}}", "3"), request(r"\boxed{4}", "3")]
+        )
+    assert answers == [Grade(1.0), Grade(0.0, "timeout"), Grade(0.0)]
+
+
+PARENT = """
+import sys, time
+from megatron_apo.config import RewardConfig
+from megatron_apo.rewards import GradeRequest
+from megatron_apo.rewards.pool import RewardPool
+pool = RewardPool(RewardConfig(name="misbehaving:Misbehaving", workers=2, time_limit_s=600))
+hangs = [pool.submit(GradeRequest("", "hang in C", "", "stop"))]
+print(int(pool.submit(GradeRequest("", "pid", "", "stop")).result().reward), flush=True)
+{ending}
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "kill"),
+    [
+        ("time.sleep(600)", signal.SIGKILL),
+        ("time.sleep(600)", signal.SIGINT),
+        ("raise SystemExit(0)", None),
+    ],
+    ids=["killed -9", "interrupted", "exits without closing"],
+)
+def test_no_worker_outlives_its_parent(misbehaving, tmp_path, ending, kill):
+    """One worker waits, the other is stuck in C code that never comes back."""
+    # Without a main guard, on purpose: workers must not run the user's script again.
+    script = tmp_path / "train.py"
+    script.write_text(PARENT.format(ending=ending))
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    parent = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert parent.stdout is not None
+    parent.stdout.readline()
+    workers = children(parent.pid)
+    if kill is not None:
+        assert len(workers) == 2
+        parent.send_signal(kill)
+    parent.communicate(timeout=30)
+    limit = time.monotonic() + 10
+    while alive := [pid for pid in workers if is_alive(pid)]:
+        assert time.monotonic() < limit, f"workers {alive} are still there"
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task")
+    try:
+        return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_pool_cost():
+    """256 arithmetic samples: about 9 ms of wall and CPU on an idle machine; the wall's limit allows for a busy one."""
+    requests = [request("<think>12+34=46;46+56=102</think>102", "102")] * 256
+    with RewardPool(RewardConfig(name="arithmetic")) as pool:
+        seconds, cpu_seconds = [], []
+        for _ in range(10):
+            wall, cpu = time.perf_counter(), time.process_time()
+            pool.grade(requests)
+            seconds.append(time.perf_counter() - wall)
+            cpu_seconds.append(time.process_time() - cpu)
+    assert min(cpu_seconds) < 0.04 and min(seconds) < 0.4, (seconds, cpu_seconds)
+
+
+def test_the_slow_first_grade_of_math_is_over_before_a_sample_is_timed():
+    code = (
+        "import sys; from megatron_apo.rewards import get_reward\n"
+        "assert 'sympy' not in sys.modules\n"
+        "get_reward('math', {'thinking': True})\n"
+        "assert 'latex2sympy2_extended' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})

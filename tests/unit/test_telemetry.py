@@ -1,0 +1,133 @@
+"""Metrics on disk, seconds by phase, and private memory of real processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_apo.telemetry.memory import MemorySampler, private_bytes, tree_private_bytes
+from megatron_apo.telemetry.metrics import MetricsWriter, read_metrics
+from megatron_apo.telemetry.timers import PhaseTimer
+
+MB = 1_000_000
+
+
+def lines_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_row_is_on_disk_when_log_returns(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "run", tensorboard=False) as metrics:
+        before = time.time()
+        metrics.log(3, {"reward/mean": np.float32(0.5), "response/truncated": 7})
+        (row,) = lines_of(tmp_path / "run")
+    assert abs(row.pop("time") - before) < 1
+    assert row == {"step": 3, "reward/mean": 0.5, "response/truncated": 7}
+    assert isinstance(row["response/truncated"], int)
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+        metrics.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 1e-6})
+    (row,) = lines_of(tmp_path)
+    assert (row["loss"], row["grad_norm"], row["lr"]) == (None, None, 1e-6)
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
+    import torch
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path, tensorboard=True) as metrics:
+        for step in (1, 2):
+            metrics.log(step, {"reward/mean": torch.tensor(step / 4)})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("reward/mean")
+    assert [(event.step, event.value) for event in events] == [(1, 0.25), (2, 0.5)]
+    assert [row["reward/mean"] for row in lines_of(tmp_path)] == [0.25, 0.5]
+
+
+def test_a_resumed_run_goes_on_after_a_line_cut_short(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+        metrics.log(1, {"loss": 1.0})
+        metrics.log(1, {"eval/greedy": 0.1})
+        metrics.log(2, {"loss": 2.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:  # resumed at step 2
+        metrics.log(2, {"loss": 2.5})
+    rows = [{name: value for name, value in row.items() if name != "time"} for row in read_metrics(tmp_path)]
+    assert rows == [{"step": 1, "loss": 1.0}, {"step": 1, "eval/greedy": 0.1}, {"step": 2, "loss": 2.5}]
+
+
+def test_phases_add_up_and_count_when_they_raise() -> None:
+    timer = PhaseTimer()
+    for _ in range(2):
+        with timer.phase("generate"):
+            time.sleep(0.05)
+    with pytest.raises(KeyError), timer.phase("train"):
+        time.sleep(0.05)
+        raise KeyError
+    seconds = timer.pop()
+    assert list(seconds) == ["generate", "train"]
+    assert 0.1 <= seconds["generate"] < 0.3 and 0.05 <= seconds["train"] < 0.2
+    assert timer.pop() == {}
+
+
+@contextmanager
+def python(code: str) -> Iterator[int]:
+    """A Python process that has run `code` and waits; yields its pid."""
+    command = [sys.executable, "-c", f"{code}\nprint('ready', flush=True)\ninput()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def test_private_memory_is_what_was_allocated_and_no_mapped_file(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"x" * 200 * MB)
+    touch_file = (
+        "import mmap; f = open(r'%s', 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); n = sum(m[::4096])"
+    ) % (tmp_path / "weights")
+    with python("pass") as plain, python("x = b'x' * 200_000_000") as allocating, python(touch_file) as mapping:
+        base = private_bytes(plain)
+        assert 1 * MB < base < 30 * MB
+        assert abs(private_bytes(allocating) - base - 200 * MB) < 5 * MB
+        assert abs(private_bytes(mapping) - base) < 10 * MB
+    assert private_bytes(plain) == 0  # it has ended
+
+
+def test_a_trees_shared_pages_count_once() -> None:
+    fork = "import os, time\nx = b'x' * 200_000_000\nif os.fork() == 0: time.sleep(60); os._exit(0)"
+    with python("pass") as plain, python(fork) as pid:
+        assert abs(tree_private_bytes(pid) - private_bytes(plain) - 200 * MB) < 25 * MB
+        # Alone, each of the two holds half of what they share.
+        assert abs(private_bytes(pid) - private_bytes(plain) - 100 * MB) < 25 * MB
+
+
+def test_sampler_keeps_each_labels_peak_and_counts_a_process_once() -> None:
+    grandchild = "x = b'x' * 100_000_000; import sys; sys.stdin.read()"
+    child = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {grandchild!r}])"
+    with MemorySampler(interval_s=0.05) as memory:
+        with python("x = b'x' * 50_000_000") as single, memory.watch("single", single):
+            time.sleep(0.3)
+        with python(child) as parent, memory.watch("tree", parent):
+            time.sleep(1.0)
+        with python(child) as parent:
+            time.sleep(1.0)
+            (child_pid,) = map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+            with memory.watch("parent", parent), memory.watch("child", child_pid):
+                time.sleep(0.3)
+    peaks = memory.peaks()
+    assert 50 * MB < peaks["single"] < 80 * MB
+    assert 100 * MB < peaks["tree"] < 150 * MB
+    assert 100 * MB < peaks["child"] < 130 * MB
+    assert peaks["parent"] < 30 * MB
