@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -34,6 +34,7 @@ convert_app = typer.Typer(help="Convert weights, bit for bit.", no_args_is_help=
 app.add_typer(convert_app, name="convert")
 
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="YAML recipe, or the name of a shipped one")]
+DtypeOption = Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="write this; default: as it is")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="change the recipe")]
 
 
@@ -110,24 +111,24 @@ def evaluate(
 def hf_to_megatron(
     source: Annotated[Path, typer.Argument(help="Hugging Face folder")],
     out: Annotated[Path, typer.Argument(help="folder of the Megatron checkpoint")],
-    tp: Annotated[int, typer.Option(min=1, help="tensor-parallel size to write with")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="pipeline-parallel size to write with")] = 1,
+    dtype: DtypeOption = None,
 ) -> None:
     """Write a Hugging Face model as a Megatron distributed checkpoint (any layout can load it)."""
     from megatron_apo.stages import convert
 
-    convert.hf_to_megatron(source, out, tp=tp, pp=pp)
+    convert.hf_to_megatron(source, out, dtype)
 
 
 @convert_app.command("megatron-to-hf")
 def megatron_to_hf(
-    source: Annotated[Path, typer.Argument(help="folder of the Megatron checkpoint; it holds a pickle: trust it")],
+    source: Annotated[Path, typer.Argument(help="folder of the Megatron checkpoint; it holds pickles: trust it")],
     out: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
+    dtype: DtypeOption = None,
 ) -> None:
-    """Write a Megatron distributed checkpoint as a Hugging Face folder."""
+    """Write a Megatron distributed checkpoint, converted or of training, as a Hugging Face folder."""
     from megatron_apo.stages import convert
 
-    convert.megatron_to_hf(source, out)
+    convert.megatron_to_hf(source, out, dtype)
 
 
 @app.command()

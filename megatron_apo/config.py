@@ -63,6 +63,7 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     train: str = Field(description="prompts to train on: a .jsonl or .parquet file, or a hub dataset's name")
     eval: str | None = Field(None, description="held-out prompts, same form; none: no evaluation")
+    max_prompts: int | None = Field(None, ge=1, description="first rows of data.train; none: all")
     split: str = Field("train", description="split to read when the source is a hub dataset")
     prompt_column: str = Field("prompt", description="column that holds the prompt's text")
     answer_column: str = Field("answer", description="column that holds the reference answer")
@@ -97,7 +98,9 @@ class VStarConfig(Section):
     estimator: Literal["log_mean_exp", "mean", "max"] = Field("log_mean_exp", description="how rewards become V*")
     filter: Literal["none", "all_wrong", "all_right", "both"] = Field("none", description="prompts left out of stage 2")
     prompts_per_shard: int = Field(1024, ge=1, description="rows of one Parquet shard")
-    seed: int = Field(0, ge=0, lt=2**31, description="seeds the samples of pi_ref; runs of any run.seed can share a store")
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="seeds the samples of pi_ref; runs of any run.seed can share a store"
+    )
     keep_responses: bool = Field(False, description="store the sampled token ids as well")
 
 
@@ -115,7 +118,7 @@ class TrainConfig(Section):
     tokens_per_micro_batch: int = Field(4096, ge=1, description="token budget of one micro-batch (padding included)")
     log_prob_chunk_tokens: int = Field(1024, ge=1, description="tokens whose logits exist at once")
     first_log_ratio_tolerance: float = Field(0.0, ge=0, description="largest |log pi/pi_ref| on the first batch")
-    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only the final HF export")
+    save_every: int = Field(0, ge=0, description="steps between checkpoints to resume from; 0: only the final HF export")
 
 
 class OptimizerConfig(Section):
@@ -163,12 +166,16 @@ class EvalConfig(Section):
 
 
 class WarmupConfig(Section):
-    start: Path | None = Field(None, description="HF folder that a warm start begins from; it is exported to model.path")
+    start: Path | None = Field(
+        None, description="HF folder that a warm start begins from; it is exported to model.path"
+    )
     data: str | None = Field(None, description="SFT data: prompt and response columns; none: no warm start")
     response_column: str = Field("response", description="column that holds the target response")
     steps: int = Field(400, ge=1, description="optimizer steps")
     sequences_per_step: int = Field(64, ge=1, description="sequences of one optimizer step")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate (linear warm-up, cosine decay to a tenth)")
+    lr: float = Field(
+        1e-3, gt=0, description="learning rate, constant after a linear warm-up of a twentieth of the steps"
+    )
 
 
 class TelemetryConfig(Section):

@@ -1,4 +1,4 @@
-"""What both stages start from: tokenizer, rendered prompts, stop ids, and the fingerprint that ties a V* store to them."""
+"""What both stages start from: tokenizer, rendered prompts, stop ids, and the fingerprint that ties a store to them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     """Read tokenizer and prompts. Raises `ValueError` naming the recipe's key for anything that is not as it says."""
     tokenizer = load_tokenizer(recipe.model.path, "model.path")
     renderer = PromptRenderer(tokenizer, recipe.data)
-    training = load_prompts(recipe.data.train, recipe.data, renderer)
+    training = load_prompts(recipe.data.train, recipe.data, renderer, recipe.data.max_prompts)
     evaluation: list[Prompt] = []
     if recipe.data.eval:
         evaluation = load_prompts(recipe.data.eval, recipe.data, renderer, recipe.eval.max_prompts).prompts
@@ -65,7 +65,9 @@ def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{key}: no tokenizer can be read from {folder} ({' '.join(str(error).split())[:200]})") from error
+        raise ValueError(
+            f"{key}: no tokenizer can be read from {folder} ({' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def stop_token_ids(recipe: Recipe, folder: Path) -> tuple[int, ...]:
@@ -73,7 +75,9 @@ def stop_token_ids(recipe: Recipe, folder: Path) -> tuple[int, ...]:
     return tuple(recipe.sampling.stop_token_ids or eos_token_ids(folder))
 
 
-def fingerprint(recipe: Recipe, inputs: Inputs, *, model_hash: str, reward_name: str, reward_version: str) -> Fingerprint:
+def fingerprint(
+    recipe: Recipe, inputs: Inputs, *, model_hash: str, reward_name: str, reward_version: str
+) -> Fingerprint:
     """Everything that V* under this recipe depends on. `model_hash`: of the reference's weights."""
     return Fingerprint(
         model_hash=model_hash,

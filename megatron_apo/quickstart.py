@@ -1,7 +1,7 @@
 """The embedded demonstration: both stages of A*-PO on two CPU cores, with the parts a cluster would use.
 
-It makes data, tokenizer and an untrained model from a seed, writes one recipe, and then runs the same commands that a user
-would run by hand, each in a process of its own. Nothing is downloaded.
+It makes data, tokenizer and an untrained model from a seed, writes one recipe, and then runs the same commands that a
+user would run by hand, each in a process of its own. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -84,10 +84,15 @@ def _closing_table(summary: dict) -> Table:
     split = summary["step_split_s"]
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in split.items() if name != "step")
     table.add_row("seconds a step", f"{split['step']:.2f} ({parts})")
-    table.add_row("seconds by phase", ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["phases_s"].items()))
+    table.add_row(
+        "seconds by phase", ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["phases_s"].items())
+    )
     table.add_row("weight sync", f"{summary['sync']['seconds_mean']:.3f} s, {summary['sync']['bytes'] / 2**20:.1f} MiB")
     table.add_row("largest trainer-vLLM log-prob difference", f"{summary['max_log_prob_difference']:.2g}")
-    table.add_row("KL to the reference", f"{summary['kl']['per_token']:.4f} a token, {summary['kl']['per_sequence']:.3f} a response")
+    table.add_row(
+        "KL to the reference",
+        f"{summary['kl']['per_token']:.4f} a token, {summary['kl']['per_sequence']:.3f} a response",
+    )
     rates = summary["tokens_per_s"]
     table.add_row("tokens/s", f"generation {rates['generation']:,.0f}, training {rates['training']:,.0f}")
     peaks = summary["peak_memory_bytes"]

@@ -33,7 +33,11 @@ VARIANTS = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": False}),
     "llama3-tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": _LLAMA3_ROPE}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": False}),
-    "qwen2-tied-one-group": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen2-tied-one-group": (
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    ),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": False, "head_dim": 20}),
     "qwen3-tied": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": True, "head_dim": 12}),
 }
@@ -52,7 +56,9 @@ def make_model(name: str, folder: Path, seed: int = 0) -> Path:
     return path
 
 
-def hf_log_probs(path: Path, prompts: list[list[int]], responses: list[list[int]], temperature: float = 1.0) -> list[torch.Tensor]:
+def hf_log_probs(
+    path: Path, prompts: list[list[int]], responses: list[list[int]], temperature: float = 1.0
+) -> list[torch.Tensor]:
     """Log-probs of each response's tokens by transformers, fp32, one sequence at a time."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     found = []

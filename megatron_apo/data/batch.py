@@ -32,7 +32,9 @@ class MicroBatch:
         return torch.tensor([x for index in self.indices for x in values[index]], dtype=torch.float32)
 
 
-def make_micro_batch(indices: list[int], prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], packing: bool) -> MicroBatch:
+def make_micro_batch(
+    indices: list[int], prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], packing: bool
+) -> MicroBatch:
     """Lay out the sequences `indices` of a batch. `prompts[i]` and `responses[i]` are token ids, neither empty.
 
     A sequence's last token is only a label, so sequence i takes len(prompt) + len(response) - 1 positions.

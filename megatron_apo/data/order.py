@@ -1,4 +1,4 @@
-"""Which prompts a step uses, and the seed of every sample: pure functions of the run's seed, so that a resumed run repeats them."""
+"""Which prompts a step uses, and each sample's seed: pure functions of the run's seed, so a resumed run repeats them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 def step_prompts(step: int, *, num_prompts: int, prompts_per_step: int, seed: int) -> list[int]:
     """Indices of step `step` (from 0): a walk through all prompts, shuffled anew each epoch."""
     first = step * prompts_per_step
-    return [int(_epoch_order(p // num_prompts, num_prompts, seed)[p % num_prompts]) for p in range(first, first + prompts_per_step)]
+    return [
+        int(_epoch_order(p // num_prompts, num_prompts, seed)[p % num_prompts])
+        for p in range(first, first + prompts_per_step)
+    ]
 
 
 @lru_cache(maxsize=2)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 
 def plan_micro_batches(lengths: Sequence[int], *, dp: int, budget_tokens: int, packing: bool) -> list[list[list[int]]]:
-    """Plan[dp_rank][micro_batch] = indices into `lengths`; each index once, every rank the same number of micro-batches.
+    """Plan[dp_rank][micro_batch] = indices into `lengths`: each index once, every rank equally many micro-batches.
 
     packing: tokens of a micro-batch are the sum of its lengths; otherwise longest x count. Neither exceeds the budget.
-    Raises ValueError when one sequence alone does.
+    Raises ValueError when one sequence alone does, or where dp does not divide their number and no such plan is found.
     """
     longest = max(lengths)
     if longest > budget_tokens:
@@ -22,12 +22,14 @@ def plan_micro_batches(lengths: Sequence[int], *, dp: int, budget_tokens: int, p
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     per_rank = _spread(order, lengths, dp)
     split = _pack if packing else _pad
-    num_bins = 1
-    while True:
+    fewest = -(-sum(lengths) // (dp * budget_tokens))
+    for num_bins in range(fewest, len(lengths) // dp + 1):
+        _give_each_at_least(num_bins, per_rank, lengths)
         plans = [split(rank_order, lengths, num_bins, budget_tokens) for rank_order in per_rank]
         if all(plan is not None for plan in plans):
             return [plan for plan in plans if plan is not None]
-        num_bins += 1
+    # Cannot happen where dp divides the number of sequences: one sequence a micro-batch fits then.
+    raise ValueError("parallel.dp: sequences are too few and too uneven to give every rank the same micro-batches")
 
 
 def _spread(order: Sequence[int], lengths: Sequence[int], num_bins: int) -> list[list[int]]:
@@ -41,17 +43,20 @@ def _spread(order: Sequence[int], lengths: Sequence[int], num_bins: int) -> list
     return bins
 
 
+def _give_each_at_least(count: int, per_rank: Sequence[list[int]], lengths: Sequence[int]) -> None:
+    """Move shortest sequences from the ranks with the most to those with fewer than `count`. Enough exist for all."""
+    while len(poorest := min(per_rank, key=len)) < count:
+        poorest.append(max(per_rank, key=len).pop())
+        poorest.sort(key=lambda index: (-lengths[index], index))
+
+
 def _pack(order: list[int], lengths: Sequence[int], num_bins: int, budget: int) -> list[list[int]] | None:
-    if num_bins > len(order):
-        raise ValueError("parallel.dp: sequences are too few and too uneven to give every rank the same micro-batches")
     bins = _spread(order, lengths, num_bins)
     return bins if all(sum(lengths[i] for i in members) <= budget for members in bins) else None
 
 
 def _pad(order: list[int], lengths: Sequence[int], num_bins: int, budget: int) -> list[list[int]] | None:
     """`order` is longest first, so that neighbours are alike: cut it where the padded size is balanced."""
-    if num_bins > len(order):
-        raise ValueError("parallel.dp: sequences are too few and too uneven to give every rank the same micro-batches")
     bins: list[list[int]] = []
     position = 0
     for bin_index in range(num_bins):

@@ -14,6 +14,9 @@ from typing import Any
 FAMILIES = ("llama", "qwen2", "qwen3")
 # The constants that Megatron-Core 0.16 hard-codes for Llama 3 (rotary_pos_embedding.py, `_apply_scaling`).
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# What transformers assumes where a config.json is silent, and the fallbacks below do not.
+_QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_DEFAULTS = {"llama": {}, "qwen2": _QWEN_DEFAULTS, "qwen3": {"head_dim": 128} | _QWEN_DEFAULTS}
 
 
 class ModelConfigError(ValueError):
@@ -51,6 +54,7 @@ def read_hf_config(folder: Path) -> ModelSpec:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ModelConfigError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    config = _DEFAULTS[family] | config
     problems = _unsupported(config, family)
     rope_theta, llama3_factor = _rope(config, problems)
     if problems:
@@ -81,7 +85,8 @@ def check_layout(spec: ModelSpec, *, tp: int, pp: int) -> None:
     fits = [size for size in range(1, spec.num_heads + 1) if _tp_fits(spec, size)]
     if tp not in fits:
         raise ModelConfigError(
-            f"parallel.tp: {tp} does not fit {spec.num_heads} heads in {spec.num_query_groups} query groups; use one of {fits}"
+            f"parallel.tp: {tp} does not fit {spec.num_heads} heads in {spec.num_query_groups} query groups; "
+            f"use one of {fits}"
         )
     if spec.num_layers % pp:
         divisors = [size for size in range(1, spec.num_layers + 1) if spec.num_layers % size == 0]
@@ -90,8 +95,10 @@ def check_layout(spec: ModelSpec, *, tp: int, pp: int) -> None:
 
 def _tp_fits(spec: ModelSpec, tp: int) -> bool:
     groups = spec.num_query_groups
+    qkv_rows = (spec.num_heads + 2 * groups) * spec.head_dim
     # Megatron shares a query group between ranks when tp is a multiple of the groups (attention.py).
-    return spec.num_heads % tp == 0 and (groups % tp == 0 or tp % groups == 0) and spec.ffn_size % tp == 0
+    groups_fit = (groups % tp == 0 or tp % groups == 0) and qkv_rows % tp == 0
+    return spec.num_heads % tp == 0 and groups_fit and spec.ffn_size % tp == 0
 
 
 def _unsupported(config: dict[str, Any], family: str) -> list[str]:
@@ -119,8 +126,9 @@ def _rope(config: dict[str, Any], problems: list[str]) -> tuple[float, float | N
     rope.update(config.get("rope_parameters") or {})
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported; only 1 is")
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        problems.append(f"partial_rotary_factor {partial} is not supported; only 1 is")
     if kind == "default":
         return theta, None
     if kind != "llama3":
@@ -129,7 +137,9 @@ def _rope(config: dict[str, Any], problems: list[str]) -> tuple[float, float | N
     for name, value in _LLAMA3_CONSTANTS.items():
         if float(rope.get(name, value)) != value:
             problems.append(f"rope {name} {rope[name]} is not supported; Megatron-Core fixes it at {value:g}")
-    return theta, float(rope["factor"])
+    if "factor" not in rope:
+        problems.append("rope factor is missing; rope type llama3 needs it")
+    return theta, float(rope.get("factor", 1.0))
 
 
 def transformer_config(spec: ModelSpec, *, tp: int, pp: int, dtype: str) -> Any:

@@ -21,7 +21,14 @@ from torch import Tensor
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, target_T: Tensor, first_row: int, temperature: float, chunk: int, group
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        target_T: Tensor,
+        first_row: int,
+        temperature: float,
+        chunk: int,
+        group,
     ) -> Tensor:
         log_prob_T = torch.empty(len(target_T), dtype=torch.float32, device=hidden_TH.device)
         max_T, log_sum_T = torch.empty_like(log_prob_T), torch.empty_like(log_prob_T)

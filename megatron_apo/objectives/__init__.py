@@ -5,7 +5,18 @@ from megatron_apo.objectives.apo import APO
 from megatron_apo.objectives.base import OBJECTIVES, LossTerm, MicroTargets, Objective, Prepared, Samples, Stats
 from megatron_apo.objectives.sft import SFT
 
-__all__ = ["APO", "OBJECTIVES", "SFT", "LossTerm", "MicroTargets", "Objective", "Prepared", "Samples", "Stats", "build_objective"]
+__all__ = [
+    "APO",
+    "OBJECTIVES",
+    "SFT",
+    "LossTerm",
+    "MicroTargets",
+    "Objective",
+    "Prepared",
+    "Samples",
+    "Stats",
+    "build_objective",
+]
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:

@@ -27,7 +27,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Targets fixed before any gradient: named fp32 values per sequence, and per response token where a method has them."""
+    """Targets fixed before any gradient: named fp32 values per sequence, and per token where a method has them."""
 
     per_sequence: Mapping[str, Tensor]  # name -> [B]
     per_token: Mapping[str, Sequence[Tensor]]  # name -> B tensors, one value a response token
@@ -53,8 +53,8 @@ class Objective(Protocol):
     """A training method.
 
     samples_per_prompt  responses drawn for each prompt of a step
-    anchor              whose log-probs the ratio is against: the frozen reference, the policy that sampled, the policy at
-                        the start of the step, or none
+    anchor              whose log-probs the ratio is against: the frozen reference, the policy that sampled, the
+                        policy at the start of the step, or none
     needs_critic        whether values of a critic come with the batch
     unit                what `count` counts: the global count divides the gradient
     reinforce_scale     the loss's gradient is this many times REINFORCE's
@@ -64,7 +64,9 @@ class Objective(Protocol):
     anchor: ClassVar[Anchor]
     needs_critic: ClassVar[bool]
     unit: ClassVar[Literal["sequence", "token"]]
-    reinforce_scale: float
+
+    @property
+    def reinforce_scale(self) -> float: ...
 
     def prepare(self, samples: Samples, values: Mapping[str, float]) -> Prepared:
         """Targets from the whole global batch (baselines, group statistics). `values`: V* by prompt id."""
@@ -75,7 +77,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Stats:
-    """What a micro-batch says of itself, without gradient: scalars to be added up and scalars to take the maximum of."""
+    """What a micro-batch says of itself, without gradient: scalars to add up, and scalars to take the maximum of."""
 
     sums: Mapping[str, Tensor]
     maxima: Mapping[str, Tensor] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """Starts this machine's trainer ranks, watches them, and leaves none behind.
 
-A stage's command run by hand starts the ranks itself; under `torchrun` or `srun`, where RANK and WORLD_SIZE are set, the
-same command is a rank. Rank 0 writes to the terminal, the others to RUN/logs/rank<k>.log.
+A stage's command run by hand starts the ranks itself; under `torchrun` or `srun`, where RANK and WORLD_SIZE are set,
+the same command is a rank. Rank 0 writes to the terminal, the others to RUN/logs/rank<k>.log.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
 from megatron_apo.config import Recipe
-from megatron_apo.rollout import guard
+from megatron_apo import guard
 
 _STOP_LIMIT_S = 10.0
 _LOG_TAIL_LINES = 20
@@ -52,7 +52,9 @@ def spawn(arguments: Sequence[str], *, world_size: int, log_dir: Path) -> None:
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     port = _free_port()
-    failed, code = _supervise([partial(_start_rank, arguments, rank, world_size, port, log_dir) for rank in range(world_size)])
+    failed, code = _supervise(
+        [partial(_start_rank, arguments, rank, world_size, port, log_dir) for rank in range(world_size)]
+    )
     if failed is not None:
         raise RankFailed(_describe(failed, code, log_dir), code)
 
@@ -65,20 +67,23 @@ def run_command(arguments: Sequence[str]) -> None:
 
 
 def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple[int | None, int]:
-    """Start processes and wait for all. Returns (index of the first to fail or None, its exit code as a shell has it)."""
+    """Start processes, wait for all. Returns (index of the first to fail or None, its exit code as a shell has it)."""
     guard.LIBC.prctl(guard.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a killed child leaves becomes ours
     processes: list[subprocess.Popen[bytes]] = []
+    callers_own = set(guard.descendants(os.getpid()))
     try:
         for start in starts:
             processes.append(start())
         failed = _wait(processes)
         code = processes[failed].returncode if failed is not None else 0
     finally:
-        _stop(processes)
+        _stop(processes, callers_own)
     return failed, code if code >= 0 else 128 - code
 
 
-def _start_rank(arguments: Sequence[str], rank: int, world_size: int, port: int, log_dir: Path) -> subprocess.Popen[bytes]:
+def _start_rank(
+    arguments: Sequence[str], rank: int, world_size: int, port: int, log_dir: Path
+) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -118,9 +123,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(0.05)
 
 
-def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """End what is still running. The first process (rank 0) has servers to stop and is asked; the others hold nothing, and
-    their sudden end wakes a first one that waits for them in a collective."""
+def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int]) -> None:
+    """End what is still running. The first process (rank 0) has servers to stop and is asked; the others hold nothing,
+    and their sudden end wakes a first one that waits for them in a collective."""
     if not processes:
         return
     first, *others = processes
@@ -136,10 +141,12 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
         first.kill()
         first.wait()
     # A server's guard ends its tree by itself; what is still here after that is killed.
-    while (left := guard.descendants(os.getpid())) and time.monotonic() < end:
+    while left := set(guard.descendants(os.getpid())) - callers_own:
+        if time.monotonic() > end:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
 
 
 def _describe(rank: int, code: int, log_dir: Path) -> str:

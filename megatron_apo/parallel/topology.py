@@ -68,22 +68,37 @@ class Topology:
 @contextmanager
 def distributed(parallel: ParallelConfig) -> Iterator[Topology]:
     """Join the job described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; leave it at the end."""
-    from megatron.core import parallel_state
-
-    cpu_compat.install()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world_size != parallel.world_size:
         raise ValueError(
             f"parallel: tp={parallel.tp} x pp={parallel.pp} x dp={parallel.dp} needs {parallel.world_size} ranks, "
             f"but the job has {world_size}; change the recipe or the number of ranks"
         )
+    with _joined(parallel, rank, world_size, None) as topology:
+        yield topology
+
+
+@contextmanager
+def alone() -> Iterator[Topology]:
+    """A job of this process alone, which needs no port."""
+    with _joined(ParallelConfig(), 0, 1, dist.HashStore()) as topology:
+        yield topology
+
+
+@contextmanager
+def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.Store | None) -> Iterator[Topology]:
+    from megatron.core import parallel_state
+
+    cpu_compat.install()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
         torch.set_num_threads(parallel.threads_per_rank)
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=timeout, store=store, rank=rank, world_size=world_size
+    )
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,

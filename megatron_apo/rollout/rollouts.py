@@ -4,8 +4,8 @@
         rollouts.sync(0)                          # vLLM serves the trainer's weights, proven
         batch = rollouts.sample(prompts, step)    # the same list of Rollout on every rank
 
-Every method is called on every rank. Server, graders and tokenizer live on the driver (global rank 0). A server that dies is
-restarted once a step, given the weights again and asked again; a second death in the same step ends the run.
+Every method is called on every rank. Server, graders and tokenizer live on the driver (global rank 0). A server that
+dies is restarted once a step, given the weights again and asked again; a second death in the same step ends the run.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class Rollouts:
         return self._surviving(lambda: self._sync.sync(version), sync_after_restart=False)
 
     def prove(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> float:
-        """Largest |log-prob difference| between vLLM and the policy on these sequences; SyncError past sync.probe_tolerance.
+        """Largest |log-prob difference| between vLLM and the policy on these sequences.
 
-        The arguments are the same on every rank. Both sides at temperature 1.
+        Raises SyncError past sync.probe_tolerance. The arguments are the same on every rank. Both sides at temperature 1.
         """
         sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         micro = make_micro_batch(
@@ -178,7 +178,7 @@ class Rollouts:
         self._sync.init()
 
     def _surviving(self, work: Callable[[], Answer], sync_after_restart: bool = True) -> Answer:
-        """Do collective `work`; if the server dies in it, restart the server, give it the weights, and do it once more."""
+        """Do collective `work`; if the server dies in it, restart it, give it the weights, and do the work once more."""
         try:
             return work()
         except ServerDied as death:

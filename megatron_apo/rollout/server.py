@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -21,7 +22,7 @@ import urllib.request
 from pathlib import Path
 
 from megatron_apo.config import RolloutConfig
-from megatron_apo.rollout import guard
+from megatron_apo import guard
 from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
 
 LOG_TAIL_LINES = 30
@@ -241,13 +242,30 @@ def longest_request(model: Path, max_model_len: int) -> int:
 
 
 def _free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0. Raises ServerError when it is taken."""
+    """`port`, or a free one for 0. Raises ServerError when it cannot be listened on.
+
+    vLLM binds the port seconds later, so a free one is drawn from below the range that the kernel hands out to others.
+    """
+    if port:
+        _try_port(host, port)
+        return port
+    lowest_handed_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for _ in range(50):
+        candidate = random.SystemRandom().randrange(min(10_000, lowest_handed_out - 1), lowest_handed_out)
+        try:
+            _try_port(host, candidate)
+        except ServerError as error:
+            problem = error
+        else:
+            return candidate
+    raise problem
+
+
+def _try_port(host: str, port: int) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ServerError(
-                f"rollout.port: cannot listen on {host}:{port}: {error.strerror}; use another, or 0"
-            ) from None
-        return probe.getsockname()[1]
+            where = f"{host}:{port}: {error.strerror}"
+            raise ServerError(f"rollout.port: cannot listen on {where}; use another, or 0") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_apo.checkpoint import check_resume
 from megatron_apo.config import Recipe
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
@@ -55,10 +56,13 @@ def open_curriculum(recipe: Recipe) -> Curriculum:
             reward_version=reward.version,
         )
     )
+    check_resume(recipe)
     left_out = store.filtered_ids(recipe.vstar.filter)
     prompts = [prompt for prompt in inputs.training.prompts if prompt.prompt_id not in left_out]
     vstar = store.values(recipe.vstar.beta1, recipe.vstar.estimator)
     if not prompts:
-        raise ValueError(f"vstar.filter: {recipe.vstar.filter} leaves none of {len(store)} prompts; choose another filter")
+        raise ValueError(
+            f"vstar.filter: {recipe.vstar.filter} leaves none of {len(store)} prompts; choose another filter"
+        )
     vstar.lookup([prompt.prompt_id for prompt in prompts])
     return Curriculum(inputs, prompts, vstar)

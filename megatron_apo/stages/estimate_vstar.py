@@ -2,7 +2,7 @@
 
     V*(x) = b1 log( 1/N sum_i exp(r(x, y_i) / b1) ),   y_i ~ pi_ref(.|x)
 
-The store keeps rewards; V* is derived when it is read. A killed run, started again, samples only the shards that are missing.
+The store keeps rewards; V* is derived when it is read. A killed run, started again, samples only the missing shards.
 """
 
 from __future__ import annotations
@@ -54,13 +54,16 @@ def run(recipe: Recipe) -> None:
             "mean_reward": float(store.rewards.mean()),
             "grader_failures": sum(pool.failures.values()),
         }
-    print(f"V* store: {recipe.vstar.dir}, {len(store)} prompts x {recipe.vstar.samples_per_prompt}, mean reward {store.rewards.mean():.3f}")
+    print(
+        f"V* store: {recipe.vstar.dir}, {len(store)} prompts x {recipe.vstar.samples_per_prompt}, mean reward {store.rewards.mean():.3f}"
+    )
 
 
 def _start_engine(recipe: Recipe) -> Any:
     """One in-process vLLM engine over the reference."""
     rollout = recipe.rollout
-    os.environ |= engine_environment(rollout)  # read by vLLM when it is imported
+    # Read by vLLM when it is imported. Its warnings are about the tokenizer that it is told not to load.
+    os.environ |= engine_environment(rollout) | {"VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM
 
     return LLM(
@@ -79,7 +82,9 @@ def _start_engine(recipe: Recipe) -> Any:
     )
 
 
-def _sample_shard(engine: Any, recipe: Recipe, inputs: Inputs, prompts: Sequence[Prompt], pool: RewardPool) -> list[StoreRow]:
+def _sample_shard(
+    engine: Any, recipe: Recipe, inputs: Inputs, prompts: Sequence[Prompt], pool: RewardPool
+) -> list[StoreRow]:
     from vllm import SamplingParams
 
     sampling = [
@@ -101,7 +106,9 @@ def _sample_shard(engine: Any, recipe: Recipe, inputs: Inputs, prompts: Sequence
     graded = []
     for prompt, result in zip(prompts, results, strict=True):
         samples = sorted(result.outputs, key=lambda output: output.index)
-        graded.append((samples, [pool.submit(inputs.grade_request(prompt, s.token_ids, s.finish_reason)) for s in samples]))
+        graded.append(
+            (samples, [pool.submit(inputs.grade_request(prompt, s.token_ids, s.finish_reason)) for s in samples])
+        )
     rows = []
     for prompt, (samples, futures) in zip(prompts, graded, strict=True):
         grades = [future.result() for future in futures]

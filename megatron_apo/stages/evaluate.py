@@ -16,7 +16,7 @@ from megatron_apo.rollout.server import VLLMServer
 
 
 def run(recipe: Recipe, model: Path | None = None) -> None:
-    """Evaluate an HF folder (default: model.path) with a server of its own, print, and write RUN/evaluation-<name>.json."""
+    """Evaluate an HF folder (default: model.path) with its own server; print, and write RUN/evaluation-<name>.json."""
     model = model or recipe.model.path
     read_hf_config(model)
     if recipe.data.eval is None:

@@ -50,4 +50,6 @@ def _check_warmup(recipe: Recipe) -> None:
     check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp)
     HFReader(recipe.warmup.start).check(spec)
     if recipe.model.path.exists() and any(recipe.model.path.iterdir()):
-        raise ValueError(f"model.path: {recipe.model.path}, which the warm start writes, is not empty; give a new folder")
+        raise ValueError(
+            f"model.path: {recipe.model.path}, which the warm start writes, is not empty; give a new folder"
+        )

@@ -1,7 +1,7 @@
 """Stage 2, online: one response per prompt, and the regression of its log-ratio (see objectives/apo.py).
 
-A step: sample on the policy's own weights -> log-probs of the frozen anchor -> for each minibatch, one optimizer step ->
-give the new weights to vLLM. The loop does what the objective declares and never reads its name.
+A step: sample on the policy's own weights -> log-probs of the frozen anchor -> for each minibatch, one optimizer step
+-> give the new weights to vLLM. The loop does what the objective declares and never reads its name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from megatron_apo.checkpoint import Checkpoints
 from megatron_apo.config import Recipe
 from megatron_apo.data.batch import MicroBatch, make_micro_batch
 from megatron_apo.data.order import step_prompts
@@ -46,6 +47,8 @@ def train(recipe: Recipe, topology: Topology) -> None:
     policy = _load_model(recipe, spec, topology, recipe.model.path)
     reference = _load_model(recipe, spec, topology, recipe.model.reference_path).requires_grad_(False)
     trainable = make_trainable(policy, recipe.optimizer, total_steps=recipe.train.steps * recipe.train.minibatches)
+    checkpoints = Checkpoints(recipe, topology, trainable)
+    start = checkpoints.restore()
     timer = PhaseTimer()
     inputs = curriculum.inputs if curriculum else None
     with (
@@ -53,15 +56,18 @@ def train(recipe: Recipe, topology: Topology) -> None:
         Recorder(recipe, topology, rollouts.server_pid) as recorder,
         Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress,
     ):
-        recorder.synced(rollouts.sync(0))
-        recorder.evaluated(0, rollouts.evaluate(0))
-        task = progress.add_task("A*-PO", total=recipe.train.steps)
-        for step in range(recipe.train.steps):
+        recorder.synced(rollouts.sync(start))
+        if start == 0:
+            recorder.evaluated(0, rollouts.evaluate(0))
+        else:
+            recorder.resumed(start)
+        task = progress.add_task("A*-PO", total=recipe.train.steps, completed=start)
+        for step in range(start, recipe.train.steps):
             with timer.phase("step"):
                 with timer.phase("generate"):
                     batch = rollouts.sample(_next_prompts(recipe, curriculum, step), step)
                     values = topology.broadcast(curriculum.values(batch) if curriculum else None)
-                if step == 0:
+                if step == start:
                     recorder.proved(_prove(recipe, rollouts, batch))
                 record = _learn(recipe, topology, objective, trainable, reference, batch, values, timer)
                 with timer.phase("sync"):
@@ -73,6 +79,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
             recorder.log(step + 1, record, batch, values, timer.pop(), lr=trainable.lr)
             if recipe.eval.every and (step + 1) % recipe.eval.every == 0 and step + 1 < recipe.train.steps:
                 recorder.evaluated(step + 1, rollouts.evaluate(step))
+            checkpoints.save_if_due(step + 1)
             progress.advance(task)
         recorder.evaluated(recipe.train.steps, rollouts.evaluate(recipe.train.steps))
         recorder.finish(rollouts.pool.failures if topology.is_driver else {})
@@ -97,7 +104,9 @@ def _next_prompts(recipe: Recipe, curriculum: Curriculum | None, step: int) -> l
     if curriculum is None:
         return []
     prompts = curriculum.prompts
-    chosen = step_prompts(step, num_prompts=len(prompts), prompts_per_step=recipe.train.prompts_per_step, seed=recipe.run.seed)
+    chosen = step_prompts(
+        step, num_prompts=len(prompts), prompts_per_step=recipe.train.prompts_per_step, seed=recipe.run.seed
+    )
     return [prompts[index] for index in chosen]
 
 
@@ -187,7 +196,10 @@ def _prove(recipe: Recipe, rollouts: Rollouts, batch: Sequence[Rollout]) -> floa
 
 
 def _check_first_log_ratio(recipe: Recipe, record: StepRecord) -> None:
-    if recipe.model.reference_path == recipe.model.path and record.first_log_ratio > recipe.train.first_log_ratio_tolerance:
+    if (
+        recipe.model.reference_path == recipe.model.path
+        and record.first_log_ratio > recipe.train.first_log_ratio_tolerance
+    ):
         raise LogRatioError(
             f"the first batch's log-ratio is up to {record.first_log_ratio:.3g} a token, not 0: policy and reference differ in "
             "weights, layout or precision (train.first_log_ratio_tolerance allows "

@@ -1,4 +1,4 @@
-"""Warm start: supervised fine-tuning on prompt/response pairs, exported as the Hugging Face folder both stages start from."""
+"""Warm start: supervised fine-tuning on prompt/response pairs, exported as the HF folder that both stages start from."""
 
 from __future__ import annotations
 
@@ -44,9 +44,12 @@ def train(recipe: Recipe, topology: Topology) -> None:
     warmup = recipe.warmup
     assert warmup.start is not None
     spec = read_hf_config(warmup.start)
-    model = build_model(spec, recipe.parallel, topology, dtype=recipe.model.dtype, chunk_tokens=recipe.train.log_prob_chunk_tokens)
+    model = build_model(
+        spec, recipe.parallel, topology, dtype=recipe.model.dtype, chunk_tokens=recipe.train.log_prob_chunk_tokens
+    )
     load_weights(model, spec, topology, HFReader(warmup.start))
-    config = OptimizerConfig(lr=warmup.lr, min_lr=warmup.lr / 10, schedule="cosine", warmup_steps=max(1, warmup.steps // 20))
+    # No decay: a model annealed to a sharp minimum is thrown out of it by the first noisy policy gradients.
+    config = OptimizerConfig(lr=warmup.lr, beta2=0.999, warmup_steps=max(1, warmup.steps // 20))
     trainable = make_trainable(model, config, total_steps=warmup.steps)
     examples = _read_examples(recipe)
     with Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress:
@@ -58,7 +61,9 @@ def train(recipe: Recipe, topology: Topology) -> None:
 
 
 def _step(recipe: Recipe, topology: Topology, trainable, examples: _Examples, step: int) -> None:
-    chosen = step_prompts(step, num_prompts=len(examples.prompts), prompts_per_step=recipe.warmup.sequences_per_step, seed=recipe.run.seed)
+    chosen = step_prompts(
+        step, num_prompts=len(examples.prompts), prompts_per_step=recipe.warmup.sequences_per_step, seed=recipe.run.seed
+    )
     prompts, responses = [examples.prompts[i] for i in chosen], [examples.responses[i] for i in chosen]
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     plan = plan_micro_batches(
@@ -68,6 +73,8 @@ def _step(recipe: Recipe, topology: Topology, trainable, examples: _Examples, st
     objective, nothing = SFT(), MicroTargets({}, {})
     trainable.zero_grad()
     forward_backward(
-        trainable.model, micro, lambda log_prob_R, k: objective.loss(log_prob_R, torch.zeros_like(log_prob_R), micro[k].sequence_R, nothing)
+        trainable.model,
+        micro,
+        lambda log_prob_R, k: objective.loss(log_prob_R, torch.zeros_like(log_prob_R), micro[k].sequence_R, nothing),
     )
     trainable.step()

@@ -1,8 +1,9 @@
-"""What a training step says of itself: log-ratio, KL, mismatch with the sampler, loss and gradient norms, over all ranks."""
+"""What a training step says of itself, over all ranks: log-ratio, KL, mismatch with the sampler, loss, gradient norms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,12 @@ def diagnose(term: LossTerm, log_prob_R: Tensor, anchor_R: Tensor, sampler_R: Te
     log_ratio_R = log_prob_R - anchor_R
     mismatch_R = (log_prob_R - sampler_R).abs()
     one = log_prob_R.new_ones(())
-    sums = {"count": one * term.count, "tokens": one * len(log_prob_R), "log_ratio": log_ratio_R.sum(), "mismatch": mismatch_R.sum()}
+    sums = {
+        "count": one * term.count,
+        "tokens": one * len(log_prob_R),
+        "log_ratio": log_ratio_R.sum(),
+        "mismatch": mismatch_R.sum(),
+    }
     maxima = {"log_ratio": log_ratio_R.abs().max(), "mismatch": mismatch_R.max()}
     return Stats({**term.stats.sums, **sums}, {**term.stats.maxima, **maxima})
 
@@ -34,10 +40,11 @@ class StepRecord:
     def __init__(self, reinforce_scale: float):
         self._reinforce_scale = reinforce_scale
         self._minibatches: list[Stats] = []
+        self._gathered: list[_Totals] = []
         self._grad_norms: list[float] = []
 
     def add(self, stats: Sequence[Stats], grad_norm: float) -> None:
-        """One minibatch: the stats of its micro-batches on this rank (none before the last stage), and its gradient's norm."""
+        """One minibatch: its micro-batches' stats (none before the last stage), and its gradient's norm."""
         if stats:
             sums = {name: torch.stack([piece.sums[name] for piece in stats]).sum() for name in stats[0].sums}
             maxima = {name: torch.stack([piece.maxima[name] for piece in stats]).max() for name in stats[0].maxima}
@@ -51,21 +58,21 @@ class StepRecord:
                 for values, op in ((stats.sums, dist.ReduceOp.SUM), (stats.maxima, dist.ReduceOp.MAX)):
                     for value in values.values():
                         dist.all_reduce(value, op=op, group=topology.dp_group)
-        plain = [Stats(_plain(stats.sums), _plain(stats.maxima)) for stats in self._minibatches]
-        self._minibatches = topology.broadcast(plain, src=topology.world_size - 1)
+        plain = [_Totals(_plain(stats.sums), _plain(stats.maxima)) for stats in self._minibatches]
+        self._gathered = topology.broadcast(plain, src=topology.world_size - 1)
         return self
 
     @property
     def first_log_ratio(self) -> float:
         """Largest |log pi - log pi_anchor| of a token in the first minibatch, nats."""
-        return float(self._minibatches[0].maxima["log_ratio"])
+        return self._gathered[0].maxima["log_ratio"]
 
     def metrics(self) -> dict[str, float]:
         """By the names of metrics.jsonl."""
-        first, total_count = self._minibatches[0], sum(stats.sums["count"] for stats in self._minibatches)
+        first, total_count = self._gathered[0], sum(totals.sums["count"] for totals in self._gathered)
         grad_norm = sum(self._grad_norms) / len(self._grad_norms)
         return {
-            "loss": sum(stats.sums["loss"] for stats in self._minibatches) / total_count,
+            "loss": sum(totals.sums["loss"] for totals in self._gathered) / total_count,
             "kl/per_token": first.sums["log_ratio"] / first.sums["tokens"],
             "kl/per_sequence": first.sums["log_ratio"] / first.sums["count"],
             "mismatch/max": first.maxima["mismatch"],
@@ -75,5 +82,13 @@ class StepRecord:
         }
 
 
-def _plain(values) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Totals:
+    """A minibatch's `Stats` over all ranks."""
+
+    sums: dict[str, float]
+    maxima: dict[str, float]
+
+
+def _plain(values: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}

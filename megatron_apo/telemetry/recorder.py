@@ -21,7 +21,7 @@ from megatron_apo.rollout.evaluation import Evaluation
 from megatron_apo.rollout.weight_sync import SyncReport
 from megatron_apo.telemetry.diagnostics import StepRecord
 from megatron_apo.telemetry.memory import MemorySampler
-from megatron_apo.telemetry.metrics import MetricsWriter
+from megatron_apo.telemetry.metrics import MetricsWriter, read_metrics
 from megatron_apo.telemetry.summary import RunSummary
 
 _SETTLED_STEPS = 2  # the first steps warm caches and kernels up; means leave them out
@@ -31,7 +31,7 @@ class Recorder:
     """Use as a context manager around the run."""
 
     def __init__(self, recipe: Recipe, topology: Topology, server_pid: int | None):
-        """`server_pid`: root of the rollout server, whose memory is counted apart from the driver's; None on other ranks."""
+        """`server_pid`: root of the rollout server, whose memory is counted apart; None except on the driver."""
         self._recipe = recipe
         self._topology = topology
         self._server_pid = server_pid
@@ -40,7 +40,7 @@ class Recorder:
         self._history: defaultdict[str, list[float]] = defaultdict(list)
         self._syncs: list[SyncReport] = []
         self._proofs: list[float] = []
-        self._evaluations: list[Evaluation] = []
+        self._evaluated: Evaluation
 
     def __enter__(self) -> Recorder:
         self._memory = self._stack.enter_context(MemorySampler())
@@ -49,11 +49,20 @@ class Recorder:
             self._stack.enter_context(self._memory.watch("vllm server", self._server_pid))
         if self._topology.is_driver:
             self._recipe.save(self._recipe.run.dir / "recipe.yaml")
-            self._writer = self._stack.enter_context(MetricsWriter(self._recipe.run.dir, self._recipe.telemetry.tensorboard))
+            self._writer = self._stack.enter_context(
+                MetricsWriter(self._recipe.run.dir, self._recipe.telemetry.tensorboard)
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+    def resumed(self, step: int) -> None:
+        """The run goes on after `step` steps: its rows so far count, those of later steps will be written again."""
+        for row in read_metrics(self._recipe.run.dir) if self._topology.is_driver else []:
+            for name, value in row.items():
+                if row["step"] <= step and name not in ("step", "time") and value is not None:
+                    self._history[name].append(value)
 
     def synced(self, report: SyncReport) -> None:
         self._syncs.append(report)
@@ -64,7 +73,9 @@ class Recorder:
 
     def evaluated(self, step: int, found: Evaluation) -> None:
         """An evaluation of the weights after `step` steps."""
-        self._evaluations.append(found)
+        self._evaluated = found
+        if step == 0 and self._topology.is_driver:
+            RunSummary(self._recipe.run.dir).add({"pass_at_1": {"before": asdict(found)}})
         self._log(
             step,
             {
@@ -77,7 +88,14 @@ class Recorder:
         )
 
     def log(
-        self, step: int, record: StepRecord, batch: Sequence[Rollout], values: Mapping[str, float], seconds: Mapping[str, float], *, lr: float
+        self,
+        step: int,
+        record: StepRecord,
+        batch: Sequence[Rollout],
+        values: Mapping[str, float],
+        seconds: Mapping[str, float],
+        *,
+        lr: float,
     ) -> None:
         """One training step (`step` counts from 1). `values`: V* by prompt id; `seconds`: by phase."""
         advantages = [rollout.reward - values[rollout.prompt_id] for rollout in batch]
@@ -108,19 +126,27 @@ class Recorder:
         dist.all_gather_object(peaks, self._memory.peaks())
         if not self._topology.is_driver:
             return
-        before, after = self._evaluations[0], self._evaluations[-1]
-        split = {phase: self._mean(f"time/{phase}_s") for phase in ("generate", "reference", "train", "optimizer", "sync", "step")}
+        split = {
+            phase: self._mean(f"time/{phase}_s")
+            for phase in ("generate", "reference", "train", "optimizer", "sync", "step")
+        }
         RunSummary(self._recipe.run.dir).add(
             {
-                "pass_at_1": {"before": asdict(before), "after": asdict(after)},
+                "pass_at_1": {"after": asdict(self._evaluated)},
                 "sync": {
                     "seconds_mean": fmean(report.seconds for report in self._syncs),
                     "bytes": self._syncs[-1].num_bytes,
                     "count": len(self._syncs),
                 },
                 "max_log_prob_difference": max(self._proofs + self._history["mismatch/max"]),
-                "kl": {"per_token": self._history["kl/per_token"][-1], "per_sequence": self._history["kl/per_sequence"][-1]},
-                "tokens_per_s": {"generation": self._mean("tokens_per_s/generate"), "training": self._mean("tokens_per_s/train")},
+                "kl": {
+                    "per_token": self._history["kl/per_token"][-1],
+                    "per_sequence": self._history["kl/per_sequence"][-1],
+                },
+                "tokens_per_s": {
+                    "generation": self._mean("tokens_per_s/generate"),
+                    "training": self._mean("tokens_per_s/train"),
+                },
                 "step_split_s": split,
                 "grader_failures": dict(grader_failures),
                 "peak_memory_bytes": {label: peak for rank in peaks for label, peak in rank.items()},

@@ -1,4 +1,4 @@
-"""RUN/summary.json: what the stages of a run measured. Each stage adds its part; a later one of the same name replaces it."""
+"""RUN/summary.json: what the stages of a run measured. Each adds its part; a later one of the same name replaces it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RunSummary:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[dict[str, Any]]:
-        """Time a stage under `phases_s`; what the block puts into the yielded dict is added when it ends without an error."""
+        """Time a stage under `phases_s`; what the block puts into the yielded dict is added when it ends well."""
         start = time.monotonic()
         values: dict[str, Any] = {}
         yield values

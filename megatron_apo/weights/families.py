@@ -86,7 +86,7 @@ def model_entries(spec: ModelSpec, pp: int) -> list[Entry]:
 
 
 def tied_head_entry(spec: ModelSpec, pp: int) -> Entry | None:
-    """The last stage's copy of a tied embedding: loaded from the embedding, never exported. None where there is none."""
+    """The last stage's copy of a tied embedding: loaded from the embedding, never exported. None if there is none."""
     if not spec.tied or pp == 1:
         return None
     return Entry(HEAD, HEAD.megatron, HEAD.megatron, EMBEDDING.hf, pp_rank=pp - 1, layer=None)

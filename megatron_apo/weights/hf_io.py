@@ -38,7 +38,10 @@ class HFReader:
             except (SafetensorError, OSError) as error:
                 raise ModelConfigError(f"{self.folder / name}: missing or damaged weights file ({error})") from None
             self._files[name] = handle
-            self._file_of.update(dict.fromkeys(handle.keys(), name))
+            for tensor in handle.keys():
+                other = self._file_of.setdefault(tensor, name)
+                if other != name:
+                    raise ModelConfigError(f"model path {folder}: {tensor} is in {other} and in {name}; remove one")
 
     def _weight_files(self) -> list[str]:
         index = self.folder / INDEX
@@ -52,6 +55,10 @@ class HFReader:
     def names(self) -> list[str]:
         return sorted(self._file_of)
 
+    def dtypes(self) -> set[str]:
+        """The dtypes of the tensors, as safetensors spells them: "F32", "BF16", ..."""
+        return {self._files[file].get_slice(name).get_dtype() for name, file in self._file_of.items()}
+
     def get(self, name: str) -> Tensor:
         return self._files[self._file_of[name]].get_tensor(name)
 
@@ -64,9 +71,11 @@ class HFReader:
         problems = [f"missing tensor {name}" for name in sorted(set(expected) - present)]
         for name in sorted(present - set(expected)):
             if spec.tied and name in HEAD.hf:
-                if not torch.equal(self.get(name), self.get(EMBEDDING.hf[0])):
+                if EMBEDDING.hf[0] in present and not torch.equal(self.get(name), self.get(EMBEDDING.hf[0])):
                     problems.append(f"{name} differs from the embedding although the config ties them")
-            elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints saved; derived from the config
+            elif not name.endswith(
+                "rotary_emb.inv_freq"
+            ):  # a buffer that old checkpoints saved; derived from the config
                 problems.append(f"unknown tensor {name}")
         for name in sorted(present & set(expected)):
             shape = tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
@@ -88,15 +97,19 @@ def model_hash(folder: Path) -> str:
 
 
 def write_hf_folder(
-    stream: Iterable[tuple[str, Tensor]], source: Path, out: Path, *, dtype: torch.dtype, max_shard_bytes: int = 5 * 2**30
+    stream: Iterable[tuple[str, Tensor]],
+    source: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int = 5 * 2**30,
 ) -> None:
     """Write tensors as safetensors beside `source`'s configuration and tokenizer files. On one rank.
 
     Everything goes to a temporary folder that is renamed at the end: `out` appears whole or not at all.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"output folder {out} is not empty; give a new one")
+    check_empty(out)
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -104,7 +117,7 @@ def write_hf_folder(
         weight_map = _write_shards(stream, temporary, dtype, max_shard_bytes)
         if len(set(weight_map.values())) > 1:
             (temporary / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
-        _copy_side_files(Path(source), temporary, dtype)
+        copy_side_files(Path(source), temporary, dtype)
         if out.exists():
             out.rmdir()
         os.rename(temporary, out)
@@ -139,7 +152,14 @@ def _write_shards(stream: Iterable[tuple[str, Tensor]], folder: Path, dtype: tor
     return weight_map
 
 
-def _copy_side_files(source: Path, out: Path, dtype: torch.dtype) -> None:
+def check_empty(out: Path) -> None:
+    """Raise a ValueError if `out`, a folder to be written, is there and not empty, or is a file."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"output folder {out} is not empty; give a new one")
+
+
+def copy_side_files(source: Path, out: Path, dtype: torch.dtype) -> None:
+    """Everything of the Hugging Face folder `source` but its weights; the configuration says `dtype`."""
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and path.name != "config.json":
             shutil.copyfile(path, out / path.name)

@@ -63,7 +63,8 @@ def stage_parameters(model: torch.nn.Module, spec: ModelSpec, topology: Topology
             found[entry] = parameter
     if missing or parameters:
         raise MappingError(
-            f"{spec.family}: parameters without a row: {sorted(parameters) or 'none'}; rows without a parameter: {missing or 'none'}"
+            f"{spec.family}: parameters without a row: {sorted(parameters) or 'none'}; "
+            f"rows without a parameter: {missing or 'none'}"
         )
     return found
 
@@ -104,7 +105,9 @@ class WeightStream:
         self._shard_dtype = tensor_of(next(iter(self._own.values()))).dtype
         self.dtype = dtype or self._shard_dtype
         entries = model_entries(spec, topology.pp)
-        self._buckets = [list(members) for _, members in groupby(entries, key=lambda entry: (entry.pp_rank, entry.layer))]
+        self._buckets = [
+            list(members) for _, members in groupby(entries, key=lambda entry: (entry.pp_rank, entry.layer))
+        ]
 
     def metadata(self) -> list[TensorMeta]:
         return [

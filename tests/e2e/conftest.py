@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 
+from megatron_apo import guard
 from megatron_apo.config import RolloutConfig
-from megatron_apo.rollout import guard
 from megatron_apo.rollout.client import RolloutClient
 from megatron_apo.rollout.server import VLLMServer
 from megatron_apo.rollout.weight_sync import WeightSync

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from megatron_apo.rollout import guard
+from megatron_apo import guard
 from megatron_apo.rollout.client import GenerateRequest, Sampling
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync

@@ -1,0 +1,216 @@
+"""Checkpoints of a training run: saved every so often, taken up again by the next `train` of the same run folder.
+
+    RUN/checkpoints/step-000050/
+      .metadata  *.distcp  common.pt  metadata.json   policy, optimizer and schedule as Megatron-Core's `torch_dist`
+      model/                                          config.json and tokenizer files, for the way back to Hugging Face
+      checkpoint.json                                 a `Record`: the step, the recipe and the V* store behind it
+
+A resumed run repeats the killed one, bit for bit in the same layout and to rounding in another. Nothing else has a
+state: training draws no random numbers, prompts' order and the samples' seeds are functions of the step, and
+every rollout is used in the step that makes it.
+
+A converted model (stages/convert.py) is such a folder as well, with the weights alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_apo.config import Recipe, RecipeError, build_recipe
+from megatron_apo.telemetry.summary import versions
+from megatron_apo.values.store import MANIFEST
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_apo.optim import Trainable
+    from megatron_apo.parallel.topology import Topology
+
+MODEL = "model"
+RECORD = "checkpoint.json"
+FORMAT = 1
+_STEP_NAME = re.compile(r"step-(\d{6,})")
+
+# What a resumed run may change: sections, or keys of a section. The rest decides the numbers.
+FREE = {
+    "run.dir",
+    "train.steps",  # see `_changes`: with a schedule that decays it is not
+    "train.save_every",
+    "train.first_log_ratio_tolerance",
+    # The same sums in another order.
+    "parallel",
+    "train.tokens_per_micro_batch",
+    "train.packing",
+    "train.log_prob_chunk_tokens",
+    # Where things are and how long they may take.
+    "vstar.dir",  # the store itself is compared
+    "vstar.prompts_per_shard",
+    "vstar.keep_responses",
+    "reward.workers",
+    "rollout.host",
+    "rollout.port",
+    "rollout.python",
+    "rollout.threads",
+    "rollout.kv_cache_gib",
+    "rollout.start_timeout_s",
+    "rollout.request_timeout_s",
+    # What only looks on, or is over.
+    "data.eval",
+    "sync",
+    "eval",
+    "telemetry",
+    "warmup",
+}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a training run stands: `step` rollout batches learned from."""
+
+    step: int
+    recipe: dict[str, Any]
+    vstar_sha256: str  # of the V* store's manifest, which has the hash of every shard
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a folder of Megatron weights is. model_hash: of the Hugging Face tensors, where they are unchanged."""
+
+    dtype: Literal["fp32", "bf16"]
+    model_hash: str | None = None
+    run: RunState | None = None
+    format: int = FORMAT
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def write(self, folder: Path, source: Path) -> None:
+        """Put the record, and configuration and tokenizer of the Hugging Face folder `source`, into `folder`."""
+        from megatron_apo.weights.hf_io import copy_side_files
+
+        (folder / MODEL).mkdir()
+        copy_side_files(source, folder / MODEL, torch_dtype(self.dtype))
+        (folder / RECORD).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a checkpoint. Raises a ValueError of one line where there is none."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {RECORD} there; give a folder that training or convert hf-to-megatron wrote")
+    tree = json.loads(path.read_text())
+    if tree.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {tree.get('format')!r} is not known; this version reads {FORMAT}")
+    run = RunState(**tree.pop("run")) if tree["run"] else None
+    return Record(**{**tree, "run": run})
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype that a recipe calls fp32 or bf16."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    folder = run_dir / "checkpoints"
+    found = {int(match[1]): path for path in folder.glob("*") if (match := _STEP_NAME.fullmatch(path.name))}
+    return found[max(found)] if found else None
+
+
+def check_resume(recipe: Recipe) -> None:
+    """Raise `RecipeError`, one line a field, if the run folder's newest checkpoint is not of this recipe and V* store."""
+    folder = latest(recipe.run.dir)
+    if folder is None:
+        return
+    run = read_record(folder).run
+    if run is None:
+        raise ValueError(f"{folder}: a converted model, not a training checkpoint; give another run.dir")
+    problems = [
+        f"{key}: {ours!r}, but {folder} was trained with {theirs!r}; set it back or give another run.dir"
+        for key, ours, theirs in _changes(recipe, build_recipe(run.recipe))
+    ]
+    if _store_hash(recipe) != run.vstar_sha256:
+        problems.append(f"vstar.dir: {recipe.vstar.dir} is not the store that {folder} was trained with")
+    if run.step > recipe.train.steps:
+        problems.append(f"train.steps: {recipe.train.steps}, but {folder} is past that; use at least {run.step}")
+    if problems:
+        raise RecipeError(problems)
+
+
+class Checkpoints:
+    """The run's checkpoints, on every rank."""
+
+    def __init__(self, recipe: Recipe, topology: Topology, trainable: Trainable):
+        self._recipe = recipe
+        self._topology = topology
+        self._trainable = trainable
+
+    def restore(self) -> int:
+        """Load the newest checkpoint, if there is one. Returns the number of steps already taken. Collective."""
+        from megatron_apo.weights import torch_dist
+
+        folder = self._topology.broadcast(latest(self._recipe.run.dir))
+        if folder is None:
+            return 0
+        step = self._topology.broadcast(_run_of(folder).step if self._topology.is_driver else None)
+        if self._topology.is_driver:
+            print(f"resuming from {folder}", flush=True)
+        state = torch_dist.read(folder, self._state(is_loading=True))
+        trainable = self._trainable
+        trainable.model.module.load_state_dict(state["model"])
+        trainable.optimizer.load_state_dict(state["optimizer"])
+        trainable.scheduler.step(increment=state["schedule"])
+        return step
+
+    def save_if_due(self, step: int) -> None:
+        """Save after `step` steps if train.save_every says so. Collective."""
+        from megatron_apo.weights import torch_dist
+
+        every = self._recipe.train.save_every
+        if not every or step % every:
+            return
+
+        def describe(folder: Path) -> None:
+            run = RunState(step, self._recipe.model_dump(mode="json"), _store_hash(self._recipe))
+            Record(self._recipe.model.dtype, run=run).write(folder, self._recipe.model.path)
+
+        folder = self._recipe.run.dir / "checkpoints" / f"step-{step:06d}"
+        torch_dist.write(folder, self._topology, self._state(is_loading=False), describe)
+
+    def _state(self, *, is_loading: bool) -> dict[str, Any]:
+        """What is saved, as Megatron-Core's sharded state. The optimizer's is in the parameters' own shapes, so that another
+        layout can load it; data-parallel rank 0 gathers its shards in main memory."""
+        model = self._trainable.model.module.sharded_state_dict()
+        layout = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": True,
+        }
+        optimizer = self._trainable.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=layout)
+        return {"model": model, "optimizer": optimizer, "schedule": self._trainable.scheduler.num_steps}
+
+
+def _run_of(folder: Path) -> RunState:
+    run = read_record(folder).run
+    assert run is not None, folder  # `check_resume` refuses it
+    return run
+
+
+def _changes(recipe: Recipe, saved: Recipe) -> list[tuple[str, Any, Any]]:
+    """(key, value now, value then) of every field that differs and decides the numbers."""
+    free = FREE - ({"train.steps"} if recipe.optimizer.schedule != "constant" else set())
+    now, then = recipe.model_dump(mode="json"), saved.model_dump(mode="json")
+    return [
+        (f"{section}.{key}", now[section][key], then[section][key])
+        for section in now
+        for key in now[section]
+        if section not in free and f"{section}.{key}" not in free and now[section][key] != then[section][key]
+    ]
+
+
+def _store_hash(recipe: Recipe) -> str:
+    return hashlib.sha256((recipe.vstar.dir / MANIFEST).read_bytes()).hexdigest()

@@ -1,0 +1,291 @@
+"""Both stages end to end, as a user runs them, and what a user breaks: real ranks, real vLLM, real graders.
+
+One small quickstart (four ranks, TP 2 x PP 2) makes the model and the V* store that the other tests train on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+SMALL = [
+    "data.max_prompts=256",
+    "warmup.steps=30",
+    "vstar.samples_per_prompt=4",
+    "vstar.prompts_per_shard=128",
+    "train.steps=3",
+    "train.prompts_per_step=32",
+    "eval.max_prompts=16",
+    "eval.every=2",
+    "telemetry.progress=false",
+]
+LIMIT_S = 240
+
+
+class Command:
+    """A `megatron-apo` command in a folder of its own; what it starts inherits that folder, which tells orphans."""
+
+    def __init__(self, folder: Path, *arguments: str, **environment: str):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "output.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_apo.cli", *arguments],
+                cwd=folder,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait(self) -> int:
+        return self.process.wait(LIMIT_S)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        """Live processes that this command started, itself included."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.cwd() == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def wait_for(self, what: Callable[[], bool]) -> None:
+        end = time.monotonic() + LIMIT_S
+        while not what():
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < end, f"nothing happened:\n{self.output}"
+            time.sleep(0.1)
+
+    def kill_engine(self) -> bool:
+        """kill -9 of vLLM's engine, if there is one."""
+        for process in self.processes():
+            if "EngineCore" in process.name() or any("EngineCore" in word for word in process.cmdline()):
+                process.kill()
+                return True
+        return False
+
+    def stop(self) -> None:
+        for process in self.processes():
+            process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    started: list[Command] = []
+
+    def start(*arguments: str, **environment: str) -> Command:
+        started.append(Command(tmp_path / f"command{len(started)}", *arguments, **environment))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.stop()
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a finished small quickstart."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    run = Command(folder, "quickstart", "--seed", "3", "--out", str(folder / "run"), *SMALL, "parallel.tp=2")
+    try:
+        assert run.wait() == 0, run.output
+        assert run.processes() == []
+    finally:
+        run.stop()
+    return folder / "run"
+
+
+def rows(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def steps_done(run: Path) -> int:
+    return max((row["step"] for row in rows(run) if "loss" in row), default=0)
+
+
+def train_arguments(quickstart: Path, run: Path, *overrides: str) -> list[str]:
+    """Train again on the quickstart's model and store, in a new run folder; two ranks."""
+    return [
+        "train",
+        "-r",
+        str(quickstart / "recipe.yaml"),
+        f"run.dir={run}",
+        "parallel.tp=1",
+        "train.steps=6",
+        *overrides,
+    ]
+
+
+def test_quickstart(quickstart: Path) -> None:
+    summary = json.loads((quickstart / "summary.json").read_text())
+    assert set(summary["phases_s"]) == {"warmup", "estimate_vstar", "train", "total"}
+    assert set(summary["pass_at_1"]) == {"before", "after"}
+    assert (
+        summary["pass_at_1"]["after"]["num_prompts"] == 16 and summary["pass_at_1"]["after"]["samples_per_prompt"] == 8
+    )
+    assert summary["sync"]["count"] == 4  # before the first step, and after each
+    assert {"trainer rank 0", "trainer rank 3", "vllm server"} <= set(summary["peak_memory_bytes"])
+    assert summary["max_log_prob_difference"] <= 1e-4
+    training = [row for row in rows(quickstart) if "loss" in row]
+    assert [row["step"] for row in training] == [1, 2, 3]
+    assert training[0]["kl/per_token"] == 0.0  # policy and reference are the same numbers, exactly
+    assert training[1]["kl/per_token"] != 0.0
+    assert [row["step"] for row in rows(quickstart) if "eval/avg_at_k" in row] == [0, 2, 3]
+    page = (quickstart / "report.html").read_text()
+    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_trained_model_loads_in_transformers(quickstart: Path) -> None:
+    trained, reference = quickstart / "checkpoints" / "hf", quickstart / "models" / "reference"
+    model = transformers.AutoModelForCausalLM.from_pretrained(trained)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained)
+    tokens = tokenizer("12+34+56=", return_tensors="pt")["input_ids"]
+    assert torch.isfinite(model(tokens).logits).all()
+    before, after = (load_file(folder / "model.safetensors") for folder in (reference, trained))
+    assert before.keys() == after.keys()
+    change = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert 0 < change < 1e-2  # six Adam steps of at most about 1e-4 each
+
+
+@pytest.mark.parametrize(
+    ("override", "fields"),
+    [
+        ("model.reference={run}/models/untrained", ["model_hash"]),
+        ("sampling.max_response_tokens=24", ["max_response_tokens"]),
+        ("reward.name=gsm8k", ["reward_name", "reward_options"][:1]),
+        ("data.max_prompts=128", ["dataset_hash"]),
+    ],
+)
+def test_store_of_another_run_is_refused(
+    override: str, fields: list[str], quickstart: Path, command, tmp_path: Path
+) -> None:
+    run = command(*train_arguments(quickstart, tmp_path / "run", override.format(run=quickstart)))
+    assert run.wait() == 1
+    lines = run.output.splitlines()
+    assert lines[0].startswith("error: ") and "does not belong to this run" in lines[0], run.output
+    for field in fields:
+        assert any(line.startswith(f"{field}: store has ") and "this run has" in line for line in lines), run.output
+    assert "Traceback" not in run.output
+
+
+def test_other_template_is_refused(quickstart: Path, command, tmp_path: Path) -> None:
+    """The same weights with a tokenizer that renders prompts differently."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in (quickstart / "models" / "reference").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    run = command(*train_arguments(quickstart, tmp_path / "run", f"model.path={other}", "data.template=chat"))
+    assert run.wait() == 1
+    assert "template: store has 'raw', this run has 'chat'" in run.output
+    assert "template_hash: store has" in run.output
+
+
+def test_missing_model_is_one_line(quickstart: Path, command, tmp_path: Path) -> None:
+    run = command(*train_arguments(quickstart, tmp_path / "run", "model.path=/nowhere/model"))
+    assert run.wait() == 1
+    assert run.output.count("\n") == 1 and "/nowhere/model" in run.output
+
+
+def test_port_in_use_is_one_line(quickstart: Path, command, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        run = command(*train_arguments(quickstart, tmp_path / "run", f"rollout.port={port}"))
+        assert run.wait() == 1
+    assert f"{port}" in run.output and "in use" in run.output and "Traceback" not in run.output
+    assert run.processes() == []
+
+
+def test_a_dead_server_is_restarted_once(quickstart: Path, command, tmp_path: Path) -> None:
+    run = command(*train_arguments(quickstart, tmp_path / "run"))
+    run.wait_for(lambda: steps_done(tmp_path / "run") >= 2)
+    assert run.kill_engine()
+    assert run.wait() == 0, run.output
+    assert run.output.count("restarting it once") == 1
+    training = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
+    assert max(row["mismatch/max"] for row in training) <= 1e-4  # the new server holds the trained weights
+    assert run.processes() == []
+
+
+def test_a_second_death_in_a_step_stops_the_run(quickstart: Path, command, tmp_path: Path) -> None:
+    run = command(*train_arguments(quickstart, tmp_path / "run"))
+    run.wait_for(lambda: steps_done(tmp_path / "run") >= 1)
+    while run.process.poll() is None:
+        run.kill_engine()
+        time.sleep(0.2)
+    assert run.process.returncode == 1
+    assert "restarting it once" in run.output
+    assert "died twice" in run.output or "while starting" in run.output, run.output
+    assert "EngineCore" in run.output  # the end of the server's log
+    assert run.processes() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_leaves_nothing(number: signal.Signals, quickstart: Path, command, tmp_path: Path) -> None:
+    shared = {path.name for path in Path("/dev/shm").iterdir()}
+    run = command(*train_arguments(quickstart, tmp_path / "run", "train.steps=1000"))
+    run.wait_for(lambda: steps_done(tmp_path / "run") >= 1)
+    run.process.send_signal(number)
+    assert run.wait() == 128 + number
+    assert run.processes() == []
+    assert {path.name for path in Path("/dev/shm").iterdir()} <= shared
+
+
+def test_faulty_grader_fails_its_samples_only(quickstart: Path, command, tmp_path: Path) -> None:
+    (tmp_path / "faulty.py").write_text(
+        "import time\n"
+        "class Faulty:\n"
+        "    name, version = 'faulty', '1'\n"
+        "    def __call__(self, request):\n"
+        "        if request.prompt.endswith('7='): raise KeyError('seven')\n"
+        "        if request.prompt == HANG: time.sleep(1000)\n"
+        "        return 1.0\n"
+        f"HANG = {json.loads((quickstart / 'data' / 'train.jsonl').read_text().splitlines()[0])['prompt']!r}\n"
+    )
+    run = command(
+        "estimate-vstar",
+        "-r",
+        str(quickstart / "recipe.yaml"),
+        f"run.dir={tmp_path / 'run'}",
+        f"vstar.dir={tmp_path / 'vstar'}",
+        "reward.name=faulty:Faulty",
+        "reward.time_limit_s=1",
+        "reward.failure_reward=-1",
+        "data.max_prompts=32",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert run.wait() == 0, run.output
+    prompts = [
+        json.loads(line)["prompt"] for line in (quickstart / "data" / "train.jsonl").read_text().splitlines()[:32]
+    ]
+    failing = sum(prompt.endswith("7=") or prompt == prompts[0] for prompt in prompts)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())["vstar"]
+    assert summary["grader_failures"] == 4 * failing
+    assert summary["mean_reward"] == pytest.approx((32 - 2 * failing) / 32)
+    assert run.processes() == []

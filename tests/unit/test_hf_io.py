@@ -1,0 +1,219 @@
+"""Hugging Face folders: every problem found, an identity that sees every bit, whole output or none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from megatron_apo.model.hf_config import ModelConfigError, read_hf_config
+from megatron_apo.weights.hf_io import HFReader, model_hash, write_hf_folder
+from tests.models import make_model
+
+FILE = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: make_model(name, folder) for name in ("qwen3", "qwen2-tied-one-group")}
+
+
+@pytest.fixture
+def model(originals, tmp_path):
+    """A copy of an untied model that a test may damage."""
+    return shutil.copytree(originals["qwen3"], tmp_path / "model")
+
+
+@pytest.fixture
+def tied(originals, tmp_path):
+    return shutil.copytree(originals["qwen2-tied-one-group"], tmp_path / "tied")
+
+
+def change(folder, **tensors):
+    """Rewrite the weights file with these tensors changed; None removes one. `__` stands for a dot."""
+    changes = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    weights = load_file(folder / FILE) | changes
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, folder / FILE)
+
+
+def shard(folder, parts):
+    """Replace the weights file by these ones, each a list of names, and an index."""
+    weights = load_file(folder / FILE)
+    (folder / FILE).unlink()
+    for file, names in parts.items():
+        save_file({name: weights[name] for name in names}, folder / file)
+    index = {name: file for file, names in parts.items() for name in names}
+    (folder / f"{FILE}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def halves(folder):
+    names = sorted(load_file(folder / FILE))
+    return {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+
+
+def check(folder):
+    HFReader(folder).check(read_hf_config(folder))
+
+
+def test_sound_folders_pass(model, tied):
+    check(model)
+    check(tied)
+    shard(model, halves(model))
+    check(model)
+
+
+def test_missing_extra_and_misshapen_come_all_at_once(model):
+    change(
+        model,
+        model__norm__weight=None,
+        model__layers__3__self_attn__q_norm__weight=None,
+        model__layers__0__self_attn__bias=torch.zeros(3),
+        lm_head__weight=torch.zeros(101, 47),
+        model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(10),  # old checkpoints saved it
+    )
+    with pytest.raises(ModelConfigError) as error:
+        check(model)
+    assert str(error.value).splitlines() == [
+        f"{model}: missing tensor model.layers.3.self_attn.q_norm.weight",
+        f"{model}: missing tensor model.norm.weight",
+        f"{model}: unknown tensor model.layers.0.self_attn.bias",
+        f"{model}: lm_head.weight has shape (101, 47), expected (101, 48)",
+    ]
+
+
+def test_folders_without_weights(tmp_path, model):
+    with pytest.raises(ModelConfigError, match="not a folder"):
+        HFReader(tmp_path / "absent")
+    (model / FILE).unlink()
+    with pytest.raises(ModelConfigError, match="no .safetensors file"):
+        HFReader(model)
+
+
+def test_an_index_that_names_an_absent_file(model):
+    shard(model, halves(model))
+    (model / "b.safetensors").unlink()
+    with pytest.raises(ModelConfigError, match="b.safetensors: missing or damaged"):
+        HFReader(model)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.001, 0])
+def test_a_truncated_file(model, keep):
+    data = (model / FILE).read_bytes()
+    (model / FILE).write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(ModelConfigError, match="model.safetensors: missing or damaged"):
+        HFReader(model)
+
+
+def test_a_tensor_in_two_files_is_refused(model):
+    # Which of the two holds would depend on the order of file names.
+    weights = load_file(model / FILE)
+    save_file({"model.norm.weight": weights["model.norm.weight"] + 1}, model / "old.safetensors")
+    with pytest.raises(ModelConfigError, match="model.norm.weight is in model.safetensors and in old.safetensors"):
+        HFReader(model)
+
+
+def test_a_tied_checkpoint_may_repeat_its_embedding(tied):
+    embedding = load_file(tied / FILE)["model.embed_tokens.weight"]
+    change(tied, lm_head__weight=embedding.clone())
+    check(tied)
+    embedding[100, 47] += 1e-3
+    change(tied, lm_head__weight=embedding)
+    with pytest.raises(ModelConfigError, match="lm_head.weight differs from the embedding"):
+        check(tied)
+    change(tied, model__embed_tokens__weight=None)
+    with pytest.raises(ModelConfigError, match="missing tensor model.embed_tokens.weight"):
+        check(tied)
+
+
+def test_model_hash_is_of_the_weights_not_their_files(model):
+    identity = model_hash(model)
+    assert len(identity) == 64
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"use_cache": False}))
+    assert model_hash(model) == identity
+    parts = halves(model)
+    shard(model, parts)
+    assert model_hash(model) == identity
+
+
+def test_model_hash_sees_one_bit_a_name_a_shape_and_a_dtype(model):
+    weights = load_file(model / FILE)
+    name = "model.layers.2.mlp.up_proj.weight"
+    flipped = weights[name].clone()
+    flipped.view(torch.uint8)[5, 7] ^= 1
+    zeros = torch.zeros_like(weights["model.norm.weight"])
+    seen = {model_hash(model)}
+    for changes in (
+        {name: flipped},
+        {name: weights[name].view(48, 96)},
+        {name: weights[name].view(torch.int32)},
+        {name: None, name + "2": weights[name]},
+        {"model.norm.weight": zeros},
+        {"model.norm.weight": -zeros},  # equal as numbers
+        {"model.norm.weight": weights["model.norm.weight"].bfloat16()},
+    ):
+        save_file({k: v for k, v in (weights | changes).items() if v is not None}, model / FILE)
+        seen.add(model_hash(model))
+    assert len(seen) == 8
+
+
+@pytest.mark.parametrize(("limit", "num_files"), [(2**30, 1), (100_000, None)])
+def test_written_folders_load_in_transformers(model, tmp_path, limit, num_files):
+    weights = load_file(model / FILE)
+    (model / "tokenizer_note.txt").write_text("kept")
+    (model / "pytorch_model.bin").write_text("old weights")
+    out = tmp_path / "new" / "out"
+    write_hf_folder(iter(weights.items()), model, out, dtype=torch.float32, max_shard_bytes=limit)
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    total = sum(tensor.nbytes for tensor in weights.values())
+    if num_files == 1:
+        assert files == [FILE] and not (out / f"{FILE}.index.json").exists()
+    else:
+        count = len(files)
+        assert total / limit <= count <= 2 * total / limit + 1
+        assert files == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        assert all((out / file).stat().st_size < limit + 10_000 for file in files)
+        index = json.loads((out / f"{FILE}.index.json").read_text())["weight_map"]
+        assert sorted(index) == sorted(weights) and sorted(set(index.values())) == files
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    assert model_hash(out) == model_hash(model)
+    assert (out / "tokenizer_note.txt").read_text() == "kept" and not (out / "pytorch_model.bin").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_the_written_dtype_is_the_configurations(model, tmp_path):
+    weights = load_file(model / FILE)
+    write_hf_folder(weights.items(), model, tmp_path / "out", dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "torch_dtype" not in config
+    written = load_file(tmp_path / "out" / FILE)
+    assert all(torch.equal(written[name], tensor.bfloat16()) for name, tensor in weights.items())
+
+
+def test_an_output_folder_in_use_is_left_alone(model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    write_hf_folder(load_file(model / FILE).items(), model, out, dtype=torch.float32)  # empty: taken
+    before = model_hash(out)
+    with pytest.raises(ValueError, match="not empty"):
+        write_hf_folder(iter(()), model, out, dtype=torch.float32)
+    assert model_hash(out) == before
+
+
+def test_a_failure_in_the_middle_leaves_nothing(model, tmp_path):
+    def breaking():
+        for index, item in enumerate(load_file(model / FILE).items()):
+            if index == 5:
+                raise ConnectionError("a rank is gone")
+            yield item
+
+    with pytest.raises(ConnectionError):
+        write_hf_folder(breaking(), model, tmp_path / "out", dtype=torch.float32, max_shard_bytes=1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
