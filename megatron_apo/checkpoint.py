@@ -123,7 +123,7 @@ def latest(run_dir: Path) -> Path | None:
 
 
 def check_resume(recipe: Recipe) -> None:
-    """Raise `RecipeError`, one line a field, if the run folder's newest checkpoint is not of this recipe and V* store."""
+    """Raise `RecipeError`, one line a field, if the run's newest checkpoint is not of this recipe and V* store."""
     folder = latest(recipe.run.dir)
     if folder is None:
         return
@@ -160,11 +160,7 @@ class Checkpoints:
         step = self._topology.broadcast(_run_of(folder).step if self._topology.is_driver else None)
         if self._topology.is_driver:
             print(f"resuming from {folder}", flush=True)
-        state = torch_dist.read(folder, self._state(is_loading=True))
-        trainable = self._trainable
-        trainable.model.module.load_state_dict(state["model"])
-        trainable.optimizer.load_state_dict(state["optimizer"])
-        trainable.scheduler.step(increment=state["schedule"])
+        self._trainable.load_state(torch_dist.read(folder, self._trainable.sharded_state(is_loading=True)))
         return step
 
     def save_if_due(self, step: int) -> None:
@@ -180,18 +176,7 @@ class Checkpoints:
             Record(self._recipe.model.dtype, run=run).write(folder, self._recipe.model.path)
 
         folder = self._recipe.run.dir / "checkpoints" / f"step-{step:06d}"
-        torch_dist.write(folder, self._topology, self._state(is_loading=False), describe)
-
-    def _state(self, *, is_loading: bool) -> dict[str, Any]:
-        """What is saved, as Megatron-Core's sharded state. The optimizer's is in the parameters' own shapes, so that another
-        layout can load it; data-parallel rank 0 gathers its shards in main memory."""
-        model = self._trainable.model.module.sharded_state_dict()
-        layout = {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "distrib_optim_fully_reshardable_mem_efficient": True,
-        }
-        optimizer = self._trainable.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=layout)
-        return {"model": model, "optimizer": optimizer, "schedule": self._trainable.scheduler.num_steps}
+        torch_dist.write(folder, self._topology, self._trainable.sharded_state(), describe)
 
 
 def _run_of(folder: Path) -> RunState:

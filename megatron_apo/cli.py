@@ -198,6 +198,9 @@ def _quiet_upstream() -> None:
         "full scope is deprecated",
         "The .grad attribute of a Tensor that is not a leaf",
         "`torch.distributed.",
+        "When using async grad allreduce",
+        "`load_state_dict` is deprecated",
+        "Please use DTensor instead",
     ):
         warnings.filterwarnings("ignore", message=pattern)
 

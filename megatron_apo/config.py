@@ -118,7 +118,7 @@ class TrainConfig(Section):
     tokens_per_micro_batch: int = Field(4096, ge=1, description="token budget of one micro-batch (padding included)")
     log_prob_chunk_tokens: int = Field(1024, ge=1, description="tokens whose logits exist at once")
     first_log_ratio_tolerance: float = Field(0.0, ge=0, description="largest |log pi/pi_ref| on the first batch")
-    save_every: int = Field(0, ge=0, description="steps between checkpoints to resume from; 0: only the final HF export")
+    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only the final HF export")
 
 
 class OptimizerConfig(Section):

@@ -20,7 +20,7 @@ from megatron_apo.parallel import launch
 from megatron_apo.telemetry.report import write_report
 from megatron_apo.telemetry.summary import RunSummary, read_summary
 
-NUM_TRAIN, NUM_EVAL, NUM_SFT = 4096, 512, 8192
+NUM_TRAIN, NUM_EVAL, NUM_SFT = 2048, 512, 8192
 STAGES = ("warmup", "estimate-vstar", "train")
 _DEFAULT_OUT = Path("runs/quickstart")
 

@@ -1,4 +1,4 @@
-"""Which prompts a step uses, and each sample's seed: pure functions of the run's seed, so a resumed run repeats them."""
+"""Which prompts a step uses, and each sample's seed: pure functions of the run's seed; a resumed run repeats them."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def build_model(
         rope_scaling_factor=spec.rope_llama3_factor or 1.0,
     )
     _mark_tensor_parallel(model)
-    return model
+    return model.to(config.params_dtype)  # as Float16Module does: torch makes the norms in fp32
 
 
 def padded_vocab_size(spec: ModelSpec, tp: int) -> int:

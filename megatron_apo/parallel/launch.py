@@ -17,8 +17,8 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
-from megatron_apo.config import Recipe
 from megatron_apo import guard
+from megatron_apo.config import Recipe
 
 _STOP_LIMIT_S = 10.0
 _LOG_TAIL_LINES = 20

@@ -51,8 +51,8 @@ class Topology:
 
     @property
     def last_stage_rank(self) -> int:
-        """Global rank of the last pipeline stage, tensor rank 0, of this data-parallel replica."""
-        return dist.get_global_rank(self.pp_group, self.pp - 1)
+        """A global rank of the last pipeline stage, the same on every rank, as the source of a broadcast must be."""
+        return self.world_size - 1
 
     def owner_ranks(self, pp_rank: int) -> list[int]:
         """Global ranks that hold stage `pp_rank` of data-parallel replica 0, by tensor rank."""
@@ -63,6 +63,10 @@ class Topology:
         box = [value]
         dist.broadcast_object_list(box, src=src)
         return box[0]
+
+
+class RankLost(RuntimeError):
+    """Another rank of the job ended while this one was talking to it."""
 
 
 @contextmanager
@@ -119,6 +123,10 @@ def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.St
             dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
         )
+    except RuntimeError as error:
+        if any(text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")):
+            raise RankLost(f"rank {rank}: the connection to another rank was lost; see what that rank said") from error
+        raise
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -30,7 +30,7 @@ from megatron_apo.rollout.client import Completion, GenerateRequest, RolloutClie
 from megatron_apo.rollout.evaluation import Evaluation, evaluate_policy
 from megatron_apo.rollout.failures import on_driver
 from megatron_apo.rollout.server import ServerDied, VLLMServer
-from megatron_apo.rollout.weight_sync import SyncReport, WeightSync
+from megatron_apo.rollout.weight_sync import SyncError, SyncReport, WeightSync
 from megatron_apo.weights.stream import WeightStream
 
 Answer = TypeVar("Answer")
@@ -87,7 +87,7 @@ class Rollouts:
     def prove(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> float:
         """Largest |log-prob difference| between vLLM and the policy on these sequences.
 
-        Raises SyncError past sync.probe_tolerance. The arguments are the same on every rank. Both sides at temperature 1.
+        Raises SyncError past sync.probe_tolerance. Both sides are at temperature 1, the arguments equal on all ranks.
         """
         sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         micro = make_micro_batch(
@@ -128,6 +128,8 @@ class Rollouts:
         seed = self._recipe.run.seed
         requests = [GenerateRequest(p.token_ids, sample_seed(seed, "train", step, p.prompt_id)) for p in prompts]
         completions = self._client.generate(requests, self._inputs.sampling(self._recipe.sampling), grade)
+        if stale := {completion.weight_version for completion in completions} - {str(self._version)}:
+            raise SyncError(f"step {step}: responses of weight versions {sorted(stale)}, expected {self._version}")
         return [
             Rollout(
                 prompt_id=prompt.prompt_id,
@@ -178,7 +180,7 @@ class Rollouts:
         self._sync.init()
 
     def _surviving(self, work: Callable[[], Answer], sync_after_restart: bool = True) -> Answer:
-        """Do collective `work`; if the server dies in it, restart it, give it the weights, and do the work once more."""
+        """Do collective `work`; if the server dies in it, restart it, give it the weights, do the work again."""
         try:
             return work()
         except ServerDied as death:

@@ -21,8 +21,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from megatron_apo.config import RolloutConfig
 from megatron_apo import guard
+from megatron_apo.config import RolloutConfig
 from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
 
 LOG_TAIL_LINES = 30

@@ -23,8 +23,8 @@ _NAMES: dict[str, Dtype] = {"F32": "fp32", "BF16": "bf16"}
 def hf_to_megatron(source: Path, out: Path, dtype: Dtype | None = None) -> None:
     """Write the Hugging Face folder `source` as Megatron weights. `dtype`: None keeps the tensors' own.
 
-    Raises a ValueError, before any work, for a folder that is no model of a supported family, for an output folder that is
-    not empty, and for a dtype that must be chosen.
+    Raises a ValueError, before any work, for a folder that is no model of a supported family, for an output folder that
+    is not empty, and for a dtype that must be chosen.
     """
     check_empty(out)
     spec = read_hf_config(source)

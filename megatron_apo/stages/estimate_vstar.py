@@ -54,9 +54,8 @@ def run(recipe: Recipe) -> None:
             "mean_reward": float(store.rewards.mean()),
             "grader_failures": sum(pool.failures.values()),
         }
-    print(
-        f"V* store: {recipe.vstar.dir}, {len(store)} prompts x {recipe.vstar.samples_per_prompt}, mean reward {store.rewards.mean():.3f}"
-    )
+    n, mean = recipe.vstar.samples_per_prompt, store.rewards.mean()
+    print(f"V* store: {recipe.vstar.dir}, {len(store)} prompts x {n}, mean reward {mean:.3f}")
 
 
 def _start_engine(recipe: Recipe) -> Any:

@@ -45,7 +45,8 @@ def train(recipe: Recipe, topology: Topology) -> None:
     objective = build_objective(recipe.objective)
     curriculum = open_curriculum(recipe) if topology.is_driver else None
     policy = _load_model(recipe, spec, topology, recipe.model.path)
-    reference = _load_model(recipe, spec, topology, recipe.model.reference_path).requires_grad_(False)
+    # Not marked as frozen: Megatron-Core multiplies frozen weights by another routine, which rounds differently.
+    reference = _load_model(recipe, spec, topology, recipe.model.reference_path)
     trainable = make_trainable(policy, recipe.optimizer, total_steps=recipe.train.steps * recipe.train.minibatches)
     checkpoints = Checkpoints(recipe, topology, trainable)
     start = checkpoints.restore()
@@ -196,12 +197,10 @@ def _prove(recipe: Recipe, rollouts: Rollouts, batch: Sequence[Rollout]) -> floa
 
 
 def _check_first_log_ratio(recipe: Recipe, record: StepRecord) -> None:
-    if (
-        recipe.model.reference_path == recipe.model.path
-        and record.first_log_ratio > recipe.train.first_log_ratio_tolerance
-    ):
+    tolerance = recipe.train.first_log_ratio_tolerance
+    same_model = recipe.model.reference_path == recipe.model.path
+    if same_model and not record.first_log_ratio <= tolerance:  # so that a NaN fails
         raise LogRatioError(
-            f"the first batch's log-ratio is up to {record.first_log_ratio:.3g} a token, not 0: policy and reference differ in "
-            "weights, layout or precision (train.first_log_ratio_tolerance allows "
-            f"{recipe.train.first_log_ratio_tolerance:g})"
+            f"the first batch's log-ratio is up to {record.first_log_ratio:.3g} a token, not 0: policy and reference "
+            f"differ in weights, layout or precision (train.first_log_ratio_tolerance allows {tolerance:g})"
         )

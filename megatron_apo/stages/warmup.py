@@ -1,4 +1,4 @@
-"""Warm start: supervised fine-tuning on prompt/response pairs, exported as the HF folder that both stages start from."""
+"""Warm start: supervised fine-tuning on prompt/response pairs, exported as the HF folder both stages start from."""
 
 from __future__ import annotations
 

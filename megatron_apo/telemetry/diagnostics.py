@@ -1,4 +1,4 @@
-"""What a training step says of itself, over all ranks: log-ratio, KL, mismatch with the sampler, loss, gradient norms."""
+"""What a training step says of itself, over all ranks: log-ratio, KL, mismatch with the sampler, loss and norms."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class StepRecord:
                     for value in values.values():
                         dist.all_reduce(value, op=op, group=topology.dp_group)
         plain = [_Totals(_plain(stats.sums), _plain(stats.maxima)) for stats in self._minibatches]
-        self._gathered = topology.broadcast(plain, src=topology.world_size - 1)
+        self._gathered = topology.broadcast(plain, src=topology.last_stage_rank)
         return self
 
     @property

@@ -34,8 +34,8 @@ class _InProcess(mcore_torch.TorchDistSaveShardedStrategy):
     """Megatron-Core's format written by torch's own writer, in the calling process.
 
     Megatron-Core's writer starts a manager process by spawn and forks one process a file (filesystem_async.py,
-    `_get_write_results_queue`), even when the caller waits: seconds a save, a hang under an entry script without a
-    `__main__` guard, and a fork of a process that holds GPUs.
+    `_get_write_results_queue`) even when the caller waits: two seconds at the first save, a hang in a script without
+    a `__main__` guard, and a fork of a process that holds GPUs.
     """
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
@@ -72,7 +72,7 @@ def write(folder: Path, topology: Topology, state: dict[str, Any], complete: Cal
 
 
 def read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """The values of the sharded `state`, in its nesting. Raises `CheckpointError` for tensors that are not in `folder`."""
+    """The values of the sharded `state`, in its nesting; `CheckpointError` for tensors that `folder` lacks."""
     with _one_line_errors(f"{folder}: the checkpoint could not be read"):
         return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
 

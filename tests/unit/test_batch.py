@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_apo.data.batch import make_micro_batch
@@ -31,6 +31,7 @@ def rows_of(micro):
     return [[tuple(t) for t in flat[0][a:b].tolist()] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
+@settings(deadline=None)
 @given(pairs=PAIRS, packing=st.booleans(), data=st.data())
 def test_against_the_naive_construction(pairs, packing, data):
     prompts, responses = [list(p) for p, _ in pairs], [list(r) for _, r in pairs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_apo.config import ObjectiveConfig
@@ -57,6 +57,7 @@ def test_order_of_sequences_within_a_micro_batch():
     assert float(term.total) == pytest.approx(0.785, rel=1e-6)
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=2, max_size=8), cut=st.integers(1, 7), seed=st.integers(0, 2**31 - 1)
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_apo.data.packing import plan_micro_batches
@@ -25,6 +25,7 @@ def check(lengths, plan, dp, budget, packing):
     assert all(members and size(lengths, members, packing) <= budget for rank in plan for members in rank)
 
 
+@settings(deadline=None)
 @given(
     per_rank=st.integers(1, 8),
     dp=st.integers(1, 8),
@@ -41,6 +42,7 @@ def test_any_batch_that_divides_by_dp_has_a_plan(per_rank, dp, room, packing, se
     check(lengths, plan_micro_batches(lengths, dp=dp, budget_tokens=budget, packing=packing), dp, budget, packing)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, dp=st.integers(1, 6), extra=st.integers(0, 400), packing=st.booleans())
 def test_plans_of_any_batch_keep_the_promises(lengths, dp, extra, packing):
     assume(len(lengths) >= dp)
@@ -53,6 +55,7 @@ def test_plans_of_any_batch_keep_the_promises(lengths, dp, extra, packing):
         check(lengths, plan, dp, budget, packing)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, seed=st.integers(0, 100), packing=st.booleans())
 def test_the_plan_depends_on_lengths_not_on_their_order(lengths, seed, packing):
     def by_length(values):
@@ -63,6 +66,7 @@ def test_the_plan_depends_on_lengths_not_on_their_order(lengths, seed, packing):
     assert by_length(shuffled) == by_length(lengths)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, dp=st.integers(1, 6), packing=st.booleans())
 def test_ranks_share_the_tokens_to_within_one_longest_sequence(lengths, dp, packing):
     assume(len(lengths) >= dp)

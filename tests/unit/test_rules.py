@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_apo.model.hf_config import ModelSpec
@@ -78,6 +78,7 @@ def full_tensors(rule, spec, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: f"{type(rule).__name__}{rule.hf}")
+@settings(deadline=None)
 @given(case=SPECS)
 def test_merge_undoes_split(rule, case):
     tp, spec = case

@@ -1,0 +1,146 @@
+"""A step of stage 2 against the sum of its parts, each measured alone in the same run, and weights that move.
+
+    python -m tests.benchmarks.stage2 RUN [--rounds 12] [SECTION.KEY=VALUE ...]
+
+RUN is a finished quickstart: its reference, prompts and V* store are used, its files left as they are. Whole steps and
+lone parts take turns, so that both see the same machine; medians are printed. Parts: generation (sampling and grading),
+the reference's forward, forward and backward, the optimizer, the weight sync.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+import torch.distributed as dist
+
+from megatron_apo.config import Recipe, load_recipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    scratch = Path(os.environ.get("BENCHMARK_DIR") or tempfile.mkdtemp())
+    recipe = load_recipe(args.run / "recipe.yaml", [*args.overrides, f"run.dir={scratch}", "eval.max_prompts=1"])
+    if "RANK" in os.environ:
+        measure(recipe, args.rounds)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = recipe.parallel.world_size
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.stage2", *sys.argv[1:]]
+    ranks = [
+        subprocess.Popen(command, env=os.environ | common | {"RANK": str(rank), "BENCHMARK_DIR": str(scratch)})
+        for rank in range(world)
+    ]
+    try:
+        sys.exit(max(rank.wait() for rank in ranks))
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+        shutil.rmtree(scratch)
+
+
+def measure(recipe: Recipe, rounds: int) -> None:
+    """On every rank."""
+    import torch
+
+    from megatron_apo.model.hf_config import read_hf_config
+    from megatron_apo.objectives import Samples, build_objective
+    from megatron_apo.optim import make_trainable
+    from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
+    from megatron_apo.parallel.topology import distributed
+    from megatron_apo.rollout.rollouts import Rollouts
+    from megatron_apo.stages import train as stage
+    from megatron_apo.stages.curriculum import open_curriculum
+    from megatron_apo.telemetry.timers import PhaseTimer
+
+    with distributed(recipe.parallel) as topology:
+        spec = read_hf_config(recipe.model.path)
+        objective = build_objective(recipe.objective)
+        curriculum = open_curriculum(recipe) if topology.is_driver else None
+        policy = stage._load_model(recipe, spec, topology, recipe.model.path)
+        reference = stage._load_model(recipe, spec, topology, recipe.model.reference_path)
+        trainable = make_trainable(policy, recipe.optimizer, total_steps=1000)
+        found: defaultdict[str, list[float]] = defaultdict(list)
+
+        def timed(name: str, work):
+            dist.barrier()
+            start = time.perf_counter()
+            value = work()
+            dist.barrier()
+            found[name].append(time.perf_counter() - start)
+            return value
+
+        with Rollouts(recipe, topology, policy, spec, curriculum.inputs if curriculum else None) as rollouts:
+            rollouts.sync(0)
+            for step in range(rounds + 2):
+
+                def whole(step=step):
+                    batch = rollouts.sample(stage._next_prompts(recipe, curriculum, step), step)
+                    values = topology.broadcast(curriculum.values(batch) if curriculum else None)
+                    stage._learn(recipe, topology, objective, trainable, reference, batch, values, PhaseTimer())
+                    rollouts.sync(step + 1)
+
+                timed("whole step", whole)
+                prompts = stage._next_prompts(recipe, curriculum, step)
+                batch = timed("generation", lambda p=prompts, s=step: rollouts.sample(p, s))
+                values = topology.broadcast(curriculum.values(batch) if curriculum else None)
+                minibatches = stage._lay_out(recipe, topology, batch)
+                flat = [piece for micro in minibatches for piece in micro]
+                timed("reference forward", lambda f=flat: forward_log_probs(reference, f))
+                targets = objective.prepare(
+                    Samples(
+                        [rollout.prompt_id for rollout in batch],
+                        torch.tensor([rollout.reward for rollout in batch]),
+                        torch.tensor([len(rollout.response_ids) for rollout in batch]),
+                    ),
+                    values,
+                )
+
+                def learn(minibatches=minibatches, targets=targets):
+                    for micro in minibatches:
+                        trainable.zero_grad()
+
+                        def loss(log_prob_R, k, micro=micro):
+                            chosen = targets.select(micro[k].indices)
+                            return objective.loss(log_prob_R, log_prob_R.detach(), micro[k].sequence_R, chosen)
+
+                        forward_backward(trainable.model, micro, loss)
+
+                timed("forward and backward", learn)
+                timed("optimizer", lambda: [trainable.step() for _ in range(recipe.train.minibatches)])
+                timed("sync", lambda s=step: rollouts.sync(s + 1))
+        if topology.is_driver:
+            report(recipe, {name: median(values[2:]) for name, values in found.items()})
+
+
+def report(recipe: Recipe, medians: dict[str, float]) -> None:
+    whole = medians.pop("whole step")
+    parts = sum(medians.values())
+    parallel = recipe.parallel
+    print(f"TP {parallel.tp} x PP {parallel.pp} x DP {parallel.dp}, {recipe.train.prompts_per_step} prompts, medians:")
+    for name, seconds in medians.items():
+        print(f"  {name:<22}{seconds:7.3f} s")
+    print(
+        f"  {'sum of the parts':<22}{parts:7.3f} s\n  {'whole step':<22}{whole:7.3f} s   {whole / parts:.2f} x the sum"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""A resumed run is the run that was never interrupted: bit for bit in its own layout, to rounding in another.
+
+Real ranks train on fixed batches (checkpoint_worker.py): four steps at once, or two, then two more in new processes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_apo.checkpoint import RECORD, check_resume, latest, read_record
+from megatron_apo.config import RecipeError
+from tests.dist.checkpoint_worker import recipe_of
+from tests.dist.test_layouts import start_ranks
+from tests.models import make_model
+
+Layout = tuple[int, int, int]
+LAYOUTS = [(1, 2, 1), (1, 1, 2)]
+FULL_LAYOUTS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (1, 2, 2)]
+ALL_LAYOUTS = LAYOUTS + [pytest.param(layout, marks=pytest.mark.full) for layout in FULL_LAYOUTS]
+# saved at, loaded at
+RESHARDINGS = [((1, 2, 1), (2, 1, 1)), pytest.param((1, 1, 2), (2, 1, 1), marks=pytest.mark.full)]
+RESHARDINGS += [pytest.param((2, 1, 1), (1, 2, 1), marks=pytest.mark.full)]
+RESHARDINGS += [pytest.param((2, 2, 1), (1, 1, 1), marks=pytest.mark.full)]
+
+
+class Runs:
+    """Each layout's runs, made once. `saved` trains straight in one run folder, and to step 2 in another."""
+
+    def __init__(self, work: Path):
+        self.work = work
+        self._saved: set[Layout] = set()
+
+    def straight(self, layout: Layout) -> dict:
+        self._save(layout)
+        return self.load(f"straight-{label(layout)}")
+
+    def resumed(self, saved_at: Layout, layout: Layout) -> dict:
+        """Steps 3 and 4, in new processes."""
+        self._save(saved_at)
+        name = f"{label(saved_at)}-to-{label(layout)}"
+        shutil.copytree(self.work / f"half-{label(saved_at)}", self.work / name)
+        start_ranks("tests.dist.checkpoint_worker", self.work, layout, f"{name}:4:0:{name}")
+        return self.load(name)
+
+    def half(self, layout: Layout) -> Path:
+        """A run folder with one checkpoint, of step 2."""
+        self._save(layout)
+        return self.work / f"half-{label(layout)}"
+
+    def _save(self, layout: Layout) -> None:
+        if layout not in self._saved:
+            name = label(layout)
+            runs = [f"straight-{name}:4:0:straight-{name}", f"half-{name}:2:2:half-{name}"]
+            start_ranks("tests.dist.checkpoint_worker", self.work, layout, *runs)
+            self._saved.add(layout)
+
+    def load(self, name: str) -> dict:
+        return torch.load(self.work / f"{name}.pt", weights_only=True)
+
+
+def label(layout: Layout) -> str:
+    return "tp{}pp{}dp{}".format(*layout)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    work = tmp_path_factory.mktemp("checkpoints")
+    make_model("qwen3-tied", work / "models")
+    (work / "vstar").mkdir()
+    (work / "vstar" / "manifest.json").write_text("{}")
+    return Runs(work)
+
+
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+def test_resume_is_bitwise(layout, runs):
+    straight, resumed = runs.straight(layout), runs.resumed(layout, layout)
+    assert (straight["start"], resumed["start"]) == (0, 2)
+    assert resumed["losses"] == straight["losses"][2:]
+    assert resumed["lr"] == straight["lr"][2:] and len(set(straight["lr"])) > 2
+    assert all(torch.equal(resumed["weights"][name], straight["weights"][name]) for name in straight["weights"])
+    print(f"{label(layout)}: save {runs.load(f'half-{label(layout)}')['save_s']:.2f} s, load {resumed['load_s']:.2f} s")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("change", ["optimizer.distributed=false", "model.dtype=bf16"])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 1, 2)])
+def test_resume_is_bitwise_with_other_optimizers(layout, change, runs):
+    """A replicated optimizer; fp32 main weights beside bf16 ones."""
+    name = f"{change}-{label(layout)}".replace("=", "-")
+    straight = [f"{name}-straight:4:0:{name}-straight", f"{name}:2:2:{name}"]
+    start_ranks("tests.dist.checkpoint_worker", runs.work, layout, *straight, change)
+    start_ranks("tests.dist.checkpoint_worker", runs.work, layout, f"{name}:4:0:{name}", change)
+    expected, found = runs.load(f"{name}-straight"), runs.load(name)
+    assert found["start"] == 2 and found["losses"] == expected["losses"][2:]
+    assert all(torch.equal(found["weights"][key], expected["weights"][key]) for key in expected["weights"])
+
+
+@pytest.mark.parametrize(("saved_at", "layout"), RESHARDINGS)
+def test_another_layout_resumes_to_rounding(saved_at, layout, runs):
+    straight, resumed = runs.straight(saved_at), runs.resumed(saved_at, layout)
+    assert resumed["losses"] == pytest.approx(straight["losses"][2:], rel=1e-6)
+    for name, expected in straight["weights"].items():
+        difference = (resumed["weights"][name] - expected).norm() / expected.norm()
+        assert difference <= 1e-6, f"{name}: {difference}"
+
+
+def test_a_killed_save_is_no_checkpoint(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs.half((1, 2, 1)), folder)
+    complete = folder / "checkpoints" / "step-000002"
+    assert latest(folder) == complete
+    shutil.copytree(complete, folder / "checkpoints" / "step-000004.partial")
+    assert latest(folder) == complete
+    shutil.copytree(complete, folder / "checkpoints" / "step-000010")
+    assert latest(folder) == folder / "checkpoints" / "step-000010"
+
+
+def test_a_run_saves_over_the_rest_of_a_killed_save(runs):
+    """The layout (1, 2, 1) resumes at step 2 beside a half-written step 4, and writes step 4 whole."""
+    name = "beside-partial"
+    shutil.copytree(runs.half((1, 2, 1)), runs.work / name)
+    partial = runs.work / name / "checkpoints" / "step-000004.partial"
+    partial.mkdir()
+    (partial / "__0_0.distcp").write_bytes(b"cut short")
+    start_ranks("tests.dist.checkpoint_worker", runs.work, (1, 2, 1), f"{name}:4:2:{name}")
+    assert not partial.exists()
+    assert read_record(latest(runs.work / name)).run.step == 4
+    assert runs.load(name)["losses"] == runs.straight((1, 2, 1))["losses"][2:]
+
+
+def test_what_may_change_on_resume(runs):
+    name = runs.half((1, 2, 1)).name
+    free = ["telemetry.progress=false", "eval.every=3", "rollout.port=1234", "parallel.dp=2", "reward.workers=2"]
+    check_resume(recipe_of(runs.work, name, 5, *free))
+
+
+def test_what_changes_the_numbers_is_refused_by_field(runs):
+    name = runs.half((1, 2, 1)).name
+    changed = ["optimizer.lr=1e-4", "objective.beta2=0.5", "run.seed=7", "train.steps=40", "data.template=raw"]
+    with pytest.raises(RecipeError) as caught:
+        check_resume(recipe_of(runs.work, name, 2, *changed))
+    # The number of steps is free, but not where the learning rate decays over them.
+    keys = [problem.split(":")[0] for problem in caught.value.problems]
+    assert sorted(keys) == sorted(change.split("=")[0] for change in changed)
+    assert all("\n" not in problem for problem in caught.value.problems)
+    assert any("0.0001, but" in problem and "0.001;" in problem for problem in caught.value.problems)
+
+
+def test_another_vstar_store_is_refused(runs, tmp_path):
+    name = runs.half((1, 2, 1)).name
+    (tmp_path / "manifest.json").write_text('{"other": 1}')
+    with pytest.raises(RecipeError, match="vstar.dir: .* is not the store"):
+        check_resume(recipe_of(runs.work, name, 2, f"vstar.dir={tmp_path}"))
+
+
+def test_fewer_steps_than_were_taken_are_refused(runs, tmp_path):
+    shutil.copytree(runs.half((1, 2, 1)), tmp_path / "run")
+    record = tmp_path / "run" / "checkpoints" / "step-000002" / RECORD
+    tree = json.loads(record.read_text())
+    tree["run"]["recipe"]["optimizer"]["schedule"] = "constant"
+    record.write_text(json.dumps(tree))
+    changes = [f"run.dir={tmp_path / 'run'}", "optimizer.schedule=constant"]
+    check_resume(recipe_of(runs.work, "", 2, *changes, "train.steps=2"))
+    with pytest.raises(RecipeError, match="train.steps: 1, but .* use at least 2"):
+        check_resume(recipe_of(runs.work, "", 2, *changes, "train.steps=1"))
+
+
+def test_no_checkpoint_is_nothing_to_check(runs, tmp_path):
+    check_resume(recipe_of(tmp_path, "run", 2))

@@ -1,0 +1,126 @@
+"""One rank of the layout tests: measures everything about one layout and saves it. Started by test_layouts.py.
+
+    RANK=.. WORLD_SIZE=.. python -m tests.dist.worker WORK_DIR TP PP DP
+
+Rank 0 writes WORK_DIR/tp{TP}pp{PP}dp{DP}.pt: {variant: {"log_probs": {...}, "export": {...}, "cases": {name: ...}}}.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_apo.config import OptimizerConfig, ParallelConfig
+from megatron_apo.data.batch import make_micro_batch
+from megatron_apo.data.packing import plan_micro_batches
+from megatron_apo.model.build import build_model
+from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.objectives import APO, Samples
+from megatron_apo.optim import make_trainable
+from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
+from megatron_apo.parallel.topology import Topology, distributed
+from megatron_apo.weights.hf_io import HFReader
+from megatron_apo.weights.stream import WeightStream, load_weights
+
+NUM_SEQUENCES = 12
+TEMPERATURE = 0.7
+BETA2 = 0.05
+# name: (packing, budget of a micro-batch in tokens, sharded optimizer)
+CASES = {
+    "packed": (True, 2000, False),
+    "packed-small": (True, 60, False),
+    "padded": (False, 2000, False),
+    "padded-small": (False, 60, True),
+}
+# Faults put into the gradient, which the comparison must notice.
+MUTATIONS = ("doubled", "negated", "dropped")
+
+
+def batch() -> tuple[list[list[int]], list[list[int]], torch.Tensor]:
+    """(prompts, responses, advantages), the same everywhere."""
+    generator = torch.Generator().manual_seed(5)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return torch.randint(0, 101, (int(torch.randint(low, high, (1,), generator=generator)),), generator=generator).tolist()
+
+    prompts = [tokens(1, 9) for _ in range(NUM_SEQUENCES)]
+    responses = [tokens(1, 40) for _ in range(NUM_SEQUENCES)]
+    return prompts, responses, torch.rand(NUM_SEQUENCES, generator=generator) - 0.5
+
+
+def anchors(responses: list[list[int]]) -> list[list[float]]:
+    """Made-up reference log-probs, far from the policy's so that the log-ratio matters."""
+    return [[-4.0 + 0.01 * (token % 7) for token in response] for response in responses]
+
+
+def measure(folder: Path, parallel: ParallelConfig, topology: Topology, *, mutations: bool) -> dict:
+    """Log-probs, export, gradients and one update of one model in this layout."""
+    spec = read_hf_config(folder)
+    reader = HFReader(folder)
+    reader.check(spec)
+    prompts, responses, advantage = batch()
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    found: dict = {"log_probs": {}, "cases": {}}
+    runs = [(name, None) for name in CASES] + [("packed-small", fault) for fault in MUTATIONS if mutations]
+    for name, fault in runs:
+        packing, budget, sharded = CASES[name]
+        model = build_model(spec, parallel, topology, dtype="fp32", temperature=TEMPERATURE, chunk_tokens=7)
+        load_weights(model, spec, topology, reader)
+        plan = plan_micro_batches(lengths, dp=topology.dp, budget_tokens=budget, packing=packing)[topology.dp_rank]
+        micro = [make_micro_batch(indices, prompts, responses, packing) for indices in plan]
+        if fault is None:
+            found["log_probs"][name] = by_sequence(forward_log_probs(model, micro), micro, responses, topology)
+            before = dict(WeightStream(model, spec, topology))
+            found["export"] = before
+        trainable = make_trainable(model, OptimizerConfig(lr=1e-3, clip_grad=1e-3, distributed=sharded), total_steps=10)
+        objective = APO(beta2=BETA2)
+        targets = objective.prepare(Samples(list(map(str, range(NUM_SEQUENCES))), advantage, None), dict.fromkeys(map(str, range(NUM_SEQUENCES)), 0.0))
+        anchor = anchors(responses)
+
+        def loss(log_prob_R: torch.Tensor, index: int, micro=micro, fault=fault):
+            term = objective.loss(log_prob_R, micro[index].gather(anchor), micro[index].sequence_R, targets.select(micro[index].indices))
+            factor = {"doubled": 2.0, "negated": -1.0, "dropped": 0.0 if index == 0 else 1.0}.get(fault, 1.0)
+            return type(term)(term.total * factor, term.count, term.stats)
+
+        trainable.zero_grad()
+        terms = forward_backward(trainable.model, micro, loss)
+        total = torch.stack([stats.sums["loss"] for stats in terms]).sum() if terms else torch.zeros(())
+        dist.all_reduce(total, group=topology.dp_group)
+        dist.broadcast(total, src=dist.get_global_rank(topology.pp_group, topology.pp - 1), group=topology.pp_group)
+        # A sharded optimizer leaves each rank its own part of the reduced gradient only.
+        gathered = topology.dp == 1 or not sharded
+        gradients = dict(WeightStream(model, spec, topology, tensor_of=lambda p: p.main_grad)) if gathered else None
+        norm = trainable.step()
+        after = dict(WeightStream(model, spec, topology))
+        change = {key: after[key] - before[key] for key in after}
+        found["cases"][fault or name] = {"loss": total.item(), "norm": norm, "gradients": gradients, "change": change}
+    return found
+
+
+def by_sequence(log_probs: list[torch.Tensor], micro: list, responses: list[list[int]], topology: Topology) -> dict[int, torch.Tensor] | None:
+    """{sequence: log-probs}, gathered to rank 0 from every replica's last stage."""
+    mine = {}
+    for values, piece in zip(log_probs, micro, strict=bool(log_probs)):
+        parts = values.split([len(responses[index]) for index in piece.indices])
+        mine.update(zip(piece.indices, parts, strict=True))
+    everyone: list = [None] * topology.world_size
+    dist.all_gather_object(everyone, mine)
+    return {index: values for part in everyone for index, values in part.items()}
+
+
+def main() -> None:
+    work, tp, pp, dp = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+    parallel = ParallelConfig(tp=tp, pp=pp, dp=dp, timeout_s=120)
+    results = {}
+    with distributed(parallel) as topology:
+        for folder in sorted((work / "models").iterdir()):
+            results[folder.name] = measure(folder, parallel, topology, mutations=folder.name == "qwen3-tied")
+        if topology.is_driver:
+            torch.save(results, work / f"tp{tp}pp{pp}dp{dp}.pt")
+
+
+if __name__ == "__main__":
+    main()
