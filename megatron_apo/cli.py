@@ -218,7 +218,8 @@ def main() -> None:
         from megatron_apo.config import RecipeError
 
         for line in error.problems if isinstance(error, RecipeError) else [str(error)]:
-            print(f"error: {line}", file=sys.stderr)
+            if line:
+                print(f"error: {line}", file=sys.stderr)
         sys.exit(2 if isinstance(error, RecipeError) else getattr(error, "exit_code", 1))
 
 

@@ -21,11 +21,13 @@ from megatron_apo import guard
 from megatron_apo.config import Recipe
 
 _STOP_LIMIT_S = 10.0
+_TOGETHER_S = 3.0
+RANK_LOST = 76  # exit code of a rank that ended only because another did
 _LOG_TAIL_LINES = 20
 
 
 class RankFailed(RuntimeError):
-    """A rank ended with an error, after saying why. `exit_code` is its status."""
+    """A rank ended with an error. `exit_code` is its status; the message is empty where it has said why itself."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -112,12 +114,17 @@ def _start(arguments: Sequence[str], environment: Mapping[str, str], log_path: P
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
-    """Index of the first rank that failed; None when all ended well."""
+    """Index of the first rank that failed; None when all ended well.
+
+    An error that all ranks raise together is rank 0's to tell: it has a moment to end as well.
+    """
     while True:
         codes = [rank.poll() for rank in ranks]
         failed = [index for index, code in enumerate(codes) if code not in (None, 0)]
         if failed:
-            return failed[0]
+            with suppress(subprocess.TimeoutExpired):
+                ranks[0].wait(_TOGETHER_S)
+            return failed[0] if ranks[0].returncode in (None, 0, RANK_LOST) else 0
         if all(code == 0 for code in codes):
             return None
         time.sleep(0.05)
@@ -150,9 +157,9 @@ def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int]) -> No
 
 
 def _describe(rank: int, code: int, log_dir: Path) -> str:
-    message = f"rank {rank} ended with status {code}"
     if rank == 0:
-        return message
+        return ""  # it has said why, on this terminal
+    message = f"rank {rank} ended with status {code}"
     path = _log_path(log_dir, rank)
     lines = path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     return "\n".join([f"{message}; the end of {path}:", *lines])

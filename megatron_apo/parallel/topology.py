@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_apo.config import ParallelConfig
 from megatron_apo.model import cpu_compat
+from megatron_apo.parallel.launch import RANK_LOST
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Topology:
 
 class RankLost(RuntimeError):
     """Another rank of the job ended while this one was talking to it."""
+
+    exit_code = RANK_LOST
 
 
 @contextmanager

@@ -256,7 +256,7 @@ def test_a_second_death_in_a_step_stops_the_run(quickstart: Path, command, tmp_p
         time.sleep(0.2)
     assert run.process.returncode == 1
     assert "restarting it once" in run.output
-    assert "died twice" in run.output or "while starting" in run.output, run.output
+    assert "died twice" in run.output or "at its start" in run.output, run.output
     assert "EngineCore" in run.output  # the end of the server's log
     assert run.processes() == []
 

