@@ -31,6 +31,10 @@ def diagnose(term: LossTerm, log_prob_R: Tensor, anchor_R: Tensor, sampler_R: Te
     return Stats({**term.stats.sums, **sums}, {**term.stats.maxima, **maxima})
 
 
+class LogRatioError(RuntimeError):
+    """The first batch's log-ratio is not zero: policy and reference are not computed the same way."""
+
+
 class StepRecord:
     """Stats and gradient norms of a step's minibatches.
 
@@ -61,6 +65,14 @@ class StepRecord:
         plain = [_Totals(_plain(stats.sums), _plain(stats.maxima)) for stats in self._minibatches]
         self._gathered = topology.broadcast(plain, src=topology.last_stage_rank)
         return self
+
+    def require_no_log_ratio(self, tolerance: float) -> None:
+        """Raise `LogRatioError` unless the first minibatch's log-ratio is 0, policy and reference being one model."""
+        if not self.first_log_ratio <= tolerance:  # so that a NaN fails
+            raise LogRatioError(
+                f"the first batch's log-ratio is up to {self.first_log_ratio:.3g} a token, not 0: policy and reference "
+                f"differ in weights, layout or precision (train.first_log_ratio_tolerance allows {tolerance:g})"
+            )
 
     @property
     def first_log_ratio(self) -> float:

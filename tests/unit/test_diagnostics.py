@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_apo.objectives import LossTerm, Stats
 from megatron_apo.parallel.topology import Topology
-from megatron_apo.telemetry.diagnostics import StepRecord, diagnose
+from megatron_apo.telemetry.diagnostics import LogRatioError, StepRecord, _Totals, diagnose
 
 
 def micro_batch(loss, count, log_prob, anchor, sampler):
@@ -73,3 +73,17 @@ def test_a_nan_is_not_lost_between_micro_batches(one_rank):
     bad = micro_batch(1.0, 1, [math.nan], [-1.0], [-1.0])
     record.add([micro_batch(1.0, 1, [-1.0], [-1.0], [-1.0]), bad], grad_norm=1.0)
     assert math.isnan(record.gather(one_rank).first_log_ratio)
+
+
+@pytest.mark.parametrize("worst", [1e-6, math.nan])
+def test_a_first_log_ratio_is_an_error(worst):
+    record = StepRecord(reinforce_scale=0.2)
+    record._gathered = [_Totals({}, {"log_ratio": worst})]
+    with pytest.raises(LogRatioError, match="first_log_ratio_tolerance allows 0"):
+        record.require_no_log_ratio(0.0)
+
+
+def test_no_first_log_ratio_passes():
+    record = StepRecord(reinforce_scale=0.2)
+    record._gathered = [_Totals({}, {"log_ratio": 0.0})]
+    record.require_no_log_ratio(0.0)
