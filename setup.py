@@ -36,7 +36,6 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "numpy>=1.26",
         "nvidia-ml-py>=12",
-        "pebble>=5.0",
         "psutil>=5.9",
         "pyarrow>=16",
         "pydantic>=2.7,<3",

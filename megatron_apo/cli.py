@@ -69,7 +69,7 @@ def quickstart(
 
 @app.command()
 def warmup(recipe: RecipeOption, overrides: Overrides = None) -> None:
-    """Supervised warm start of model.path on warmup.data, exported to warmup.out."""
+    """Supervised warm start of warmup.start on warmup.data, exported to model.path."""
     loaded = _load(recipe, overrides)
     from megatron_apo.stages import start
 

@@ -30,7 +30,7 @@ class RecipeError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True, protected_namespaces=())
 
 
 class RunConfig(Section):
@@ -141,7 +141,7 @@ class RolloutConfig(Section):
     tp: int = Field(1, ge=1, description="vLLM's tensor-parallel size")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="vLLM's compute type")
     max_num_seqs: int = Field(256, ge=1, description="sequences vLLM decodes at once")
-    max_num_batched_tokens: int = Field(16384, ge=64, description="tokens of one vLLM step; holds a whole prompt")
+    max_num_batched_tokens: int = Field(16384, ge=64, description="tokens of one vLLM step; holds a whole sequence")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of each engine, GiB")
     threads: int | None = Field(None, ge=1, description="CPU threads of each vLLM worker; none: vLLM decides")
     extra_args: list[str] = Field(default_factory=list, description="appended to the server's command line as they are")
@@ -216,10 +216,13 @@ class Recipe(Section):
                 f"train.tokens_per_micro_batch: {train.tokens_per_micro_batch} cannot hold one sequence of "
                 f"data.max_prompt_tokens + sampling.max_response_tokens; use at least {self.max_sequence_tokens}"
             )
-        if self.data.max_prompt_tokens > self.rollout.max_num_batched_tokens:
+        # vLLM's own conditions without chunked prefill; scoring a sequence generates one token more.
+        least = max(self.max_sequence_tokens + 1, self.rollout.max_num_seqs)
+        if self.rollout.max_num_batched_tokens < least:
             found.append(
-                f"rollout.max_num_batched_tokens: {self.rollout.max_num_batched_tokens} cannot prefill one prompt "
-                f"whole; use at least data.max_prompt_tokens={self.data.max_prompt_tokens}"
+                f"rollout.max_num_batched_tokens: {self.rollout.max_num_batched_tokens} is less than a whole sequence "
+                f"({self.max_sequence_tokens} + 1 tokens) or rollout.max_num_seqs={self.rollout.max_num_seqs}; "
+                f"use at least {least}"
             )
         if self.optimizer.min_lr > self.optimizer.lr:
             found.append(

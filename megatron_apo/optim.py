@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ _RESHARDABLE = {
 _NO_CLIPPING = 1e30  # Megatron computes the norm only when it clips
 
 
+class GradientError(RuntimeError):
+    """A gradient that is not finite."""
+
+
 @dataclass
 class Trainable:
     """A model that learns: `model` is the DDP wrapper, `step()` one optimizer step on the accumulated gradients."""
@@ -40,8 +45,10 @@ class Trainable:
         """Update the weights; returns the gradient norm over all ranks, before clipping."""
         with cuda_type_names():
             updated, grad_norm, _ = self.optimizer.step()
-        if not updated:
-            raise FloatingPointError("the gradient is not finite; the step was not taken")
+        if not updated or not math.isfinite(grad_norm):
+            raise GradientError(
+                f"the gradient's norm is {grad_norm}; the weights are lost, resume from the last checkpoint"
+            )
         self.scheduler.step(increment=1)
         return float(grad_norm)
 
@@ -96,7 +103,7 @@ def make_trainable(module: torch.nn.Module, config: OptimizerConfig, *, total_st
         optimizer = get_megatron_optimizer(megatron_config, [model])
     scheduler = OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=config.lr / (config.warmup_steps + 1),  # from 0, the first step would change nothing
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,

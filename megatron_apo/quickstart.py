@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megatron_apo.config import Recipe, build_recipe, recipe_path
+from megatron_apo.config import Recipe, RecipeError, build_recipe, recipe_path
 from megatron_apo.data.arithmetic import build_tokenizer, write_model, write_task
 from megatron_apo.parallel import launch
 from megatron_apo.telemetry.report import write_report
@@ -57,6 +57,10 @@ def _recipe(seed: int, out: Path, overrides: Sequence[str]) -> Recipe:
     }
     for section, values in paths.items():
         tree[section] = tree.get(section, {}) | values
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in ("run.dir", "run.seed"):
+            raise RecipeError([f"override {key}: the demonstration's files follow it; use --out and --seed"])
     return build_recipe(tree, overrides)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -30,3 +32,13 @@ def sample_seed(run_seed: int, purpose: str, step: int, prompt_id: str) -> int:
     """
     text = f"{run_seed}/{purpose}/{step}/{prompt_id}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
+
+
+def sample_seeds(run_seed: int, purpose: str, step: int, prompt_ids: Sequence[str]) -> list[int]:
+    """A seed for each response: a prompt that is there several times gets its samples 0, 1, ..., never one twice."""
+    repeats: Counter[str] = Counter()
+    seeds = []
+    for prompt_id in prompt_ids:
+        seeds.append(sample_seed(run_seed, purpose, step, prompt_id) + repeats[prompt_id])
+        repeats[prompt_id] += 1
+    return seeds

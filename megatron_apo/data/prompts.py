@@ -107,8 +107,8 @@ def load_prompts(
     too_long: list[str] = []
     dataset_hash = hashlib.sha256()
     while block := list(islice(rows, _RENDER_ROWS)):
-        texts = [_text(row, data.prompt_column, "data.prompt_column", source, index) for index, row in block]
-        answers = [_text(row, data.answer_column, "data.answer_column", source, index) for index, row in block]
+        texts = [row_text(row, data.prompt_column, "data.prompt_column", source, index) for index, row in block]
+        answers = [row_text(row, data.answer_column, "data.answer_column", source, index) for index, row in block]
         rendered = renderer.render_all(texts)
         for (index, _), text, answer, (shown, token_ids) in zip(block, texts, answers, rendered, strict=True):
             prompt_id = _hash128(json.dumps([name, index, text, answer]))
@@ -178,7 +178,8 @@ def _file_format(source: str) -> str | None:
     return _FILE_FORMATS.get(Path(source).suffix)
 
 
-def _text(row: dict[str, Any], column: str, key: str, source: str, index: int) -> str:
+def row_text(row: dict[str, Any], column: str, key: str, source: str, index: int) -> str:
+    """The text of one column of a row. Raises `ValueError` naming `key`, the recipe's key for the column."""
     if column not in row:
         raise ValueError(f"{key}: {column!r} is not a column of {source}; use one of {', '.join(row)}")
     value = row[column]

@@ -1,7 +1,7 @@
 """Forward and backward over Megatron-Core's pipeline schedules, for micro-batches that differ in length.
 
-    forward_log_probs(model, micro_batches, topology)             no gradient; log-probs on the last stage
-    forward_backward(model, micro_batches, topology, loss)        gradients into main_grad, divided by the global count
+    forward_log_probs(model, micro_batches)             no gradient; log-probs on the last stage
+    forward_backward(model, micro_batches, loss)        gradients into main_grad, divided by the global count
 
 All ranks of a replica call these together, with the same micro-batches.
 """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.order import sample_seed
+from megatron_apo.data.order import sample_seeds
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.inputs import Inputs
 from megatron_apo.rewards.pool import RewardPool
@@ -51,12 +51,8 @@ def _rewards(
     recipe: Recipe, inputs: Inputs, client: RolloutClient, pool: RewardPool, prompts: list[Prompt], *, greedy: bool
 ) -> tuple[np.ndarray, float]:
     """([len(prompts)] rewards, share truncated) of one response each; a prompt's repeats are its samples 0, 1, ..."""
-    seen: dict[str, int] = {}
-    requests = []
-    for prompt in prompts:
-        sample = seen[prompt.prompt_id] = seen.get(prompt.prompt_id, -1) + 1
-        seed = sample_seed(recipe.run.seed, "eval", 0, prompt.prompt_id) + sample
-        requests.append(GenerateRequest(prompt.token_ids, seed))
+    seeds = sample_seeds(recipe.run.seed, "eval", 0, [prompt.prompt_id for prompt in prompts])
+    requests = [GenerateRequest(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     completions = client.generate(requests, inputs.sampling(recipe.sampling, greedy=greedy))
     grades = pool.grade(
         [inputs.grade_request(p, c.token_ids, c.finish_reason) for p, c in zip(prompts, completions, strict=True)]

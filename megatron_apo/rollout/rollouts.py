@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from megatron_apo.config import Recipe
 from megatron_apo.data.batch import make_micro_batch
-from megatron_apo.data.order import sample_seed
+from megatron_apo.data.order import sample_seeds
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
 from megatron_apo.inputs import Inputs
@@ -53,8 +53,8 @@ class Rollouts:
         self._pool: RewardPool | None = None
         self._sync: WeightSync
         self._version = 0
-        self._died_in_step: int | None = None
-        self._step = 0
+        self._moment = "the start"
+        self._died_in: str | None = None
 
     def __enter__(self) -> Rollouts:
         try:
@@ -104,12 +104,12 @@ class Rollouts:
 
     def sample(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """One graded response for each prompt (given on the driver), in their order."""
-        self._step = step
+        self._moment = f"step {step}"
         return self._surviving(lambda: on_driver(self._topology, lambda: self._sample(prompts, step)))
 
     def evaluate(self, step: int) -> Evaluation:
         """avg@k and greedy of the weights that the server holds, on the recipe's held-out prompts."""
-        self._step = step
+        self._moment = f"the evaluation after step {step}"
 
         def work() -> Evaluation:
             assert self._client and self._inputs
@@ -125,8 +125,8 @@ class Rollouts:
             request = self._inputs.grade_request(prompts[index], completion.token_ids, completion.finish_reason)
             grades[index] = self.pool.submit(request)
 
-        seed = self._recipe.run.seed
-        requests = [GenerateRequest(p.token_ids, sample_seed(seed, "train", step, p.prompt_id)) for p in prompts]
+        seeds = sample_seeds(self._recipe.run.seed, "train", step, [prompt.prompt_id for prompt in prompts])
+        requests = [GenerateRequest(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         completions = self._client.generate(requests, self._inputs.sampling(self._recipe.sampling), grade)
         if stale := {completion.weight_version for completion in completions} - {str(self._version)}:
             raise SyncError(f"step {step}: responses of weight versions {sorted(stale)}, expected {self._version}")
@@ -184,14 +184,18 @@ class Rollouts:
         try:
             return work()
         except ServerDied as death:
-            if self._died_in_step == self._step:
+            if self._died_in == self._moment:
                 tail = on_driver(self._topology, lambda: self._server.log_tail() if self._server else "")
-                raise ServerDied(f"{death}; it died twice in step {self._step}. The end of its log:\n{tail}") from None
-            self._died_in_step = self._step
+                raise ServerDied(f"{death}; it died twice in {self._moment}. The end of its log:\n{tail}") from None
+            self._died_in = self._moment
             if self._topology.is_driver:
-                print(f"the rollout server died in step {self._step} ({death}); restarting it once", flush=True)
+                print(f"the rollout server died in {self._moment} ({death}); restarting it once", flush=True)
             on_driver(self._topology, self._restart)
-            self._meet()
-            if sync_after_restart:
-                self.sync(self._version)
-            return self._surviving(work, sync_after_restart)
+
+            def again() -> Answer:
+                self._meet()
+                if sync_after_restart:
+                    self._sync.sync(self._version)
+                return work()
+
+            return self._surviving(again)

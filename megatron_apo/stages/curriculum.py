@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from megatron_apo.checkpoint import check_resume
 from megatron_apo.config import Recipe
@@ -39,6 +39,7 @@ def open_curriculum(recipe: Recipe) -> Curriculum:
         spec = read_hf_config(folder)
         check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp)
         HFReader(folder).check(spec)
+    _same_architecture(recipe)
     out = recipe.run.dir / "checkpoints" / "hf"
     if out.exists():
         raise ValueError(f"run.dir: {out} is there already; give another run.dir, or remove it")
@@ -66,3 +67,15 @@ def open_curriculum(recipe: Recipe) -> Curriculum:
         )
     vstar.lookup([prompt.prompt_id for prompt in prompts])
     return Curriculum(inputs, prompts, vstar)
+
+
+def _same_architecture(recipe: Recipe) -> None:
+    policy, reference = (asdict(read_hf_config(path)) for path in (recipe.model.path, recipe.model.reference_path))
+    problems = [
+        f"model.reference: {name} is {reference[name]!r}, but {value!r} in model.path; the reference must be the "
+        "same model with other weights"
+        for name, value in policy.items()
+        if reference[name] != value
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))

@@ -42,6 +42,7 @@ def train(recipe: Recipe) -> None:
 
 
 def _check_warmup(recipe: Recipe) -> None:
+    from megatron_apo.data.sft import read_examples
     from megatron_apo.weights.hf_io import HFReader
 
     if recipe.warmup.data is None or recipe.warmup.start is None:
@@ -53,3 +54,4 @@ def _check_warmup(recipe: Recipe) -> None:
         raise ValueError(
             f"model.path: {recipe.model.path}, which the warm start writes, is not empty; give a new folder"
         )
+    read_examples(recipe)

@@ -19,6 +19,7 @@ from megatron_apo.config import Recipe
 from megatron_apo.data.batch import MicroBatch, make_micro_batch
 from megatron_apo.data.order import step_prompts
 from megatron_apo.data.packing import plan_micro_batches
+from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
 from megatron_apo.model.build import LogProbModel, build_model
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
@@ -39,6 +40,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
     """The whole of stage 2, on every rank."""
     spec = read_hf_config(recipe.model.path)
     objective = build_objective(recipe.objective)
+    assert not objective.needs_critic, "this loop has no critic"
     curriculum = open_curriculum(recipe) if topology.is_driver else None
     policy = _load_model(recipe, spec, topology, recipe.model.path)
     # Not marked as frozen: Megatron-Core multiplies frozen weights by another routine, which rounds differently.
@@ -62,7 +64,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
         for step in range(start, recipe.train.steps):
             with timer.phase("step"):
                 with timer.phase("generate"):
-                    batch = rollouts.sample(_next_prompts(recipe, curriculum, step), step)
+                    batch = rollouts.sample(_next_prompts(recipe, objective, curriculum, step), step)
                     values = topology.broadcast(curriculum.values(batch) if curriculum else None)
                 if step == start:
                     recorder.proved(_prove(recipe, rollouts, batch))
@@ -97,14 +99,15 @@ def _load_model(recipe: Recipe, spec: ModelSpec, topology: Topology, folder: Pat
     return model
 
 
-def _next_prompts(recipe: Recipe, curriculum: Curriculum | None, step: int) -> list:
+def _next_prompts(recipe: Recipe, objective: Objective, curriculum: Curriculum | None, step: int) -> list[Prompt]:
+    """The step's prompts on the driver, each as often as the objective wants responses; none elsewhere."""
     if curriculum is None:
         return []
     prompts = curriculum.prompts
     chosen = step_prompts(
         step, num_prompts=len(prompts), prompts_per_step=recipe.train.prompts_per_step, seed=recipe.run.seed
     )
-    return [prompts[index] for index in chosen]
+    return [prompts[index] for index in chosen for _ in range(objective.samples_per_prompt)]
 
 
 def _learn(
@@ -134,6 +137,7 @@ def _learn(
         def loss(log_prob_R: Tensor, index: int, micro=micro, anchor=anchor):
             piece = micro[index]
             term = objective.loss(log_prob_R, anchor[index], piece.sequence_R, targets.select(piece.indices))
+            assert term.count == (len(log_prob_R) if objective.unit == "token" else len(piece.indices))
             sampler_R = piece.gather([rollout.log_probs for rollout in batch])
             return replace(term, stats=diagnose(term, log_prob_R.detach(), anchor[index], sampler_R))
 

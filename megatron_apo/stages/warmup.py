@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from rich.progress import Progress
 
@@ -11,8 +9,7 @@ from megatron_apo.config import OptimizerConfig, Recipe
 from megatron_apo.data.batch import make_micro_batch
 from megatron_apo.data.order import step_prompts
 from megatron_apo.data.packing import plan_micro_batches
-from megatron_apo.data.prompts import PromptRenderer, read_rows
-from megatron_apo.inputs import load_tokenizer, stop_token_ids
+from megatron_apo.data.sft import Examples, read_examples
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.objectives import SFT, MicroTargets
@@ -21,22 +18,6 @@ from megatron_apo.parallel.pipeline import forward_backward
 from megatron_apo.parallel.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream, export_hf, load_weights
-
-
-@dataclass(frozen=True)
-class _Examples:
-    prompts: list[list[int]]
-    responses: list[list[int]]  # each ends with the stop id
-
-
-def _read_examples(recipe: Recipe) -> _Examples:
-    assert recipe.warmup.data is not None and recipe.warmup.start is not None
-    tokenizer = load_tokenizer(recipe.warmup.start, "warmup.start")
-    rows = list(read_rows(recipe.warmup.data, "warmup.data"))
-    rendered = PromptRenderer(tokenizer, recipe.data).render_all([row[recipe.data.prompt_column] for row in rows])
-    targets = tokenizer([row[recipe.warmup.response_column] for row in rows], add_special_tokens=False)["input_ids"]
-    stop = stop_token_ids(recipe, recipe.warmup.start)[0]
-    return _Examples([list(ids) for _, ids in rendered], [[*ids, stop] for ids in targets])
 
 
 def train(recipe: Recipe, topology: Topology) -> None:
@@ -51,7 +32,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
     # No decay: a model annealed to a sharp minimum is thrown out of it by the first noisy policy gradients.
     config = OptimizerConfig(lr=warmup.lr, beta2=0.999, warmup_steps=max(1, warmup.steps // 20))
     trainable = make_trainable(model, config, total_steps=warmup.steps)
-    examples = _read_examples(recipe)
+    examples = read_examples(recipe)
     with Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress:
         task = progress.add_task("warm start (SFT)", total=warmup.steps)
         for step in range(warmup.steps):
@@ -60,7 +41,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
     export_hf(WeightStream(model, spec, topology), topology, source=warmup.start, out=recipe.model.path)
 
 
-def _step(recipe: Recipe, topology: Topology, trainable, examples: _Examples, step: int) -> None:
+def _step(recipe: Recipe, topology: Topology, trainable, examples: Examples, step: int) -> None:
     chosen = step_prompts(
         step, num_prompts=len(examples.prompts), prompts_per_step=recipe.warmup.sequences_per_step, seed=recipe.run.seed
     )

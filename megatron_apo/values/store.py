@@ -38,8 +38,8 @@ _AGAIN = "run estimate-vstar again, which samples only the shards that are not t
 _SET_BY = {
     "schema_version": "the version of this program",
     "model_hash": "model.reference",
-    "tokenizer_hash": "model.reference (its tokenizer)",
-    "template_hash": "model.reference (its chat template)",
+    "tokenizer_hash": "model.path (its tokenizer)",
+    "template_hash": "model.path (its chat template)",
     "template": "data.template",
     "thinking": "data.thinking",
     "temperature": "sampling.temperature",

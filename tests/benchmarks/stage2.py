@@ -92,13 +92,13 @@ def measure(recipe: Recipe, rounds: int) -> None:
             for step in range(rounds + 2):
 
                 def whole(step=step):
-                    batch = rollouts.sample(stage._next_prompts(recipe, curriculum, step), step)
+                    batch = rollouts.sample(stage._next_prompts(recipe, objective, curriculum, step), step)
                     values = topology.broadcast(curriculum.values(batch) if curriculum else None)
                     stage._learn(recipe, topology, objective, trainable, reference, batch, values, PhaseTimer())
                     rollouts.sync(step + 1)
 
                 timed("whole step", whole)
-                prompts = stage._next_prompts(recipe, curriculum, step)
+                prompts = stage._next_prompts(recipe, objective, curriculum, step)
                 batch = timed("generation", lambda p=prompts, s=step: rollouts.sample(p, s))
                 values = topology.broadcast(curriculum.values(batch) if curriculum else None)
                 minibatches = stage._lay_out(recipe, topology, batch)

@@ -160,3 +160,9 @@ def test_comparison_notices(fault, measured):
     cases = measured((1, 1, 1))["qwen3-tied"]["cases"]
     with pytest.raises(AssertionError):
         check_case(cases[fault], cases["packed"], fault)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_that_is_not_finite_stops_the_run(layout, measured):
+    """Every rank sees the NaN of one: rank 0 reports here, the NaN was on the last."""
+    assert all("the gradient's norm is nan" in found["nan"] for found in measured(layout).values())

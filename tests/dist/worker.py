@@ -19,7 +19,7 @@ from megatron_apo.data.packing import plan_micro_batches
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.objectives import APO, Samples
-from megatron_apo.optim import make_trainable
+from megatron_apo.optim import GradientError, make_trainable
 from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.weights.hf_io import HFReader
@@ -97,7 +97,24 @@ def measure(folder: Path, parallel: ParallelConfig, topology: Topology, *, mutat
         after = dict(WeightStream(model, spec, topology))
         change = {key: after[key] - before[key] for key in after}
         found["cases"][fault or name] = {"loss": total.item(), "norm": norm, "gradients": gradients, "change": change}
+    found["nan"] = step_on_nan(spec, parallel, topology, reader)
     return found
+
+
+def step_on_nan(spec, parallel: ParallelConfig, topology: Topology, reader: HFReader) -> str:
+    """What an optimizer step says of a gradient with a NaN on one rank."""
+    model = build_model(spec, parallel, topology, dtype="fp32")
+    load_weights(model, spec, topology, reader)
+    trainable = make_trainable(model, OptimizerConfig(lr=1e-3), total_steps=10)
+    trainable.zero_grad()
+    if topology.rank == topology.world_size - 1:
+        # A weight that is split: of one held by several ranks, the norm counts a single copy.
+        dict(model.named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"].main_grad.fill_(float("nan"))
+    try:
+        trainable.step()
+    except GradientError as error:
+        return str(error)
+    return "nothing"
 
 
 def by_sequence(log_probs: list[torch.Tensor], micro: list, responses: list[list[int]], topology: Topology) -> dict[int, torch.Tensor] | None:

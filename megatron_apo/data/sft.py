@@ -1,0 +1,43 @@
+"""Prompt/response pairs for the warm start, rendered like any prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_apo.config import Recipe
+from megatron_apo.data.prompts import PromptRenderer, read_rows, row_text
+from megatron_apo.inputs import load_tokenizer, stop_token_ids
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Token ids; each response ends with the stop id."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+
+
+def read_examples(recipe: Recipe) -> Examples:
+    """Read `warmup.data`. Raises `ValueError` naming the recipe's key: no file or column, a pair that is too long."""
+    data, warmup = recipe.data, recipe.warmup
+    assert warmup.data is not None and warmup.start is not None
+    tokenizer = load_tokenizer(warmup.start, "warmup.start")
+    stop = stop_token_ids(recipe, warmup.start)[0]
+    prompts, responses = [], []
+    for index, row in enumerate(read_rows(warmup.data, "warmup.data")):
+        prompts.append(row_text(row, data.prompt_column, "data.prompt_column", warmup.data, index))
+        responses.append(row_text(row, warmup.response_column, "warmup.response_column", warmup.data, index))
+    if not prompts:
+        raise ValueError(f"warmup.data: {warmup.data} has no rows; give another file")
+    rendered = PromptRenderer(tokenizer, data).render_all(prompts)
+    targets = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    examples = Examples([list(ids) for _, ids in rendered], [[*ids, stop] for ids in targets])
+    pairs = zip(examples.prompts, examples.responses, strict=True)
+    longest = max(len(prompt) + len(response) for prompt, response in pairs)
+    budget = recipe.train.tokens_per_micro_batch
+    if longest > budget:
+        raise ValueError(
+            f"train.tokens_per_micro_batch: {budget} cannot hold a pair of {longest} tokens in warmup.data; "
+            f"use at least {longest}"
+        )
+    return examples
