@@ -121,14 +121,7 @@ def _learn(
     timer: PhaseTimer,
 ) -> StepRecord:
     """Every optimizer step on one rollout batch."""
-    targets = objective.prepare(
-        Samples(
-            [rollout.prompt_id for rollout in batch],
-            torch.tensor([rollout.reward for rollout in batch]),
-            torch.tensor([len(rollout.response_ids) for rollout in batch]),
-        ),
-        values,
-    )
+    targets = objective.prepare(_samples(batch), values)
     minibatches = _lay_out(recipe, topology, batch)
     anchors = _anchors(objective, trainable, reference, minibatches, batch, timer)
     record = StepRecord(objective.reinforce_scale)
@@ -147,6 +140,15 @@ def _learn(
         with timer.phase("optimizer"):
             record.add(stats, trainable.step())
     return record.gather(topology)
+
+
+def _samples(batch: Sequence[Rollout]) -> Samples:
+    """The batch as an objective sees it."""
+    return Samples(
+        [rollout.prompt_id for rollout in batch],
+        torch.tensor([rollout.reward for rollout in batch]),
+        torch.tensor([len(rollout.response_ids) for rollout in batch]),
+    )
 
 
 def _lay_out(recipe: Recipe, topology: Topology, batch: Sequence[Rollout]) -> list[list[MicroBatch]]:

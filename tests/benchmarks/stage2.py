@@ -58,10 +58,8 @@ def main() -> None:
 
 def measure(recipe: Recipe, rounds: int) -> None:
     """On every rank."""
-    import torch
-
     from megatron_apo.model.hf_config import read_hf_config
-    from megatron_apo.objectives import Samples, build_objective
+    from megatron_apo.objectives import build_objective
     from megatron_apo.optim import make_trainable
     from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
     from megatron_apo.parallel.topology import distributed
@@ -104,14 +102,7 @@ def measure(recipe: Recipe, rounds: int) -> None:
                 minibatches = stage._lay_out(recipe, topology, batch)
                 flat = [piece for micro in minibatches for piece in micro]
                 timed("reference forward", lambda f=flat: forward_log_probs(reference, f))
-                targets = objective.prepare(
-                    Samples(
-                        [rollout.prompt_id for rollout in batch],
-                        torch.tensor([rollout.reward for rollout in batch]),
-                        torch.tensor([len(rollout.response_ids) for rollout in batch]),
-                    ),
-                    values,
-                )
+                targets = objective.prepare(stage._samples(batch), values)
 
                 def learn(minibatches=minibatches, targets=targets):
                     for micro in minibatches:

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_apo.model.attention import PackedLayout, SDPAttention
+from tests.largest import Largest
 
 N, D = 4, 6
 LENGTHS = [1, 2, 3, 4, 5, 8, 9, 1, 16, 7, 17]
@@ -93,21 +93,6 @@ def test_layout_is_megatrons_packed_parameters():
     assert len(layout.groups) == 6  # up to 1, 2, 4, 8, 16 and 32 tokens
     # Within a group no sequence is padded to twice its length.
     assert all(2 * group.valid_BS.sum(1).min() > group.valid_BS.shape[1] for group in layout.groups)
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.num_elements = max(self.num_elements, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_apo.model.logprobs import vocab_parallel_log_probs
+from tests.largest import Largest
 
 T, H, V = 19, 8, 37
 
@@ -84,21 +84,6 @@ def test_bf16_weights_give_fp32_log_probs_of_the_bf16_logits():
     for mine, theirs in zip(half, exact, strict=True):
         assert mine.grad.dtype == torch.bfloat16
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0, atol=0.02 * float(theirs.grad.abs().max()))
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.num_elements = max(self.num_elements, tensor.numel())
-        return result
 
 
 def test_no_tensor_of_tokens_by_vocabulary():
