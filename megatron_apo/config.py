@@ -26,7 +26,10 @@ class RecipeError(ValueError):
 
     def __init__(self, problems: list[str]):
         self.problems = problems
-        super().__init__("\n".join(problems))
+        super().__init__(problems)  # as `args`, so that it can be pickled to other ranks
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 class Section(BaseModel):

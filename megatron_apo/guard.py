@@ -59,18 +59,19 @@ def _end_tree() -> None:
     everyone = descendants(os.getpid())
     mapped = mapped_shared_memory(everyone)
     # Resource trackers unlink what their processes leaked once those are dead, so they end last, by themselves.
-    _kill([pid for pid in everyone if not _is_resource_tracker(pid)])
+    kill([pid for pid in everyone if not _is_resource_tracker(pid)])
     end = time.monotonic() + TRACKER_LIMIT_S
     while time.monotonic() < end and descendants(os.getpid()):
         time.sleep(0.02)
     while everyone := descendants(os.getpid()):
-        _kill(everyone)
+        kill(everyone)
         time.sleep(0.02)
     for path in mapped:
         path.unlink(missing_ok=True)
 
 
-def _kill(pids: list[int]) -> None:
+def kill(pids: list[int]) -> None:
+    """SIGKILL those that still live."""
     for pid in pids:
         try:
             os.kill(pid, signal.SIGKILL)

@@ -19,6 +19,7 @@ from megatron_apo.data.arithmetic import build_tokenizer, write_model, write_tas
 from megatron_apo.parallel import launch
 from megatron_apo.telemetry.report import write_report
 from megatron_apo.telemetry.summary import RunSummary, read_summary
+from megatron_apo.telemetry.units import with_error
 
 NUM_TRAIN, NUM_EVAL, NUM_SFT = 2048, 512, 8192
 STAGES = ("warmup", "estimate-vstar", "train")
@@ -83,7 +84,7 @@ def _closing_table(summary: dict) -> Table:
     before, after = summary["pass_at_1"]["before"], summary["pass_at_1"]["after"]
     for name, key in ((f"avg@{before['samples_per_prompt']}", "mean"), ("greedy", "greedy")):
         error = "stderr" if key == "mean" else "greedy_stderr"
-        values = " -> ".join(f"{found[key]:.3f} +- {found[error]:.3f}" for found in (before, after))
+        values = " -> ".join(with_error(found[key], found[error]) for found in (before, after))
         table.add_row(f"held-out {name}, reference -> trained", values)
     split = summary["step_split_s"]
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in split.items() if name != "step")

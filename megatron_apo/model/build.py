@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,15 @@ class LogProbModel(GPTModel):
         self.num_vocab = num_vocab  # without the padding that makes the vocabulary divisible by TP
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Return log-probs under another temperature inside this block."""
+        usual, self.temperature = self.temperature, temperature
+        try:
+            yield
+        finally:
+            self.temperature = usual
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor, **unused: Any) -> Tensor:
         if not self.post_process:

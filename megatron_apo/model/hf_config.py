@@ -18,6 +18,8 @@ _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_
 _QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
 _DEFAULTS = {"llama": {}, "qwen2": _QWEN_DEFAULTS, "qwen3": {"head_dim": 128} | _QWEN_DEFAULTS}
 
+_REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
 
 class ModelConfigError(ValueError):
     """A model folder that is missing, or whose configuration the Megatron model cannot honour."""
@@ -50,11 +52,16 @@ def read_hf_config(folder: Path) -> ModelSpec:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ModelConfigError(f"model path {folder}: no config.json there; give a Hugging Face model folder")
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelConfigError(f"{path}: not JSON ({error})") from None
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ModelConfigError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
     config = _DEFAULTS[family] | config
+    if missing := [key for key in _REQUIRED if config.get(key) is None]:
+        raise ModelConfigError(f"{path}: {', '.join(missing)}: missing")
     problems = _unsupported(config, family)
     rope_theta, llama3_factor = _rope(config, problems)
     if problems:

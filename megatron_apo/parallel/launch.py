@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from megatron_apo import guard
 from megatron_apo.config import Recipe
+from megatron_apo.ports import free_port
 
 _STOP_LIMIT_S = 10.0
 _TOGETHER_S = 3.0
@@ -53,7 +53,7 @@ def spawn(arguments: Sequence[str], *, world_size: int, log_dir: Path) -> None:
     process that the ranks started is gone before this returns.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port("127.0.0.1")
     failed, code = _supervise(
         [partial(_start_rank, arguments, rank, world_size, port, log_dir) for rank in range(world_size)]
     )
@@ -150,9 +150,7 @@ def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int]) -> No
     # A server's guard ends its tree by itself; what is still here after that is killed.
     while left := set(guard.descendants(os.getpid())) - callers_own:
         if time.monotonic() > end:
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            guard.kill(list(left))
         time.sleep(0.05)
 
 
@@ -171,9 +169,3 @@ def _log_path(log_dir: Path, rank: int) -> Path:
 
 def _die_with_parent() -> None:
     guard.LIBC.prctl(guard.PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

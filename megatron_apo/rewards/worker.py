@@ -7,7 +7,6 @@ A fresh interpreter rather than a fork or a spawn of the trainer: it inherits no
 
 from __future__ import annotations
 
-import ctypes
 import math
 import numbers
 import os
@@ -18,9 +17,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megatron_apo import guard
 from megatron_apo.rewards import GradeRequest, Reward, get_reward
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def main() -> None:
     socket_fd, parent_pid = int(sys.argv[1]), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Die with the pool even where a grader never returns to Python and the parent was killed outright.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    guard.LIBC.prctl(guard.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:
         return
     with Connection(socket_fd) as channel:

@@ -35,6 +35,18 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = -1
 
+    def parameters(self) -> dict[str, Any]:
+        """As fields of vLLM's SamplingParams."""
+        return {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "stop_token_ids": list(self.stop_token_ids),
+            "ignore_eos": True,  # only the stop ids count, whatever the model's files say
+            "detokenize": False,
+        }
+
 
 @dataclass(frozen=True)
 class GenerateRequest:
@@ -105,16 +117,7 @@ class RolloutClient:
 
         `on_completion(index, completion)` is called in this thread as each arrives. The first failure ends the call.
         """
-        parameters = {
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "stop_token_ids": list(sampling.stop_token_ids),
-            "ignore_eos": True,  # only the stop ids count, whatever the model's files say
-            "detokenize": False,
-            "logprobs": 0,  # the sampled token's
-        }
+        parameters = sampling.parameters() | {"logprobs": 0}  # the sampled token's
         bodies = [
             {"token_ids": list(request.token_ids), "sampling_params": parameters | {"seed": request.seed}}
             for request in requests

@@ -16,12 +16,12 @@ from megatron_apo.rollout.client import GenerateRequest, RolloutClient
 
 @dataclass(frozen=True)
 class Evaluation:
-    """avg@k and greedy accuracy (mean reward), with standard errors over prompts."""
+    """avg@k and greedy accuracy (mean reward), with standard errors over prompts (None where there is one prompt)."""
 
     mean: float
-    stderr: float
+    stderr: float | None
     greedy: float
-    greedy_stderr: float
+    greedy_stderr: float | None
     samples_per_prompt: int
     num_prompts: int
     truncated: float  # share of the sampled responses that reached the length cap
@@ -61,5 +61,5 @@ def _rewards(
     return np.array([grade.reward for grade in grades]), truncated
 
 
-def _stderr(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+def _stderr(values: np.ndarray) -> float | None:
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None

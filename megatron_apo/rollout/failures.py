@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_apo.parallel.topology import Topology
+
+Answer = TypeVar("Answer")
+
+
+def kept_on_driver(topology: Topology, work: Callable[[], Answer]) -> Answer | None:
+    """As `on_driver`, for a value that is the driver's alone: None on the other ranks."""
+    kept: list[Answer] = []
+    on_driver(topology, lambda: kept.append(work()))
+    return kept[0] if kept else None
 
 
 def on_driver(topology: Topology, work: Callable[[], Any]) -> Any:

@@ -24,6 +24,15 @@ DTYPE_CODES = {  # safetensors' names
 }  # fmt: skip
 
 
+NAMED = 8  # names in one error
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
 class Meta(Protocol):
     """Name, wire dtype and full HF shape of one tensor (vLLM's ParamMeta, or ours)."""
 

@@ -5,7 +5,8 @@
         batch = rollouts.sample(prompts, step)    # the same list of Rollout on every rank
 
 Every method is called on every rank. Server, graders and tokenizer live on the driver (global rank 0). A server that
-dies is restarted once a step, given the weights again and asked again; a second death in the same step ends the run.
+dies is restarted once a step, given the weights again, proven and asked again; a second death in the same step ends the
+run.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from typing import TypeVar
 
 from megatron_apo.config import Recipe
 from megatron_apo.data.batch import make_micro_batch
 from megatron_apo.data.order import sample_seeds
+from megatron_apo.data.packing import plan_micro_batches
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
 from megatron_apo.inputs import Inputs
@@ -28,12 +29,10 @@ from megatron_apo.parallel.topology import Topology
 from megatron_apo.rewards.pool import Grade, RewardPool
 from megatron_apo.rollout.client import Completion, GenerateRequest, RolloutClient
 from megatron_apo.rollout.evaluation import Evaluation, evaluate_policy
-from megatron_apo.rollout.failures import on_driver
+from megatron_apo.rollout.failures import Answer, on_driver
 from megatron_apo.rollout.server import ServerDied, VLLMServer
 from megatron_apo.rollout.weight_sync import SyncError, SyncReport, WeightSync
 from megatron_apo.weights.stream import WeightStream
-
-Answer = TypeVar("Answer")
 
 
 class Rollouts:
@@ -55,6 +54,7 @@ class Rollouts:
         self._version = 0
         self._moment = "the start"
         self._died_in: str | None = None
+        self._probes: list[list[int]] = []  # the last that were proven
 
     def __enter__(self) -> Rollouts:
         try:
@@ -82,25 +82,40 @@ class Rollouts:
     def sync(self, version: int) -> SyncReport:
         """Give the server the policy's present weights and call them `version`."""
         self._version = version
-        return self._surviving(lambda: self._sync.sync(version), sync_after_restart=False)
+        return self._surviving(lambda: self._sync.sync(version))
 
     def prove(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> float:
         """Largest |log-prob difference| between vLLM and the policy on these sequences.
 
         Raises SyncError past sync.probe_tolerance. Both sides are at temperature 1, the arguments equal on all ranks.
         """
-        sequences = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-        micro = make_micro_batch(
-            list(range(len(sequences))), [s[:1] for s in sequences], [s[1:] for s in sequences], packing=True
-        )
-        temperature, self._policy.temperature = self._policy.temperature, 1.0
-        log_probs = forward_log_probs(self._policy, [micro])
-        self._policy.temperature = temperature
-        ours: list[list[float]] = []
-        if self._topology.is_last_stage:
-            ours = [values.tolist() for values in log_probs[0].split([len(s) - 1 for s in sequences])]
-        ours = self._topology.broadcast(ours, src=self._topology.last_stage_rank)
-        return self._surviving(lambda: self._sync.prove(sequences, ours, self._recipe.sync.probe_tolerance))
+        self._probes = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        return self._surviving(self._prove)
+
+    def _prove(self) -> float:
+        """`prove` on the last probes."""
+        ours = self._own_log_probs(self._probes)
+        return self._sync.prove(self._probes, ours, self._recipe.sync.probe_tolerance)
+
+    def _own_log_probs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """The policy's log-probs of each sequence's tokens but the first, at temperature 1, on every rank."""
+        train = self._recipe.train
+        plan = plan_micro_batches(
+            [len(sequence) for sequence in sequences],
+            dp=1,
+            budget_tokens=train.tokens_per_micro_batch,
+            packing=train.packing,
+        )[0]
+        first, rest = [s[:1] for s in sequences], [s[1:] for s in sequences]
+        with self._policy.at_temperature(1.0):
+            found = forward_log_probs(
+                self._policy, [make_micro_batch(indices, first, rest, train.packing) for indices in plan]
+            )
+        ours: list[list[float]] = [[] for _ in sequences]
+        for indices, log_prob_R in zip(plan, found, strict=False):  # `found` is empty before the last stage
+            for index, values in zip(indices, log_prob_R.split([len(rest[i]) for i in indices]), strict=True):
+                ours[index] = values.tolist()
+        return self._topology.broadcast(ours, src=self._topology.last_stage_rank)
 
     def sample(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """One graded response for each prompt (given on the driver), in their order."""
@@ -179,7 +194,7 @@ class Rollouts:
         self._sync = WeightSync(self._stream, client=self._client, folder=folder, rank=self._topology.rank)
         self._sync.init()
 
-    def _surviving(self, work: Callable[[], Answer], sync_after_restart: bool = True) -> Answer:
+    def _surviving(self, work: Callable[[], Answer]) -> Answer:
         """Do collective `work`; if the server dies in it, restart it, give it the weights, do the work again."""
         try:
             return work()
@@ -194,8 +209,9 @@ class Rollouts:
 
             def again() -> Answer:
                 self._meet()
-                if sync_after_restart:
-                    self._sync.sync(self._version)
+                self._sync.sync(self._version)
+                if self._probes:
+                    self._prove()
                 return work()
 
             return self._surviving(again)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import secrets
-import signal
-import socket
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from pathlib import Path
 
 from megatron_apo import guard
 from megatron_apo.config import RolloutConfig
+from megatron_apo.ports import free_port, try_port
 from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
 
 LOG_TAIL_LINES = 30
@@ -81,14 +80,15 @@ class VLLMServer:
         assert self.process is None, "the server is already started"
         if not (self.model / "config.json").is_file():
             raise ServerError(f"model: {self.model} has no config.json; give a Hugging Face folder")
-        port = _free_port(self.rollout.host, self.rollout.port)
+        port = _port(self.rollout.host, self.rollout.port)
         self.url = f"http://{self.rollout.host}:{port}"
         self.token = secrets.token_urlsafe(32)
         self.shm_dir.mkdir(parents=True, exist_ok=True)
         self.payload_dir = Path(tempfile.mkdtemp(prefix="megatron-apo-", dir=self.shm_dir))
-        scratch = tempfile.mkdtemp(prefix="apo-")  # sockets; their paths have at most 107 characters
+        scratch = Path(tempfile.mkdtemp(prefix="apo-"))  # sockets; their paths have at most 107 characters
+        self._folders = [self.payload_dir, scratch]
         watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}"]
-        watch += [f"--remove={self.payload_dir}", f"--remove={scratch}", "--"]
+        watch += [*(f"--remove={folder}" for folder in self._folders), "--"]
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self.log_start = log.tell()
@@ -114,9 +114,10 @@ class VLLMServer:
         try:
             self.process.wait(STOP_LIMIT_S)
         except subprocess.TimeoutExpired:
-            for pid in [*guard.descendants(self.process.pid), self.process.pid]:
-                os.kill(pid, signal.SIGKILL)
+            guard.kill([*guard.descendants(self.process.pid), self.process.pid])
             self.process.wait()
+            for folder in self._folders:
+                shutil.rmtree(folder, ignore_errors=True)
         self.process = None
 
     def alive(self) -> bool:
@@ -193,14 +194,14 @@ class VLLMServer:
             command.append("--enforce-eager")  # compiling costs more than it gains on a CPU
         return command + rollout.extra_args
 
-    def _environment(self, scratch: str) -> dict[str, str]:
+    def _environment(self, scratch: Path) -> dict[str, str]:
         environment = dict(os.environ)
         for name in LAUNCHER_VARIABLES:
             environment.pop(name, None)
         environment |= {
             TOKEN_VARIABLE: self.token,
-            "TMPDIR": scratch,
-            "VLLM_RPC_BASE_PATH": scratch,
+            "TMPDIR": str(scratch),
+            "VLLM_RPC_BASE_PATH": str(scratch),
             "VLLM_SERVER_DEV_MODE": "1",  # the weight-transfer routes; the token check guards them
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
@@ -241,31 +242,13 @@ def longest_request(model: Path, max_model_len: int) -> int:
     return max_model_len if max_model_len == limit else max_model_len + 1
 
 
-def _free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0. Raises ServerError when it cannot be listened on.
-
-    vLLM binds the port seconds later, so a free one is drawn from below the range that the kernel hands out to others.
-    """
-    if port:
-        _try_port(host, port)
-        return port
-    lowest_handed_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for _ in range(50):
-        candidate = random.SystemRandom().randrange(min(10_000, lowest_handed_out - 1), lowest_handed_out)
-        try:
-            _try_port(host, candidate)
-        except ServerError as error:
-            problem = error
-        else:
-            return candidate
-    raise problem
-
-
-def _try_port(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            where = f"{host}:{port}: {error.strerror}"
-            raise ServerError(f"rollout.port: cannot listen on {where}; use another, or 0") from None
+def _port(host: str, wanted: int) -> int:
+    """`wanted`, or a free port for 0. Raises ServerError when it cannot be listened on."""
+    try:
+        if not wanted:
+            return free_port(host)
+        try_port(host, wanted)
+    except OSError as error:
+        where = f"{host}:{wanted}" if wanted else host
+        raise ServerError(f"rollout.port: cannot listen on {where}: {error.strerror}; use another, or 0") from None
+    return wanted

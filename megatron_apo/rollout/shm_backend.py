@@ -23,9 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from megatron_apo.rollout.payload import DTYPE_CODES, checksum, weights_path, write_loaded
-
-NAMED = 8  # names in one error
+from megatron_apo.rollout.payload import DTYPE_CODES, checksum, some, weights_path, write_loaded
 
 
 @dataclass
@@ -82,10 +80,10 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
                 raise ValueError(f"{current}: vLLM could not load it: {error or type(error).__name__}") from error
             unread = [name for name in update_info.names if name not in checksums]
             if unread:
-                raise ValueError(f"vLLM did not read {_some(unread)}")
+                raise ValueError(f"vLLM did not read {some(unread)}")
             incomplete = _incomplete_layers(self.model, self.tied_heads)
             if incomplete:
-                raise ValueError(f"the payload does not fill {_some(incomplete)}")
+                raise ValueError(f"the payload does not fill {some(incomplete)}")
         write_loaded(folder, self.parallel_config.rank, checksums)
 
     def finish_weight_update(self) -> None:
@@ -101,8 +99,8 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
 def _check_payload(payload: Any, update_info: ShmUpdateInfo) -> None:
     present, expected = set(payload.keys()), set(update_info.names)
-    problems = [f"missing {_some(sorted(expected - present))}"] if expected - present else []
-    problems += [f"extra {_some(sorted(present - expected))}"] if present - expected else []
+    problems = [f"missing {some(sorted(expected - present))}"] if expected - present else []
+    problems += [f"extra {some(sorted(present - expected))}"] if present - expected else []
     codes = {str(dtype): code for dtype, code in DTYPE_CODES.items()}
     for name, dtype, shape in zip(update_info.names, update_info.dtypes, update_info.shapes, strict=True):
         if name in present:
@@ -136,8 +134,3 @@ def _incomplete_layers(model: torch.nn.Module, tied_heads: list[torch.nn.Module]
         if info.load_numel < total and not padded_vocabulary:
             found.append(f"{name} ({info.load_numel} of {total} elements)")
     return found
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

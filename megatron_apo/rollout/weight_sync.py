@@ -24,10 +24,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.rollout.client import RolloutClient
-from megatron_apo.rollout.payload import Meta, PayloadWriter, read_loaded
+from megatron_apo.rollout.payload import Meta, PayloadWriter, read_loaded, some
 from megatron_apo.rollout.server import ServerDied, ServerError
-
-NAMED = 8  # names in one error
 
 
 class SyncError(RuntimeError):
@@ -139,7 +137,7 @@ class WeightSync:
             if worst[0] <= tolerance and not (expected_checksums and suspects):
                 return
             self.client.pause()
-            blame = f"stale: {_some(suspects)}" if suspects else "no checksum is amiss: a copy that vLLM made is stale"
+            blame = f"stale: {some(suspects)}" if suspects else "no checksum is amiss: a copy that vLLM made is stale"
             difference = f"{worst[0]:.3g} (allowed: {tolerance:g})"
             raise SyncError(f"vLLM's log-probs differ from the trainer's by {difference} {where}; {blame}")
 
@@ -238,7 +236,7 @@ class _Update:
         for worker, checksums in loaded.items():
             wrong = [name for name, value in self.writer.checksums.items() if checksums.get(name) != value]
             if wrong:
-                raise SyncError(f"vLLM's worker {worker} loaded other values of {_some(wrong)}")
+                raise SyncError(f"vLLM's worker {worker} loaded other values of {some(wrong)}")
 
     def remove(self) -> None:
         if hasattr(self, "writer"):
@@ -268,8 +266,3 @@ def _largest_difference(
                 f"vLLM {server[first - 1 + at]:.6f}, trainer {trainer[at]:.6f}"
             )
     return worst, where
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from megatron_apo.checkpoint import check_resume
 from megatron_apo.config import Recipe
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
 from megatron_apo.inputs import Inputs, fingerprint, load_inputs
-from megatron_apo.model.hf_config import check_layout, read_hf_config
+from megatron_apo.model.hf_config import ModelConfigError, check_layout, read_hf_config
 from megatron_apo.rewards import get_reward
 from megatron_apo.values.store import PromptValues, VStarStore
 from megatron_apo.weights.hf_io import HFReader, model_hash
@@ -35,17 +36,8 @@ def open_curriculum(recipe: Recipe) -> Curriculum:
 
     Raises a ValueError of one line per problem.
     """
-    for folder in dict.fromkeys((recipe.model.path, recipe.model.reference_path)):
-        spec = read_hf_config(folder)
-        check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp)
-        HFReader(folder).check(spec)
-    _same_architecture(recipe)
-    out = recipe.run.dir / "checkpoints" / "hf"
-    if out.exists():
-        raise ValueError(f"run.dir: {out} is there already; give another run.dir, or remove it")
+    _check_models(recipe)
     inputs = load_inputs(recipe)
-    if not inputs.evaluation:
-        raise ValueError("data.eval: missing; training reports on held-out prompts")
     reward = get_reward(recipe.reward.name, recipe.reward.options)
     store = VStarStore.open(recipe.vstar.dir)
     store.check(
@@ -69,13 +61,30 @@ def open_curriculum(recipe: Recipe) -> Curriculum:
     return Curriculum(inputs, prompts, vstar)
 
 
-def _same_architecture(recipe: Recipe) -> None:
-    policy, reference = (asdict(read_hf_config(path)) for path in (recipe.model.path, recipe.model.reference_path))
-    problems = [
-        f"model.reference: {name} is {reference[name]!r}, but {value!r} in model.path; the reference must be the "
-        "same model with other weights"
-        for name, value in policy.items()
-        if reference[name] != value
-    ]
+def _check_models(recipe: Recipe) -> None:
+    """Policy, reference and the run's folder: every problem at once."""
+    problems = []
+    specs: list[dict[str, Any]] = []
+    for folder in dict.fromkeys((recipe.model.path, recipe.model.reference_path)):
+        try:
+            spec = read_hf_config(folder)
+            specs.append(asdict(spec))
+            check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp)
+            HFReader(folder).check(spec)
+        except ModelConfigError as error:
+            problems.append(str(error))
+    if len(specs) == 2:
+        policy, reference = specs
+        problems += [
+            f"model.reference: {name} is {reference[name]!r}, but {value!r} in model.path; the reference must be the "
+            "same model with other weights"
+            for name, value in policy.items()
+            if reference[name] != value
+        ]
+    out = recipe.run.dir / "checkpoints" / "hf"
+    if out.exists():
+        problems.append(f"run.dir: {out} is there already; give another run.dir, or remove it")
+    if recipe.data.eval is None:
+        problems.append("data.eval: missing; training reports on held-out prompts")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(dict.fromkeys(problems)))

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 from rich.progress import track
 
 from megatron_apo.config import Recipe
@@ -52,7 +53,7 @@ def run(recipe: Recipe) -> None:
             "prompts": len(store),
             "samples_per_prompt": recipe.vstar.samples_per_prompt,
             "mean_reward": float(store.rewards.mean()),
-            "grader_failures": sum(pool.failures.values()),
+            "grader_failures": pc.sum(store.column("num_failures")).as_py(),
         }
     n, mean = recipe.vstar.samples_per_prompt, store.rewards.mean()
     print(f"V* store: {recipe.vstar.dir}, {len(store)} prompts x {n}, mean reward {mean:.3f}")
@@ -90,13 +91,7 @@ def _sample_shard(
         SamplingParams(
             n=recipe.vstar.samples_per_prompt,
             seed=sample_seed(recipe.vstar.seed, "vstar", 0, prompt.prompt_id),
-            temperature=recipe.sampling.temperature,
-            top_p=recipe.sampling.top_p,
-            top_k=recipe.sampling.top_k,
-            max_tokens=recipe.sampling.max_response_tokens,
-            stop_token_ids=list(inputs.stop_token_ids),
-            ignore_eos=True,  # only the stop ids count, whatever the model's files say
-            detokenize=False,
+            **inputs.sampling(recipe.sampling).parameters(),
         )
         for prompt in prompts
     ]

@@ -13,11 +13,14 @@ from megatron_apo.rewards.pool import RewardPool
 from megatron_apo.rollout.client import RolloutClient
 from megatron_apo.rollout.evaluation import evaluate_policy
 from megatron_apo.rollout.server import VLLMServer
+from megatron_apo.telemetry.units import with_error
 
 
 def run(recipe: Recipe, model: Path | None = None) -> None:
-    """Evaluate an HF folder (default: model.path) with its own server; print, and write RUN/evaluation-<name>.json."""
+    """Evaluate an HF folder (default: model.path) with a server and its own tokenizer; print, and write
+    RUN/evaluation-<folder>.json."""
     model = model or recipe.model.path
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": model})})
     read_hf_config(model)
     if recipe.data.eval is None:
         raise ValueError("data.eval: missing; give held-out prompts to evaluate on")
@@ -32,10 +35,16 @@ def run(recipe: Recipe, model: Path | None = None) -> None:
     with RewardPool(recipe.reward) as pool, server:
         with RolloutClient(server.url, server.token, timeout_s=recipe.rollout.request_timeout_s) as client:
             found = evaluate_policy(recipe, inputs, client, pool)
-    path = recipe.run.dir / f"evaluation-{model.name}.json"
+    path = recipe.run.dir / f"evaluation-{_label(recipe.run.dir, model)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(found) | {"model": str(model)}, indent=1) + "\n")
     print(
-        f"{model}: avg@{found.samples_per_prompt} {found.mean:.3f} +- {found.stderr:.3f}, greedy {found.greedy:.3f} +- "
-        f"{found.greedy_stderr:.3f} ({found.num_prompts} prompts); {path}"
+        f"{model}: avg@{found.samples_per_prompt} {with_error(found.mean, found.stderr)}, "
+        f"greedy {with_error(found.greedy, found.greedy_stderr)} ({found.num_prompts} prompts); {path}"
     )
+
+
+def _label(run_dir: Path, model: Path) -> str:
+    """The model's folder as part of a file name: inside the run as it is called there, else its whole path."""
+    run_dir, model = run_dir.resolve(), model.resolve()
+    return "-".join((model.relative_to(run_dir) if model.is_relative_to(run_dir) else model).parts).strip("/-")

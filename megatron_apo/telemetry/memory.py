@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,9 +52,9 @@ class MemorySampler:
     A process watched under a label of its own is not counted again in its parent's.
     """
 
-    def __init__(self, interval_s: float = 1.0):
+    def __init__(self, interval_s: float = 2.0):
         self._interval_s = interval_s
-        self._pids: dict[int, str] = {}
+        self._watched: dict[str, Callable[[], int | None]] = {}
         self._labelled: set[int] = set()  # also those no longer watched: they never fall to their parent's label
         self._peaks: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -62,24 +62,33 @@ class MemorySampler:
         self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
 
     @contextmanager
-    def watch(self, label: str, pid: int) -> Iterator[None]:
-        """Sample `pid` and its descendants under `label` inside this block, once at its end at the least."""
+    def watch(self, label: str, pid: int | Callable[[], int | None]) -> Iterator[None]:
+        """Sample `pid` and its descendants under `label` inside this block, once at its end at the least.
+
+        A callable is asked at every sample: for a process that is restarted (None: it is not running).
+        """
         with self._lock:
-            self._pids[pid] = label
-            self._labelled.add(pid)
+            self._watched[label] = pid if callable(pid) else lambda: pid
+            self._processes()
         try:
             yield
         finally:
             self.sample()
             with self._lock:
-                self._pids.pop(pid, None)
+                del self._watched[label]
 
     def sample(self) -> None:
         """Measure everything that is watched now."""
         with self._lock:
-            for pid, label in self._pids.items():
+            for label, pid in self._processes().items():
                 used = tree_private_bytes(pid, without=self._labelled - {pid})
                 self._peaks[label] = max(used, self._peaks.get(label, 0))
+
+    def _processes(self) -> dict[str, int]:
+        """What runs under each label now."""
+        pids = {label: pid for label, ask in self._watched.items() if (pid := ask()) is not None}
+        self._labelled.update(pids.values())
+        return pids
 
     def peaks(self) -> dict[str, int]:
         """Largest sample of each label so far, bytes."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from statistics import fmean
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_apo.config import Recipe
@@ -30,8 +31,8 @@ _SETTLED_STEPS = 2  # the first steps warm caches and kernels up; means leave th
 class Recorder:
     """Use as a context manager around the run."""
 
-    def __init__(self, recipe: Recipe, topology: Topology, server_pid: int | None):
-        """`server_pid`: root of the rollout server, whose memory is counted apart; None except on the driver."""
+    def __init__(self, recipe: Recipe, topology: Topology, server_pid: Callable[[], int | None]):
+        """`server_pid`: of the rollout server's root, whose memory is counted apart; None except on the driver."""
         self._recipe = recipe
         self._topology = topology
         self._server_pid = server_pid
@@ -45,7 +46,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         self._memory = self._stack.enter_context(MemorySampler())
         self._stack.enter_context(self._memory.watch(f"trainer rank {self._topology.rank}", os.getpid()))
-        if self._server_pid is not None:
+        if self._topology.is_driver:
             self._stack.enter_context(self._memory.watch("vllm server", self._server_pid))
         if self._topology.is_driver:
             self._recipe.save(self._recipe.run.dir / "recipe.yaml")
@@ -76,16 +77,14 @@ class Recorder:
         self._evaluated = found
         if step == 0 and self._topology.is_driver:
             RunSummary(self._recipe.run.dir).add({"pass_at_1": {"before": asdict(found)}})
-        self._log(
-            step,
-            {
-                "eval/avg_at_k": found.mean,
-                "eval/avg_at_k_stderr": found.stderr,
-                "eval/greedy": found.greedy,
-                "eval/greedy_stderr": found.greedy_stderr,
-                "eval/truncated": found.truncated,
-            },
-        )
+        values = {
+            "eval/avg_at_k": found.mean,
+            "eval/avg_at_k_stderr": found.stderr,
+            "eval/greedy": found.greedy,
+            "eval/greedy_stderr": found.greedy_stderr,
+            "eval/truncated": found.truncated,
+        }
+        self._log(step, {name: value for name, value in values.items() if value is not None})
 
     def log(
         self,
@@ -138,7 +137,7 @@ class Recorder:
                     "bytes": self._syncs[-1].num_bytes,
                     "count": len(self._syncs),
                 },
-                "max_log_prob_difference": max(self._proofs + self._history["mismatch/max"]),
+                "max_log_prob_difference": float(np.max(self._proofs + self._history["mismatch/max"])),  # NaN stays
                 "kl": {
                     "per_token": self._history["kl/per_token"][-1],
                     "per_sequence": self._history["kl/per_sequence"][-1],

@@ -79,16 +79,12 @@ def _headline(summary: Tree, rows: Rows, recipe: Tree) -> str:
         before, after = results["before"], results["after"]
         gain = after["mean"] - before["mean"]
         # Standard error of a difference of two independent means.
-        error = (after["stderr"] ** 2 + before["stderr"] ** 2) ** 0.5
-        cards.append(_card(f"avg@{k} gained", f"{gain:+.3f}", f"± {error:.3f} standard error"))
+        error = ((after["stderr"] or 0) ** 2 + (before["stderr"] or 0) ** 2) ** 0.5
+        cards.append(_card(f"avg@{k} gained", f"{gain:+.3f}", f"± {error:.3f} standard error" if error else ""))
     for name, result in results.items():
-        cards.append(
-            _card(
-                f"avg@{k} {_HEADINGS.get(name, name)}",
-                f"{result['mean']:.3f} <small>± {result['stderr']:.3f}</small>",
-                f"greedy {result['greedy']:.3f}",
-            )
-        )
+        error = f" <small>± {result['stderr']:.3f}</small>" if result["stderr"] else ""
+        title = f"avg@{k} {_HEADINGS.get(name, name)}"
+        cards.append(_card(title, f"{result['mean']:.3f}{error}", f"greedy {result['greedy']:.3f}"))
     phases = summary.get("phases_s", {})
     if phases:
         cards.append(_card("wall clock", duration(_total(phases)), f"{len(phases.keys() - {'total'})} phases"))

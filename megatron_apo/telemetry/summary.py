@@ -1,8 +1,12 @@
-"""RUN/summary.json: what the stages of a run measured. Each adds its part; a later one of the same name replaces it."""
+"""RUN/summary.json: what the stages of a run measured. Each adds its part; a later one of the same name replaces it.
+
+A number that is not finite is written as null, JSON having no word for it.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -31,10 +35,10 @@ class RunSummary:
 
     def add(self, values: dict[str, Any]) -> None:
         """Merge `values` into the file, nested dicts by key; written whole or not at all."""
-        merged = _merge(read_summary(self._path.parent), values)
+        merged = _finite(_merge(read_summary(self._path.parent), values))
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(merged, indent=1) + "\n")
+        partial.write_text(json.dumps(merged, indent=1, allow_nan=False) + "\n")
         os.replace(partial, self._path)
 
 
@@ -53,6 +57,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

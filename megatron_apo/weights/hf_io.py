@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_apo.model.hf_config import ModelConfigError, ModelSpec
+from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, read_hf_config
 from megatron_apo.weights.families import EMBEDDING, HEAD, model_entries
 
 INDEX = "model.safetensors.index.json"
@@ -86,10 +86,16 @@ class HFReader:
 
 
 def model_hash(folder: Path) -> str:
-    """sha256 over each tensor's HF name, dtype, shape and bytes, in name order: the identity of a model's weights."""
+    """sha256 over each tensor's HF name, dtype, shape and bytes, in name order: the identity of a model's weights.
+
+    Tensors that the model does not use (a tied head's copy, rotary frequencies) do not count.
+    """
     reader = HFReader(folder)
+    used = {name for entry in model_entries(read_hf_config(folder), pp=1) for name in entry.hf}
     digest = hashlib.sha256()
     for name in reader.names():
+        if name not in used:
+            continue
         tensor = reader.get(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -152,10 +158,10 @@ def _write_shards(stream: Iterable[tuple[str, Tensor]], folder: Path, dtype: tor
     return weight_map
 
 
-def check_empty(out: Path) -> None:
-    """Raise a ValueError if `out`, a folder to be written, is there and not empty, or is a file."""
+def check_empty(out: Path, key: str = "output folder") -> None:
+    """Raise a ValueError if `out`, a folder to be written, is there and not empty, or is a file. `key` names it."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"output folder {out} is not empty; give a new one")
+        raise ValueError(f"{key}: {out} is not empty; give a new folder")
 
 
 def copy_side_files(source: Path, out: Path, dtype: torch.dtype) -> None:

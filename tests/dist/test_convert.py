@@ -129,7 +129,7 @@ def test_mistakes_are_one_line_before_any_work(command, source, says, tmp_path):
 def test_an_output_folder_in_use_is_left_alone(convert, work, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     source = work / ("models" if convert is hf_to_megatron else "megatron") / "llama"
-    with pytest.raises(ValueError, match=f"output folder {tmp_path} is not empty"):
+    with pytest.raises(ValueError, match=f"output folder: {tmp_path} is not empty"):
         convert(source, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 

@@ -121,6 +121,14 @@ def test_sampler_keeps_each_labels_peak_and_counts_a_process_once() -> None:
             time.sleep(0.3)
         with python(child) as parent, memory.watch("tree", parent):
             time.sleep(1.0)
+        running: list[int] = []
+        with memory.watch("restarted", lambda: running[-1] if running else None):
+            with python("x = b'x' * 20_000_000") as first:
+                running.append(first)
+                time.sleep(0.3)
+            with python("x = b'x' * 60_000_000") as second:
+                running.append(second)
+                time.sleep(0.3)
         with python(child) as parent:
             time.sleep(1.0)
             (child_pid,) = map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
@@ -128,6 +136,7 @@ def test_sampler_keeps_each_labels_peak_and_counts_a_process_once() -> None:
                 time.sleep(0.3)
     peaks = memory.peaks()
     assert 50 * MB < peaks["single"] < 80 * MB
+    assert 60 * MB < peaks["restarted"] < 90 * MB
     assert 100 * MB < peaks["tree"] < 150 * MB
     assert 100 * MB < peaks["child"] < 130 * MB
     assert peaks["parent"] < 30 * MB
