@@ -54,7 +54,6 @@ setup(
         # Apex is not here: the registry's "apex" is another project. NGC images carry NVIDIA's.
         "fp8": ["transformer-engine[pytorch]>=2.8"],
         "dev": [
-            "httpx>=0.27",
             "hypothesis>=6.100",
             "mypy>=1.13",
             "pytest>=8",

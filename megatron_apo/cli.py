@@ -80,9 +80,9 @@ def warmup(recipe: RecipeOption, overrides: Overrides = None) -> None:
 def estimate_vstar(recipe: RecipeOption, overrides: Overrides = None) -> None:
     """Stage 1: sample the reference, grade, write the V* store. Resumes at the first missing shard."""
     loaded = _load(recipe, overrides)
-    from megatron_apo.stages import estimate_vstar as stage
+    from megatron_apo.stages import start
 
-    stage.run(loaded)
+    start.estimate_vstar(loaded)
 
 
 @app.command()

@@ -24,6 +24,7 @@ _STOP_LIMIT_S = 10.0
 _TOGETHER_S = 3.0
 RANK_LOST = 76  # exit code of a rank that ended only because another did
 _LOG_TAIL_LINES = 20
+_GUARDED = "MEGATRON_APO_GUARDED"
 
 
 class RankFailed(RuntimeError):
@@ -41,9 +42,14 @@ def is_rank() -> bool:
 
 def spawn_stage(command: str, recipe: Recipe) -> None:
     """Run `megatron-apo COMMAND` with this recipe as the recipe's ranks on this machine."""
+    spawn(stage_arguments(command, recipe), world_size=recipe.parallel.world_size, log_dir=recipe.run.dir / "logs")
+
+
+def stage_arguments(command: str, recipe: Recipe) -> list[str]:
+    """The command line of a stage with exactly this recipe, which is written into the run."""
     path = recipe.run.dir / f"{command}.yaml"
     recipe.save(path)
-    spawn([command, "--recipe", str(path)], world_size=recipe.parallel.world_size, log_dir=recipe.run.dir / "logs")
+    return [command, "--recipe", str(path)]
 
 
 def spawn(arguments: Sequence[str], *, world_size: int, log_dir: Path) -> None:
@@ -66,6 +72,19 @@ def run_command(arguments: Sequence[str]) -> None:
     failed, code = _supervise([partial(_start, arguments, dict(os.environ), None)])
     if failed is not None:
         raise RankFailed(f"megatron-apo {arguments[0]} ended with status {code}", code)
+
+
+def is_guarded() -> bool:
+    """Whether this process was started by `run_guarded`."""
+    return _GUARDED in os.environ
+
+
+def run_guarded(arguments: Sequence[str]) -> None:
+    """`run_command` under `guard.py`: none of the processes that the command starts outlives this one, even when this
+    one is killed."""
+    failed, code = _supervise([partial(_start, arguments, os.environ | {_GUARDED: "1"}, None, guarded=True)])
+    if failed is not None:
+        raise RankFailed(_killed(f"megatron-apo {arguments[0]}", code), code)
 
 
 def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple[int | None, int]:
@@ -99,11 +118,14 @@ def _start_rank(
     return _start(arguments, environment, None if rank == 0 else _log_path(log_dir, rank))
 
 
-def _start(arguments: Sequence[str], environment: Mapping[str, str], log_path: Path | None) -> subprocess.Popen[bytes]:
+def _start(
+    arguments: Sequence[str], environment: Mapping[str, str], log_path: Path | None, guarded: bool = False
+) -> subprocess.Popen[bytes]:
     """`log_path` None: write to this process's terminal."""
+    watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}", "--"] if guarded else []
     with open(log_path, "wb") if log_path else nullcontext() as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "megatron_apo.cli", *arguments],
+            [*watch, sys.executable, "-m", "megatron_apo.cli", *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -156,11 +178,19 @@ def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int]) -> No
 
 def _describe(rank: int, code: int, log_dir: Path) -> str:
     if rank == 0:
-        return ""  # it has said why, on this terminal
+        return _killed("rank 0", code)
     message = f"rank {rank} ended with status {code}"
     path = _log_path(log_dir, rank)
     lines = path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     return "\n".join([f"{message}; the end of {path}:", *lines])
+
+
+def _killed(what: str, code: int) -> str:
+    """What is left to say of a process that writes to this terminal: nothing, if it could say it itself."""
+    if code <= 128:
+        return ""
+    hint = " (out of memory?)" if code == 128 + signal.SIGKILL else ""
+    return f"{what} was ended by signal {code - 128}{hint}"
 
 
 def _log_path(log_dir: Path, rank: int) -> Path:

@@ -87,7 +87,8 @@ class Rollouts:
     def prove(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> float:
         """Largest |log-prob difference| between vLLM and the policy on these sequences.
 
-        Raises SyncError past sync.probe_tolerance. Both sides are at temperature 1, the arguments equal on all ranks.
+        Raises SyncError past sync.probe_tolerance, or where vLLM was sent other weights than the policy's present ones.
+        Both sides are at temperature 1, the arguments equal on all ranks.
         """
         self._probes = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         return self._surviving(self._prove)
@@ -95,7 +96,8 @@ class Rollouts:
     def _prove(self) -> float:
         """`prove` on the last probes."""
         ours = self._own_log_probs(self._probes)
-        return self._sync.prove(self._probes, ours, self._recipe.sync.probe_tolerance)
+        expected = self._sync.source_checksums()
+        return self._sync.prove(self._probes, ours, self._recipe.sync.probe_tolerance, expected)
 
     def _own_log_probs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         """The policy's log-probs of each sequence's tokens but the first, at temperature 1, on every rank."""

@@ -130,7 +130,8 @@ def _incomplete_layers(model: torch.nn.Module, tied_heads: list[torch.nn.Module]
         if not info.can_load() or not parameters or layer in tied_heads or is_deferred_attention_layer(layer):
             continue
         total = info.load_numel_total or 0
-        padded_vocabulary = isinstance(layer, VocabParallelEmbedding) and info.load_numel > 0
-        if info.load_numel < total and not padded_vocabulary:
+        if isinstance(layer, VocabParallelEmbedding):  # rows of padding are not loaded; a worker may hold nothing else
+            total = layer.shard_indices.num_org_elements * layer.embedding_dim
+        if info.load_numel < total:
             found.append(f"{name} ({info.load_numel} of {total} elements)")
     return found

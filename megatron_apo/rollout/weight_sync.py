@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.rollout.client import RolloutClient
-from megatron_apo.rollout.payload import Meta, PayloadWriter, read_loaded, some
+from megatron_apo.rollout.payload import Meta, PayloadWriter, checksum, read_loaded, some
 from megatron_apo.rollout.server import ServerDied, ServerError
 
 
@@ -124,18 +124,20 @@ class WeightSync:
         Arguments count on rank 0 only, the result is on every rank. `log_probs[i]` are, at temperature 1, of
         `sequences[i]`'s tokens but the first, or of its last `len(log_probs[i])` tokens. `expected_checksums` (name ->
         checksum, of all tensors or some) are of the weights that the trainer's log-probs were computed with.
-        Raises SyncError beyond `tolerance`, naming the worst token and the tensors to blame as far as checksums tell:
-        those that differ from `expected_checksums`, else those that came unchanged in the last sync while others
-        changed. The server is then paused.
+        Raises SyncError beyond `tolerance`, or where the last sync sent other tensors than expected, naming the worst
+        token and the tensors to blame as far as checksums tell: those that differ from `expected_checksums`, else those
+        that came unchanged in the last sync while others changed. The server is then paused.
         """
         worst = [0.0]
 
         def compare() -> None:
             assert self.client is not None
             worst[0], where = _largest_difference(sequences, self.client.score(sequences), log_probs)
-            suspects = self._stale(expected_checksums)
-            if worst[0] <= tolerance and not (expected_checksums and suspects):
+            latest = self.checksums[-1] if self.checksums else {}
+            suspects = [name for name, value in (expected_checksums or {}).items() if latest.get(name) != value]
+            if worst[0] <= tolerance and not suspects:
                 return
+            suspects = suspects or self._unchanged()
             self.client.pause()
             blame = f"stale: {some(suspects)}" if suspects else "no checksum is amiss: a copy that vLLM made is stale"
             difference = f"{worst[0]:.3g} (allowed: {tolerance:g})"
@@ -146,13 +148,15 @@ class WeightSync:
             dist.broadcast_object_list(worst, group=self.group, group_src=0)
         return worst[0]
 
-    def _stale(self, expected: dict[str, str] | None) -> list[str]:
-        if not self.checksums:
+    def source_checksums(self) -> dict[str, str]:
+        """Checksums of the trainer's weights as they are now, on rank 0; collective, as a sync is."""
+        return {name: checksum(tensor) for name, tensor in self.source if self.rank == 0}
+
+    def _unchanged(self) -> list[str]:
+        """Tensors that the last two syncs sent alike, if they did not send everything alike."""
+        if len(self.checksums) < 2:
             return []
-        latest = self.checksums[-1]
-        if expected is not None:
-            return [name for name, value in expected.items() if latest.get(name) != value]
-        previous = self.checksums[0] if len(self.checksums) == 2 else {}
+        previous, latest = self.checksums
         same = [name for name, value in latest.items() if previous.get(name) == value]
         return same if len(same) < len(latest) else []
 

@@ -7,8 +7,12 @@ The store keeps rewards; V* is derived when it is read. A killed run, started ag
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -45,7 +49,8 @@ def run(recipe: Recipe) -> None:
         writer = StoreWriter(recipe.vstar.dir, identity, len(shards))
         missing = sorted(set(range(len(shards))) - writer.finished_shards())
         if missing:
-            engine = _start_engine(recipe)
+            with _output_to(recipe.run.dir / "logs" / "vllm-estimate-vstar.log"):
+                engine = _start_engine(recipe)
             for index in track(missing, "V*: sampling the reference", disable=not recipe.telemetry.progress):
                 writer.write_shard(index, _sample_shard(engine, recipe, inputs, shards[index], pool))
         store = writer.finish()
@@ -62,11 +67,10 @@ def run(recipe: Recipe) -> None:
 def _start_engine(recipe: Recipe) -> Any:
     """One in-process vLLM engine over the reference."""
     rollout = recipe.rollout
-    # Read by vLLM when it is imported. Its warnings are about the tokenizer that it is told not to load.
-    os.environ |= engine_environment(rollout) | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= engine_environment(rollout)  # read by vLLM when it is imported
     from vllm import LLM
 
-    return LLM(
+    engine = LLM(
         model=str(recipe.model.reference_path),
         skip_tokenizer_init=True,  # token ids in, token ids out
         dtype=rollout.dtype,
@@ -80,6 +84,28 @@ def _start_engine(recipe: Recipe) -> Any:
         enable_chunked_prefill=False,  # a seeded request prefilled in two pieces kills the CPU engine
         enforce_eager=True,
     )
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns about the tokenizer that it was told not to load
+    return engine
+
+
+@contextmanager
+def _output_to(log_path: Path) -> Iterator[None]:
+    """Let this process and those that it starts in this block write to a file: vLLM is talkative, also from C++."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    usual = {stream: os.dup(stream) for stream in (1, 2)}
+    with log_path.open("ab") as log:
+        try:
+            for stream in usual:
+                os.dup2(log.fileno(), stream)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for stream, copy in usual.items():
+                os.dup2(copy, stream)
+                os.close(copy)
 
 
 def _sample_shard(

@@ -25,6 +25,16 @@ def warmup(recipe: Recipe) -> None:
         launch.spawn_stage("warmup", recipe)
 
 
+def estimate_vstar(recipe: Recipe) -> None:
+    """Stage 1. vLLM's processes would outlive a killed command, so it works under a guard."""
+    if launch.is_guarded():
+        from megatron_apo.stages import estimate_vstar as stage
+
+        stage.run(recipe)
+    else:
+        launch.run_guarded(launch.stage_arguments("estimate-vstar", recipe))
+
+
 def train(recipe: Recipe) -> None:
     """Stage 2."""
     if launch.is_rank():

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -46,13 +47,15 @@ class Parity:
 class Command:
     """A `megatron-apo` command in a folder of its own; what it starts inherits that folder, which tells orphans."""
 
-    def __init__(self, folder: Path, *arguments: str, **environment: str):
+    def __init__(
+        self, folder: Path, *arguments: str, program: Sequence[str] = ("-m", "megatron_apo.cli"), **environment: str
+    ):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "output.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_apo.cli", *arguments],
+                [sys.executable, *program, *arguments],
                 cwd=folder,
                 env=os.environ | environment,
                 stdin=subprocess.DEVNULL,
@@ -103,8 +106,8 @@ class Command:
 def command(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     started: list[Command] = []
 
-    def start(*arguments: str, **environment: str) -> Command:
-        started.append(Command(tmp_path / f"command{len(started)}", *arguments, **environment))
+    def start(*arguments: str, **options) -> Command:
+        started.append(Command(tmp_path / f"command{len(started)}", *arguments, **options))
         return started[-1]
 
     yield start
@@ -270,6 +273,94 @@ def test_interruption_leaves_nothing(number: signal.Signals, quickstart: Path, c
     assert run.wait() == 128 + number
     assert run.processes() == []
     assert {path.name for path in Path("/dev/shm").iterdir()} <= shared
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ended_quickstart_leaves_nothing(number: signal.Signals, command, tmp_path: Path) -> None:
+    """In its second stage, whose two vLLM workers are far below it."""
+    shared = {path.name for path in Path("/dev/shm").iterdir()}
+    small = [*SMALL, "warmup.steps=1", "vstar.samples_per_prompt=64", "rollout.tp=2"]
+    run = command("quickstart", "--out", str(tmp_path / "run"), *small)
+    run.wait_for(lambda: any("Worker_TP" in process.name() for process in run.processes()))
+    time.sleep(3)  # until their shared memory is there
+    run.process.send_signal(number)
+    assert run.wait() == {signal.SIGINT: 130, signal.SIGKILL: -9}[number], run.output
+    end = time.monotonic() + 10
+    while run.processes() or not {path.name for path in Path("/dev/shm").iterdir()} <= shared:
+        assert number == signal.SIGKILL and time.monotonic() < end, run.processes()
+        time.sleep(0.1)
+
+
+def untied_model(quickstart: Path, out: Path) -> Path:
+    """A random Qwen2 with an output head of its own and QKV biases, over the quickstart's tokenizer."""
+    shutil.copytree(quickstart / "models" / "reference", out)
+    (out / "model.safetensors").unlink()
+    reference = json.loads((out / "config.json").read_text())
+    config = transformers.Qwen2Config(
+        vocab_size=reference["vocab_size"],
+        eos_token_id=reference["eos_token_id"],
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=192,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(out)
+    return out
+
+
+def test_untied_model_with_two_vllm_workers(quickstart: Path, command, tmp_path: Path) -> None:
+    """Both stages; after every step vLLM's log-probs are Megatron's."""
+    shared = [f"model.path={untied_model(quickstart, tmp_path / 'untied')}", f"vstar.dir={tmp_path / 'vstar'}"]
+    shared += [f"run.dir={tmp_path / 'run'}", "rollout.tp=2", "data.max_prompts=32"]
+    stage_1 = command("estimate-vstar", "-r", str(quickstart / "recipe.yaml"), *shared)
+    assert stage_1.wait() == 0, stage_1.output
+    assert stage_1.processes() == []
+    learning = ["train.steps=2", "sync.probe_every=1", "optimizer.lr=1e-3", "optimizer.warmup_steps=0", "eval.every=0"]
+    run = command(*train_arguments(quickstart, tmp_path / "run", *shared, *learning))
+    assert run.wait() == 0, run.output
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["max_log_prob_difference"] <= 1e-4
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "untied", tmp_path / "run" / "checkpoints" / "hf")
+    )
+    assert all((before[name] != after[name]).any() for name in before)
+    assert run.processes() == []
+
+
+STALE = "model.layers.1.mlp.down_proj.weight"
+TRAIN_WITH_A_STALE_TENSOR = f"""
+import sys
+from megatron_apo.config import load_recipe
+from megatron_apo.parallel.topology import alone
+from megatron_apo.stages.train import train
+from megatron_apo.weights.stream import WeightStream
+
+stream, first = WeightStream.__iter__, {{}}
+
+def stale(self):
+    for name, tensor in stream(self):
+        yield name, first.setdefault(name, tensor.clone()) if name == {STALE!r} else tensor
+
+WeightStream.__iter__ = stale
+with alone() as topology:
+    train(load_recipe(sys.argv[1], sys.argv[2:]), topology)
+"""
+
+
+def test_a_stale_tensor_stops_the_run_with_its_name(quickstart: Path, command, tmp_path: Path) -> None:
+    arguments = train_arguments(quickstart, tmp_path / "run", "parallel.pp=1", "sync.probe_every=1")[2:]
+    learning = ["optimizer.lr=1e-2", "optimizer.warmup_steps=0"]
+    run = command(*arguments, *learning, program=("-c", TRAIN_WITH_A_STALE_TENSOR))
+    assert run.wait() == 1
+    assert "SyncError: vLLM's log-probs differ" in run.output, run.output
+    assert f"; stale: {STALE}\n" in run.output, run.output
+    assert steps_done(tmp_path / "run") == 0
+    assert run.processes() == []
 
 
 def test_faulty_grader_fails_its_samples_only(quickstart: Path, command, tmp_path: Path) -> None:
