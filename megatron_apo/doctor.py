@@ -109,7 +109,7 @@ def feature_findings(has_gpu: bool) -> list[Finding]:
     return [
         ("device", "GPU, NCCL" if has_gpu else "CPU, gloo", "" if has_gpu else "no GPU"),
         ("layers", "Megatron-Core's local layers", "attention by scaled_dot_product_attention: packing, O(s) memory"),
-        ("precision", "fp32, bf16", "model.dtype"),
+        ("precision", "fp32, bf16", "model.dtype; training in bf16 is untested"),
         ("FP8", "no", te_why),
         ("sequence, context parallelism", "no", te_why),
         ("fused gradient accumulation", "no", "not built yet" if apex and has_gpu else "needs a GPU and NVIDIA's Apex"),
