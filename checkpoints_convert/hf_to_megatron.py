@@ -1,6 +1,6 @@
 """Hugging Face folder -> Megatron distributed checkpoint: `megatron-apo convert hf-to-megatron` as a script.
 
-python checkpoints_convert/hf_to_megatron.py HF_FOLDER OUT [--dtype fp32|bf16]
+python checkpoints_convert/hf_to_megatron.py --hf DIR --out DIR [--dtype fp32|bf16|fp16] [--ranks N]
 """
 
 from __future__ import annotations

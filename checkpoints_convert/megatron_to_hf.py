@@ -1,8 +1,8 @@
 """Megatron distributed checkpoint -> Hugging Face folder: `megatron-apo convert megatron-to-hf` as a script.
 
-python checkpoints_convert/megatron_to_hf.py CHECKPOINT OUT [--dtype fp32|bf16]
+    python checkpoints_convert/megatron_to_hf.py --megatron DIR --out DIR [--dtype D] [--max-shard-size 5GB] [--ranks N]
 
-CHECKPOINT is what hf_to_megatron.py wrote, or RUN/checkpoints/step-*.
+--megatron is what hf_to_megatron.py wrote, or RUN/checkpoints/step-*: the weights alone are read, beside a running job.
 """
 
 from __future__ import annotations

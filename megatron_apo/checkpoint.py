@@ -81,7 +81,7 @@ class RunState:
 class Record:
     """What a folder of Megatron weights is. model_hash: of the Hugging Face tensors, where they are unchanged."""
 
-    dtype: Literal["fp32", "bf16"]
+    dtype: Literal["fp32", "bf16", "fp16"]
     model_hash: str | None = None
     run: RunState | None = None
     format: int = FORMAT
@@ -89,7 +89,7 @@ class Record:
 
     def write(self, folder: Path, source: Path) -> None:
         """Put the record, and configuration and tokenizer of the Hugging Face folder `source`, into `folder`."""
-        from megatron_apo.weights.hf_io import copy_side_files
+        from megatron_apo.weights.hf_writer import copy_side_files
 
         (folder / MODEL).mkdir()
         copy_side_files(source, folder / MODEL, torch_dtype(self.dtype))
@@ -109,10 +109,10 @@ def read_record(folder: Path) -> Record:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype that a recipe calls fp32 or bf16."""
+    """The torch dtype that recipes and records call fp32, bf16 or fp16."""
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -165,6 +165,7 @@ class Checkpoints:
 
     def save_if_due(self, step: int) -> None:
         """Save after `step` steps if train.save_every says so. Collective."""
+        from megatron_apo.rollout.failures import on_driver
         from megatron_apo.weights import torch_dist
 
         every = self._recipe.train.save_every
@@ -173,7 +174,8 @@ class Checkpoints:
 
         def describe(folder: Path) -> None:
             run = RunState(step, self._recipe.model_dump(mode="json"), _store_hash(self._recipe))
-            Record(self._recipe.model.dtype, run=run).write(folder, self._recipe.model.path)
+            record = Record(self._recipe.model.dtype, run=run)
+            on_driver(self._topology, lambda: record.write(folder, self._recipe.model.path))
 
         folder = self._recipe.run.dir / "checkpoints" / f"step-{step:06d}"
         torch_dist.write(folder, self._topology, self._trainable.sharded_state(), describe)

@@ -34,7 +34,13 @@ convert_app = typer.Typer(help="Convert weights, bit for bit.", no_args_is_help=
 app.add_typer(convert_app, name="convert")
 
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="YAML recipe, or the name of a shipped one")]
-DtypeOption = Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="write this; default: as it is")]
+HFOption = Annotated[Path, typer.Option("--hf", help="Hugging Face folder")]
+MegatronOption = Annotated[
+    Path, typer.Option("--megatron", help="Megatron checkpoint, or RUN/checkpoints/step-*; it holds pickles: trust it")
+]
+OutOption = Annotated[Path, typer.Option("--out", help="new folder")]
+DtypeOption = Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="write this; default: as it is")]
+RanksOption = Annotated[int | None, typer.Option(min=1, help="processes; default: one a core, at most 4")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="change the recipe")]
 
 
@@ -108,27 +114,46 @@ def evaluate(
 
 
 @convert_app.command("hf-to-megatron")
-def hf_to_megatron(
-    source: Annotated[Path, typer.Argument(help="Hugging Face folder")],
-    out: Annotated[Path, typer.Argument(help="folder of the Megatron checkpoint")],
-    dtype: DtypeOption = None,
-) -> None:
-    """Write a Hugging Face model as a Megatron distributed checkpoint (any layout can load it)."""
+def hf_to_megatron(hf: HFOption, out: OutOption, dtype: DtypeOption = None, ranks: RanksOption = None) -> None:
+    """Write a Hugging Face model as a Megatron distributed checkpoint, which any layout can load."""
     from megatron_apo.stages import convert
 
-    convert.hf_to_megatron(source, out, dtype)
+    convert.hf_to_megatron(hf, out, dtype, ranks)
 
 
 @convert_app.command("megatron-to-hf")
 def megatron_to_hf(
-    source: Annotated[Path, typer.Argument(help="folder of the Megatron checkpoint; it holds pickles: trust it")],
-    out: Annotated[Path, typer.Argument(help="Hugging Face folder to write")],
+    megatron: MegatronOption,
+    out: OutOption,
     dtype: DtypeOption = None,
+    max_shard_size: Annotated[str, typer.Option(help="largest weights file, as 5GB or 500MiB")] = "5GB",
+    ranks: RanksOption = None,
 ) -> None:
     """Write a Megatron distributed checkpoint, converted or of training, as a Hugging Face folder."""
     from megatron_apo.stages import convert
+    from megatron_apo.telemetry.units import parse_size
 
-    convert.megatron_to_hf(source, out, dtype)
+    convert.megatron_to_hf(megatron, out, dtype, parse_size(max_shard_size, "--max-shard-size"), ranks)
+
+
+@convert_app.command("verify")
+def verify(
+    hf: HFOption,
+    megatron: MegatronOption,
+    tp: Annotated[int, typer.Option(min=1, help="tensor-parallel ranks that compute log-probs")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="pipeline stages that compute log-probs")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="expert-parallel ranks that compute log-probs")] = 1,
+    prompts: Annotated[
+        Path | None, typer.Option(help="text, one prompt a line; compare log-probs with transformers on it")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="largest log-prob difference of a token, fp32")] = 1e-4,
+    ranks: RanksOption = None,
+    only: Annotated[Literal["tensors", "log-probs"] | None, typer.Option(help="this part alone")] = None,
+) -> None:
+    """Hold a Megatron checkpoint against a Hugging Face folder: names, shapes, every bit, and log-probs."""
+    from megatron_apo.stages import verify as stage
+
+    stage.verify(hf, megatron, stage.Layout(tp, pp, ep), prompts, tolerance, ranks, only)
 
 
 @app.command()
@@ -201,6 +226,7 @@ def _quiet_upstream() -> None:
         "When using async grad allreduce",
         "`load_state_dict` is deprecated",
         "Please use DTensor instead",
+        "torch.distributed is disabled",
     ):
         warnings.filterwarnings("ignore", message=pattern)
 

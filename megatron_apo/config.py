@@ -55,6 +55,7 @@ class ParallelConfig(Section):
     tp: int = Field(1, ge=1, description="tensor-parallel ranks; divides the attention heads")
     pp: int = Field(1, ge=1, description="pipeline-parallel stages; divides the layers")
     dp: int = Field(1, ge=1, description="data-parallel replicas")
+    ep: int = Field(1, ge=1, description="expert-parallel ranks, a divisor of dp; divides a mixture's experts")
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of each trainer rank")
     timeout_s: float = Field(1800, gt=0, description="how long a collective may wait before the run is stopped")
 
@@ -213,6 +214,11 @@ class Recipe(Section):
             found.append(
                 f"train.prompts_per_step: {train.prompts_per_step} does not divide into train.minibatches="
                 f"{train.minibatches} x parallel.dp={parallel.dp}; use a multiple of {train.minibatches * parallel.dp}"
+            )
+        if parallel.dp % parallel.ep:
+            found.append(
+                f"parallel.ep: {parallel.ep} does not divide parallel.dp={parallel.dp}, the replicas that hold the "
+                f"experts together; set parallel.dp to a multiple of {parallel.ep}"
             )
         if self.max_sequence_tokens > train.tokens_per_micro_batch:
             found.append(

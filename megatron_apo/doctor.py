@@ -121,7 +121,7 @@ def recipe_problems(recipe: Recipe) -> list[str]:
     problems = []
     for key, folder in {"model.path": recipe.model.path, "model.reference": recipe.model.reference_path}.items():
         try:
-            check_layout(read_hf_config(folder), tp=recipe.parallel.tp, pp=recipe.parallel.pp)
+            check_layout(read_hf_config(folder), tp=recipe.parallel.tp, pp=recipe.parallel.pp, ep=recipe.parallel.ep)
         except ModelConfigError as error:
             problems += [f"{key}: {line}" for line in str(error).splitlines() if not any(line in p for p in problems)]
     for key, source in {"data.train": recipe.data.train, "data.eval": recipe.data.eval}.items():

@@ -17,8 +17,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_apo.config import OptimizerConfig
 from megatron_apo.model.cpu_compat import cuda_type_names
+from megatron_apo.weights.torch_dist import LAYOUT, sharded_state
 
-_RESHARDABLE = {
+_RESHARDABLE = LAYOUT | {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
@@ -64,7 +65,7 @@ class Trainable:
         """
         if is_loading:
             _allocate(self.optimizer)
-        model = self.model.module.sharded_state_dict()
+        model = sharded_state(self.model.module)
         with _compact_index(self.optimizer):
             optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)
         return {"model": model, "optimizer": optimizer, "schedule": self.scheduler.num_steps}
@@ -166,9 +167,14 @@ def _load(optimizer: Any, state: dict[str, Any]) -> None:
     (distrib_optimizer.py, `_set_main_param_and_optimizer_states`), and leaves all parameters one `step` object, which
     each of them would count up (`load_state_dict`).
     """
-    (part,) = optimizer.chained_optimizers
+    parts = optimizer.chained_optimizers  # experts have one of their own
+    for index, part in enumerate(parts):
+        _load_part(part, state if len(parts) == 1 else state[index])
+
+
+def _load_part(part: Any, state: dict[str, Any]) -> None:
     if not (isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam)):
-        optimizer.load_state_dict(state)
+        part.load_state_dict(state)
         return
     parameters = state.pop("param_state")
     part.load_state_dict(state)

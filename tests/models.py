@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -28,10 +29,26 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_YARN = {  # as DeepSeek-R1-0528-Qwen3-8B has it; the tests' sequences are on both sides of the original length
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "attn_factor": 0.8782488562869419,
+}
+_YARN_IN_FULL = {"factor": 3.0, "attention_factor": 0.9, "beta_fast": 0.9, "beta_slow": 0.05, "truncate": False}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 12}
 # name: (model class, config class, what differs)
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": False}),
     "llama3-tied": ("LlamaForCausalLM", "LlamaConfig", {"tie_word_embeddings": True, "rope_parameters": _LLAMA3_ROPE}),
+    "llama-biases": ("LlamaForCausalLM", "LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama-mlp-bias-yarn": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"mlp_bias": True, "num_key_value_heads": 4, "head_dim": 16, "rope_parameters": _YARN | _YARN_IN_FULL},
+    ),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": None, "head_dim": 16}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {"tie_word_embeddings": False}),
     "qwen2-tied-one-group": (
         "Qwen2ForCausalLM",
@@ -39,8 +56,17 @@ VARIANTS = {
         {"tie_word_embeddings": True, "num_key_value_heads": 1},
     ),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": False, "head_dim": 20}),
+    "qwen3-attention-bias": ("Qwen3ForCausalLM", "Qwen3Config", {"attention_bias": True, "head_dim": 12}),
     "qwen3-tied": ("Qwen3ForCausalLM", "Qwen3Config", {"tie_word_embeddings": True, "head_dim": 12}),
+    "qwen3-yarn": ("Qwen3ForCausalLM", "Qwen3Config", {"rope_parameters": _YARN, "head_dim": 16}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe-tied-plain": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        _EXPERTS | {"norm_topk_prob": False, "tie_word_embeddings": True, "attention_bias": True},
+    ),
 }
+EXPERTS = [name for name in VARIANTS if "moe" in name]
 
 
 def make_model(name: str, folder: Path, seed: int = 0) -> Path:
@@ -54,6 +80,23 @@ def make_model(name: str, folder: Path, seed: int = 0) -> Path:
     path = folder / name
     model.save_pretrained(path)
     return path
+
+
+def as_saved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's tensors by their names in the folder: transformers 5 holds a layer's experts as one, [experts, ..]."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            for expert, both in enumerate(tensor):
+                gate, up = both.chunk(2)
+                prefix = name.replace("gate_up_proj", str(expert))
+                found |= {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
+        elif name.endswith("experts.down_proj"):
+            for expert, down in enumerate(tensor):
+                found[name.replace("down_proj", f"{expert}.down_proj.weight")] = down
+        else:
+            found[name] = tensor
+    return found
 
 
 def hf_log_probs(

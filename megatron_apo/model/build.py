@@ -16,11 +16,12 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_apo.config import ParallelConfig
 from megatron_apo.model.attention import SDPAttention
-from megatron_apo.model.hf_config import ModelSpec, transformer_config
+from megatron_apo.model.hf_config import ModelSpec, check_layout, transformer_config
 from megatron_apo.model.logprobs import vocab_parallel_log_probs
 from megatron_apo.parallel.topology import Topology
 
@@ -81,28 +82,62 @@ def build_model(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
 ) -> LogProbModel:
-    """This rank's part of the model, weights not yet loaded. The caller freezes or wraps it."""
-    config = transformer_config(spec, tp=parallel.tp, pp=parallel.pp, dtype=dtype)
-    layer_spec = get_gpt_layer_local_spec(qk_layernorm=spec.qk_norm, normalization="RMSNorm")
-    layer_spec.submodules.self_attention.submodules.core_attention = SDPAttention
+    """This rank's part of the model, weights not yet loaded. The caller freezes or wraps it.
+
+    Under `torch.device("meta")` its parameters take no memory. Raises `ModelConfigError` where the layout does not fit.
+    """
+    check_layout(spec, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep)
+    config = transformer_config(spec, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, dtype=dtype)
     model = LogProbModel(
         num_vocab=spec.vocab_size,
         temperature=temperature,
         chunk_tokens=chunk_tokens,
         config=config,
-        transformer_layer_spec=layer_spec,
+        transformer_layer_spec=_layer_spec(spec),
         vocab_size=padded_vocab_size(spec, parallel.tp),
         max_sequence_length=spec.max_positions,
         pre_process=topology.is_first_stage,
         post_process=topology.is_last_stage,
         share_embeddings_and_output_weights=spec.tied,
-        position_embedding_type="rope",
-        rotary_base=spec.rope_theta,
-        rope_scaling=spec.rope_llama3_factor is not None,
-        rope_scaling_factor=spec.rope_llama3_factor or 1.0,
+        position_embedding_type="yarn" if spec.rope.kind == "yarn" else "rope",
+        rotary_base=spec.rope.theta,
+        rope_scaling=spec.rope.kind == "llama3",
+        rope_scaling_factor=spec.rope.factor,
     )
     _mark_tensor_parallel(model)
     return model.to(config.params_dtype)  # as Float16Module does: torch makes the norms in fp32
+
+
+class _ColumnParallelWithBias(ColumnParallelLinear):
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any):
+        super().__init__(*args, bias=True, **kwargs)
+
+
+class _RowParallelWithBias(RowParallelLinear):
+    def __init__(self, *args: Any, bias: bool, **kwargs: Any):
+        super().__init__(*args, bias=True, **kwargs)
+
+
+def _layer_spec(spec: ModelSpec) -> ModuleSpec:
+    """A layer of Megatron-Core's own modules, on our attention, with each bias that the model has.
+
+    The biases are asked for here, module by module: `TransformerConfig` has one switch for all linear layers.
+    """
+    layer_spec = get_gpt_layer_local_spec(
+        num_experts=spec.num_experts or None, qk_layernorm=spec.qk_norm, normalization="RMSNorm"
+    )
+    layer = layer_spec.submodules
+    attention = layer.self_attention.submodules
+    attention.core_attention = SDPAttention
+    if spec.output_bias:
+        attention.linear_proj = _RowParallelWithBias
+    if spec.mlp_bias:
+        layer.mlp.submodules.linear_fc1 = _ColumnParallelWithBias
+        layer.mlp.submodules.linear_fc2 = _RowParallelWithBias
+    if spec.num_experts:
+        # With experts, Transformer Engine's layers keep this norm apart too; checkpoints name it as it is.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    return layer_spec
 
 
 def padded_vocab_size(spec: ModelSpec, tp: int) -> int:
@@ -115,6 +150,6 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
     without the mark the gradient norm counts tensor rank 0's shard alone."""
     split_dim = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
-        dim = split_dim.get(type(module))
+        dim = next((dim for kind, dim in split_dim.items() if isinstance(module, kind)), None)
         if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, True, dim, 1)

@@ -1,7 +1,7 @@
 """Lets Megatron-Core run on gloo and CPU tensors. Active only where no GPU is.
 
-Megatron-Core 0.16 runs its dense models, schedules, DDP and optimizers on CPU tensors except for a handful of
-places that name the device. Each patch below answers one of them, with the upstream file and the text it
+Megatron-Core 0.16 runs its models, schedules, DDP and optimizers on CPU tensors except for a handful of places that
+name the device. Each patch below answers one of them, with the upstream file and the text it
 answers; `tests/unit/test_cpu_compat.py` fails when that text is gone, which says the patch can go too.
 """
 
@@ -28,6 +28,21 @@ CUDA_FUNCTIONS = (
     ("megatron.core.pipeline_parallel.p2p_communication", "device=torch.cuda.current_device()"),
     ("megatron.core.pipeline_parallel.p2p_communication", "torch.cuda.synchronize()"),
     ("megatron.core.models.common.language_module.language_module", "weight.data = weight.data.cuda()"),
+    ("megatron.core.models.common.embeddings.rotary_pos_embedding", "inv_freq.to(device=torch.cuda.current_device())"),
+    ("megatron.core.transformer.moe.router", "weight.data.to(device=torch.cuda.current_device())"),
+    ("megatron.core.tensor_parallel.mappings", "device=torch.cuda.current_device()"),
+)
+# Streams that carry a mixture's token counts to the CPU, where these are already; and the one place that makes them
+# arrays, as gloo's all-to-all needs them, only if they come from a GPU.
+CUDA_STREAMS = (
+    ("megatron.core.transformer.moe.token_dispatcher", "cuda_dtoh_stream = torch.cuda.Stream()"),
+    ("megatron.core.transformer.moe.token_dispatcher", "torch.cuda.current_stream() != self.cuda_dtoh_stream"),
+    ("megatron.core.transformer.moe.token_dispatcher", "with torch.cuda.stream(self.cuda_dtoh_stream)"),
+    ("megatron.core.transformer.moe.moe_utils", "if torch.is_tensor(tensor) and tensor.is_cuda:"),
+)
+# Names that are imported with Transformer Engine and asked for without it, on a GPU as well.
+MISSING_NAMES = (
+    ("megatron.core.transformer.moe.moe_utils", "te_general_gemm is not None and router_dtype != torch.float64"),
 )
 # Checks of a tensor's type name.
 CUDA_TYPE_NAMES = (
@@ -59,8 +74,38 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return make
 
 
+class _Stream:
+    """A CUDA stream where there is none: whatever it is given is done."""
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _OneStream(types.ModuleType):
+    """`torch.cuda` with one stream, which is always the current one."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+        stream = _Stream()
+        self.Stream = self.current_stream = lambda: stream
+        self.stream = contextlib.nullcontext
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+def _to_array(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron-Core's `maybe_move_tensor_to_cpu` for a tensor that is there."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def install() -> None:
-    """Apply the patches for this process; does nothing where a GPU is, and nothing the second time."""
+    """Apply the patches for this process; does nothing the second time, and where a GPU is only names the missing."""
+    for name, _ in MISSING_NAMES:
+        vars(importlib.import_module(name)).setdefault("te_general_gemm", None)
     if torch.cuda.is_available() or getattr(torch.Tensor.cuda, "_on_cpu", False):
         return
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
@@ -73,6 +118,10 @@ def install() -> None:
     torch.Tensor.cuda = stay  # type: ignore[method-assign, assignment]
     for name, _ in CUDA_LITERALS:
         importlib.import_module(name).torch = _TorchOnCPU()  # type: ignore[attr-defined]
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.torch = _TorchOnCPU()
+    dispatcher.torch.cuda = _OneStream()
+    dispatcher.maybe_move_tensor_to_cpu = _to_array
 
 
 @contextlib.contextmanager

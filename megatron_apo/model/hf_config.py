@@ -7,22 +7,76 @@ A setting that the Megatron model would not honour is an error, never a silent d
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-FAMILIES = ("llama", "qwen2", "qwen3")
-# The constants that Megatron-Core 0.16 hard-codes for Llama 3 (rotary_pos_embedding.py, `_apply_scaling`).
-_LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 # What transformers assumes where a config.json is silent, and the fallbacks below do not.
 _QWEN_DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
-_DEFAULTS = {"llama": {}, "qwen2": _QWEN_DEFAULTS, "qwen3": {"head_dim": 128} | _QWEN_DEFAULTS}
-
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": _QWEN_DEFAULTS,
+    "qwen3": {"head_dim": 128} | _QWEN_DEFAULTS,
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
+}
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+# Which families read a bias switch; set for another, transformers and vLLM would each do as they like.
+# With attention_bias, qwen3 and qwen3_moe have a bias on the output projection too. vLLM 0.32 has no place for it there
+# and skips the tensor without a word: such a model converts, but the proof after a run's first sync fails.
+_READS_BIAS = {
+    "attention_bias": ("llama", "qwen3", "qwen3_moe"),
+    "mlp_bias": ("llama",),
+    "qkv_bias": (),
+    "bias": (),
+}
+# Features of other architectures, by the key that turns them on. Absent, null, false, 0, 1 and empty are off.
+_FOREIGN = (
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "clip_qkv",
+    "dual_chunk_attention_config",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "n_shared_experts",
+    "num_nextn_predict_layers",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "scale_depth",
+    "scale_emb",
+    "shared_expert_intermediate_size",
+    "use_mrope",
+)
+# The constants that Megatron-Core 0.16 hard-codes for Llama 3 (rotary_pos_embedding.py, `_apply_scaling`).
+_LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+FP8_BLOCK = [128, 128]
 
 
 class ModelConfigError(ValueError):
     """A model folder that is missing, or whose configuration the Megatron model cannot honour."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of base `theta`. llama3 and yarn stretch it by `factor`; what follows is yarn's."""
+
+    theta: float
+    kind: Literal["default", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_positions: int = 0  # of the training before the stretch
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0  # multiplies sine and cosine
+    truncate: bool = True  # round the bounds between stretched and kept dimensions
 
 
 @dataclass(frozen=True)
@@ -32,19 +86,25 @@ class ModelSpec:
     family: str
     num_layers: int
     hidden_size: int
-    ffn_size: int
+    ffn_size: int  # of a dense layer; a mixture of experts has none
     num_heads: int
     num_query_groups: int
     head_dim: int
     vocab_size: int
     max_positions: int
     norm_eps: float
-    rope_theta: float
-    rope_llama3_factor: float | None  # None: plain RoPE
+    rope: Rope
     tied: bool  # the output layer is the embedding
     qkv_bias: bool
+    output_bias: bool  # of the attention's output projection
+    mlp_bias: bool
     qk_norm: bool
     initializer_range: float
+    num_experts: int = 0  # 0: dense; otherwise every layer is a mixture of experts
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    norm_topk_prob: bool = False  # the weights of a token's experts add up to 1
+    fp8_blocks: bool = False  # the folder's linear weights are FP8 with a scale for each 128 x 128 block
 
 
 def read_hf_config(folder: Path) -> ModelSpec:
@@ -60,13 +120,15 @@ def read_hf_config(folder: Path) -> ModelSpec:
     if family not in FAMILIES:
         raise ModelConfigError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
     config = _DEFAULTS[family] | config
-    if missing := [key for key in _REQUIRED if config.get(key) is None]:
-        raise ModelConfigError(f"{path}: {', '.join(missing)}: missing")
-    problems = _unsupported(config, family)
-    rope_theta, llama3_factor = _rope(config, problems)
+    required = (*_REQUIRED, "num_experts_per_tok", "moe_intermediate_size") if family == "qwen3_moe" else _REQUIRED
+    problems = [f"{key}: missing" for key in required if config.get(key) is None]
+    problems += _unsupported(config, family)
+    rope = _rope(config, problems)
+    experts = _experts(config, problems) if family == "qwen3_moe" else {}
     if problems:
         raise ModelConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     num_heads = config["num_attention_heads"]
+    attention_bias = bool(config.get("attention_bias"))
     return ModelSpec(
         family=family,
         num_layers=config["num_hidden_layers"],
@@ -76,28 +138,50 @@ def read_hf_config(folder: Path) -> ModelSpec:
         num_query_groups=config.get("num_key_value_heads") or num_heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
         vocab_size=config["vocab_size"],
-        max_positions=config.get("max_position_embeddings", 2048),
+        max_positions=_max_positions(config),
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
-        rope_llama3_factor=llama3_factor,
+        rope=rope,
         tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qkv_bias=family == "qwen2" or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=bool(config.get("mlp_bias")),
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         initializer_range=config.get("initializer_range", 0.02),
+        fp8_blocks=bool(config.get("quantization_config")),
+        **experts,
     )
 
 
-def check_layout(spec: ModelSpec, *, tp: int, pp: int) -> None:
-    """Raise `ModelConfigError` when the model cannot be split over `tp` x `pp` ranks, with values that can."""
+def check_layout(spec: ModelSpec, *, tp: int, pp: int, ep: int = 1) -> None:
+    """Raise `ModelConfigError`, one line a problem, when the model cannot be split so, with values that can."""
+    problems = []
     fits = [size for size in range(1, spec.num_heads + 1) if _tp_fits(spec, size)]
-    if tp not in fits:
-        raise ModelConfigError(
+    if spec.num_experts and tp > 1:
+        problems.append(
+            f"parallel.tp: {tp} is not supported for {spec.family}: without Transformer Engine, Megatron-Core trains a "
+            "mixture of experts on one tensor rank only; use 1, and parallel.ep"
+        )
+    elif tp not in fits:
+        problems.append(
             f"parallel.tp: {tp} does not fit {spec.num_heads} heads in {spec.num_query_groups} query groups; "
             f"use one of {fits}"
         )
     if spec.num_layers % pp:
-        divisors = [size for size in range(1, spec.num_layers + 1) if spec.num_layers % size == 0]
-        raise ModelConfigError(f"parallel.pp: {pp} does not divide {spec.num_layers} layers; use one of {divisors}")
+        problems.append(
+            f"parallel.pp: {pp} does not divide {spec.num_layers} layers; use one of {_divisors(spec.num_layers)}"
+        )
+    if not spec.num_experts and ep > 1:
+        problems.append(f"parallel.ep: {ep}, but {spec.family} has no experts; use 1")
+    elif spec.num_experts % ep:
+        problems.append(
+            f"parallel.ep: {ep} does not divide {spec.num_experts} experts; use one of {_divisors(spec.num_experts)}"
+        )
+    if problems:
+        raise ModelConfigError("\n".join(problems))
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _tp_fits(spec: ModelSpec, tp: int) -> bool:
@@ -108,54 +192,139 @@ def _tp_fits(spec: ModelSpec, tp: int) -> bool:
     return spec.num_heads % tp == 0 and groups_fit and spec.ffn_size % tp == 0
 
 
+def _max_positions(config: dict[str, Any]) -> int:
+    return config.get("max_position_embeddings", 2048)
+
+
 def _unsupported(config: dict[str, Any], family: str) -> list[str]:
     problems = []
     if config.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act {config['hidden_act']!r} is not supported; only silu is")
-    if config.get("attention_bias"):
-        problems.append("attention_bias true (a bias on the output projection) is not supported")
-    if config.get("mlp_bias"):
-        problems.append("mlp_bias true is not supported")
+    for key, families in _READS_BIAS.items():
+        if config.get(key) and family not in families:
+            problems.append(f"{key} true is not supported for {family}")
     if config.get("use_sliding_window"):
         problems.append("use_sliding_window true is not supported")
+    window = config.get("sliding_window") if family == "mistral" else None
+    if window is not None and window < _max_positions(config):
+        problems.append(
+            f"sliding_window {window} (transformers' default is 4096) is not supported where it is smaller than "
+            f"max_position_embeddings {_max_positions(config)}"
+        )
+    if other := sorted(set(config.get("layer_types") or ()) - {"full_attention"}):
+        problems.append(f"layer_types {', '.join(other)} is not supported; only full_attention is")
     if config.get("attention_dropout"):
         problems.append(f"attention_dropout {config['attention_dropout']} is not supported; log-probs must repeat")
-    if config.get("quantization_config"):
-        problems.append("quantization_config (quantized weights) is not supported")
+    quantization = config.get("quantization_config") or {}
+    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
+    if quantization and (method, block) != ("fp8", FP8_BLOCK):
+        problems.append(
+            f"quantization_config {method} with weight_block_size {block} is not supported; only fp8 with "
+            f"{FP8_BLOCK} is, and weights that are not quantized"
+        )
     if config.get("pretraining_tp", 1) != 1:
         problems.append(f"pretraining_tp {config['pretraining_tp']} is not supported; only 1 is")
+    problems += [
+        f"{key} {config[key]} is not supported for {family}"
+        for key in _FOREIGN
+        if config.get(key) not in (None, False, 0, 1, [], {})
+    ]
+    if family != "qwen3_moe" and (config.get("num_experts") or config.get("num_local_experts")):
+        problems.append(f"a mixture of experts is not supported for {family}")
     return problems
 
 
-def _rope(config: dict[str, Any], problems: list[str]) -> tuple[float, float | None]:
-    """(theta, Llama-3 factor or None). transformers 5 writes rope_parameters; 4 wrote rope_theta and rope_scaling."""
-    rope = dict(config.get("rope_scaling") or {})
-    rope.update(config.get("rope_parameters") or {})
+def _experts(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """What `ModelSpec` says of the experts. transformers 5 writes num_local_experts; 4 wrote num_experts."""
+    num_experts = config.get("num_local_experts") or config.get("num_experts") or 128
+    per_token, normalize = config["num_experts_per_tok"] or 0, bool(config.get("norm_topk_prob"))
+    if config.get("decoder_sparse_step", 1) != 1:
+        problems.append(f"decoder_sparse_step {config['decoder_sparse_step']} is not supported; only 1 is")
+    if config.get("mlp_only_layers"):
+        problems.append(f"mlp_only_layers {config['mlp_only_layers']} is not supported; every layer has experts")
+    if per_token > num_experts:
+        problems.append(f"num_experts_per_tok {per_token} is more than num_experts {num_experts}")
+    if per_token == 1 and normalize:
+        problems.append("norm_topk_prob true with num_experts_per_tok 1 is not supported: the router has no gradient")
+    return {
+        "num_experts": num_experts,
+        "experts_per_token": per_token,
+        "expert_ffn_size": config["moe_intermediate_size"],
+        "norm_topk_prob": normalize,
+    }
+
+
+def _rope(config: dict[str, Any], problems: list[str]) -> Rope:
+    """transformers 5 writes rope_parameters; 4 wrote rope_theta and rope_scaling, which wins where both are."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1.0):
         problems.append(f"partial_rotary_factor {partial} is not supported; only 1 is")
+    if nested := sorted(key for key, value in rope.items() if isinstance(value, dict)):
+        problems.append(f"rope parameters apart for {', '.join(nested)} are not supported")
     if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        problems.append(f"rope type {kind!r} is not supported; supported: default, llama3")
-        return theta, None
+        return Rope(theta)
+    if kind not in ("llama3", "yarn"):
+        problems.append(f"rope type {kind!r} is not supported; supported: default, llama3, yarn")
+        return Rope(theta)
+    if rope.get("factor") is None:
+        problems.append(f"rope factor is missing; rope type {kind} needs it")
+        return Rope(theta)
+    factor = float(rope["factor"])
+    # transformers' order (modeling_rope_utils.py, `standardize_rope_params`); vLLM calls it as well.
+    rope["original_max_position_embeddings"] = (
+        config.get("original_max_position_embeddings")
+        or rope.get("original_max_position_embeddings")
+        or _max_positions(config)
+    )
+    if kind == "yarn":
+        return _yarn(rope, theta, factor, problems)
     for name, value in _LLAMA3_CONSTANTS.items():
         if float(rope.get(name, value)) != value:
             problems.append(f"rope {name} {rope[name]} is not supported; Megatron-Core fixes it at {value:g}")
-    if "factor" not in rope:
-        problems.append("rope factor is missing; rope type llama3 needs it")
-    return theta, float(rope.get("factor", 1.0))
+    return Rope(theta, "llama3", factor)
 
 
-def transformer_config(spec: ModelSpec, *, tp: int, pp: int, dtype: str) -> Any:
+def _yarn(rope: dict[str, Any], theta: float, factor: float, problems: list[str]) -> Rope:
+    """YaRN as transformers 5.19 (`_compute_yarn_parameters`) and vLLM 0.32 (yarn_scaling_rope.py) both compute it.
+
+    Neither reads `attn_factor`, which DeepSeek-R1-0528-Qwen3-8B sets for engines that multiply by it: it is ignored
+    here as well, so that trainer, transformers and rollouts agree.
+    """
+    if factor <= 1:
+        problems.append(f"rope factor {factor:g} is not supported for yarn; it must be above 1")
+        return Rope(theta)
+
+    def concentration(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0
+
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None:
+        mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+        both = mscale and mscale_all_dim
+        attention_factor = concentration(mscale) / concentration(mscale_all_dim) if both else concentration(1.0)
+    return Rope(
+        theta,
+        "yarn",
+        factor,
+        original_max_positions=int(rope["original_max_position_embeddings"]),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        attention_factor=float(attention_factor),
+        truncate=bool(rope.get("truncate", True)),
+    )
+
+
+def transformer_config(spec: ModelSpec, *, tp: int, pp: int, ep: int, dtype: str) -> Any:
     """Megatron-Core's `TransformerConfig` for this model. Fusions that change numerics stay off."""
     import torch
     from megatron.core.transformer import TransformerConfig
 
     bf16 = dtype == "bf16"
-    return TransformerConfig(
+    on_gpu = torch.cuda.is_available() and torch.get_default_device().type != "meta"
+    config = TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
         ffn_hidden_size=spec.ffn_size,
@@ -166,7 +335,7 @@ def transformer_config(spec: ModelSpec, *, tp: int, pp: int, dtype: str) -> Any:
         layernorm_epsilon=spec.norm_eps,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
+        add_bias_linear=False,  # one switch for every linear layer; `build.py` gives those their bias that have one
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm,
         hidden_dropout=0.0,
@@ -177,6 +346,8 @@ def transformer_config(spec: ModelSpec, *, tp: int, pp: int, dtype: str) -> Any:
         # Micro-batches differ in length; Megatron-Core asks for this dispatcher with it even in dense models.
         variable_seq_lengths=pp > 1,
         moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=ep,
+        **(_router_config(spec) if spec.num_experts else {}),
         calculate_per_token_loss=True,  # the loss is a sum; gradients are divided by the global count
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -189,6 +360,34 @@ def transformer_config(spec: ModelSpec, *, tp: int, pp: int, dtype: str) -> Any:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         perform_initialization=False,  # weights are loaded, never drawn here
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=not on_gpu,  # also what honours `torch.device("meta")`
         batch_p2p_comm=torch.cuda.is_available(),
     )
+    if spec.rope.kind == "yarn":
+        _set_yarn(config, spec.rope)
+    return config
+
+
+def _router_config(spec: ModelSpec) -> dict[str, Any]:
+    """Fields of Megatron-Core's configuration that make its layers mixtures of experts, without auxiliary losses."""
+    return {
+        "num_moe_experts": spec.num_experts,
+        "moe_ffn_hidden_size": spec.expert_ffn_size,
+        "moe_router_topk": spec.experts_per_token,
+        # A softmax over the chosen experts alone adds up to 1; one over all of them, before the choice, does not.
+        "moe_router_pre_softmax": not spec.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+    }
+
+
+def _set_yarn(config: Any, rope: Rope) -> None:
+    """Attributes that Megatron-Core's model and attention look for, beside the fields of its `TransformerConfig`."""
+    config.yarn_rotary_scaling_factor = rope.factor
+    config.yarn_original_max_position_embeddings = rope.original_max_positions
+    config.yarn_beta_fast = rope.beta_fast
+    config.yarn_beta_slow = rope.beta_slow
+    config.yarn_correction_range_round_to_int = rope.truncate
+    # Megatron-Core derives the attention factor, (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1).
+    config.yarn_mscale = (rope.attention_factor - 1.0) / (0.1 * math.log(rope.factor))
+    config.yarn_mscale_all_dim = 0.0

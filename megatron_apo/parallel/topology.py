@@ -1,7 +1,8 @@
 """Which rank is what: process groups of the trainer, set up through Megatron-Core.
 
-Rank order is Megatron's (tp fastest, then dp, then pp). Global rank 0 is the driver: it talks to the rollout servers,
-writes metrics and sees the user.
+Rank order is Megatron's (tp fastest, then dp, then pp). Expert-parallel groups lie within dp: `ep` replicas in a row
+share one set of experts. Global rank 0 is the driver: it talks to the rollout servers, writes metrics and sees the
+user.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Topology:
     pp_group: Any
     dp_group: Any
     device: torch.device
+    ep: int = 1
+
+    @property
+    def ep_rank(self) -> int:
+        return self.dp_rank % self.ep
 
     @property
     def is_driver(self) -> bool:
@@ -55,9 +61,13 @@ class Topology:
         """A global rank of the last pipeline stage, the same on every rank, as the source of a broadcast must be."""
         return self.world_size - 1
 
-    def owner_ranks(self, pp_rank: int) -> list[int]:
-        """Global ranks that hold stage `pp_rank` of data-parallel replica 0, by tensor rank."""
-        return [tp_rank + pp_rank * self.tp * self.dp for tp_rank in range(self.tp)]
+    def owner_ranks(self, pp_rank: int, ep_rank: int = 0) -> list[int]:
+        """Global ranks of stage `pp_rank`, by tensor rank, in the first replica that holds the experts of `ep_rank`.
+
+        What is no expert is the same on all replicas.
+        """
+        first = (ep_rank + pp_rank * self.dp) * self.tp
+        return [first + tp_rank for tp_rank in range(self.tp)]
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
         """The object of global rank `src`, on every rank."""
@@ -110,9 +120,10 @@ def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.St
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,
             pipeline_model_parallel_size=parallel.pp,
+            expert_model_parallel_size=parallel.ep,
             distributed_timeout_minutes=max(1, int(parallel.timeout_s / 60)),
         )
-        yield Topology(
+        topology = Topology(
             rank=rank,
             world_size=world_size,
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -125,7 +136,10 @@ def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.St
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
             dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
+            ep=parallel.ep,
         )
+        assert topology.ep_rank == parallel_state.get_expert_model_parallel_rank(), "Megatron-Core's rank order changed"
+        yield topology
     except RuntimeError as error:
         if any(text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")):
             raise RankLost(f"rank {rank}: the connection to another rank was lost; see what that rank said") from error

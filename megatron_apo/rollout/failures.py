@@ -1,13 +1,19 @@
-"""What happens on the driver alone is known to every rank: its value, or the error that it raised."""
+"""What happens on one rank is known to every rank: the driver's value, or the error that anyone raised."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch.distributed as dist
+
 from megatron_apo.parallel.topology import Topology
 
 Answer = TypeVar("Answer")
+
+
+class RankError(RuntimeError):
+    """An error of another rank."""
 
 
 def kept_on_driver(topology: Topology, work: Callable[[], Answer]) -> Answer | None:
@@ -15,6 +21,22 @@ def kept_on_driver(topology: Topology, work: Callable[[], Answer]) -> Answer | N
     kept: list[Answer] = []
     on_driver(topology, lambda: kept.append(work()))
     return kept[0] if kept else None
+
+
+def on_all(topology: Topology, work: Callable[[], Answer]) -> Answer:
+    """Run `work` on every rank and return its value; an error on any rank is raised on every rank."""
+    try:
+        value, error = work(), None
+    except Exception as failure:  # raised again below
+        error = failure
+    told: list[str | None] = [None] * topology.world_size
+    dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, text in enumerate(told):
+        if text is not None:
+            raise RankError(f"rank {rank}: {text}")
+    return value
 
 
 def on_driver(topology: Topology, work: Callable[[], Any]) -> Any:

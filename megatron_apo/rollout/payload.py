@@ -14,15 +14,10 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-DTYPE_CODES = {  # safetensors' names
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-
+from megatron_apo.weights.safetensors_file import FileLayout, Meta, tensor_bytes
 
 NAMED = 8  # names in one error
 
@@ -31,28 +26,6 @@ def some(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
-
-
-class Meta(Protocol):
-    """Name, wire dtype and full HF shape of one tensor (vLLM's ParamMeta, or ours)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def shape(self) -> Sequence[int]: ...
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's elements in memory order, as bytes."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
-
-
-def checksum(tensor: torch.Tensor) -> str:
-    """sha256 of the tensor's bytes."""
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
 def weights_path(folder: Path) -> Path:
@@ -72,20 +45,10 @@ class PayloadWriter:
         self.metadata = metadata
         self.checksums: dict[str, str] = {}
         self.num_bytes = 0
-        header, offset = {}, 0
-        for meta in metadata:
-            if meta.dtype not in DTYPE_CODES:
-                raise ValueError(f"{meta.name}: {meta.dtype} cannot be sent; use one of {list(DTYPE_CODES)}")
-            end = offset + torch.Size(meta.shape).numel() * meta.dtype.itemsize
-            header[meta.name] = {
-                "dtype": DTYPE_CODES[meta.dtype], "shape": list(meta.shape), "data_offsets": [offset, end],
-            }  # fmt: skip
-            offset = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # readers map the file: keep the data aligned
+        header = FileLayout.of(metadata).header
         self.path = weights_path(folder)
         self.file = self.path.with_suffix(".writing").open("xb")
-        self.file.write(len(text).to_bytes(8, "little") + text)
+        self.file.write(header)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor. `tensor` is the full HF tensor, on any device."""

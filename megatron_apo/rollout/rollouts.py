@@ -54,7 +54,7 @@ class Rollouts:
         self._version = 0
         self._moment = "the start"
         self._died_in: str | None = None
-        self._probes: list[list[int]] = []  # the last that were proven
+        self._probes: list[list[int]] = []  # the last that `prove` was given
 
     def __enter__(self) -> Rollouts:
         try:

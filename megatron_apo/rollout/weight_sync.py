@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.rollout.client import RolloutClient
-from megatron_apo.rollout.payload import Meta, PayloadWriter, checksum, read_loaded, some
+from megatron_apo.rollout.payload import PayloadWriter, read_loaded, some
 from megatron_apo.rollout.server import ServerDied, ServerError
+from megatron_apo.weights.safetensors_file import Meta, checksum
 
 
 class SyncError(RuntimeError):
@@ -51,7 +52,8 @@ class SyncReport:
 
 
 class WeightSync:
-    """Every method is called on every trainer rank. An error on any rank is raised on all of them."""
+    """Every method is called on every trainer rank. An error on rank 0 is raised on all of them; a rank that fails
+    while it sends its part of the weights ends the job."""
 
     def __init__(
         self,

@@ -69,7 +69,7 @@ def _check_models(recipe: Recipe) -> None:
         try:
             spec = read_hf_config(folder)
             specs.append(asdict(spec))
-            check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp)
+            check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp, ep=recipe.parallel.ep)
             HFReader(folder).check(spec)
         except ModelConfigError as error:
             problems.append(str(error))

@@ -53,12 +53,13 @@ def train(recipe: Recipe) -> None:
 
 def _check_warmup(recipe: Recipe) -> None:
     from megatron_apo.data.sft import read_examples
-    from megatron_apo.weights.hf_io import HFReader, check_empty
+    from megatron_apo.weights.hf_io import HFReader
+    from megatron_apo.weights.whole_folder import check_empty
 
     if recipe.warmup.data is None or recipe.warmup.start is None:
         raise ValueError("warmup.data and warmup.start: both are needed for a warm start; set them in the recipe")
     spec = read_hf_config(recipe.warmup.start)
-    check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp)
+    check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp, ep=recipe.parallel.ep)
     HFReader(recipe.warmup.start).check(spec)
     check_empty(recipe.model.path, "model.path (the warm start writes it)")
     read_examples(recipe)

@@ -6,7 +6,6 @@ A step: sample on the policy's own weights -> log-probs of the frozen anchor -> 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from megatron_apo.rollout.failures import kept_on_driver
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.stages.curriculum import Curriculum, open_curriculum
 from megatron_apo.telemetry.diagnostics import StepRecord, diagnose
+from megatron_apo.telemetry.memory import long_lived
 from megatron_apo.telemetry.recorder import Recorder
 from megatron_apo.telemetry.timers import PhaseTimer
 from megatron_apo.weights.hf_io import HFReader
@@ -56,6 +56,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
         Rollouts(recipe, topology, policy, spec, inputs) as rollouts,
         Recorder(recipe, topology, lambda: rollouts.server_pid) as recorder,
         Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress,
+        long_lived(),
     ):
         recorder.synced(rollouts.sync(start))
         if start == 0:
@@ -63,7 +64,6 @@ def train(recipe: Recipe, topology: Topology) -> None:
         else:
             recorder.resumed(start)
         task = progress.add_task("A*-PO", total=recipe.train.steps, completed=start)
-        gc.freeze()  # what lives until the end is not searched for garbage: 0.25 s, every few steps, on every rank
         for step in range(start, recipe.train.steps):
             with timer.phase("step"):
                 with timer.phase("generate"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
 
 def duration(seconds: float) -> str:
     """ "8.4 s", "3 min 20 s", "2 h 05 min"."""
@@ -19,3 +23,11 @@ def with_error(value: float, error: float | None) -> str:
 def data_size(num_bytes: float) -> str:
     """ "3.2 MB", "1.20 GB" (powers of ten)."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def parse_size(text: str, key: str) -> int:
+    """ "5GB", "500 MiB", "100000" in bytes. Raises a ValueError that names `key`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?", text.strip().upper())
+    if not match or not (size := int(float(match[1]) * _UNITS[match[2]])):
+        raise ValueError(f"{key}: {text!r} is not a size; write it as 5GB or 500MiB")
+    return size

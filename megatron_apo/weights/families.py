@@ -19,7 +19,12 @@ _MEGATRON = "decoder.layers.{layer}."
 _HF = "model.layers.{layer}."
 
 
-def _layer_rows(*, qkv_bias: bool, qk_norm: bool) -> tuple[Rule, ...]:
+def layer_rows(spec: ModelSpec) -> list[Rule]:
+    """Rows of one layer, but for its experts."""
+    return _attention_rows(spec) + (_ROUTER_ROWS if spec.num_experts else _mlp_rows(spec))
+
+
+def _attention_rows(spec: ModelSpec) -> list[Rule]:
     attention, hf_attention = _MEGATRON + "self_attention.", _HF + "self_attn."
     rows: list[Rule] = [
         Copy(
@@ -30,55 +35,104 @@ def _layer_rows(*, qkv_bias: bool, qk_norm: bool) -> tuple[Rule, ...]:
         ),
         QKV(attention + "linear_qkv.weight", tuple(hf_attention + f"{part}_proj.weight" for part in "qkv")),
     ]
-    if qkv_bias:
+    if spec.qkv_bias:
         names = tuple(hf_attention + f"{part}_proj.bias" for part in "qkv")
         rows.append(QKV(attention + "linear_qkv.bias", names, bias=True))
-    if qk_norm:
+    if spec.qk_norm:
         rows.append(Copy(attention + "q_layernorm.weight", (hf_attention + "q_norm.weight",), shape=("head",)))
         rows.append(Copy(attention + "k_layernorm.weight", (hf_attention + "k_norm.weight",), shape=("head",)))
-    rows += [
-        Copy(attention + "linear_proj.weight", (hf_attention + "o_proj.weight",), shape=("hidden", "heads"), dim=1),
+    rows.append(
+        Copy(attention + "linear_proj.weight", (hf_attention + "o_proj.weight",), shape=("hidden", "heads"), dim=1)
+    )
+    if spec.output_bias:
+        rows.append(Copy(attention + "linear_proj.bias", (hf_attention + "o_proj.bias",), shape=("hidden",)))
+    return rows
+
+
+def _mlp_rows(spec: ModelSpec) -> list[Rule]:
+    mlp, hf_mlp = _MEGATRON + "mlp.", _HF + "mlp."
+    rows: list[Rule] = [
         Copy(
             _MEGATRON + "pre_mlp_layernorm.weight",
             (_HF + "post_attention_layernorm.weight",),
-            te=_MEGATRON + "mlp.linear_fc1.layer_norm_weight",
+            te=mlp + "linear_fc1.layer_norm_weight",
             shape=("hidden",),
         ),
-        GatedMLP(_MEGATRON + "mlp.linear_fc1.weight", (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight")),
-        Copy(_MEGATRON + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), shape=("hidden", "ffn"), dim=1),
+        GatedMLP(mlp + "linear_fc1.weight", (hf_mlp + "gate_proj.weight", hf_mlp + "up_proj.weight")),
+        Copy(mlp + "linear_fc2.weight", (hf_mlp + "down_proj.weight",), shape=("hidden", "ffn"), dim=1),
     ]
-    return tuple(rows)
+    if spec.mlp_bias:
+        names = (hf_mlp + "gate_proj.bias", hf_mlp + "up_proj.bias")
+        rows.append(GatedMLP(mlp + "linear_fc1.bias", names, shape=("ffn",)))
+        rows.append(Copy(mlp + "linear_fc2.bias", (hf_mlp + "down_proj.bias",), shape=("hidden",)))
+    return rows
 
 
-LAYER_ROWS = {
-    "llama": _layer_rows(qkv_bias=False, qk_norm=False),
-    "qwen2": _layer_rows(qkv_bias=True, qk_norm=False),
-    "qwen3": _layer_rows(qkv_bias=False, qk_norm=True),
-}
+_ROUTER_ROWS: list[Rule] = [
+    Copy(
+        _MEGATRON + "pre_mlp_layernorm.weight",
+        (_HF + "post_attention_layernorm.weight",),
+        shape=("hidden",),
+    ),
+    Copy(_MEGATRON + "mlp.router.weight", (_HF + "mlp.gate.weight",), shape=("experts", "hidden")),
+]
+_EXPERT, _HF_EXPERT = _MEGATRON + "mlp.experts.local_experts.{expert}.", _HF + "mlp.experts.{expert}."
+EXPERT_ROWS: tuple[Rule, ...] = (
+    GatedMLP(
+        _EXPERT + "linear_fc1.weight",
+        (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"),
+        te=_MEGATRON + "mlp.experts.linear_fc1.weight{expert}",
+        shape=("expert_ffn", "hidden"),
+    ),
+    Copy(
+        _EXPERT + "linear_fc2.weight",
+        (_HF_EXPERT + "down_proj.weight",),
+        te=_MEGATRON + "mlp.experts.linear_fc2.weight{expert}",
+        shape=("hidden", "expert_ffn"),
+        dim=1,
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of one model: its rule, its names with the layer filled in, and its pipeline stage."""
+    """One parameter of one model: its rule, its names with layer and expert filled in, and where it is held."""
 
     rule: Rule
-    megatron: str  # name within its stage (layers count from 0 on each stage)
+    megatron: str  # name on the ranks that hold it (layers count from 0 on each stage, experts on each expert rank)
     te: str
     hf: tuple[str, ...]
     pp_rank: int
     layer: int | None  # global layer index; None: embedding, final norm, head
+    ep_rank: int | None = None  # expert-parallel rank of an expert; None: held by all of them
 
 
-def model_entries(spec: ModelSpec, pp: int) -> list[Entry]:
-    """Every parameter of the model in Hugging Face order, each once. Layers are split evenly over `pp` stages.
+def model_entries(spec: ModelSpec, pp: int, ep: int = 1) -> list[Entry]:
+    """Every parameter of the model in Hugging Face order, each once.
 
+    Layers are split evenly over `pp` stages, the experts of a layer over `ep` ranks of its stage.
     A tied model has no head row: the last stage's copy of the embedding is `tied_head_entry`.
     """
     per_stage = spec.num_layers // pp
+    per_rank = spec.num_experts // ep
     entries = [_entry(EMBEDDING, pp_rank=0)]
     for layer in range(spec.num_layers):
         stage, local = divmod(layer, per_stage)
-        entries += [_entry(rule, pp_rank=stage, layer=layer, local=local) for rule in LAYER_ROWS[spec.family]]
+        entries += [_entry(rule, pp_rank=stage, layer=layer, local=local) for rule in layer_rows(spec)]
+        for expert in range(spec.num_experts):
+            ep_rank, local_expert = divmod(expert, per_rank)
+            entries += [
+                _entry(
+                    rule,
+                    pp_rank=stage,
+                    layer=layer,
+                    local=local,
+                    ep_rank=ep_rank,
+                    expert=expert,
+                    local_expert=local_expert,
+                )
+                for rule in EXPERT_ROWS
+            ]
     entries.append(_entry(FINAL_NORM, pp_rank=pp - 1))
     if not spec.tied:
         entries.append(_entry(HEAD, pp_rank=pp - 1))
@@ -92,12 +146,22 @@ def tied_head_entry(spec: ModelSpec, pp: int) -> Entry | None:
     return Entry(HEAD, HEAD.megatron, HEAD.megatron, EMBEDDING.hf, pp_rank=pp - 1, layer=None)
 
 
-def _entry(rule: Rule, *, pp_rank: int, layer: int | None = None, local: int | None = None) -> Entry:
+def _entry(
+    rule: Rule,
+    *,
+    pp_rank: int,
+    layer: int | None = None,
+    local: int | None = None,
+    ep_rank: int | None = None,
+    expert: int | None = None,
+    local_expert: int | None = None,
+) -> Entry:
     return Entry(
         rule=rule,
-        megatron=rule.megatron.format(layer=local),
-        te=(rule.te or rule.megatron).format(layer=local),
-        hf=tuple(name.format(layer=layer) for name in rule.hf),
+        megatron=rule.megatron.format(layer=local, expert=local_expert),
+        te=(rule.te or rule.megatron).format(layer=local, expert=local_expert),
+        hf=tuple(name.format(layer=layer, expert=expert) for name in rule.hf),
         pp_rank=pp_rank,
         layer=layer,
+        ep_rank=ep_rank,
     )

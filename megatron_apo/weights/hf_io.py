@@ -1,66 +1,139 @@
-"""Reads and writes Hugging Face model folders: safetensors only, nothing is unpickled."""
+"""Reads Hugging Face model folders: safetensors, or PyTorch's .bin by its weights-only loader. Nothing is unpickled.
+
+reader = HFReader(folder)       every file opened and mapped, every problem of them said at once
+reader.check(spec)              the tensors are exactly those of the model
+reader.get(name)                one tensor; FP8 blocks come dequantized
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable
+import pickle
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, read_hf_config
 from megatron_apo.weights.families import EMBEDDING, HEAD, model_entries
+from megatron_apo.weights.safetensors_file import DTYPE_CODES, checksum
 
-INDEX = "model.safetensors.index.json"
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+_SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
+_TORCH_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FP8_BLOCK = 128
+_SCALE = "_scale_inv"  # of DeepSeek's block-scaled FP8: weight = weight_fp8 * weight_scale_inv, by blocks
+
+
+class _WeightsFile(Protocol):
+    """One open file of tensors."""
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype | str: ...
+    def get(self, name: str) -> Tensor: ...
+
+
+class _SafetensorsFile:
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt")
+
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        code = self._file.get_slice(name).get_dtype()
+        return _TORCH_DTYPES.get(code, code)
+
+    def get(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+
+class _PickledFile:
+    def __init__(self, path: Path):
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            tensors = torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
+        if not isinstance(tensors, dict):
+            raise RuntimeError(f"holds a {type(tensors).__name__}, not tensors by name")
+        self._tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        return self._tensors[name].dtype
+
+    def get(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
 
 
 class HFReader:
-    """Tensors of a Hugging Face folder by name, memory-mapped. Every problem of the folder is found on construction."""
+    """The tensors of a Hugging Face folder. Raises `ModelConfigError` on construction, with one line for each file that
+    is missing, damaged or contradicted by the index."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ModelConfigError(f"model path {folder}: not a folder; give a Hugging Face model folder")
-        self._files: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}
-        for name in self._weight_files():
+        self._file_of: dict[str, _WeightsFile] = {}
+        places: dict[str, str] = {}
+        problems = []
+        files, index = self._weight_files()
+        for name in files:
             try:
-                handle = safe_open(self.folder / name, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelConfigError(f"{self.folder / name}: missing or damaged weights file ({error})") from None
-            self._files[name] = handle
-            for tensor in handle.keys():
-                other = self._file_of.setdefault(tensor, name)
+                file = _open(self.folder / name)
+            except (SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                problems.append(f"{self.folder / name}: missing or damaged weights file ({reason[:200]})")
+                continue
+            for tensor in file.names():
+                other = places.setdefault(tensor, name)
                 if other != name:
-                    raise ModelConfigError(f"model path {folder}: {tensor} is in {other} and in {name}; remove one")
-
-    def _weight_files(self) -> list[str]:
-        index = self.folder / INDEX
-        if index.is_file():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        if not files:
-            raise ModelConfigError(f"model path {self.folder}: no .safetensors file there")
-        return files
+                    problems.append(f"model path {folder}: {tensor} is in {other} and in {name}; remove one")
+                self._file_of[tensor] = file
+        if not problems:
+            problems = [
+                f"{self.folder / name}: {tensor} is not there, though the index says so"
+                for tensor, name in sorted(index.items())
+                if places.get(tensor) != name
+            ]
+        if problems:
+            raise ModelConfigError("\n".join(problems))
 
     def names(self) -> list[str]:
-        return sorted(self._file_of)
+        """The model's tensors; scales of FP8 blocks belong to theirs."""
+        return sorted(name for name in self._file_of if not self._is_scale(name))
 
-    def dtypes(self) -> set[str]:
-        """The dtypes of the tensors, as safetensors spells them: "F32", "BF16", ..."""
-        return {self._files[file].get_slice(name).get_dtype() for name, file in self._file_of.items()}
+    def dtypes(self, spec: ModelSpec) -> set[torch.dtype | str]:
+        """The dtypes that `get` gives of the model's tensors; a name where torch has none."""
+        return {self.dtype(name) for name in used_names(spec) & self._file_of.keys()}
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        return torch.bfloat16 if name + _SCALE in self._file_of else self._file_of[name].dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file_of[name].shape(name)
 
     def get(self, name: str) -> Tensor:
-        return self._files[self._file_of[name]].get_tensor(name)
+        """One tensor, mapped from its file, or bf16 out of FP8 blocks."""
+        tensor = self._file_of[name].get(name)
+        scale = self._file_of.get(name + _SCALE)
+        return tensor if scale is None else dequantize(tensor, scale.get(name + _SCALE))
 
     def check(self, spec: ModelSpec) -> None:
         """Raise `ModelConfigError` listing every missing, extra or wrongly shaped tensor."""
@@ -73,103 +146,86 @@ class HFReader:
             if spec.tied and name in HEAD.hf:
                 if EMBEDDING.hf[0] in present and not torch.equal(self.get(name), self.get(EMBEDDING.hf[0])):
                     problems.append(f"{name} differs from the embedding although the config ties them")
-            elif not name.endswith(
-                "rotary_emb.inv_freq"
-            ):  # a buffer that old checkpoints saved; derived from the config
+            elif not name.endswith("rotary_emb.inv_freq"):  # old checkpoints saved it; derived from the config
                 problems.append(f"unknown tensor {name}")
         for name in sorted(present & set(expected)):
-            shape = tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
-            if shape != expected[name]:
-                problems.append(f"{name} has shape {shape}, expected {expected[name]}")
+            if self.shape(name) != expected[name]:
+                problems.append(f"{name} has shape {self.shape(name)}, expected {expected[name]}")
+            problems += self._scale_problems(name)
         if problems:
             raise ModelConfigError("\n".join(f"{self.folder}: {problem}" for problem in problems))
 
+    def _weight_files(self) -> tuple[list[str], dict[str, str]]:
+        """(file names, {tensor: file name} of the index if there is one), chosen as transformers does: whatever else is
+        in the folder (consolidated.safetensors) does not count."""
+        for single in (_SAFETENSORS, _PICKLED):
+            if (self.folder / single).is_file():
+                return [single], {}
+            index = self.folder / f"{single}.index.json"
+            if index.is_file():
+                try:
+                    weight_map = {
+                        str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()
+                    }
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise ModelConfigError(f"{index}: not an index of weights files ({error!r})") from None
+                return sorted(set(weight_map.values())), weight_map
+        raise ModelConfigError(
+            f"model path {self.folder}: no {_SAFETENSORS} or {_PICKLED} there, and no index of several such files"
+        )
+
+    def _is_scale(self, name: str) -> bool:
+        return name.endswith(_SCALE) and name.removesuffix(_SCALE) in self._file_of
+
+    def _scale_problems(self, name: str) -> list[str]:
+        has_scale, is_fp8 = name + _SCALE in self._file_of, self._file_of[name].dtype(name) in _FP8
+        if not has_scale:
+            return [f"{name} is FP8 without {name + _SCALE}"] if is_fp8 else []
+        if not is_fp8:
+            return [f"{name} has {name + _SCALE}, but is {self._file_of[name].dtype(name)}, not FP8"]
+        blocks = tuple(-(-size // _FP8_BLOCK) for size in self.shape(name))
+        found = self._file_of[name + _SCALE].shape(name + _SCALE)
+        return [] if found == blocks else [f"{name + _SCALE} has shape {found}, expected {blocks}"]
+
+
+def used_names(spec: ModelSpec) -> set[str]:
+    """The Hugging Face tensors of a model."""
+    return {name for entry in model_entries(spec, pp=1) for name in entry.hf}
+
+
+def dequantize(weight_RC: Tensor, scale_BD: Tensor) -> Tensor:
+    """bf16 out of FP8 with one scale for each block of 128 x 128: weight * scale, multiplied in fp32.
+
+    (DeepSeek-V3, inference/kernel.py, `weight_dequant`.)
+    """
+    rows, columns = weight_RC.shape
+    scale_RC = scale_BD.float().repeat_interleave(_FP8_BLOCK, 0)[:rows].repeat_interleave(_FP8_BLOCK, 1)[:, :columns]
+    return (weight_RC.float() * scale_RC).bfloat16()
+
 
 def model_hash(folder: Path) -> str:
-    """sha256 over each tensor's HF name, dtype, shape and bytes, in name order: the identity of a model's weights.
+    """The identity of a model's weights: of each tensor's HF name, dtype, shape and bytes, however they are stored.
 
     Tensors that the model does not use (a tied head's copy, rotary frequencies) do not count.
     """
     reader = HFReader(folder)
-    used = {name for entry in model_entries(read_hf_config(folder), pp=1) for name in entry.hf}
-    digest = hashlib.sha256()
-    for name in reader.names():
-        if name not in used:
-            continue
-        tensor = reader.get(name)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    used = used_names(read_hf_config(folder))
+    with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter's lock
+        names = [name for name in reader.names() if name in used]
+        identities = dict(zip(names, threads.map(lambda name: identity(reader.get(name)), names), strict=True))
+    return combined_hash(identities)
 
 
-def write_hf_folder(
-    stream: Iterable[tuple[str, Tensor]],
-    source: Path,
-    out: Path,
-    *,
-    dtype: torch.dtype,
-    max_shard_bytes: int = 5 * 2**30,
-) -> None:
-    """Write tensors as safetensors beside `source`'s configuration and tokenizer files. On one rank.
-
-    Everything goes to a temporary folder that is renamed at the end: `out` appears whole or not at all.
-    """
-    out = Path(out)
-    check_empty(out)
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        weight_map = _write_shards(stream, temporary, dtype, max_shard_bytes)
-        if len(set(weight_map.values())) > 1:
-            (temporary / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
-        copy_side_files(Path(source), temporary, dtype)
-        if out.exists():
-            out.rmdir()
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def identity(tensor: Tensor) -> str:
+    """A tensor's dtype, shape and sha256, in a line."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {checksum(tensor)}"
 
 
-def _write_shards(stream: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, limit: int) -> dict[str, str]:
-    shards: list[list[str]] = []
-    batch: dict[str, Tensor] = {}
-    size = 0
-
-    def flush() -> None:
-        save_file(batch, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
-        shards.append(list(batch))
-        batch.clear()
-
-    for name, tensor in stream:
-        tensor = tensor.to("cpu", dtype)
-        if batch and size + tensor.nbytes > limit:
-            flush()
-            size = 0
-        batch[name] = tensor
-        size += tensor.nbytes
-    flush()
-    weight_map = {}
-    for index, names in enumerate(shards):
-        single = len(shards) == 1
-        final = "model.safetensors" if single else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.rename(folder / f"{index}.partial", folder / final)
-        weight_map.update(dict.fromkeys(names, final))
-    return weight_map
+def combined_hash(identities: Mapping[str, str]) -> str:
+    """The `model_hash` of tensors by name -> `identity`."""
+    lines = "".join(f"{name} {line}\n" for name, line in sorted(identities.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def check_empty(out: Path, key: str = "output folder") -> None:
-    """Raise a ValueError if `out`, a folder to be written, is there and not empty, or is a file. `key` names it."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{key}: {out} is not empty; give a new folder")
-
-
-def copy_side_files(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Everything of the Hugging Face folder `source` but its weights; the configuration says `dtype`."""
-    for path in source.iterdir():
-        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and path.name != "config.json":
-            shutil.copyfile(path, out / path.name)
-    config = json.loads((source / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = _DTYPE_NAMES[dtype]
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+def _open(path: Path) -> _WeightsFile:
+    return _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickledFile(path)

@@ -4,7 +4,7 @@ A `Rule` knows three things: the HF names, how full HF tensors become this param
 and how the shards become the full HF tensors again (`merge`). `merge(split(x)) == x` bitwise, for every TP that
 fits. Rules hold no state and are never changed at run time.
 
-Shapes are full, unsharded: H hidden, N query heads, G query groups, D head size, F ffn, V vocabulary.
+Shapes are full, unsharded: H hidden, N query heads, G query groups, D head size, F ffn, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,9 +18,21 @@ from torch import Tensor
 from megatron_apo.model.hf_config import ModelSpec
 
 
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    """Sizes of dimensions by the names that rows use."""
+    return {
+        "hidden": spec.hidden_size,
+        "heads": spec.num_heads * spec.head_dim,
+        "head": spec.head_dim,
+        "ffn": spec.ffn_size,
+        "experts": spec.num_experts,
+        "expert_ffn": spec.expert_ffn_size,
+    }
+
+
 @dataclass(frozen=True)
 class Rule:
-    """A row of a family's table. `{layer}` in names stands for the layer's index.
+    """A row of a family's table. `{layer}` in names stands for the layer's index, `{expert}` for the expert's.
 
     megatron: parameter name, in the local layer spec's spelling; te: in Transformer Engine's, where it differs.
     """
@@ -50,12 +62,7 @@ class Copy(Rule):
     dim: int | None = None
 
     def hf_shapes(self, spec: ModelSpec) -> list[tuple[int, ...]]:
-        sizes = {
-            "hidden": spec.hidden_size,
-            "heads": spec.num_heads * spec.head_dim,
-            "head": spec.head_dim,
-            "ffn": spec.ffn_size,
-        }
+        sizes = _sizes(spec)
         return [tuple(sizes[name] for name in self.shape)]
 
     def split(self, tensors: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
@@ -110,10 +117,13 @@ class QKV(Rule):
 
 @dataclass(frozen=True)
 class GatedMLP(Rule):
-    """gate and up [F, H] in one parameter: each rank holds its slice of gate, then its slice of up."""
+    """gate and up in one parameter, [F, H] or biases [F]: each rank holds its slice of gate, then its slice of up."""
+
+    shape: tuple[str, ...] = ("ffn", "hidden")
 
     def hf_shapes(self, spec: ModelSpec) -> list[tuple[int, ...]]:
-        return [(spec.ffn_size, spec.hidden_size)] * 2
+        sizes = _sizes(spec)
+        return [tuple(sizes[name] for name in self.shape)] * 2
 
     def split(self, tensors: Sequence[Tensor], spec: ModelSpec, tp: int) -> list[Tensor]:
         gate, up = tensors

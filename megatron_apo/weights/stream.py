@@ -4,12 +4,14 @@
     WeightStream(model, spec, topology)             HF tensors, in HF order, on global rank 0
     export_hf(stream, topology, ...)                the stream written as an HF folder
 
-The stream sends a layer at a time: every rank that holds a piece of the layer (data-parallel replica 0) sends one flat
-buffer to rank 0, which merges. While the caller consumes one layer, the next is already being received.
+The stream sends a layer at a time: every rank that holds a piece of the layer sends one flat buffer to rank 0, which
+merges: the tensor ranks of the first data-parallel replica, and of the replicas that hold the other experts. While the
+caller consumes one layer, the next is already being received.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,7 +26,7 @@ from torch import Tensor
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.parallel.topology import Topology
 from megatron_apo.weights.families import Entry, model_entries, tied_head_entry
-from megatron_apo.weights.hf_io import write_hf_folder
+from megatron_apo.weights.hf_writer import write_hf_folder
 
 
 class TensorReader(Protocol):
@@ -46,7 +48,11 @@ class MappingError(ValueError):
 
 def stage_parameters(model: torch.nn.Module, spec: ModelSpec, topology: Topology) -> dict[Entry, torch.nn.Parameter]:
     """Each of this rank's parameters with its row, in HF order. Raises `MappingError` for any that has none."""
-    entries = [entry for entry in model_entries(spec, topology.pp) if entry.pp_rank == topology.pp_rank]
+    entries = [
+        entry
+        for entry in model_entries(spec, topology.pp, topology.ep)
+        if entry.pp_rank == topology.pp_rank and entry.ep_rank in (None, topology.ep_rank)
+    ]
     tied_head = tied_head_entry(spec, topology.pp)
     if tied_head and tied_head.pp_rank == topology.pp_rank:
         entries.append(tied_head)
@@ -104,7 +110,7 @@ class WeightStream:
         self._own = stage_parameters(model, spec, topology)
         self._shard_dtype = tensor_of(next(iter(self._own.values()))).dtype
         self.dtype = dtype or self._shard_dtype
-        entries = model_entries(spec, topology.pp)
+        entries = model_entries(spec, topology.pp, topology.ep)
         self._buckets = [
             list(members) for _, members in groupby(entries, key=lambda entry: (entry.pp_rank, entry.layer))
         ]
@@ -124,12 +130,14 @@ class WeightStream:
             self._send()
 
     def _send(self) -> None:
-        if self._topology.rank not in self._topology.owner_ranks(self._topology.pp_rank):
+        topology = self._topology
+        if topology.rank not in topology.owner_ranks(topology.pp_rank, topology.ep_rank):
             return
         pending = []
         for bucket in self._buckets:
-            if bucket[0].pp_rank == self._topology.pp_rank:
-                flat = self._flatten(bucket)
+            own = _sent_by(topology.ep_rank, bucket)
+            if bucket[0].pp_rank == topology.pp_rank and own:
+                flat = self._flatten(own)
                 pending.append((dist.isend(flat, dst=0), flat))
             if len(pending) > 2:  # a layer being received and one ahead of it
                 pending.pop(0)[0].wait()
@@ -140,39 +148,45 @@ class WeightStream:
         posted = self._post(0)
         for index, bucket in enumerate(self._buckets):
             current, posted = posted, self._post(index + 1)
-            flats = []
-            for flat, work in current:
+            flats: dict[int, list[Tensor]] = {}
+            for ep_rank, flat, work in current:
                 if work is not None:
                     work.wait()
-                flats.append(flat)
+                flats.setdefault(ep_rank, []).append(flat)
             yield from self._merge(bucket, flats)
 
-    def _post(self, index: int) -> list[tuple[Tensor, dist.Work | None]]:
-        """Start receiving bucket `index`: (flat shard, work) by tensor rank."""
+    def _post(self, index: int) -> list[tuple[int, Tensor, dist.Work | None]]:
+        """Start receiving bucket `index`: (expert rank, flat shard, work), by tensor rank for each expert rank."""
         if index >= len(self._buckets):
             return []
         bucket = self._buckets[index]
-        size = sum(prod(shape) for entry in bucket for shape in self._shard_shapes(entry)[:1])
-        posted: list[tuple[Tensor, dist.Work | None]] = []
-        for rank in self._topology.owner_ranks(bucket[0].pp_rank):
-            if rank == 0:
-                posted.append((self._flatten(bucket), None))
-            else:
-                flat = torch.empty(size, dtype=self._shard_dtype, device=self._topology.device)
-                posted.append((flat, dist.irecv(flat, src=rank)))
+        posted: list[tuple[int, Tensor, dist.Work | None]] = []
+        for ep_rank in range(self._topology.ep):
+            entries = _sent_by(ep_rank, bucket)
+            if not entries:
+                continue
+            size = sum(prod(self._shard_shapes(entry)[0]) for entry in entries)
+            for rank in self._topology.owner_ranks(bucket[0].pp_rank, ep_rank):
+                if rank == 0:
+                    posted.append((ep_rank, self._flatten(entries), None))
+                else:
+                    flat = torch.empty(size, dtype=self._shard_dtype, device=self._topology.device)
+                    posted.append((ep_rank, flat, dist.irecv(flat, src=rank)))
         return posted
 
-    def _flatten(self, bucket: list[Entry]) -> Tensor:
-        return torch.cat([self._tensor_of(self._own[entry]).reshape(-1) for entry in bucket])
+    def _flatten(self, entries: list[Entry]) -> Tensor:
+        return torch.cat([self._tensor_of(self._own[entry]).reshape(-1) for entry in entries])
 
-    def _merge(self, bucket: list[Entry], flats: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        offset = 0
+    def _merge(self, bucket: list[Entry], flats: dict[int, list[Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """`flats`: what each expert rank sent, by tensor rank."""
+        offsets: Counter[int] = Counter()
         for entry in bucket:
+            sender = entry.ep_rank or 0
             shapes = self._shard_shapes(entry)
-            size = prod(shapes[0])
-            pairs = zip(flats, shapes, strict=True)
+            size, offset = prod(shapes[0]), offsets[sender]
+            pairs = zip(flats[sender], shapes, strict=True)
             shards = [flat[offset : offset + size].view(shape) for flat, shape in pairs]
-            offset += size
+            offsets[sender] += size
             for name, tensor in zip(entry.hf, entry.rule.merge(shards, self._spec), strict=True):
                 yield name, tensor.to(self.dtype).contiguous()
 
@@ -182,10 +196,15 @@ class WeightStream:
         return [shard.shape for shard in entry.rule.split(full, self._spec, self._topology.tp)]
 
 
+def _sent_by(ep_rank: int, bucket: list[Entry]) -> list[Entry]:
+    """What expert rank `ep_rank` sends of a bucket: its experts, and the first one what all of them hold."""
+    return [entry for entry in bucket if (entry.ep_rank or 0) == ep_rank]
+
+
 def export_hf(stream: WeightStream, topology: Topology, *, source: Path, out: Path) -> None:
     """Write the streamed weights as the HF folder `out`, with `source`'s configuration and tokenizer. Collective."""
     if topology.is_driver:
-        write_hf_folder(stream, source, out, dtype=stream.dtype)
+        write_hf_folder(stream, stream.metadata(), source, out)
     else:
         for _ in stream:
             pass

@@ -1,12 +1,13 @@
-"""Reads and writes Megatron-Core's distributed checkpoints (`torch_dist`), which any TP x PP x DP can load.
+"""Reads and writes Megatron-Core's distributed checkpoints (`torch_dist`), which any TP x PP x EP x DP can load.
 
 Everything here is collective over all ranks. The files hold pickles: a folder from elsewhere must be trusted.
 """
 
 from __future__ import annotations
 
+import io
 import os
-import shutil
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,84 +20,165 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_apo.parallel.topology import Topology
-from megatron_apo.rollout.failures import on_driver
+from megatron_apo.weights.whole_folder import whole_folder
 
-PARTIAL = ".partial"
+# Every layer and every expert a tensor of its own: Megatron-Core keeps the stacked kind for old checkpoints only
+# (transformer_block.py, `sharded_state_dict`). Written into the checkpoint, where Megatron-LM looks for it.
+LAYOUT = {"singleton_local_shards": True}
+# load(key of a sharded tensor) -> its value
+Load = Callable[[str], torch.Tensor]
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that could not be written or read."""
 
 
+def sharded_state(model: torch.nn.Module) -> dict[str, Any]:
+    """The model's parameters as Megatron-Core describes them to a checkpoint, by parameter name."""
+    return model.sharded_state_dict(metadata=LAYOUT)
+
+
+def write(
+    folder: Path,
+    topology: Topology,
+    state: dict[str, Any],
+    complete: Callable[[Path], None],
+    load: Load | None = None,
+) -> None:
+    """Save the sharded `state` as `folder`, whole or not at all; `complete(path)`, called on every rank at the end,
+    adds further files.
+
+    load: where the state's tensors are on the meta device, their values, each asked for when it is written.
+    """
+    with whole_folder(folder, topology) as partial:
+        with one_line_errors(f"{folder}: the checkpoint could not be written"), _archive_checksums(load is None):
+            strategy = _InProcess("torch_dist", 1, load)
+            dist_checkpointing.save(state, str(partial), sharded_strategy=strategy, content_metadata=dict(LAYOUT))
+        complete(partial)
+
+
+def read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The values of the sharded `state`, in its nesting; `CheckpointError` for tensors that `folder` lacks."""
+    with one_line_errors(f"{folder}: the checkpoint could not be read"):
+        return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+
+
+def load_model(model: torch.nn.Module, folder: Path) -> None:
+    """Copy this rank's weights from `folder` into `model`, cast to each parameter's dtype."""
+    model.load_state_dict(read(folder, {"model": sharded_state(model)})["model"])
+
+
 class _InProcess(mcore_torch.TorchDistSaveShardedStrategy):
-    """Megatron-Core's format written by torch's own writer, in the calling process.
+    """Megatron-Core's format, written in the calling process.
 
     Megatron-Core's writer starts a manager process by spawn and forks one process a file (filesystem_async.py,
     `_get_write_results_queue`) even when the caller waits: two seconds at the first save, a hang in a script without
     a `__main__` guard, and a fork of a process that holds GPUs.
     """
 
+    def __init__(self, backend: str, version: int, load: Load | None):
+        super().__init__(backend, version)
+        self._load = load
+
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
         state, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         torch_checkpoint.save(
             mcore_torch.mcore_to_pyt_state_dict(state, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
-            planner=mcore_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            storage_writer=_OneByOne(checkpoint_dir),
+            planner=_Planner(self._load),
         )
 
 
-def write(folder: Path, topology: Topology, state: dict[str, Any], complete: Callable[[Path], None]) -> None:
-    """Save the sharded `state` as `folder`; `complete(path)` adds further files, on the driver.
+class _Planner(mcore_torch.MCoreSavePlanner):
+    def __init__(self, load: Load | None):
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self._load = load
 
-    All is written as `folder`.partial, forced to disk and renamed: `folder` is there whole or not at all.
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if self._load is None or write_item.type == WriteItemType.BYTE_IO:
+            return super().resolve_data(write_item)
+        return self._load(write_item.index.fqn)
+
+
+class _OneByOne(FileSystemWriter):
+    """One file a rank, of one tensor after the other.
+
+    torch's own keeps every tensor of a file until the file is closed (filesystem.py, `_write_files_from_queue`), which
+    for tensors on a GPU, or made as they are written, is a second copy of all of them.
     """
-    partial = folder.with_name(folder.name + PARTIAL)
 
-    def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
-        partial.mkdir(parents=True)
-
-    def publish() -> None:
-        complete(partial)
-        for path in [*partial.rglob("*"), partial]:
-            _to_disk(path)
-        os.rename(partial, folder)
-        _to_disk(folder.parent)
-
-    on_driver(topology, begin)
-    with _one_line_errors(f"{folder}: the checkpoint could not be written"):
-        dist_checkpointing.save(state, str(partial), sharded_strategy=_InProcess("torch_dist", 1))
-    on_driver(topology, publish)
-
-
-def read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """The values of the sharded `state`, in its nesting; `CheckpointError` for tensors that `folder` lacks."""
-    with _one_line_errors(f"{folder}: the checkpoint could not be read"):
-        return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0.distcp"
+        results = []
+        with _File(io.FileIO(self.fs.concat_path(self.path, name), "w")) as file:
+            for item in plan.items:
+                start = file.tell()
+                data = planner.resolve_data(item)
+                if item.type == WriteItemType.BYTE_IO:
+                    file.write(data.getbuffer())
+                else:
+                    file.save(_alone(data))
+                length = file.tell() - start
+                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+            file.flush()
+            os.fsync(file.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
 
 
-def load_model(model: torch.nn.Module, folder: Path) -> None:
-    """Copy this rank's weights from `folder` into `model`, cast to each parameter's dtype."""
-    model.load_state_dict(read(folder, {"model": model.sharded_state_dict()})["model"])
+class _File(io.BufferedWriter):
+    """Says why a write failed: torch.save raises an error of its own, of positions in its archive."""
 
+    error: OSError | None = None
 
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def save(self, tensor: torch.Tensor) -> None:
+        try:
+            torch.save(tensor, self)
+        except RuntimeError as error:
+            raise self.error or error from None
 
 
 @contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
-    """torch reports a failure on any rank on all of them, but by an exception that no `except Exception` sees."""
+def _archive_checksums(wanted: bool) -> Iterator[None]:
+    """torch.save's own CRC takes twice as long as the rest of it; a conversion has a sha256 of every tensor."""
+    usual = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(wanted)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(usual)
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, with a storage that holds nothing else: torch.save writes whole storages."""
+    tensor = tensor.detach().cpu()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+@contextmanager
+def one_line_errors(what: str) -> Iterator[None]:
+    """Failures as `CheckpointError` of one line. torch reports one on any rank on all of them, but by an exception that
+    no `except Exception` sees."""
     try:
         yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
+        if not isinstance(cause, Exception):
+            raise cause from None  # Ctrl-C or SIGTERM, which torch takes for a failure of its own
         raise CheckpointError(f"{what}: rank {rank}: {' '.join(str(cause).split())}") from error
-    except CheckpointingException as error:
+    except (CheckpointingException, OSError, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"{what}: {' '.join(str(error).split())}") from error

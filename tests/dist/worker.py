@@ -1,8 +1,8 @@
 """One rank of the layout tests: measures everything about one layout and saves it. Started by test_layouts.py.
 
-    RANK=.. WORLD_SIZE=.. python -m tests.dist.worker WORK_DIR TP PP DP
+    RANK=.. WORLD_SIZE=.. python -m tests.dist.worker WORK_DIR TP PP DP EP VARIANT ..
 
-Rank 0 writes WORK_DIR/tp{TP}pp{PP}dp{DP}.pt: {variant: {"log_probs": {...}, "export": {...}, "cases": {name: ...}}}.
+Rank 0 writes WORK_DIR/tp{TP}pp{PP}dp{DP}ep{EP}.pt: {variant: {"log_probs": {...}, "export": {...}, "cases": {..}}}.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.config import OptimizerConfig, ParallelConfig
-from megatron_apo.data.batch import make_micro_batch
+from megatron_apo.data.batch import MicroBatch, make_micro_batch
 from megatron_apo.data.packing import plan_micro_batches
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.objectives import APO, Samples
+from megatron_apo.objectives.base import LossTerm
 from megatron_apo.optim import GradientError, make_trainable
 from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
 from megatron_apo.parallel.topology import Topology, distributed
@@ -35,8 +36,14 @@ CASES = {
     "padded": (False, 2000, False),
     "padded-small": (False, 60, True),
 }
+# These variants go through all cases; what another adds shows in a packed and a padded one.
+EVERY_CASE = ("qwen2-tied-one-group", "qwen3-tied", "qwen3_moe")
 # Faults put into the gradient, which the comparison must notice.
 MUTATIONS = ("doubled", "negated", "dropped")
+
+
+def cases_of(variant: str) -> tuple[str, ...]:
+    return tuple(CASES) if variant in EVERY_CASE else ("packed", "padded-small")
 
 
 def batch() -> tuple[list[list[int]], list[list[int]], torch.Tensor]:
@@ -44,7 +51,9 @@ def batch() -> tuple[list[list[int]], list[list[int]], torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
 
     def tokens(low: int, high: int) -> list[int]:
-        return torch.randint(0, 101, (int(torch.randint(low, high, (1,), generator=generator)),), generator=generator).tolist()
+        return torch.randint(
+            0, 101, (int(torch.randint(low, high, (1,), generator=generator)),), generator=generator
+        ).tolist()
 
     prompts = [tokens(1, 9) for _ in range(NUM_SEQUENCES)]
     responses = [tokens(1, 40) for _ in range(NUM_SEQUENCES)]
@@ -56,7 +65,7 @@ def anchors(responses: list[list[int]]) -> list[list[float]]:
     return [[-4.0 + 0.01 * (token % 7) for token in response] for response in responses]
 
 
-def measure(folder: Path, parallel: ParallelConfig, topology: Topology, *, mutations: bool) -> dict:
+def measure(folder: Path, parallel: ParallelConfig, topology: Topology) -> dict:
     """Log-probs, export, gradients and one update of one model in this layout."""
     spec = read_hf_config(folder)
     reader = HFReader(folder)
@@ -64,7 +73,9 @@ def measure(folder: Path, parallel: ParallelConfig, topology: Topology, *, mutat
     prompts, responses, advantage = batch()
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     found: dict = {"log_probs": {}, "cases": {}}
-    runs = [(name, None) for name in CASES] + [("packed-small", fault) for fault in MUTATIONS if mutations]
+    runs: list[tuple[str, str | None]] = [(name, None) for name in cases_of(folder.name)]
+    if folder.name == "qwen3-tied":
+        runs += [("packed-small", fault) for fault in MUTATIONS]
     for name, fault in runs:
         packing, budget, sharded = CASES[name]
         model = build_model(spec, parallel, topology, dtype="fp32", temperature=TEMPERATURE, chunk_tokens=7)
@@ -76,17 +87,8 @@ def measure(folder: Path, parallel: ParallelConfig, topology: Topology, *, mutat
             before = dict(WeightStream(model, spec, topology))
             found["export"] = before
         trainable = make_trainable(model, OptimizerConfig(lr=1e-3, clip_grad=1e-3, distributed=sharded), total_steps=10)
-        objective = APO(beta2=BETA2)
-        targets = objective.prepare(Samples(list(map(str, range(NUM_SEQUENCES))), advantage, None), dict.fromkeys(map(str, range(NUM_SEQUENCES)), 0.0))
-        anchor = anchors(responses)
-
-        def loss(log_prob_R: torch.Tensor, index: int, micro=micro, fault=fault):
-            term = objective.loss(log_prob_R, micro[index].gather(anchor), micro[index].sequence_R, targets.select(micro[index].indices))
-            factor = {"doubled": 2.0, "negated": -1.0, "dropped": 0.0 if index == 0 else 1.0}.get(fault, 1.0)
-            return type(term)(term.total * factor, term.count, term.stats)
-
         trainable.zero_grad()
-        terms = forward_backward(trainable.model, micro, loss)
+        terms = forward_backward(trainable.model, micro, make_loss(micro, responses, advantage, fault))
         total = torch.stack([stats.sums["loss"] for stats in terms]).sum() if terms else torch.zeros(())
         dist.all_reduce(total, group=topology.dp_group)
         dist.broadcast(total, src=dist.get_global_rank(topology.pp_group, topology.pp - 1), group=topology.pp_group)
@@ -97,8 +99,24 @@ def measure(folder: Path, parallel: ParallelConfig, topology: Topology, *, mutat
         after = dict(WeightStream(model, spec, topology))
         change = {key: after[key] - before[key] for key in after}
         found["cases"][fault or name] = {"loss": total.item(), "norm": norm, "gradients": gradients, "change": change}
-    found["nan"] = step_on_nan(spec, parallel, topology, reader)
+    if folder.name in EVERY_CASE:
+        found["nan"] = step_on_nan(spec, parallel, topology, reader)
     return found
+
+
+def make_loss(micro: list[MicroBatch], responses: list[list[int]], advantage: torch.Tensor, fault: str | None):
+    """The objective's loss of each micro-batch, with `fault` in its gradient."""
+    objective, anchor = APO(beta2=BETA2), anchors(responses)
+    ids = [str(index) for index in range(NUM_SEQUENCES)]
+    targets = objective.prepare(Samples(ids, advantage, None), dict.fromkeys(ids, 0.0))
+
+    def loss(log_prob_R: torch.Tensor, index: int) -> LossTerm:
+        one = micro[index]
+        term = objective.loss(log_prob_R, one.gather(anchor), one.sequence_R, targets.select(one.indices))
+        factor = {"doubled": 2.0, "negated": -1.0, "dropped": 0.0 if index == 0 else 1.0}.get(fault, 1.0)
+        return LossTerm(term.total * factor, term.count, term.stats)
+
+    return loss
 
 
 def step_on_nan(spec, parallel: ParallelConfig, topology: Topology, reader: HFReader) -> str:
@@ -109,7 +127,8 @@ def step_on_nan(spec, parallel: ParallelConfig, topology: Topology, reader: HFRe
     trainable.zero_grad()
     if topology.rank == topology.world_size - 1:
         # A weight that is split: of one held by several ranks, the norm counts a single copy.
-        dict(model.named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"].main_grad.fill_(float("nan"))
+        split = next(p for name, p in model.named_parameters() if name.endswith("linear_fc2.weight"))
+        split.main_grad.fill_(float("nan"))
     try:
         trainable.step()
     except GradientError as error:
@@ -117,7 +136,9 @@ def step_on_nan(spec, parallel: ParallelConfig, topology: Topology, reader: HFRe
     return "nothing"
 
 
-def by_sequence(log_probs: list[torch.Tensor], micro: list, responses: list[list[int]], topology: Topology) -> dict[int, torch.Tensor] | None:
+def by_sequence(
+    log_probs: list[torch.Tensor], micro: list, responses: list[list[int]], topology: Topology
+) -> dict[int, torch.Tensor] | None:
     """{sequence: log-probs}, gathered to rank 0 from every replica's last stage."""
     mine = {}
     for values, piece in zip(log_probs, micro, strict=bool(log_probs)):
@@ -129,14 +150,14 @@ def by_sequence(log_probs: list[torch.Tensor], micro: list, responses: list[list
 
 
 def main() -> None:
-    work, tp, pp, dp = Path(sys.argv[1]), *map(int, sys.argv[2:5])
-    parallel = ParallelConfig(tp=tp, pp=pp, dp=dp, timeout_s=120)
+    work, (tp, pp, dp, ep), variants = Path(sys.argv[1]), map(int, sys.argv[2:6]), sys.argv[6:]
+    parallel = ParallelConfig(tp=tp, pp=pp, dp=dp, ep=ep, timeout_s=120)
     results = {}
     with distributed(parallel) as topology:
-        for folder in sorted((work / "models").iterdir()):
-            results[folder.name] = measure(folder, parallel, topology, mutations=folder.name == "qwen3-tied")
+        for name in variants:  # tied and untied models one after another
+            results[name] = measure(work / "models" / name, parallel, topology)
         if topology.is_driver:
-            torch.save(results, work / f"tp{tp}pp{pp}dp{dp}.pt")
+            torch.save(results, work / f"tp{tp}pp{pp}dp{dp}ep{ep}.pt")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ SMALL = [
     "vstar.prompts_per_shard=128",
     "train.steps=3",
     "train.prompts_per_step=32",
+    "train.minibatches=2",
     "eval.max_prompts=16",
     "eval.every=2",
     "telemetry.progress=false",

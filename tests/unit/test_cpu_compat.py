@@ -7,8 +7,10 @@ import importlib.util
 import re
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 from megatron_apo.model import cpu_compat
 
@@ -20,7 +22,12 @@ def source_of(module: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("module", "text"), cpu_compat.CUDA_LITERALS + cpu_compat.CUDA_FUNCTIONS + cpu_compat.CUDA_TYPE_NAMES
+    ("module", "text"),
+    cpu_compat.CUDA_LITERALS
+    + cpu_compat.CUDA_FUNCTIONS
+    + cpu_compat.CUDA_STREAMS
+    + cpu_compat.CUDA_TYPE_NAMES
+    + cpu_compat.MISSING_NAMES,
 )
 def test_upstream_still_needs_the_patch(module, text):
     assert text in source_of(module), f"{module} no longer has `{text}`: its entry in cpu_compat.py can go"
@@ -38,8 +45,9 @@ def installed(monkeypatch):
     for owner, name in ((torch.cuda, "current_device"), (torch.cuda, "synchronize"), (torch.Tensor, "cuda")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     modules = [importlib.import_module(name) for name, _ in cpu_compat.CUDA_LITERALS]
-    for module in modules:
+    for module in [*modules, token_dispatcher]:
         monkeypatch.setattr(module, "torch", torch)
+    monkeypatch.setattr(token_dispatcher, "maybe_move_tensor_to_cpu", moe_utils.maybe_move_tensor_to_cpu)
     monkeypatch.delattr(torch.Tensor.cuda, "_on_cpu", raising=False)
     cpu_compat.install()
     return modules
@@ -66,10 +74,31 @@ def test_install_keeps_everything_on_the_cpu(installed):
 
 
 @without_gpu
+def test_a_dispatcher_of_experts_has_its_counts(installed):
+    """What `MoEAlltoAllTokenDispatcher` does with its stream: move the counts, remember when, wait for them."""
+    cuda = token_dispatcher.torch.cuda
+    stream = cuda.Stream()
+    assert cuda.current_stream() == stream  # so that nothing has to wait for another one
+    counts = torch.tensor([2, 0, 3])
+    with cuda.stream(stream):
+        moved = token_dispatcher.maybe_move_tensor_to_cpu(counts, as_numpy=True, record_stream=False)
+        kept = token_dispatcher.maybe_move_tensor_to_cpu(counts)
+    stream.record_event().synchronize()
+    assert isinstance(moved, numpy.ndarray) and moved.tolist() == [2, 0, 3]  # gloo refuses a tensor as sizes
+    assert kept is counts
+    assert token_dispatcher.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
+    assert cuda.is_available is torch.cuda.is_available and token_dispatcher.torch.Tensor is torch.Tensor
+
+
+def test_a_router_without_transformer_engine_has_the_name_it_asks_for(installed):
+    assert moe_utils.HAVE_TE or moe_utils.te_general_gemm is None
+
+
+@without_gpu
 def test_install_does_nothing_the_second_time(installed):
     def state():
         functions = (torch.Tensor.cuda, torch.cuda.current_device, torch.cuda.synchronize)
-        return [id(x) for x in (*functions, *(module.torch for module in installed))]
+        return [id(x) for x in (*functions, *(module.torch for module in [*installed, token_dispatcher]))]
 
     before = state()
     cpu_compat.install()

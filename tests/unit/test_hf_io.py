@@ -11,7 +11,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_apo.model.hf_config import ModelConfigError, read_hf_config
-from megatron_apo.weights.hf_io import HFReader, model_hash, write_hf_folder
+from megatron_apo.weights.hf_io import HFReader, dequantize, model_hash
+from megatron_apo.weights.hf_writer import write_hf_folder
+from megatron_apo.weights.stream import TensorMeta
 from tests.models import make_model
 
 FILE = "model.safetensors"
@@ -60,6 +62,11 @@ def check(folder):
     HFReader(folder).check(read_hf_config(folder))
 
 
+def write(weights, source, out, **options):
+    metadata = [TensorMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
+    write_hf_folder(iter(weights.items()), metadata, source, out, **options)
+
+
 def test_sound_folders_pass(model, tied):
     check(model)
     check(tied)
@@ -90,7 +97,7 @@ def test_folders_without_weights(tmp_path, model):
     with pytest.raises(ModelConfigError, match="not a folder"):
         HFReader(tmp_path / "absent")
     (model / FILE).unlink()
-    with pytest.raises(ModelConfigError, match="no .safetensors file"):
+    with pytest.raises(ModelConfigError, match="no model.safetensors or pytorch_model.bin there"):
         HFReader(model)
 
 
@@ -99,6 +106,95 @@ def test_an_index_that_names_an_absent_file(model):
     (model / "b.safetensors").unlink()
     with pytest.raises(ModelConfigError, match="b.safetensors: missing or damaged"):
         HFReader(model)
+
+
+def test_every_bad_file_and_every_lie_of_an_index_is_named(model):
+    parts = halves(model)
+    shard(model, parts)
+    for file in parts:
+        (model / file).write_bytes((model / file).read_bytes()[:-1])
+    with pytest.raises(ModelConfigError) as error:
+        HFReader(model)
+    assert [line.split(": missing or damaged")[0] for line in str(error.value).splitlines()] == [
+        f"{model}/{file}" for file in parts
+    ]
+
+
+def test_an_index_that_names_the_wrong_file(model):
+    parts = halves(model)
+    shard(model, parts)
+    path = model / f"{FILE}.index.json"
+    index = json.loads(path.read_text())
+    name = parts["a.safetensors"][0]
+    index["weight_map"][name] = "b.safetensors"
+    index["weight_map"]["model.extra"] = "a.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(ModelConfigError) as error:
+        HFReader(model)
+    assert str(error.value).splitlines() == sorted(
+        [
+            f"{model}/b.safetensors: {name} is not there, though the index says so",
+            f"{model}/a.safetensors: model.extra is not there, though the index says so",
+        ],
+        key=lambda line: line.split(": ")[1],
+    )
+    path.write_text("{}")
+    with pytest.raises(ModelConfigError, match="index.json: not an index"):
+        HFReader(model)
+
+
+class Innocent:
+    """What a pickle must not be able to make."""
+
+
+def test_pytorch_files_are_read_and_never_unpickled(model):
+    weights = load_file(model / FILE)
+    identity = model_hash(model)
+    (model / FILE).unlink()
+    torch.save(weights, model / "pytorch_model.bin")
+    check(model)
+    assert model_hash(model) == identity
+    names = sorted(weights)
+    files = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+    (model / "pytorch_model.bin").unlink()
+    for file, members in files.items():
+        torch.save({name: weights[name] for name in members}, model / file)
+    index = {name: file for file, members in files.items() for name in members}
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    assert model_hash(model) == identity
+    torch.save({"weights": Innocent()}, model / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(ModelConfigError, match="00002-of-00002.bin: missing or damaged weights file"):
+        HFReader(model)
+
+
+def test_fp8_blocks_are_dequantized(model):
+    name = "model.layers.1.mlp.up_proj.weight"
+    torch.manual_seed(1)
+    weight = torch.randn(96, 48).to(torch.float8_e4m3fn)
+    change(
+        model,
+        model__layers__1__mlp__up_proj__weight=weight,
+        model__layers__1__mlp__up_proj__weight_scale_inv=torch.tensor([[0.5]]),
+    )
+    check(model)
+    reader = HFReader(model)
+    assert reader.dtype(name) == torch.bfloat16 and name + "_scale_inv" not in reader.names()
+    assert torch.equal(reader.get(name), (weight.float() * 0.5).bfloat16())
+    change(model, model__layers__1__mlp__up_proj__weight_scale_inv=torch.ones(2, 1))
+    with pytest.raises(ModelConfigError, match=r"_scale_inv has shape \(2, 1\), expected \(1, 1\)"):
+        check(model)
+    change(model, model__layers__1__mlp__up_proj__weight_scale_inv=None)
+    with pytest.raises(ModelConfigError, match="up_proj.weight is FP8 without"):
+        check(model)
+
+
+def test_each_fp8_block_has_its_scale():
+    weight, scale = torch.ones(130, 257).to(torch.float8_e4m3fn), torch.arange(1.0, 7.0).reshape(2, 3)
+    full = dequantize(weight, scale)
+    assert full.shape == weight.shape and full.dtype == torch.bfloat16
+    assert [full[row, column].item() for row in (0, 127, 128, 129) for column in (0, 127, 128, 255, 256)] == [
+        1, 1, 2, 2, 3, 1, 1, 2, 2, 3, 4, 4, 5, 5, 6, 4, 4, 5, 5, 6,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.001, 0])
@@ -112,8 +208,15 @@ def test_a_truncated_file(model, keep):
 def test_a_tensor_in_two_files_is_refused(model):
     # Which of the two holds would depend on the order of file names.
     weights = load_file(model / FILE)
-    save_file({"model.norm.weight": weights["model.norm.weight"] + 1}, model / "old.safetensors")
-    with pytest.raises(ModelConfigError, match="model.norm.weight is in model.safetensors and in old.safetensors"):
+    norm = {"model.norm.weight": weights["model.norm.weight"] + 1}
+    save_file(norm, model / "consolidated.safetensors")
+    check(model)  # transformers reads model.safetensors alone as well
+    parts = halves(model)
+    shard(model, parts)
+    (holder,) = [file for file, names in parts.items() if "model.norm.weight" in names]
+    (other,) = parts.keys() - {holder}
+    save_file(load_file(model / other) | norm, model / other)
+    with pytest.raises(ModelConfigError, match="model.norm.weight is in a.safetensors and in b.safetensors"):
         HFReader(model)
 
 
@@ -168,7 +271,7 @@ def test_written_folders_load_in_transformers(model, tmp_path, limit, num_files)
     (model / "tokenizer_note.txt").write_text("kept")
     (model / "pytorch_model.bin").write_text("old weights")
     out = tmp_path / "new" / "out"
-    write_hf_folder(iter(weights.items()), model, out, dtype=torch.float32, max_shard_bytes=limit)
+    write(weights, model, out, max_shard_bytes=limit)
     files = sorted(path.name for path in out.glob("*.safetensors"))
     total = sum(tensor.nbytes for tensor in weights.values())
     if num_files == 1:
@@ -190,7 +293,7 @@ def test_written_folders_load_in_transformers(model, tmp_path, limit, num_files)
 
 def test_the_written_dtype_is_the_configurations(model, tmp_path):
     weights = load_file(model / FILE)
-    write_hf_folder(weights.items(), model, tmp_path / "out", dtype=torch.bfloat16)
+    write({name: tensor.bfloat16() for name, tensor in weights.items()}, model, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "torch_dtype" not in config
     written = load_file(tmp_path / "out" / FILE)
@@ -200,20 +303,26 @@ def test_the_written_dtype_is_the_configurations(model, tmp_path):
 def test_an_output_folder_in_use_is_left_alone(model, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    write_hf_folder(load_file(model / FILE).items(), model, out, dtype=torch.float32)  # empty: taken
+    write(load_file(model / FILE), model, out)  # empty: taken
     before = model_hash(out)
     with pytest.raises(ValueError, match="not empty"):
-        write_hf_folder(iter(()), model, out, dtype=torch.float32)
+        write(load_file(model / FILE), model, out)
     assert model_hash(out) == before
 
 
 def test_a_failure_in_the_middle_leaves_nothing(model, tmp_path):
+    weights = load_file(model / FILE)
+    metadata = [TensorMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
+
     def breaking():
-        for index, item in enumerate(load_file(model / FILE).items()):
+        for index, item in enumerate(weights.items()):
             if index == 5:
                 raise ConnectionError("a rank is gone")
             yield item
 
     with pytest.raises(ConnectionError):
-        write_hf_folder(breaking(), model, tmp_path / "out", dtype=torch.float32, max_shard_bytes=1000)
+        metadata = [
+            TensorMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in load_file(model / FILE).items()
+        ]
+        write_hf_folder(breaking(), metadata, model, tmp_path / "out", max_shard_bytes=1000)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

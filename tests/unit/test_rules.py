@@ -6,14 +6,17 @@ from itertools import chain
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from megatron_apo.model.hf_config import ModelSpec
-from megatron_apo.weights.families import EMBEDDING, LAYER_ROWS, model_entries, tied_head_entry
+from megatron_apo.config import ParallelConfig
+from megatron_apo.model.build import build_model
+from megatron_apo.model.hf_config import ModelSpec, Rope, read_hf_config
+from megatron_apo.parallel.topology import alone
+from megatron_apo.weights.families import EMBEDDING, EXPERT_ROWS, layer_rows, model_entries, tied_head_entry
 from megatron_apo.weights.rules import QKV, Copy, GatedMLP, Vocabulary
-from tests.models import _COMMON, VARIANTS
+from tests.models import VARIANTS, make_model
 
 
 def make_spec(**changes) -> ModelSpec:
@@ -28,10 +31,11 @@ def make_spec(**changes) -> ModelSpec:
         vocab_size=11,
         max_positions=64,
         norm_eps=1e-6,
-        rope_theta=1e4,
-        rope_llama3_factor=None,
+        rope=Rope(1e4),
         tied=False,
         qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
         qk_norm=True,
         initializer_range=0.02,
     )
@@ -47,6 +51,10 @@ ALL_RULES = [
     QKV("m", ("q", "k", "v")),
     QKV("m", ("q", "k", "v"), bias=True),
     GatedMLP("m", ("gate", "up")),
+    GatedMLP("m", ("gate", "up"), shape=("ffn",)),
+    GatedMLP("m", ("gate", "up"), shape=("expert_ffn", "hidden")),
+    Copy("m", ("h",), shape=("hidden", "expert_ffn"), dim=1),
+    Copy("m", ("h",), shape=("experts", "hidden")),
 ]
 SPECS = st.builds(
     lambda tp, groups, per_group, head, ffn, hidden, vocab: (
@@ -57,6 +65,8 @@ SPECS = st.builds(
             num_heads=per_group * tp * groups,
             head_dim=head * tp,
             ffn_size=ffn * tp,
+            expert_ffn_size=(ffn + 1) * tp,
+            num_experts=groups,
             hidden_size=hidden,
             vocab_size=vocab,
         ),
@@ -105,9 +115,10 @@ def test_query_key_value_interleave(heads, groups, tp, bias):
     assert torch.equal(torch.cat(rule.split(tensors, spec, tp)), torch.stack(rows))
 
 
+@pytest.mark.parametrize("shape", [("ffn", "hidden"), ("ffn",)])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_gated_mlp_shards(tp):
-    spec, rule = make_spec(), GatedMLP("m", ("gate", "up"))
+def test_gated_mlp_shards(tp, shape):
+    spec, rule = make_spec(), GatedMLP("m", ("gate", "up"), shape=shape)
     gate, up = full_tensors(rule, spec)
     share = spec.ffn_size // tp
     for rank, shard in enumerate(rule.split([gate, up], spec, tp)):
@@ -137,42 +148,66 @@ def test_replicated_and_column_split_copies():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_names_and_shapes_are_those_of_the_real_model(variant):
-    model_class, config_class, changes = VARIANTS[variant]
-    config = getattr(transformers, config_class)(**(_COMMON | changes))
-    with torch.device("meta"):
-        model = getattr(transformers, model_class)(config)
-    spec = make_spec(
-        family=config.model_type,
-        hidden_size=48,
-        ffn_size=96,
-        num_query_groups=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or 12,
-        vocab_size=101,
-        tied=config.tie_word_embeddings,
-    )
+def test_names_and_shapes_are_those_of_the_folder(variant, tmp_path):
+    folder = make_model(variant, tmp_path)
+    spec = read_hf_config(folder)
     entries = model_entries(spec, pp=1)
     names = list(chain.from_iterable(entry.hf for entry in entries))
     shapes = list(chain.from_iterable(entry.rule.hf_shapes(spec) for entry in entries))
     assert len(set(names)) == len(names)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if spec.tied:
-        wanted.pop("lm_head.weight")
+    wanted = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
     assert dict(zip(names, shapes, strict=True)) == wanted
 
 
-@pytest.mark.parametrize("family", LAYER_ROWS)
-def test_transformer_engine_spellings_are_megatrons(family):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_on_the_meta_device_has_exactly_the_rows(variant, tmp_path):
+    """Names, and shapes as the rules split them; no parameter takes memory."""
+    spec = read_hf_config(make_model(variant, tmp_path))
+    with alone() as topology, torch.device("meta"):
+        model = build_model(spec, ParallelConfig(), topology, dtype="bf16")
+    assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    expected = {}
+    for entry in model_entries(spec, pp=1):
+        tensors = [torch.empty(shape, device="meta") for shape in entry.rule.hf_shapes(spec)]
+        expected[entry.megatron] = entry.rule.split(tensors, spec, 1)[0].shape
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == expected
+
+
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_transformer_engine_spellings_are_megatrons(num_experts):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     # The local spec itself says what its layer norms are called when fused into the linear layer that follows.
-    renamed = get_gpt_layer_local_spec(normalization="RMSNorm").submodules.sharded_state_dict_keys_map
+    renamed = dict(get_gpt_layer_local_spec(normalization="RMSNorm").submodules.sharded_state_dict_keys_map)
     assert len(renamed) == 2
-    for rule in LAYER_ROWS[family]:
+    if num_experts:  # the norm before experts is fused into nothing (moe_module_specs.py, `fuse_pre_mlp_layernorm`)
+        renamed.pop("pre_mlp_layernorm.")
+    for rule in layer_rows(make_spec(num_experts=num_experts, qkv_bias=True, output_bias=True, mlp_bias=True)):
         local = rule.megatron.removeprefix("decoder.layers.{layer}.")
         prefix = next((prefix for prefix in renamed if local.startswith(prefix)), None)
         wanted = prefix and "decoder.layers.{layer}." + local.replace(prefix, renamed[prefix])
         assert rule.te == wanted, local
+    # TEGroupedLinear numbers the weights of one module (extensions/transformer_engine.py).
+    assert [rule.te for rule in EXPERT_ROWS] == [
+        f"decoder.layers.{{layer}}.mlp.experts.linear_fc{n}.weight{{expert}}" for n in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_expert_ranks_hold_every_expert_once(ep):
+    spec = make_spec(family="qwen3_moe", num_experts=4, experts_per_token=2, expert_ffn_size=6)
+    entries = model_entries(spec, pp=2, ep=ep)
+    assert [entry.hf for entry in entries] == [entry.hf for entry in model_entries(spec, 1)]
+    experts = [entry for entry in entries if ".experts." in entry.hf[0]]
+    assert len(experts) == 4 * 4 * 2
+    for entry in experts:
+        expert = int(entry.hf[0].split(".experts.")[1].split(".")[0])
+        per_rank = 4 // ep
+        assert entry.ep_rank == expert // per_rank
+        assert f"local_experts.{expert % per_rank}." in entry.megatron and entry.te.endswith(
+            f"weight{expert % per_rank}"
+        )
+    assert all(entry.ep_rank is None for entry in entries if entry not in experts)
 
 
 @pytest.mark.parametrize("pp", [1, 2, 4])
