@@ -29,8 +29,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 # Which families read a bias switch; set for another, transformers and vLLM would each do as they like.
-# With attention_bias, qwen3 and qwen3_moe have a bias on the output projection too. vLLM 0.32 has no place for it there
-# and skips the tensor without a word: such a model converts, but the proof after a run's first sync fails.
+# With attention_bias, qwen3 and qwen3_moe have a bias on the output projection too: see `check_served`.
 _READS_BIAS = {
     "attention_bias": ("llama", "qwen3", "qwen3_moe"),
     "mlp_bias": ("llama",),
@@ -150,6 +149,15 @@ def read_hf_config(folder: Path) -> ModelSpec:
         fp8_blocks=bool(config.get("quantization_config")),
         **experts,
     )
+
+
+def check_served(spec: ModelSpec) -> None:
+    """Raise `ModelConfigError` for a model that vLLM 0.32 would load, and compute otherwise than it is."""
+    if spec.output_bias and spec.family.startswith("qwen3"):
+        raise ModelConfigError(
+            f"attention_bias: vLLM skips {spec.family}'s bias of the output projection without a word, so that such a "
+            "model can be converted but not sampled"
+        )
 
 
 def check_layout(spec: ModelSpec, *, tp: int, pp: int, ep: int = 1) -> None:

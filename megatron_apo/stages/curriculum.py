@@ -11,7 +11,7 @@ from megatron_apo.config import Recipe
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
 from megatron_apo.inputs import Inputs, fingerprint, load_inputs
-from megatron_apo.model.hf_config import ModelConfigError, check_layout, read_hf_config
+from megatron_apo.model.hf_config import ModelConfigError, check_layout, check_served, read_hf_config
 from megatron_apo.rewards import get_reward
 from megatron_apo.values.store import PromptValues, VStarStore
 from megatron_apo.weights.hf_io import HFReader, model_hash
@@ -69,6 +69,7 @@ def _check_models(recipe: Recipe) -> None:
         try:
             spec = read_hf_config(folder)
             specs.append(asdict(spec))
+            check_served(spec)
             check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp, ep=recipe.parallel.ep)
             HFReader(folder).check(spec)
         except ModelConfigError as error:

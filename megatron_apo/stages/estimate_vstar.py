@@ -22,7 +22,7 @@ from megatron_apo.config import Recipe
 from megatron_apo.data.order import sample_seed
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.inputs import Inputs, fingerprint, load_inputs
-from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.model.hf_config import check_served, read_hf_config
 from megatron_apo.rewards.pool import RewardPool
 from megatron_apo.rollout.server import engine_environment, longest_request
 from megatron_apo.telemetry.summary import RunSummary
@@ -32,7 +32,7 @@ from megatron_apo.weights.hf_io import model_hash
 
 def run(recipe: Recipe) -> None:
     """Fill `recipe.vstar.dir`. Raises before any sampling if the recipe's files do not fit together."""
-    read_hf_config(recipe.model.reference_path)
+    check_served(read_hf_config(recipe.model.reference_path))
     inputs = load_inputs(recipe)
     prompts, size = inputs.training.prompts, recipe.vstar.prompts_per_shard
     if inputs.training.too_long:

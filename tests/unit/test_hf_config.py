@@ -23,6 +23,7 @@ from megatron_apo.model.hf_config import (
     ModelSpec,
     Rope,
     check_layout,
+    check_served,
     read_hf_config,
     transformer_config,
 )
@@ -294,3 +295,10 @@ def test_layouts_of_experts(tmp_path):
     with pytest.raises(ModelConfigError) as error:
         check_layout(spec, tp=2, pp=4, ep=3)
     assert len(str(error.value).splitlines()) == 3
+
+
+def test_what_vllm_would_compute_otherwise_is_refused(tmp_path):
+    for name in ("qwen3", "llama-biases"):
+        check_served(read_hf_config(make_model(name, tmp_path)))
+    with pytest.raises(ModelConfigError, match="vLLM skips qwen3's bias of the output projection"):
+        check_served(read_hf_config(make_model("qwen3-attention-bias", tmp_path)))
