@@ -114,7 +114,7 @@ def test_a_killed_save_is_no_checkpoint(runs, tmp_path):
     shutil.copytree(runs.half((1, 2, 1)), folder)
     complete = folder / "checkpoints" / "step-000002"
     assert latest(folder) == complete
-    shutil.copytree(complete, folder / "checkpoints" / "step-000004.partial")
+    shutil.copytree(complete, folder / "checkpoints" / ".step-000004.partial")
     assert latest(folder) == complete
     shutil.copytree(complete, folder / "checkpoints" / "step-000010")
     assert latest(folder) == folder / "checkpoints" / "step-000010"
@@ -124,7 +124,7 @@ def test_a_run_saves_over_the_rest_of_a_killed_save(runs):
     """The layout (1, 2, 1) resumes at step 2 beside a half-written step 4, and writes step 4 whole."""
     name = "beside-partial"
     shutil.copytree(runs.half((1, 2, 1)), runs.work / name)
-    partial = runs.work / name / "checkpoints" / "step-000004.partial"
+    partial = runs.work / name / "checkpoints" / ".step-000004.partial"
     partial.mkdir()
     (partial / "__0_0.distcp").write_bytes(b"cut short")
     start_ranks("tests.dist.checkpoint_worker", runs.work, (1, 2, 1), f"{name}:4:2:{name}")
