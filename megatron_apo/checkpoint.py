@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from megatron_apo.optim import Trainable
     from megatron_apo.parallel.topology import Topology
 
+Dtype = Literal["fp32", "bf16", "fp16"]
 MODEL = "model"
 RECORD = "checkpoint.json"
 FORMAT = 1
@@ -81,7 +82,7 @@ class RunState:
 class Record:
     """What a folder of Megatron weights is. model_hash: of the Hugging Face tensors, where they are unchanged."""
 
-    dtype: Literal["fp32", "bf16", "fp16"]
+    dtype: Dtype
     model_hash: str | None = None
     run: RunState | None = None
     format: int = FORMAT

@@ -19,14 +19,6 @@ import torch
 
 from megatron_apo.weights.safetensors_file import FileLayout, Meta, tensor_bytes
 
-NAMED = 8  # names in one error
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
 
 def weights_path(folder: Path) -> Path:
     return folder / "weights.safetensors"

@@ -23,7 +23,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from megatron_apo.rollout.payload import some, weights_path, write_loaded
+from megatron_apo.rollout.payload import weights_path, write_loaded
+from megatron_apo.telemetry.units import some
 from megatron_apo.weights.safetensors_file import DTYPE_CODES, checksum
 
 

@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.rollout.client import RolloutClient
-from megatron_apo.rollout.payload import PayloadWriter, read_loaded, some
+from megatron_apo.rollout.payload import PayloadWriter, read_loaded
 from megatron_apo.rollout.server import ServerDied, ServerError
+from megatron_apo.telemetry.units import some
 from megatron_apo.weights.safetensors_file import Meta, checksum
 
 

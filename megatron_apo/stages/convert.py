@@ -17,16 +17,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from megatron_apo.checkpoint import MODEL, Record, read_record, torch_dtype
+from megatron_apo.checkpoint import MODEL, Dtype, Record, read_record, torch_dtype
 from megatron_apo.config import ParallelConfig
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.parallel import launch
 from megatron_apo.telemetry.summary import versions
 from megatron_apo.telemetry.units import data_size
+from megatron_apo.weights.families import hf_tensors
 from megatron_apo.weights.hf_io import HFReader, combined_hash
 from megatron_apo.weights.hf_writer import MAX_SHARD_BYTES, PROVENANCE, copy_side_files
 from megatron_apo.weights.whole_folder import check_empty, leftover
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from megatron_apo.parallel.topology import Topology
     from megatron_apo.weights.conversion import Conversion
 
-Dtype = Literal["fp32", "bf16", "fp16"]
 _DONE, _REFRESH_S = "converted_bytes", 0.2  # all ranks count in the job's store
 
 
@@ -227,12 +228,7 @@ def _check_room(out: Path, num_bytes: int) -> None:
 
 
 def _model_bytes(spec: ModelSpec, dtype: Dtype) -> int:
-    from math import prod
-
-    from megatron_apo.weights.families import model_entries
-
-    shapes = (shape for entry in model_entries(spec, pp=1) for shape in entry.rule.hf_shapes(spec))
-    return sum(map(prod, shapes)) * torch_dtype(dtype).itemsize
+    return sum(map(prod, hf_tensors(spec).values())) * torch_dtype(dtype).itemsize
 
 
 def _own_dtype(reader: HFReader, spec: ModelSpec) -> Dtype | None:

@@ -19,13 +19,13 @@ from megatron_apo.config import ParallelConfig
 from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, check_layout, read_hf_config
 from megatron_apo.parallel import launch
 from megatron_apo.stages.convert import run_ranks, streamed_conversion
+from megatron_apo.telemetry.units import some
 from megatron_apo.weights.hf_io import HFReader
 
 if TYPE_CHECKING:
     from megatron_apo.parallel.topology import Topology
 
 Part = Literal["tensors", "log-probs"]
-NAMED = 8  # differing tensors in the table
 
 
 class VerifyError(RuntimeError):
@@ -105,8 +105,7 @@ def _tensors(spec: ModelSpec, hf: Path, megatron: Path, topology: Topology) -> N
         "stored as": f"{', '.join(sorted(stored))} here, {dtype} there",
         "bits": f"{count - len(differing)} of {count} tensors equal{rounded}",
     }
-    more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
-    _report(topology, rows, f"differ: {', '.join(differing[:NAMED])}{more}" if differing else None)
+    _report(topology, rows, f"differ: {some(differing)}" if differing else None)
 
 
 def _log_probs(

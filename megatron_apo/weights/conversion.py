@@ -31,7 +31,7 @@ from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.parallel.topology import Topology
 from megatron_apo.rollout.failures import on_all, on_driver
 from megatron_apo.weights import torch_dist
-from megatron_apo.weights.families import Entry, model_entries
+from megatron_apo.weights.families import Entry, hf_tensors, model_entries
 from megatron_apo.weights.hf_io import HFReader, identity
 from megatron_apo.weights.hf_writer import HFWriter
 from megatron_apo.weights.stream import TensorMeta
@@ -77,11 +77,7 @@ class Conversion:
 
     def metadata(self) -> list[TensorMeta]:
         """The Hugging Face tensors, in order."""
-        return [
-            TensorMeta(name, self.dtype, shape)
-            for entry in self.entries
-            for name, shape in zip(entry.hf, entry.rule.hf_shapes(self.spec), strict=True)
-        ]
+        return [TensorMeta(name, self.dtype, shape) for name, shape in hf_tensors(self.spec).items()]
 
     @cached_property
     def state(self) -> dict[str, Any]:

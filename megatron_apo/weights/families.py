@@ -139,6 +139,15 @@ def model_entries(spec: ModelSpec, pp: int, ep: int = 1) -> list[Entry]:
     return entries
 
 
+def hf_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Full shape of each Hugging Face tensor of the model by name, in order."""
+    return {
+        name: shape
+        for entry in model_entries(spec, pp=1)
+        for name, shape in zip(entry.hf, entry.rule.hf_shapes(spec), strict=True)
+    }
+
+
 def tied_head_entry(spec: ModelSpec, pp: int) -> Entry | None:
     """The last stage's copy of a tied embedding: loaded from the embedding, never exported. None if there is none."""
     if not spec.tied or pp == 1:

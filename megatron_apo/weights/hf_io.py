@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, read_hf_config
-from megatron_apo.weights.families import EMBEDDING, HEAD, model_entries
+from megatron_apo.weights.families import EMBEDDING, HEAD, hf_tensors
 from megatron_apo.weights.safetensors_file import DTYPE_CODES, checksum
 
 _SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -121,7 +121,7 @@ class HFReader:
 
     def dtypes(self, spec: ModelSpec) -> set[torch.dtype | str]:
         """The dtypes that `get` gives of the model's tensors; a name where torch has none."""
-        return {self.dtype(name) for name in used_names(spec) & self._file_of.keys()}
+        return {self.dtype(name) for name in hf_tensors(spec).keys() & self._file_of.keys()}
 
     def dtype(self, name: str) -> torch.dtype | str:
         return torch.bfloat16 if name + _SCALE in self._file_of else self._file_of[name].dtype(name)
@@ -137,9 +137,7 @@ class HFReader:
 
     def check(self, spec: ModelSpec) -> None:
         """Raise `ModelConfigError` listing every missing, extra or wrongly shaped tensor."""
-        expected = {}
-        for entry in model_entries(spec, pp=1):
-            expected.update(zip(entry.hf, entry.rule.hf_shapes(spec), strict=True))
+        expected = hf_tensors(spec)
         present = set(self.names())
         problems = [f"missing tensor {name}" for name in sorted(set(expected) - present)]
         for name in sorted(present - set(expected)):
@@ -188,11 +186,6 @@ class HFReader:
         return [] if found == blocks else [f"{name + _SCALE} has shape {found}, expected {blocks}"]
 
 
-def used_names(spec: ModelSpec) -> set[str]:
-    """The Hugging Face tensors of a model."""
-    return {name for entry in model_entries(spec, pp=1) for name in entry.hf}
-
-
 def dequantize(weight_RC: Tensor, scale_BD: Tensor) -> Tensor:
     """bf16 out of FP8 with one scale for each block of 128 x 128: weight * scale, multiplied in fp32.
 
@@ -209,7 +202,7 @@ def model_hash(folder: Path) -> str:
     Tensors that the model does not use (a tied head's copy, rotary frequencies) do not count.
     """
     reader = HFReader(folder)
-    used = used_names(read_hf_config(folder))
+    used = hf_tensors(read_hf_config(folder))
     with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter's lock
         names = [name for name in reader.names() if name in used]
         identities = dict(zip(names, threads.map(lambda name: identity(reader.get(name)), names), strict=True))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.parallel.topology import Topology
-from megatron_apo.weights.families import Entry, model_entries, tied_head_entry
+from megatron_apo.weights.families import Entry, hf_tensors, model_entries, tied_head_entry
 from megatron_apo.weights.hf_writer import write_hf_folder
 
 
@@ -116,12 +116,7 @@ class WeightStream:
         ]
 
     def metadata(self) -> list[TensorMeta]:
-        return [
-            TensorMeta(name, self.dtype, shape)
-            for bucket in self._buckets
-            for entry in bucket
-            for name, shape in zip(entry.hf, entry.rule.hf_shapes(self._spec), strict=True)
-        ]
+        return [TensorMeta(name, self.dtype, shape) for name, shape in hf_tensors(self._spec).items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         if self._topology.is_driver:

@@ -29,7 +29,7 @@ import torch
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.telemetry.memory import MemorySampler
 from megatron_apo.telemetry.units import data_size
-from megatron_apo.weights.families import model_entries
+from megatron_apo.weights.families import hf_tensors
 from megatron_apo.weights.hf_writer import HFWriter
 from megatron_apo.weights.stream import TensorMeta
 
@@ -103,11 +103,7 @@ def make_checkpoint(folder: Path, shape: str) -> int:
     } | SHAPES[shape]
     (folder / "config.json").write_text(json.dumps(config))
     spec = read_hf_config(folder)
-    metadata = [
-        TensorMeta(name, torch.bfloat16, tensor_shape)
-        for entry in model_entries(spec, pp=1)
-        for name, tensor_shape in zip(entry.hf, entry.rule.hf_shapes(spec), strict=True)
-    ]
+    metadata = [TensorMeta(name, torch.bfloat16, tensor_shape) for name, tensor_shape in hf_tensors(spec).items()]
     writer = HFWriter(metadata)
     writer.create(folder)
     torch.manual_seed(0)
