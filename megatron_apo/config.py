@@ -178,7 +178,7 @@ class WarmupConfig(Section):
     steps: int = Field(400, ge=1, description="optimizer steps")
     sequences_per_step: int = Field(64, ge=1, description="sequences of one optimizer step")
     lr: float = Field(
-        1e-3, gt=0, description="learning rate, constant after a linear warm-up of a twentieth of the steps"
+        1e-3, gt=0, description="peak learning rate, after a twentieth of the steps; it falls linearly to 0"
     )
 
 

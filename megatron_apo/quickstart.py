@@ -21,7 +21,7 @@ from megatron_apo.telemetry.report import write_report
 from megatron_apo.telemetry.summary import RunSummary, read_summary
 from megatron_apo.telemetry.units import with_error
 
-NUM_TRAIN, NUM_EVAL, NUM_SFT = 2048, 512, 8192
+NUM_TRAIN, NUM_EVAL, NUM_SFT = 2048, 512, 1400
 STAGES = ("warmup", "estimate-vstar", "train")
 _DEFAULT_OUT = Path("runs/quickstart")
 

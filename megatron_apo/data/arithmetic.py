@@ -1,6 +1,13 @@
 """The arithmetic-with-thinking task: data, tokenizer and an untrained model small enough to learn on a laptop.
 
-    12+34+56=    ->    <think>12+34=46;46+56=102</think>102
+    47+8+5=    ->    <think>47+8=55;55+5=60</think>60
+
+The demonstrations for the warm start come from a demonstrator who often stops thinking too early:
+
+    47+8+5=    ->    <think>47+8=55</think>55
+
+A model that has learnt to imitate this is wrong as often as the demonstrator, on every seed and however long it was
+trained, and has something to learn from a reward: to think to the end.
 
 Nothing is downloaded; everything follows from a seed. The files are read like any user's (see `prompts.py`).
 """
@@ -9,15 +16,15 @@ from __future__ import annotations
 
 import json
 import random
-from math import comb
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FIRST, LAST = 10, 99  # operands
-NUM_PROBLEMS = comb(LAST - FIRST + 3, 3)  # three operands, whatever their order
+STOPS_EARLY = 0.4  # share of the demonstrations
+PROBLEMS = [(a, b, c) for a in range(10, 100) for b in range(1, 10) for c in range(b, 10)]
 CHARACTERS = "0123456789+=;"
 THINK_TAGS = ("<think>", "</think>")  # ordinary tokens: text keeps them when special tokens are dropped
 EOS, PAD, UNKNOWN = "<eos>", "<pad>", "<unk>"
@@ -29,17 +36,22 @@ def write_task(folder: Path | str, seed: int, num_train: int, num_eval: int, num
     No problem is in two files, not even with its operands in another order. Raises `ValueError` if there are too few.
     """
     total = num_train + num_eval + num_sft
-    if total > NUM_PROBLEMS:
-        raise ValueError(f"the arithmetic task has {NUM_PROBLEMS} problems, {total} were asked for; ask for fewer")
+    if total > len(PROBLEMS):
+        raise ValueError(f"the arithmetic task has {len(PROBLEMS)} problems, {total} were asked for; ask for fewer")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    problems = iter(_problems(random.Random(seed), total))
+    problems = _problems(random.Random(seed))
+    demonstrator = random.Random(f"{seed} demonstrations")
     paths = {}
     for name, size in (("train", num_train), ("eval", num_eval), ("sft", num_sft)):
         paths[name] = folder / f"{name}.jsonl"
         with open(paths[name], "w") as file:
             for _ in range(size):
-                file.write(json.dumps(_row(next(problems), with_response=name == "sft")) + "\n")
+                operands = next(problems)
+                row = {"prompt": "{}+{}+{}=".format(*operands), "answer": str(sum(operands))}
+                if name == "sft":
+                    row["response"] = _demonstration(operands, stops_early=demonstrator.random() < STOPS_EARLY)
+                file.write(json.dumps(row) + "\n")
     return paths
 
 
@@ -100,22 +112,15 @@ def write_model(folder: Path | str, seed: int, tokenizer: PreTrainedTokenizerFas
     return Path(folder)
 
 
-def _problems(rng: random.Random, number: int) -> list[tuple[int, int, int]]:
-    """Distinct problems, each with its operands in random order. The first n are the same for every `number` >= n."""
-    seen: set[tuple[int, ...]] = set()
-    problems: list[tuple[int, int, int]] = []
-    while len(problems) < number:
-        operands = (rng.randint(FIRST, LAST), rng.randint(FIRST, LAST), rng.randint(FIRST, LAST))
-        if (unordered := tuple(sorted(operands))) not in seen:
-            seen.add(unordered)
-            problems.append(operands)
-    return problems
+def _problems(rng: random.Random) -> Iterator[tuple[int, int, int]]:
+    """All problems in random order, each with its single digits in random order."""
+    for a, b, c in rng.sample(PROBLEMS, len(PROBLEMS)):
+        yield (a, b, c) if rng.random() < 0.5 else (a, c, b)
 
 
-def _row(operands: tuple[int, int, int], with_response: bool) -> dict[str, str]:
+def _demonstration(operands: tuple[int, int, int], stops_early: bool) -> str:
     a, b, c = operands
-    answer = str(a + b + c)
-    row = {"prompt": f"{a}+{b}+{c}=", "answer": answer}
-    if with_response:
-        row["response"] = f"<think>{a}+{b}={a + b};{a + b}+{c}={answer}</think>{answer}"
-    return row
+    thoughts, answer = f"{a}+{b}={a + b}", a + b
+    if not stops_early:
+        thoughts, answer = f"{thoughts};{answer}+{c}={answer + c}", answer + c
+    return f"<think>{thoughts}</think>{answer}"

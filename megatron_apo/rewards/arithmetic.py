@@ -1,4 +1,4 @@
-"""Grader of the arithmetic task: `<think>12+34=46;46+56=102</think>102`."""
+"""Grader of the arithmetic task: `<think>47+8=55;55+5=60</think>60`."""
 
 from __future__ import annotations
 

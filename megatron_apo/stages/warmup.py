@@ -29,8 +29,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
         spec, recipe.parallel, topology, dtype=recipe.model.dtype, chunk_tokens=recipe.train.log_prob_chunk_tokens
     )
     load_weights(model, spec, topology, HFReader(warmup.start))
-    # No decay: a model annealed to a sharp minimum is thrown out of it by the first noisy policy gradients.
-    config = OptimizerConfig(lr=warmup.lr, beta2=0.999, warmup_steps=max(1, warmup.steps // 20))
+    config = OptimizerConfig(lr=warmup.lr, schedule="linear", beta2=0.999, warmup_steps=max(1, warmup.steps // 20))
     trainable = make_trainable(model, config, total_steps=warmup.steps)
     examples = read_examples(recipe)
     with Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress:

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from megatron_apo.data.arithmetic import NUM_PROBLEMS, build_tokenizer, write_model, write_task
+from megatron_apo.data.arithmetic import PROBLEMS, STOPS_EARLY, build_tokenizer, write_model, write_task
 from megatron_apo.rewards import GradeRequest, get_reward
 
 
@@ -28,29 +28,35 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def problem(row):
-    return tuple(sorted(int(number) for number in re.findall(r"\d+", row["prompt"])))
+def operands(row):
+    return tuple(int(number) for number in re.findall(r"\d+", row["prompt"]))
 
 
 def test_rows_are_right_and_the_grader_agrees(tmp_path):
-    paths = write_task(tmp_path, 0, num_train=200, num_eval=50, num_sft=300)
-    assert {name: len(read(path)) for name, path in paths.items()} == {"train": 200, "eval": 50, "sft": 300}
+    paths = write_task(tmp_path, 0, num_train=200, num_eval=50, num_sft=1000)
+    assert {name: len(read(path)) for name, path in paths.items()} == {"train": 200, "eval": 50, "sft": 1000}
     assert [path.name for path in paths.values()] == ["train.jsonl", "eval.jsonl", "sft.jsonl"]
     grader = get_reward("arithmetic", {})
     for row in read(paths["train"]) + read(paths["eval"]):
         assert row.keys() == {"prompt", "answer"}
-        assert re.fullmatch(r"(\d\d\+){2}\d\d=", row["prompt"])
-        assert int(row["answer"]) == sum(problem(row))
+        assert re.fullmatch(r"\d\d\+\d\+\d=", row["prompt"])
+        assert int(row["answer"]) == sum(operands(row))
+    stopped_early = 0
     for row in read(paths["sft"]):
-        a, b, c = (int(number) for number in re.findall(r"\d+", row["prompt"]))
-        assert row["response"] == f"<think>{a}+{b}={a + b};{a + b}+{c}={a + b + c}</think>{a + b + c}"
-        assert grader(GradeRequest(row["prompt"], row["response"], row["answer"], "stop")) == 1
+        a, b, c = operands(row)
+        whole = f"<think>{a}+{b}={a + b};{a + b}+{c}={a + b + c}</think>{a + b + c}"
+        early = f"<think>{a}+{b}={a + b}</think>{a + b}"
+        assert row["response"] in (whole, early)
+        is_early = row["response"] == early
+        stopped_early += is_early
+        assert grader(GradeRequest(row["prompt"], row["response"], row["answer"], "stop")) == (not is_early)
+    assert stopped_early == pytest.approx(STOPS_EARLY * 1000, abs=60)
 
 
 def test_no_problem_is_seen_twice_in_any_order(tmp_path):
-    paths = write_task(tmp_path, 1, num_train=4096, num_eval=512, num_sft=8192)
-    problems = [problem(row) for path in paths.values() for row in read(path)]
-    assert len(set(problems)) == len(problems) == 4096 + 512 + 8192
+    paths = write_task(tmp_path, 1, num_train=2048, num_eval=512, num_sft=len(PROBLEMS) - 2560)
+    problems = [tuple(sorted(operands(row))) for path in paths.values() for row in read(path)]
+    assert len(set(problems)) == len(problems) == len(PROBLEMS) == 90 * 45
 
 
 def test_everything_follows_from_the_seed(tmp_path):
@@ -61,10 +67,8 @@ def test_everything_follows_from_the_seed(tmp_path):
 
 
 def test_more_problems_than_there_are(tmp_path):
-    operands = range(10, 100)
-    assert NUM_PROBLEMS == sum(1 for a in operands for b in operands if a <= b for c in operands if b <= c)
-    with pytest.raises(ValueError, match=f"has {NUM_PROBLEMS} problems, {NUM_PROBLEMS + 1} were asked for"):
-        write_task(tmp_path, 0, NUM_PROBLEMS, 1, 0)
+    with pytest.raises(ValueError, match=f"has {len(PROBLEMS)} problems, {len(PROBLEMS) + 1} were asked for"):
+        write_task(tmp_path, 0, len(PROBLEMS), 1, 0)
 
 
 TEXT = "12+34+56=<think>12+34=46;46+56=102</think>102"
