@@ -42,6 +42,7 @@ setup(
         "pyyaml>=6.0",
         "rich>=13",
         "safetensors>=0.5",
+        "scipy>=1.13",
         "sentencepiece>=0.2",
         "tensorboard>=2.16",
         "torch>=2.11",

@@ -83,12 +83,28 @@ def warmup(recipe: RecipeOption, overrides: Overrides = None) -> None:
 
 
 @app.command("estimate-vstar")
-def estimate_vstar(recipe: RecipeOption, overrides: Overrides = None) -> None:
-    """Stage 1: sample the reference, grade, write the V* store. Resumes at the first missing shard."""
+def estimate_vstar(
+    recipe: RecipeOption,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(min=1, help="workers that fill the store together; may change")] = 1,
+    worker: Annotated[int, typer.Option(min=0, help="which of them this is, from 0")] = 0,
+    merge: Annotated[bool, typer.Option("--merge", help="sample nothing: close a store with all its shards")] = False,
+    check: Annotated[bool, typer.Option("--check", help="sample nothing: read the finished store whole")] = False,
+) -> None:
+    """Stage 1: sample the reference, grade, write the V* store. Samples only the shards that are not there."""
     loaded = _load(recipe, overrides)
+    if worker >= workers:
+        raise ValueError(f"--worker: {worker} of {workers} workers, which are counted from 0; use 0 to {workers - 1}")
+    if merge and check:
+        raise ValueError("--merge, --check: --merge checks what it closes; give one of them")
+    if merge or check:
+        from megatron_apo.stages import estimate_vstar as stage
+
+        (stage.merge if merge else stage.check)(loaded)
+        return
     from megatron_apo.stages import start
 
-    start.estimate_vstar(loaded)
+    start.estimate_vstar(loaded, worker, workers)
 
 
 @app.command()
@@ -167,22 +183,49 @@ def report(run: Annotated[Path, typer.Argument(help="folder of a run, finished o
 @app.command()
 def vstar(
     store: Annotated[Path, typer.Argument(help="folder of a V* store")],
-    beta1: Annotated[float, typer.Option(help="b1 of V* = b1 log mean exp(r/b1)")] = 0.5,
+    beta1: Annotated[list[float] | None, typer.Option(help="b1 of V*; repeatable; default: 0.25, 0.5 and 1")] = None,
+    estimator: Annotated[
+        Literal["log_mean_exp", "debiased", "beta_smoothed", "mean", "max"], typer.Option(help="how rewards become V*")
+    ] = "log_mean_exp",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="write one self-contained HTML page")] = None,
+    diff: Annotated[
+        Path | None, typer.Option(metavar="OTHER", help="compare with another store; 1 if any reward differs")
+    ] = None,
 ) -> None:
-    """Validate a V* store and summarize it."""
+    """Validate a V* store and summarize it, or compare it with another."""
+    beta1s = list(dict.fromkeys(beta1 or (0.25, 0.5, 1.0)))
+    for value in beta1s:
+        if not 0 < value < float("inf"):
+            raise ValueError(f"--beta1: {value:g} is not a finite number above 0; give one, such as 0.5")
+    if page and diff:
+        raise ValueError("--page, --diff: the page is of one store; give one of them")
+    import json
+    from dataclasses import asdict
+
+    from megatron_apo.telemetry import vstar_text
+    from megatron_apo.values import summary
     from megatron_apo.values.store import VStarStore
 
     opened = VStarStore.open(store)
-    values_P = opened.values(beta1, "log_mean_exp").values_P
-    summary = {
-        "prompts": f"{len(opened)} in {opened.num_shards} shards, {opened.rewards.shape[1]} samples of each",
-        "mean reward": f"{opened.rewards.mean():.4f}",
-        "V*": f"mean {values_P.mean():.4f}, {values_P.min():.4f} to {values_P.max():.4f} at b1 = {beta1:g}",
-        "never right": f"{len(opened.filtered_ids('all_wrong'))} prompts",
-        "always right": f"{len(opened.filtered_ids('all_right'))} prompts",
-    }
-    for name, value in (summary | opened.fingerprint.model_dump()).items():
-        print(f"{name:20} {value}")
+    if diff:
+        comparison = summary.compare(opened, VStarStore.open(diff), beta1s, estimator)
+        if as_json:
+            print(json.dumps(asdict(comparison), indent=1))
+        else:
+            vstar_text.print_comparison(comparison)
+        raise typer.Exit(0 if comparison.same_rewards else 1)
+    found = summary.summarize(opened, beta1s, estimator)
+    if page:
+        from megatron_apo.telemetry import vstar_page
+
+        vstar_page.write_page(page, found, summary.compare_estimators(opened, beta1s))
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    elif page:
+        print(page)
+    else:
+        vstar_text.print_summary(found)
 
 
 @app.command()
@@ -211,7 +254,8 @@ def _is_users(error: BaseException) -> bool:
     if type(error).__module__.startswith("megatron_apo"):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    raised_here = str(frame.f_globals.get("__name__")).startswith("megatron_apo")
+    spec = frame.f_globals.get("__spec__")  # its name is right also where `-m megatron_apo.cli` says __main__
+    raised_here = spec is not None and spec.name.startswith("megatron_apo")
     return isinstance(error, OSError) or (isinstance(error, ValueError) and raised_here)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -68,12 +68,36 @@ class DataConfig(Section):
     train: str = Field(description="prompts to train on: a .jsonl or .parquet file, or a hub dataset's name")
     eval: str | None = Field(None, description="held-out prompts, same form; none: no evaluation")
     max_prompts: int | None = Field(None, ge=1, description="first rows of data.train; none: all")
+    subset: str | None = Field(None, description="configuration of a hub dataset, e.g. main; none: its default")
     split: str = Field("train", description="split to read when the source is a hub dataset")
-    prompt_column: str = Field("prompt", description="column that holds the prompt's text")
-    answer_column: str = Field("answer", description="column that holds the reference answer")
+    preset: Literal["gsm8k", "math", "aime", "openr1", "deepscaler"] | None = Field(
+        None,
+        description="public dataset whose columns and prompt_format apply (for reward math; gsm8k: for reward gsm8k); "
+        "its rows without an answer are counted, listed and left out",
+    )
+    prompt_column: str | None = Field(None, description="column of the prompt's text; none: the preset's, else prompt")
+    answer_column: str | None = Field(None, description="column of the reference; none: the preset's, else answer")
+    prompt_format: str | None = Field(
+        None, description="text around {prompt}, other braces are themselves; none: the preset's, else {prompt} alone"
+    )
     template: Literal["raw", "chat"] = Field("chat", description="raw: the text as it is; chat: the chat template")
+    system: str | None = Field(None, description="system message of the chat template; none: the template's default")
     thinking: bool | None = Field(None, description="the chat template's thinking switch; none: the template's default")
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are counted, listed and left out")
+
+    @field_validator("prompt_format", mode="before")
+    @classmethod
+    def _has_one_place(cls, value: object) -> object:
+        if value is not None and (not isinstance(value, str) or value.count("{prompt}") != 1):
+            raise ValueError("text that has {prompt} in it once, in quotes")
+        return value
+
+    @field_validator("system")
+    @classmethod
+    def _has_a_chat(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("template") == "raw":
+            raise ValueError("null with data.template: raw, which has no system message, or data.template: chat")
+        return value
 
 
 class SamplingConfig(Section):
@@ -93,14 +117,39 @@ class RewardConfig(Section):
         8.0, gt=0, description="address space of a grader process; beyond it the sample fails"
     )
     failure_reward: float = Field(0.0, description="reward of a sample whose grader hung, died or threw")
+    truncated: Literal["grade", "fail"] = Field(
+        "grade", description="responses cut at the length cap: graded like others, or given failure_reward unseen"
+    )
+
+
+class AdaptiveConfig(Section):
+    stderr: float = Field(0.1, gt=0, description="prompts are sampled until V*'s standard error is at most this")
+    beta1: float = Field(0.5, gt=0, description="b1 of the V* that stderr is meant for")
+    step: int = Field(4, ge=1, description="samples of a further round")
+    most: int = Field(64, ge=1, description="samples that no prompt exceeds")
+    all_wrong: int = Field(16, ge=0, description="least samples of a prompt that was never right before it is left")
+    reward_range: tuple[float, float] = Field((0.0, 1.0), description="lowest and highest reward there can be")
 
 
 class VStarConfig(Section):
     dir: Path = Field(description="folder of the V* store")
-    samples_per_prompt: int = Field(8, ge=1, description="N: responses of pi_ref per prompt")
+    samples_per_prompt: int = Field(8, ge=1, description="N: responses of pi_ref per prompt (of the first round)")
+    adaptive: AdaptiveConfig | None = Field(None, description="further rounds where V* is uncertain; none: N for all")
+    samples_used: int | None = Field(None, ge=1, description="stage 2 takes each prompt's first so many; none: all")
     beta1: float = Field(0.5, gt=0, description="b1 of V* = b1 log mean exp(r/b1)")
-    estimator: Literal["log_mean_exp", "mean", "max"] = Field("log_mean_exp", description="how rewards become V*")
-    filter: Literal["none", "all_wrong", "all_right", "both"] = Field("none", description="prompts left out of stage 2")
+    estimator: Literal["log_mean_exp", "debiased", "beta_smoothed", "mean", "max"] = Field(
+        "log_mean_exp", description="how rewards become V*; beta_smoothed takes rewards of 0 and 1 alone"
+    )
+    filter: Literal["none", "all_wrong", "all_right", "both", "success_rate"] = Field(
+        "none", description="prompts left out of stage 2"
+    )
+    success_rate: tuple[float, float] = Field(
+        (0.0, 1.0), description="filter success_rate keeps prompts whose share of right samples lies in between"
+    )
+    prefix_caching: bool = Field(True, description="stage 1's samples of a prompt share its prefill")
+    claim_expires_s: float = Field(
+        300, ge=5, description="a worker silent for longer is dead, its shards go to others; well above NFS's caching"
+    )
     prompts_per_shard: int = Field(1024, ge=1, description="rows of one Parquet shard")
     seed: int = Field(
         0, ge=0, lt=2**31, description="seeds the samples of pi_ref; runs of any run.seed can share a store"
@@ -147,6 +196,8 @@ class RolloutConfig(Section):
     max_num_seqs: int = Field(256, ge=1, description="sequences vLLM decodes at once")
     max_num_batched_tokens: int = Field(16384, ge=64, description="tokens of one vLLM step; holds a whole sequence")
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of each engine, GiB")
+    kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="fp8 halves the KV cache; GPU only")
+    quantization: Literal["fp8"] | None = Field(None, description="vLLM's weights in FP8; GPU only")
     threads: int | None = Field(None, ge=1, description="CPU threads of each vLLM worker; none: vLLM decides")
     extra_args: list[str] = Field(default_factory=list, description="appended to the server's command line as they are")
     start_timeout_s: float = Field(600, gt=0, description="how long a server may take to answer")
@@ -233,10 +284,29 @@ class Recipe(Section):
                 f"({self.max_sequence_tokens} + 1 tokens) or rollout.max_num_seqs={self.rollout.max_num_seqs}; "
                 f"use at least {least}"
             )
+        found += self._adaptive_problems()
+        low, high = self.vstar.success_rate
+        if not 0 <= low <= high <= 1:
+            found.append(f"vstar.success_rate: [{low}, {high}] is no range within 0 and 1; use 0 <= low <= high <= 1")
         if self.optimizer.min_lr > self.optimizer.lr:
             found.append(
                 f"optimizer.min_lr: {self.optimizer.min_lr} is above optimizer.lr={self.optimizer.lr}; lower it"
             )
+        return found
+
+    def _adaptive_problems(self) -> list[str]:
+        first, adaptive = self.vstar.samples_per_prompt, self.vstar.adaptive
+        if adaptive is None:
+            return []
+        found = [
+            f"vstar.adaptive.{name}: {value} lies outside vstar.samples_per_prompt={first} to vstar.adaptive.most="
+            f"{adaptive.most}; change one of them"
+            for name, value in (("most", adaptive.most), ("all_wrong", max(first, adaptive.all_wrong)))
+            if not first <= value <= adaptive.most
+        ]
+        low, high = adaptive.reward_range
+        if low >= high:
+            found.append(f"vstar.adaptive.reward_range: [{low}, {high}] is empty; give the lowest and highest reward")
         return found
 
     @property

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from megatron_apo.config import Recipe, SamplingConfig
 from megatron_apo.data.prompts import LoadedPrompts, Prompt, PromptRenderer, load_prompts
-from megatron_apo.rewards import GradeRequest
+from megatron_apo.rewards import GradeRequest, get_reward
 from megatron_apo.rollout.client import Sampling, eos_token_ids
-from megatron_apo.values.store import Fingerprint
+from megatron_apo.values.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,11 @@ def load_inputs(recipe: Recipe) -> Inputs:
     training = load_prompts(recipe.data.train, recipe.data, renderer, recipe.data.max_prompts)
     evaluation: list[Prompt] = []
     if recipe.data.eval:
-        evaluation = load_prompts(recipe.data.eval, recipe.data, renderer, recipe.eval.max_prompts).prompts
+        held_out = load_prompts(recipe.data.eval, recipe.data, renderer, recipe.eval.max_prompts)
+        evaluation = held_out.prompts
+        for ids, why in ((held_out.too_long, "longer than data.max_prompt_tokens"), (held_out.unanswered, "no answer")):
+            if ids:
+                print(f"data.eval: {len(ids)} prompts left out ({why}), the first is {ids[0]}")
     return Inputs(tokenizer, renderer, training, evaluation, stop_token_ids(recipe, recipe.model.path))
 
 
@@ -75,24 +79,27 @@ def stop_token_ids(recipe: Recipe, folder: Path) -> tuple[int, ...]:
     return tuple(recipe.sampling.stop_token_ids or eos_token_ids(folder))
 
 
-def fingerprint(
-    recipe: Recipe, inputs: Inputs, *, model_hash: str, reward_name: str, reward_version: str
-) -> Fingerprint:
-    """Everything that V* under this recipe depends on. `model_hash`: of the reference's weights."""
+def store_fingerprint(recipe: Recipe, inputs: Inputs) -> Fingerprint:
+    """Everything that V* under this recipe depends on. Reads the reference's weights, for their hash."""
+    from megatron_apo.weights.hf_io import model_hash
+
+    reward = get_reward(recipe.reward.name, recipe.reward.options)
     return Fingerprint(
-        model_hash=model_hash,
+        model_hash=model_hash(recipe.model.reference_path),
         **inputs.renderer.fingerprint(),
         temperature=recipe.sampling.temperature,
         top_p=recipe.sampling.top_p,
         top_k=recipe.sampling.top_k,
         max_response_tokens=recipe.sampling.max_response_tokens,
         stop_token_ids=list(inputs.stop_token_ids),
-        reward_name=reward_name,
-        reward_version=reward_version,
+        reward_name=reward.name,
+        reward_version=reward.version,
         reward_options=recipe.reward.options,
         failure_reward=recipe.reward.failure_reward,
+        truncated=recipe.reward.truncated,
         dataset_hash=inputs.training.dataset_hash,
         max_prompt_tokens=recipe.data.max_prompt_tokens,
         samples_per_prompt=recipe.vstar.samples_per_prompt,
+        adaptive=recipe.vstar.adaptive.model_dump(mode="json") if recipe.vstar.adaptive else None,
         seed=recipe.vstar.seed,
     )

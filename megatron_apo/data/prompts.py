@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from megatron_apo.config import DataConfig
+from megatron_apo.data.presets import RowFormat, column_key, row_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,22 +37,26 @@ class Prompt:
 
 @dataclass(frozen=True)
 class LoadedPrompts:
-    """`too_long`: ids of the prompts left out because of data.max_prompt_tokens. dataset_hash covers all rows read."""
+    """`too_long`: ids of prompts left out because of data.max_prompt_tokens. `unanswered`: of those left out because
+    their row has no answer, which only a preset allows. dataset_hash covers all rows read.
+    """
 
     prompts: list[Prompt]
     too_long: list[str]
+    unanswered: list[str]
     dataset_hash: str
 
 
 class PromptRenderer:
     """Renders a row's text and tokenizes it. Raises `ValueError` where the recipe asks for what the tokenizer has not.
 
-    raw: the text as it is, with the special tokens the tokenizer adds by itself (a BOS, say).
-    chat: one user message in the tokenizer's chat template, ready for the assistant's turn.
+    The text first takes its place in data.prompt_format, or the preset's. Then
+    raw: as it is, with the special tokens the tokenizer adds by itself (a BOS, say).
+    chat: as the user's message, after data.system, in the tokenizer's chat template, ready for the assistant's turn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig):
-        self._tokenizer, self._data = tokenizer, data
+        self._tokenizer, self._data, self._format = tokenizer, data, row_format(data)
         self._chat_template = ""
         if data.template == "chat":
             if not tokenizer.chat_template:
@@ -61,6 +66,8 @@ class PromptRenderer:
             raise ValueError(
                 f"data.thinking: {data.thinking}, but the template has no enable_thinking switch; use null"
             )
+        if data.system is not None:
+            self._check_system(data.system)
 
     def render(self, row_text: str) -> tuple[str, tuple[int, ...]]:
         """The text the model sees, and its token ids."""
@@ -69,7 +76,9 @@ class PromptRenderer:
     def render_all(self, row_texts: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
         """`render` of many rows in one call of the tokenizer."""
         chat = self._data.template == "chat"
-        texts = [self._in_chat(text) for text in row_texts] if chat else list(row_texts)
+        texts = [self._format.show(text) for text in row_texts]
+        if chat:
+            texts = [self._in_chat(text) for text in texts]
         # A chat template writes the special tokens itself.
         ids = self._tokenizer(texts, add_special_tokens=not chat)["input_ids"]
         return [(text, tuple(tokens)) for text, tokens in zip(texts, ids, strict=True)]
@@ -77,9 +86,12 @@ class PromptRenderer:
     def fingerprint(self) -> dict[str, str]:
         """What a rendered prompt depends on, by the names of the V* store's fingerprint."""
         thinking = {None: "default", True: "on", False: "off"}[self._data.thinking]
+        template, added = self._chat_template, [self._data.system, self._format.prompt_format]
+        if added != [None, "{prompt}"]:
+            template = json.dumps([template, *added])
         return {
             "tokenizer_hash": tokenizer_hash(self._tokenizer),
-            "template_hash": hashlib.sha256(self._chat_template.encode()).hexdigest(),
+            "template_hash": hashlib.sha256(template.encode()).hexdigest(),
             "template": self._data.template,
             "thinking": thinking,
         }
@@ -87,9 +99,24 @@ class PromptRenderer:
     def _in_chat(self, text: str) -> str:
         switch: dict[str, Any] = {} if self._data.thinking is None else {"enable_thinking": self._data.thinking}
         messages = [{"role": "user", "content": text}]
+        if self._data.system is not None:
+            messages.insert(0, {"role": "system", "content": self._data.system})
         rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
         assert isinstance(rendered, str)
         return rendered
+
+    def _check_system(self, system: str) -> None:
+        """Some chat templates raise an error at a system message, and some leave it out."""
+        from jinja2 import TemplateError
+
+        try:
+            problem = None if system.strip() in self._in_chat("?") else "leaves it out"
+        except TemplateError as error:
+            problem = f"refuses it ({' '.join(str(error).split())[:200]})"
+        if problem:
+            raise ValueError(
+                f"data.system: {system!r}, but the chat template {problem}; use null and data.prompt_format"
+            )
 
 
 def load_prompts(
@@ -98,24 +125,29 @@ def load_prompts(
     """Read, render and tokenize `source` (data.train or data.eval), its first `max_prompts` rows if given.
 
     Raises `ValueError` naming the recipe's key and the fix: no such file or dataset, a column that is not there, a
-    value that is not text, an empty prompt, or not one prompt short enough.
+    value that is not text, an empty prompt, or not one prompt that is short enough and has an answer.
     """
     key = "data.eval" if source == data.eval and source != data.train else "data.train"
-    name = Path(source).name if _file_format(source) else f"{source}:{data.split}"
-    rows = enumerate(islice(read_rows(source, key, data.split), max_prompts))
+    hub_name = f"{source}/{data.subset}" if data.subset else source
+    name = Path(source).name if _file_format(source) else f"{hub_name}:{data.split}"
+    rows = enumerate(islice(read_rows(source, key, data.split, data.subset), max_prompts))
+    columns, prompt_key = row_format(data), column_key(data, "prompt_column")
     prompts: list[Prompt] = []
     too_long: list[str] = []
+    unanswered: list[str] = []
     dataset_hash = hashlib.sha256()
     while block := list(islice(rows, _RENDER_ROWS)):
-        texts = [row_text(row, data.prompt_column, "data.prompt_column", source, index) for index, row in block]
-        answers = [row_text(row, data.answer_column, "data.answer_column", source, index) for index, row in block]
+        texts = [row_text(row, columns.prompts, prompt_key, source, index) for index, row in block]
+        answers = [_row_answer(row, data, columns, source, index) for index, row in block]
         rendered = renderer.render_all(texts)
         for (index, _), text, answer, (shown, token_ids) in zip(block, texts, answers, rendered, strict=True):
             prompt_id = _hash128(json.dumps([name, index, text, answer]))
             dataset_hash.update(bytes.fromhex(prompt_id))
-            if not token_ids:
+            if not text or not token_ids:
                 raise ValueError(f"{key}: row {index} of {source} is an empty prompt; remove it")
-            if len(token_ids) > data.max_prompt_tokens:
+            if answer is None:
+                unanswered.append(prompt_id)
+            elif len(token_ids) > data.max_prompt_tokens:
                 too_long.append(prompt_id)
             else:
                 prompts.append(Prompt(prompt_id, shown, _hash128(shown), token_ids, answer, index))
@@ -125,12 +157,17 @@ def load_prompts(
                 f"data.max_prompt_tokens: {data.max_prompt_tokens} is less than each of the {len(too_long)} prompts of "
                 f"{source} has; raise it"
             )
+        if unanswered:
+            raise ValueError(
+                f"data.preset: {data.preset}, but none of the {len(unanswered)} rows of {source} has an answer in "
+                f"{_any_of(columns.answers)}; use another preset, or name the column in data.answer_column"
+            )
         raise ValueError(f"{key}: {source} has no rows; give another source")
-    return LoadedPrompts(prompts, too_long, dataset_hash.hexdigest())
+    return LoadedPrompts(prompts, too_long, unanswered, dataset_hash.hexdigest())
 
 
-def read_rows(source: str, key: str, split: str = "train") -> Iterator[dict[str, Any]]:
-    """Rows of a .jsonl or .parquet file, or of a hub dataset's `split`.
+def read_rows(source: str, key: str, split: str = "train", subset: str | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a .jsonl or .parquet file, or of a hub dataset's `split`, in its configuration `subset` if given.
 
     Raises `ValueError` naming `key`, the recipe's key, for a source that cannot be read.
     """
@@ -140,12 +177,12 @@ def read_rows(source: str, key: str, split: str = "train") -> Iterator[dict[str,
     if file_format is None:
         datasets.disable_progress_bars()
         try:
-            yield from datasets.load_dataset(source, split=split)
-        except (OSError, ValueError) as error:  # offline, unknown name, unknown split
+            yield from datasets.load_dataset(source, subset, split=split)
+        except (OSError, ValueError) as error:  # offline, unknown name, subset or split
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"{key}: cannot load {source!r} (split {split!r}) from the hub ({reason}); "
-                "use a .jsonl or .parquet file, or a hub dataset's name and data.split"
+                f"{key}: cannot load {source!r} (subset {subset!r}, split {split!r}) from the hub ({reason}); "
+                "use a .jsonl or .parquet file, or a hub dataset's name, data.subset and data.split"
             ) from error
         return
     if not Path(source).is_file():
@@ -178,14 +215,36 @@ def _file_format(source: str) -> str | None:
     return _FILE_FORMATS.get(Path(source).suffix)
 
 
-def row_text(row: dict[str, Any], column: str, key: str, source: str, index: int) -> str:
-    """The text of one column of a row. Raises `ValueError` naming `key`, the recipe's key for the column."""
-    if column not in row:
-        raise ValueError(f"{key}: {column!r} is not a column of {source}; use one of {', '.join(row)}")
+def row_text(row: dict[str, Any], columns: Iterable[str], key: str, source: str, index: int) -> str:
+    """The text of the first of `columns` that a row has. Raises `ValueError` naming `key`, the recipe's key for it."""
+    column = _present(row, columns, key, source)
     value = row[column]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{key}: row {index} of {source} has {value!r} in {column!r}, not text; name a column of text")
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
+        raise ValueError(
+            f"{key}: row {index} of {source} has {repr(value)[:200]} in {column!r}, not text; name a column of text"
+        )
     return str(value)
+
+
+def _row_answer(row: dict[str, Any], data: DataConfig, columns: RowFormat, source: str, index: int) -> str | None:
+    """The reference answer of a row; None where a row of a preset has none: null, NaN, or no answer in its text."""
+    key = column_key(data, "answer_column")
+    column = _present(row, columns.answers, key, source)
+    value = row[column]
+    if data.preset and (value is None or value != value):
+        return None
+    return columns.answers[column](row_text(row, [column], key, source, index))
+
+
+def _present(row: dict[str, Any], columns: Iterable[str], key: str, source: str) -> str:
+    column = next((name for name in columns if name in row), None)
+    if column is None:
+        raise ValueError(f"{key}: {_any_of(columns)} is not a column of {source}; use one of {', '.join(row)}")
+    return column
+
+
+def _any_of(columns: Iterable[str]) -> str:
+    return " or ".join(map(repr, columns))
 
 
 def _hash128(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_apo.config import Recipe
+from megatron_apo.data.presets import column_key, row_format
 from megatron_apo.data.prompts import PromptRenderer, read_rows, row_text
 from megatron_apo.inputs import load_tokenizer, stop_token_ids
 
@@ -23,10 +24,11 @@ def read_examples(recipe: Recipe) -> Examples:
     assert warmup.data is not None and warmup.start is not None
     tokenizer = load_tokenizer(warmup.start, "warmup.start")
     stop = stop_token_ids(recipe, warmup.start)[0]
+    columns, key = row_format(data).prompts, column_key(data, "prompt_column")
     prompts, responses = [], []
     for index, row in enumerate(read_rows(warmup.data, "warmup.data")):
-        prompts.append(row_text(row, data.prompt_column, "data.prompt_column", warmup.data, index))
-        responses.append(row_text(row, warmup.response_column, "warmup.response_column", warmup.data, index))
+        prompts.append(row_text(row, columns, key, warmup.data, index))
+        responses.append(row_text(row, [warmup.response_column], "warmup.response_column", warmup.data, index))
     if not prompts:
         raise ValueError(f"warmup.data: {warmup.data} has no rows; give another file")
     rendered = PromptRenderer(tokenizer, data).render_all(prompts)

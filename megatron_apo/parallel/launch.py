@@ -45,9 +45,9 @@ def spawn_stage(command: str, recipe: Recipe) -> None:
     spawn(stage_arguments(command, recipe), world_size=recipe.parallel.world_size, log_dir=recipe.run.dir / "logs")
 
 
-def stage_arguments(command: str, recipe: Recipe) -> list[str]:
-    """The command line of a stage with exactly this recipe, which is written into the run."""
-    path = recipe.run.dir / f"{command}.yaml"
+def stage_arguments(command: str, recipe: Recipe, suffix: str = "") -> list[str]:
+    """The command line of a stage with exactly this recipe, which is written into the run as COMMAND<suffix>.yaml."""
+    path = recipe.run.dir / f"{command}{suffix}.yaml"
     recipe.save(path)
     return [command, "--recipe", str(path)]
 

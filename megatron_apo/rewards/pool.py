@@ -28,18 +28,30 @@ from types import TracebackType
 
 from megatron_apo.config import RewardConfig
 from megatron_apo.rewards import GradeRequest, reward_target
+from megatron_apo.rewards.text import thinking_is_unfinished
 from megatron_apo.rewards.worker import Answer, Ready, Refused, WorkerSpec
 
 _BATCH_SIZE = 16  # enough to hide a round trip, few enough to share out
 _START_LIMIT_S = 120.0  # a reward's imports
 
 
+UNFINISHED, TRUNCATED = "unfinished thinking", "truncated"
+
+
 @dataclass(frozen=True)
 class Grade:
-    """reward: the grader's, or the recipe's failure reward; failure: None, "timeout", "died" or "error: ..."."""
+    """reward: the grader's, or the recipe's failure reward where there is a failure.
+
+    failure: None; of the response, which no grader sees then: "unfinished thinking", or "truncated" by the recipe's
+    rule; of the grader: "timeout", "died" or "error: ...".
+    """
 
     reward: float
     failure: str | None = None
+
+    @property
+    def is_graders_failure(self) -> bool:
+        return self.failure not in (None, UNFINISHED, TRUNCATED)
 
 
 @dataclass
@@ -103,10 +115,18 @@ class RewardPool:
 
     def _enqueue(self, request: GradeRequest) -> _Sample:
         sample = _Sample(request)
+        if (failure := self._response_failure(request)) is not None:
+            sample.grade.set_result(Grade(self._config.failure_reward, failure))
+            return sample
         self._queue.append(sample)
         if self._broken:  # set before the thread empties the queue for the last time, so no sample is left waiting
             raise RuntimeError(self._broken)
         return sample
+
+    def _response_failure(self, request: GradeRequest) -> str | None:
+        if thinking_is_unfinished(request.prompt, request.response):
+            return UNFINISHED
+        return TRUNCATED if self._config.truncated == "fail" and request.finish_reason == "length" else None
 
     def _wake(self) -> None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-CLOSING_TAG = "</think>"
+OPENING_TAG, CLOSING_TAG = "<think>", "</think>"
 
 
 def answer_part(response: str, thinking: bool) -> str | None:
@@ -12,3 +12,9 @@ def answer_part(response: str, thinking: bool) -> str | None:
     """
     _, tag, answer = response.rpartition(CLOSING_TAG)
     return None if thinking and not tag else answer
+
+
+def thinking_is_unfinished(prompt: str, response: str) -> bool:
+    """Thinking was opened, by the response or at the prompt's end, and never closed."""
+    opened = OPENING_TAG in response or prompt.rstrip().endswith(OPENING_TAG)
+    return opened and CLOSING_TAG not in response

@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from megatron_apo import guard
 from megatron_apo.config import RolloutConfig
@@ -166,14 +167,8 @@ class VLLMServer:
             "served-model-name": "policy",
             "host": rollout.host,
             "port": port,
-            "dtype": rollout.dtype,
             "seed": self.seed,
             "max-model-len": longest_request(self.model, self.max_model_len),
-            "max-num-seqs": rollout.max_num_seqs,
-            "max-num-batched-tokens": rollout.max_num_batched_tokens,
-            "kv-cache-memory-bytes": int(rollout.kv_cache_gib * 2**30),
-            "tensor-parallel-size": rollout.tp,
-            "generation-config": "vllm",  # no sampling default from the model's folder
             "logprobs-mode": "processed_logprobs",  # of the distribution that was sampled from: after the temperature
             "weight-transfer-config": json.dumps({"backend": "shm"}),
             "middleware": "megatron_apo.rollout.vllm_plugin.TokenCheck",
@@ -181,17 +176,17 @@ class VLLMServer:
         }
         command = [rollout.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+        for name, value in engine_options(rollout).items():
+            flag = name.replace("_", "-")
+            command += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
         command += [
             "--enable-scale-out",  # /inference/v1/generate
             "--skip-tokenizer-init",  # token ids in, token ids out
-            "--no-enable-chunked-prefill",  # a seeded request prefilled in two pieces kills the CPU engine
             "--no-enable-prefix-caching",  # a request's numbers do not depend on those before it
             "--disable-log-stats",
             "--disable-uvicorn-access-log",
             "--disable-fastapi-docs",
         ]
-        if not _has_gpu():
-            command.append("--enforce-eager")  # compiling costs more than it gains on a CPU
         return command + rollout.extra_args
 
     def _environment(self, scratch: Path) -> dict[str, str]:
@@ -210,6 +205,40 @@ class VLLMServer:
             "TOKENIZERS_PARALLELISM": "false",
         }
         return environment | engine_environment(self.rollout)
+
+
+def engine_options(rollout: RolloutConfig) -> dict[str, Any]:
+    """Arguments of vLLM's engine that both stages give it, by vLLM's names."""
+    options: dict[str, Any] = {
+        "dtype": rollout.dtype,
+        "max_num_seqs": rollout.max_num_seqs,
+        "max_num_batched_tokens": rollout.max_num_batched_tokens,
+        "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
+        "tensor_parallel_size": rollout.tp,
+        "generation_config": "vllm",  # no sampling default from the model's folder
+        "enable_chunked_prefill": False,  # a seeded request prefilled in two pieces kills the CPU engine
+        "enforce_eager": not _has_gpu(),  # compiling costs more than it gains on a CPU
+    }
+    in_fp8 = {"quantization": rollout.quantization, "kv_cache_dtype": rollout.kv_cache_dtype}
+    for name, value in in_fp8.items():
+        if value == "fp8" and not _has_gpu():
+            raise ValueError(f"rollout.{name}: fp8 needs a GPU, and this machine has none; leave it out")
+        if value:
+            options[name] = value
+    return options
+
+
+def device_name() -> str:
+    """What vLLM runs on here, e.g. "NVIDIA H200" or "CPU"."""
+    if not _has_gpu():
+        return "CPU"
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def engine_environment(rollout: RolloutConfig) -> dict[str, str]:

@@ -10,11 +10,10 @@ from megatron_apo.checkpoint import check_resume
 from megatron_apo.config import Recipe
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
-from megatron_apo.inputs import Inputs, fingerprint, load_inputs
+from megatron_apo.inputs import Inputs, load_inputs, store_fingerprint
 from megatron_apo.model.hf_config import ModelConfigError, check_layout, check_served, read_hf_config
-from megatron_apo.rewards import get_reward
 from megatron_apo.values.store import PromptValues, VStarStore
-from megatron_apo.weights.hf_io import HFReader, model_hash
+from megatron_apo.weights.hf_io import HFReader
 
 
 @dataclass(frozen=True)
@@ -38,19 +37,10 @@ def open_curriculum(recipe: Recipe) -> Curriculum:
     """
     _check_models(recipe)
     inputs = load_inputs(recipe)
-    reward = get_reward(recipe.reward.name, recipe.reward.options)
-    store = VStarStore.open(recipe.vstar.dir)
-    store.check(
-        fingerprint(
-            recipe,
-            inputs,
-            model_hash=model_hash(recipe.model.reference_path),
-            reward_name=reward.name,
-            reward_version=reward.version,
-        )
-    )
+    store = VStarStore.open(recipe.vstar.dir, recipe.vstar.samples_used)
+    store.check(store_fingerprint(recipe, inputs))
     check_resume(recipe)
-    left_out = store.filtered_ids(recipe.vstar.filter)
+    left_out = store.filtered_ids(recipe.vstar.filter, recipe.vstar.success_rate)
     prompts = [prompt for prompt in inputs.training.prompts if prompt.prompt_id not in left_out]
     vstar = store.values(recipe.vstar.beta1, recipe.vstar.estimator)
     if not prompts:

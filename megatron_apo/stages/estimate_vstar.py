@@ -1,146 +1,279 @@
-"""Stage 1, offline, once: N responses of the reference policy per prompt, graded, into a V* store.
+"""Stage 1, offline, once: responses of the reference policy for every prompt, graded, into a V* store.
 
     V*(x) = b1 log( 1/N sum_i exp(r(x, y_i) / b1) ),   y_i ~ pi_ref(.|x)
 
-The store keeps rewards; V* is derived when it is read. A killed run, started again, samples only the missing shards.
+The store keeps rewards; V* is derived when it is read. Any number of workers fill one store, now or later: each takes
+the next free shard while it still samples the last (`values/claims.py`), so its engine never runs dry. What a killed
+one left is sampled again from the same seeds. A worker that finds every shard written closes the store.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+import json
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any
 
-import pyarrow.compute as pc
-from rich.progress import track
+from rich.progress import Progress
 
 from megatron_apo.config import Recipe
 from megatron_apo.data.order import sample_seed
 from megatron_apo.data.prompts import Prompt
-from megatron_apo.inputs import Inputs, fingerprint, load_inputs
+from megatron_apo.inputs import Inputs, load_inputs, store_fingerprint
 from megatron_apo.model.hf_config import check_served, read_hf_config
-from megatron_apo.rewards.pool import RewardPool
-from megatron_apo.rollout.server import engine_environment, longest_request
+from megatron_apo.rewards.pool import UNFINISHED, Grade, RewardPool
+from megatron_apo.rollout.offline import OfflineEngine, Sample
+from megatron_apo.rollout.server import device_name, engine_options
 from megatron_apo.telemetry.summary import RunSummary
-from megatron_apo.values.store import StoreRow, StoreWriter
-from megatron_apo.weights.hf_io import model_hash
+from megatron_apo.values.claims import Claims
+from megatron_apo.values.sampling import more_samples
+from megatron_apo.values.store import StoreRow, StoreWriter, VStarStore
+from megatron_apo.values.summary import summarize
+
+_WAIT_S = 2.0  # between looks at what other workers do
 
 
-def run(recipe: Recipe) -> None:
-    """Fill `recipe.vstar.dir`. Raises before any sampling if the recipe's files do not fit together."""
-    check_served(read_hf_config(recipe.model.reference_path))
-    inputs = load_inputs(recipe)
-    prompts, size = inputs.training.prompts, recipe.vstar.prompts_per_shard
-    if inputs.training.too_long:
-        print(f"{len(inputs.training.too_long)} prompts are longer than data.max_prompt_tokens and left out")
-    shards = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    with RewardPool(recipe.reward) as pool, RunSummary(recipe.run.dir).phase("estimate_vstar") as summary:
-        identity = fingerprint(
-            recipe,
-            inputs,
-            model_hash=model_hash(recipe.model.reference_path),
-            reward_name=pool.reward_name,
-            reward_version=pool.reward_version,
+@dataclass(frozen=True)
+class Worker:
+    """Worker `index` (from 0) of `count`. The numbers only spread workers over the shards and name their logs."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def suffix(self) -> str:
+        return f"-{self.index}" if self.count > 1 else ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The store to be filled. Raises before any sampling if the recipe's files do not fit together."""
+
+    recipe: Recipe
+    inputs: Inputs
+    writer: StoreWriter
+
+    @classmethod
+    def open(cls, recipe: Recipe) -> Job:
+        check_served(read_hf_config(recipe.model.reference_path))
+        engine_options(recipe.rollout)
+        inputs = load_inputs(recipe)
+        num_shards = -(-len(inputs.training.prompts) // recipe.vstar.prompts_per_shard)
+        return cls(recipe, inputs, StoreWriter(recipe.vstar.dir, store_fingerprint(recipe, inputs), num_shards))
+
+    def prompts(self, index: int) -> list[Prompt]:
+        """The prompts of shard `index`."""
+        size = self.recipe.vstar.prompts_per_shard
+        return self.inputs.training.prompts[index * size : (index + 1) * size]
+
+
+def run(recipe: Recipe, worker: Worker) -> None:
+    """Work on `recipe.vstar.dir` until it is finished, alone or with other workers."""
+    job = Job.open(recipe)
+    shards, first = job.writer.num_shards, worker.index * job.writer.num_shards // worker.count
+    with (
+        Claims(recipe.vstar.dir, shards, job.writer.written, recipe.vstar.claim_expires_s, first) as claims,
+        RunSummary(recipe.run.dir).phase("estimate_vstar") as summary,
+    ):
+        _fill(job, worker, claims)
+        summary["vstar"] = _close(job, claims)
+
+
+def merge(recipe: Recipe) -> None:
+    """Close a store whose shards are all written. Raises `StoreError` listing those that are not."""
+    job = Job.open(recipe)
+    claims = Claims(recipe.vstar.dir, job.writer.num_shards, job.writer.written, recipe.vstar.claim_expires_s)
+    RunSummary(recipe.run.dir).add({"vstar": _close(job, claims)})
+
+
+def check(recipe: Recipe) -> None:
+    """Read the finished store whole, and compare it with the recipe. Raises `StoreError`."""
+    store = VStarStore.open(recipe.vstar.dir)
+    store.check(store_fingerprint(recipe, load_inputs(recipe)))
+    print(f"{store.folder}: whole, {len(store)} prompts x {store.rewards.samples}, and of this recipe")
+
+
+def _close(job: Job, claims: Claims) -> dict[str, Any]:
+    """Write the manifest; for the summary: what the store holds."""
+    store = job.writer.finish()
+    claims.remove()
+    training = job.inputs.training
+    left_out = {"too_long": training.too_long, "unanswered": training.unanswered}
+    if any(left_out.values()):
+        path = store.folder / "left_out.json"
+        path.write_text(json.dumps(left_out, indent=1) + "\n")
+        print(f"{len(training.too_long)} prompts too long, {len(training.unanswered)} unanswered: left out, see {path}")
+    found = summarize(store, [job.recipe.vstar.beta1], "log_mean_exp")
+    print(f"V* store: {store.folder}, {found.prompts} prompts x {found.samples}, mean reward {found.reward.mean:.3f}")
+    return {
+        "prompts": found.prompts,
+        "samples_per_prompt": found.samples,
+        "samples": found.responses.count,
+        "mean_reward": found.reward.mean,
+        "mean_reward_stderr": found.reward.stderr,
+        "truncated": found.responses.truncated,
+        "unfinished_thinking": found.responses.num_unfinished,
+        "grader_failures": found.responses.num_failures,
+        "left_out": {name: len(ids) for name, ids in left_out.items()},
+        "hours": found.hours,
+    }
+
+
+def _fill(job: Job, worker: Worker, claims: Claims) -> None:
+    """Sample shards until all are written, by this worker or by others."""
+    recipe, writer = job.recipe, job.writer
+    index = _wait_for_shard(claims, writer)
+    if index is None:
+        return
+    with RewardPool(recipe.reward) as pool, Progress(disable=not recipe.telemetry.progress) as progress:
+        engine = OfflineEngine(
+            recipe.model.reference_path,
+            recipe.rollout,
+            seed=recipe.vstar.seed,
+            max_sequence_tokens=recipe.max_sequence_tokens,
+            prefix_caching=recipe.vstar.prefix_caching,
+            log_path=recipe.run.dir / "logs" / f"vllm-estimate-vstar{worker.suffix}.log",
         )
-        writer = StoreWriter(recipe.vstar.dir, identity, len(shards))
-        missing = sorted(set(range(len(shards))) - writer.finished_shards())
-        if missing:
-            with _output_to(recipe.run.dir / "logs" / "vllm-estimate-vstar.log"):
-                engine = _start_engine(recipe)
-            for index in track(missing, "V*: sampling the reference", disable=not recipe.telemetry.progress):
-                writer.write_shard(index, _sample_shard(engine, recipe, inputs, shards[index], pool))
-        store = writer.finish()
-        summary["vstar"] = {
-            "prompts": len(store),
-            "samples_per_prompt": recipe.vstar.samples_per_prompt,
-            "mean_reward": float(store.rewards.mean()),
-            "grader_failures": pc.sum(store.column("num_failures")).as_py(),
-        }
-    n, mean = recipe.vstar.samples_per_prompt, store.rewards.mean()
-    print(f"V* store: {recipe.vstar.dir}, {len(store)} prompts x {n}, mean reward {mean:.3f}")
+        sampler = Sampler(job, engine, pool)
+        bar = progress.add_task("V*: sampling the reference", total=len(job.inputs.training.prompts))
+        while index is not None:
+            sampler.open(index)
+            ask_again = 0.0
+            while sampler.is_busy:
+                if sampler.wants_more and time.monotonic() >= ask_again:
+                    if (following := claims.take()) is not None:
+                        sampler.open(following)
+                    else:
+                        ask_again = time.monotonic() + _WAIT_S
+                sampler.advance()
+                progress.update(bar, completed=sampler.num_done)
+            index = _wait_for_shard(claims, writer)
 
 
-def _start_engine(recipe: Recipe) -> Any:
-    """One in-process vLLM engine over the reference."""
-    rollout = recipe.rollout
-    os.environ |= engine_environment(rollout)  # read by vLLM when it is imported
-    from vllm import LLM
-
-    engine = LLM(
-        model=str(recipe.model.reference_path),
-        skip_tokenizer_init=True,  # token ids in, token ids out
-        dtype=rollout.dtype,
-        seed=recipe.vstar.seed,
-        max_model_len=longest_request(recipe.model.reference_path, recipe.max_sequence_tokens),
-        max_num_seqs=rollout.max_num_seqs,
-        max_num_batched_tokens=rollout.max_num_batched_tokens,
-        kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30),
-        tensor_parallel_size=rollout.tp,
-        generation_config="vllm",  # no sampling default from the model's folder
-        enable_chunked_prefill=False,  # a seeded request prefilled in two pieces kills the CPU engine
-        enforce_eager=True,
-    )
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns about the tokenizer that it was told not to load
-    return engine
+def _wait_for_shard(claims: Claims, writer: StoreWriter) -> int | None:
+    """A shard to sample; None when all are written. Waits while the rest is with others, one of whom may die."""
+    is_told = False
+    while (index := claims.take()) is None:
+        num_missing = writer.num_shards - len(writer.written())
+        if not num_missing:
+            return None
+        if not is_told:
+            print(f"waiting for {num_missing} shards that other workers are at", flush=True)
+            is_told = True
+        time.sleep(_WAIT_S)
+    return index
 
 
-@contextmanager
-def _output_to(log_path: Path) -> Iterator[None]:
-    """Let this process and those that it starts in this block write to a file: vLLM is talkative, also from C++."""
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    usual = {stream: os.dup(stream) for stream in (1, 2)}
-    with log_path.open("ab") as log:
+@dataclass(eq=False)
+class _Open:
+    """A prompt that is being sampled or graded."""
+
+    prompt: Prompt
+    shard: int
+    seed: int
+    samples: list[Sample] = field(default_factory=list)
+    grades: list[Future[Grade]] = field(default_factory=list)
+    num_ungraded: int = 0
+
+
+class Sampler:
+    """Samples and grades shards, several at a time; writes each when its last prompt is done."""
+
+    def __init__(self, job: Job, engine: OfflineEngine, pool: RewardPool):
+        self._job, self._engine, self._pool = job, engine, pool
+        self._sampling = job.inputs.sampling(job.recipe.sampling)
+        self._enough = 2 * job.recipe.rollout.max_num_seqs
+        self._shards: dict[int, list[_Open]] = {}
+        self._graded: SimpleQueue[_Open] = SimpleQueue()  # once for each grade
+        self._unfinished: dict[int, int] = {}  # prompts of each open shard
+        self._written_at = time.monotonic()
+        self._device = device_name()
+        self._own: set[int] = set()
+        self._num_own_done = self._num_done_elsewhere = 0
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._shards)
+
+    @property
+    def num_done(self) -> int:
+        """Prompts that are done, by this worker or, when last looked, in shards of others."""
+        return self._num_own_done + self._num_done_elsewhere
+
+    @property
+    def wants_more(self) -> bool:
+        """Fewer samples are open than would keep the engine full to the end of the shards it has."""
+        return self._engine.num_samples_open < self._enough
+
+    def open(self, index: int) -> None:
+        """Begin shard `index`."""
+        recipe = self._job.recipe
+        prompts = [
+            _Open(prompt, index, sample_seed(recipe.vstar.seed, "vstar", 0, prompt.prompt_id))
+            for prompt in self._job.prompts(index)
+        ]
+        self._shards[index], self._unfinished[index] = prompts, len(prompts)
+        self._own.add(index)
+        others = self._job.writer.written() - self._own
+        self._num_done_elsewhere = sum(len(self._job.prompts(other)) for other in others)
+        for one in prompts:
+            self._continue(one)
+
+    def advance(self) -> None:
+        """One forward pass, and what came back from the graders; without anything to sample, wait for them."""
+        if self._engine.num_samples_open:
+            for one, samples in self._engine.step():
+                self._grade(one, samples)
         try:
-            for stream in usual:
-                os.dup2(log.fileno(), stream)
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for stream, copy in usual.items():
-                os.dup2(copy, stream)
-                os.close(copy)
+            while self.is_busy:
+                one = self._graded.get(block=not self._engine.num_samples_open, timeout=_WAIT_S)
+                one.num_ungraded -= 1
+                if not one.num_ungraded:
+                    self._continue(one)
+        except Empty:
+            pass
 
+    def _grade(self, one: _Open, samples: list[Sample]) -> None:
+        one.samples += samples
+        one.num_ungraded += len(samples)
+        for sample in samples:
+            request = self._job.inputs.grade_request(one.prompt, sample.token_ids, sample.finish_reason)
+            grade = self._pool.submit(request)
+            one.grades.append(grade)
+            grade.add_done_callback(lambda _: self._graded.put(one))
 
-def _sample_shard(
-    engine: Any, recipe: Recipe, inputs: Inputs, prompts: Sequence[Prompt], pool: RewardPool
-) -> list[StoreRow]:
-    from vllm import SamplingParams
+    def _continue(self, one: _Open) -> None:
+        """Ask for the prompt's next samples, if it needs any; else it is done, and perhaps its shard."""
+        vstar = self._job.recipe.vstar
+        rewards = [grade.result().reward for grade in one.grades]
+        more = more_samples(rewards, vstar.samples_per_prompt, vstar.adaptive)
+        if more:
+            seed = one.seed + len(one.samples)
+            self._engine.add(one, one.prompt.token_ids, self._sampling, num_samples=more, seed=seed)
+            return
+        self._num_own_done += 1
+        self._unfinished[one.shard] -= 1
+        if not self._unfinished[one.shard]:
+            self._write(one.shard)
 
-    sampling = [
-        SamplingParams(
-            n=recipe.vstar.samples_per_prompt,
-            seed=sample_seed(recipe.vstar.seed, "vstar", 0, prompt.prompt_id),
-            **inputs.sampling(recipe.sampling).parameters(),
+    def _write(self, index: int) -> None:
+        rows = [self._row(one) for one in self._shards.pop(index)]
+        del self._unfinished[index]
+        now = time.monotonic()
+        self._job.writer.write_shard(index, rows, now - self._written_at, self._device)
+        self._written_at = now
+
+    def _row(self, one: _Open) -> StoreRow:
+        grades = [grade.result() for grade in one.grades]
+        return StoreRow(
+            prompt_id=one.prompt.prompt_id,
+            text_hash=one.prompt.text_hash,
+            rewards=[grade.reward for grade in grades],
+            lengths=[len(sample.token_ids) for sample in one.samples],
+            finish_reasons=[sample.finish_reason for sample in one.samples],
+            responses=[sample.token_ids for sample in one.samples] if self._job.recipe.vstar.keep_responses else None,
+            num_failures=sum(grade.is_graders_failure for grade in grades),
+            num_unfinished=sum(grade.failure == UNFINISHED for grade in grades),
         )
-        for prompt in prompts
-    ]
-    requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
-    results = engine.generate(requests, sampling, use_tqdm=False)
-    graded = []
-    for prompt, result in zip(prompts, results, strict=True):
-        samples = sorted(result.outputs, key=lambda output: output.index)
-        graded.append(
-            (samples, [pool.submit(inputs.grade_request(prompt, s.token_ids, s.finish_reason)) for s in samples])
-        )
-    rows = []
-    for prompt, (samples, futures) in zip(prompts, graded, strict=True):
-        grades = [future.result() for future in futures]
-        rows.append(
-            StoreRow(
-                prompt_id=prompt.prompt_id,
-                text_hash=prompt.text_hash,
-                rewards=[grade.reward for grade in grades],
-                lengths=[len(sample.token_ids) for sample in samples],
-                finish_reasons=[sample.finish_reason for sample in samples],
-                responses=[list(sample.token_ids) for sample in samples] if recipe.vstar.keep_responses else None,
-                num_failures=sum(grade.failure is not None for grade in grades),
-            )
-        )
-    return rows

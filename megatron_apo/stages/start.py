@@ -25,14 +25,16 @@ def warmup(recipe: Recipe) -> None:
         launch.spawn_stage("warmup", recipe)
 
 
-def estimate_vstar(recipe: Recipe) -> None:
-    """Stage 1. vLLM's processes would outlive a killed command, so it works under a guard."""
-    if launch.is_guarded():
-        from megatron_apo.stages import estimate_vstar as stage
+def estimate_vstar(recipe: Recipe, index: int = 0, count: int = 1) -> None:
+    """Stage 1 as worker `index` of `count`. vLLM's processes would outlive a killed command: it works under a guard."""
+    from megatron_apo.stages import estimate_vstar as stage
 
-        stage.run(recipe)
+    worker = stage.Worker(index, count)
+    if launch.is_guarded():
+        stage.run(recipe, worker)
     else:
-        launch.run_guarded(launch.stage_arguments("estimate-vstar", recipe))
+        arguments = launch.stage_arguments("estimate-vstar", recipe, worker.suffix)
+        launch.run_guarded([*arguments, "--worker", str(index), "--workers", str(count)])
 
 
 def train(recipe: Recipe) -> None:

@@ -69,8 +69,10 @@ def reward_chart(reward: Line, evaluations: Mapping[str, Points]) -> str:
     return _svg(draw, "reward by step", width=11.1, height=3.2)
 
 
-def line_chart(title: str, lines: Mapping[str, Line], log: bool = False, percent: bool = False) -> str:
-    """One line for each name over steps."""
+def line_chart(
+    title: str, lines: Mapping[str, Line], log: bool = False, percent: bool = False, x_label: str = "step"
+) -> str:
+    """One line for each name over steps, or over what `x_label` says."""
 
     def draw(axes: Axes) -> None:
         for color, (name, (steps, values)) in zip(SERIES, lines.items(), strict=False):
@@ -84,7 +86,23 @@ def line_chart(title: str, lines: Mapping[str, Line], log: bool = False, percent
         if len(lines) > 1:
             axes.legend(loc="best")
 
-    return _svg(draw, title)
+    return _svg(draw, title, x_label=x_label)
+
+
+def band_chart(title: str, lines: Mapping[str, Points], x_label: str) -> str:
+    """One line for each name in a band of one standard error, over whole numbers."""
+
+    def draw(axes: Axes) -> None:
+        for color, (name, (at, mean, error)) in zip(SERIES, lines.items(), strict=False):
+            low, high = np.subtract(mean, error), np.add(mean, error)
+            axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
+            axes.plot(at, mean, color=color, label=name, marker="o", markersize=3)
+        axes.set_ylim(0, 1.02)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        if len(lines) > 1:
+            axes.legend(loc="lower right")
+
+    return _svg(draw, title, x_label=x_label)
 
 
 def stacked_chart(title: str, steps: Sequence[float], parts: Mapping[str, Sequence[float]]) -> str:
@@ -102,20 +120,20 @@ def stacked_chart(title: str, steps: Sequence[float], parts: Mapping[str, Sequen
     return _svg(draw, title, height=2.8)
 
 
-def histogram(title: str, values: np.ndarray, x_label: str, y_label: str) -> str:
-    """How often each value occurs (in 30 equal bins, where more than 30 values do); the mean is marked."""
+def histogram(
+    title: str, at: Sequence[float], counts: Sequence[int], mean: float | None, x_label: str, y_label: str
+) -> str:
+    """A bar of height `counts` at each of `at`, which ascend; the mean, if given, is marked."""
 
     def draw(axes: Axes) -> None:
-        distinct, counts = np.unique(values, return_counts=True)
-        if len(distinct) > 30:
-            counts, edges = np.histogram(values, bins=30)
-            distinct = (edges[:-1] + edges[1:]) / 2
-        width = 0.8 * min(np.diff(distinct), default=1.0)
-        axes.bar(distinct, counts, width, color=SERIES[0], alpha=0.85)
-        mean = float(values.mean())
-        axes.axvline(mean, color=SERIES[1], linewidth=1.4, label=f"mean {mean:.3g}")
+        # Where two values are all but the same, their bars would be too thin to see.
+        width = max(0.8 * min(np.diff(at), default=1.0), 0.008 * (at[-1] - at[0]))
+        axes.bar(at, counts, width, color=SERIES[0], alpha=0.85)
         axes.set_ylabel(y_label)
-        axes.legend(loc="best")
+        if mean is not None:
+            label = f"mean {mean:,.0f}" if mean >= 1000 else f"mean {mean:.3g}"
+            axes.axvline(mean, color=SERIES[1], linewidth=1.4, label=label)
+            axes.legend(loc="best")
 
     return _svg(draw, title, x_label=x_label)
 
@@ -140,6 +158,7 @@ def _svg(
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # inside HTML an <svg> needs none
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = text.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)

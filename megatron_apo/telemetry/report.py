@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megatron_apo.telemetry import plots
+from megatron_apo.telemetry import page, plots
 from megatron_apo.telemetry.metrics import FILE_NAME, read_metrics
 from megatron_apo.telemetry.summary import read_summary
 from megatron_apo.telemetry.units import data_size, duration
@@ -20,7 +20,6 @@ from megatron_apo.telemetry.units import data_size, duration
 Rows = list[dict[str, Any]]
 Tree = Mapping[str, Any]
 
-_CSS = (Path(__file__).parent / "report.css").read_text()
 _HEADINGS = {"before": "before (reference)", "after": "after A*-PO"}
 
 
@@ -34,25 +33,17 @@ def write_report(run_dir: Path) -> Path:
     rows = read_metrics(run_dir)
     sections = [
         _headline(summary, rows, recipe),
-        _section("Reward", _reward(rows, recipe)),
-        _section("Distance from the reference", _distance(rows)),
-        _section("V* and responses", _vstar(run_dir, recipe) + _responses(rows)),
-        _section("Time", _time(rows, summary)),
-        _section("Trainer and rollouts", _agreement(rows, summary)),
-        _section("Optimization", _optimization(rows)),
-        _section("Machine", _machine(summary)),
-        _section("Recipe", _recipe(recipe)),
+        page.section("Reward", _reward(rows, recipe)),
+        page.section("Distance from the reference", _distance(rows)),
+        page.section("V* and responses", _vstar(run_dir, recipe) + _responses(rows)),
+        page.section("Time", _time(rows, summary)),
+        page.section("Trainer and rollouts", _agreement(rows, summary)),
+        page.section("Optimization", _optimization(rows)),
+        page.section("Machine", _machine(summary)),
+        page.section("Recipe", _recipe(recipe)),
     ]
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(run_dir.resolve().name)} · A*-PO run</title><style>{_CSS}</style></head>\n<body><main>\n"
-        f"<header><h1>{escape(run_dir.resolve().name)}</h1><p>{_subtitle(recipe, rows)}</p></header>\n"
-        + "\n".join(sections)
-        + "\n</main></body></html>\n"
-    )
     path = run_dir / "report.html"
-    path.write_text(page)
+    path.write_text(page.document(run_dir.resolve().name, "A*-PO run", _subtitle(recipe, rows), sections))
     return path
 
 
@@ -68,7 +59,7 @@ def _subtitle(recipe: Tree, rows: Rows) -> str:
         parts.append(f"{train['prompts_per_step']} prompts a step")
         parts.append(f"seed {recipe['run']['seed']}")
     parts.append("no training step yet" if done is None else f"last step {done}")
-    return escape(" · ".join(parts))
+    return " · ".join(parts)
 
 
 def _headline(summary: Tree, rows: Rows, recipe: Tree) -> str:
@@ -80,20 +71,20 @@ def _headline(summary: Tree, rows: Rows, recipe: Tree) -> str:
         gain = after["mean"] - before["mean"]
         # Standard error of a difference of two independent means.
         error = ((after["stderr"] or 0) ** 2 + (before["stderr"] or 0) ** 2) ** 0.5
-        cards.append(_card(f"avg@{k} gained", f"{gain:+.3f}", f"± {error:.3f} standard error" if error else ""))
+        cards.append(page.card(f"avg@{k} gained", f"{gain:+.3f}", f"± {error:.3f} standard error" if error else ""))
     for name, result in results.items():
         error = f" <small>± {result['stderr']:.3f}</small>" if result["stderr"] else ""
         title = f"avg@{k} {_HEADINGS.get(name, name)}"
-        cards.append(_card(title, f"{result['mean']:.3f}{error}", f"greedy {result['greedy']:.3f}"))
+        cards.append(page.card(title, f"{result['mean']:.3f}{error}", f"greedy {result['greedy']:.3f}"))
     phases = summary.get("phases_s", {})
     if phases:
-        cards.append(_card("wall clock", duration(_total(phases)), f"{len(phases.keys() - {'total'})} phases"))
+        cards.append(page.card("wall clock", duration(_total(phases)), f"{len(phases.keys() - {'total'})} phases"))
     if not cards:
         reward = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
         if reward:
-            cards.append(_card("training reward", f"{reward[-1]:.3f}", f"first step {reward[0]:.3f}"))
-        cards.append(_missing("summary.json: not there, the run has not ended"))
-    return f'<section class="cards">{"".join(cards)}</section>'
+            cards.append(page.card("training reward", f"{reward[-1]:.3f}", f"first step {reward[0]:.3f}"))
+        cards.append(page.missing("summary.json: not there, the run has not ended"))
+    return page.cards(cards)
 
 
 def _reward(rows: Rows, recipe: Tree) -> str:
@@ -107,8 +98,8 @@ def _reward(rows: Rows, recipe: Tree) -> str:
             errors = [row.get(f"{name}_stderr") or 0.0 for row in rows if row.get(name) is not None]
             evaluations[label] = (steps, means, errors)
     if not reward[0] and not evaluations:
-        return _missing("no reward in metrics.jsonl")
-    return _figure(plots.reward_chart(reward, evaluations), "Bars are one standard error over prompts.", wide=True)
+        return page.missing("no reward in metrics.jsonl")
+    return page.figure(plots.reward_chart(reward, evaluations), "Bars are one standard error over prompts.", wide=True)
 
 
 def _distance(rows: Rows) -> str:
@@ -117,27 +108,21 @@ def _distance(rows: Rows) -> str:
 
 
 def _vstar(run_dir: Path, recipe: Tree) -> str:
+    from megatron_apo.telemetry.vstar_page import lengths_figure, values_figure
     from megatron_apo.values.store import StoreError, VStarStore
+    from megatron_apo.values.summary import summarize
 
-    folder = Path(recipe["vstar"]["dir"]) if recipe else run_dir / "vstar"
-    beta1 = recipe["vstar"]["beta1"] if recipe else 0.5
-    estimator = recipe["vstar"]["estimator"] if recipe else "log_mean_exp"
+    settings = recipe["vstar"] if recipe else {}
     try:
-        store = VStarStore.open(folder)
+        store = VStarStore.open(settings.get("dir", run_dir / "vstar"), settings.get("samples_used"))
+        found = summarize(store, [settings.get("beta1", 0.5)], settings.get("estimator", "log_mean_exp"))
     except StoreError as error:
-        return _missing(f"V*: {error}")
-    values = store.values(beta1, estimator).values_P
-    left_out = ", ".join(f"{len(store.filtered_ids(name)) / len(store):.0%} {text}" for name, text in _FILTERS.items())
-    lengths = store.column("lengths").combine_chunks().flatten().to_numpy()
-    chart = plots.histogram("V* of the prompts", values, f"V* ({estimator}, b1 = {beta1:g})", "prompts")
-    caption = f"{len(store)} prompts, {store.rewards.shape[1]} samples of each; {left_out}."
-    length_chart = plots.histogram("reference's response lengths", lengths, "tokens", "responses")
-    return _figure(chart, caption, title="V* of the prompts") + _figure(
-        length_chart, "All stage-1 samples.", title="response lengths of the reference"
+        return page.missing(f"V*: {error}")
+    never, always = (found.left_out[name].share for name in ("all_wrong", "all_right"))
+    caption = (
+        f"{found.prompts} prompts, {found.samples} samples of each; {never:.0%} never right, {always:.0%} always right."
     )
-
-
-_FILTERS = {"all_wrong": "never right", "all_right": "always right"}
+    return values_figure(found, found.values[0], caption) + lengths_figure(found, "All stage-1 samples.")
 
 
 def _responses(rows: Rows) -> str:
@@ -159,18 +144,18 @@ def _time(rows: Rows, summary: Tree) -> str:
         table = [(name, f"{sum(of) / len(timed):.3f} s", f"{sum(of) / total:.0%}") for name, of in parts.items()]
         table.append(("step", f"{total / len(timed):.3f} s", ""))
         steps = [row["step"] for row in timed]
-        blocks += _figure(
+        blocks += page.figure(
             plots.stacked_chart("time of a step by phase", steps, parts),
             "Running mean of five steps.",
             title="time of a step by phase",
         )
-        blocks += _table("A step, mean", ("phase", "seconds", "share"), table)
+        blocks += page.table("A step, mean", ("phase", "seconds", "share"), table)
     else:
-        blocks += _missing("time of a step: nothing in metrics.jsonl")
+        blocks += page.missing("time of a step: nothing in metrics.jsonl")
     phases = summary.get("phases_s", {})
     if phases:
         total = _total(phases)
-        blocks += _table(
+        blocks += page.table(
             "The run", ("phase", "time", "share"), [(n, duration(s), f"{s / total:.0%}") for n, s in phases.items()]
         )
     speeds = [
@@ -181,7 +166,7 @@ def _time(rows: Rows, summary: Tree) -> str:
         for speed in [sum(values) / len(values)]
     ]
     if speeds:
-        blocks += _table("Tokens per second, mean over steps", ("part", "tokens/s"), speeds)
+        blocks += page.table("Tokens per second, mean over steps", ("part", "tokens/s"), speeds)
     return blocks
 
 
@@ -197,7 +182,7 @@ def _agreement(rows: Rows, summary: Tree) -> str:
     if "sync" in summary:
         facts.append(("weight sync, mean", f"{summary['sync']['seconds_mean']:.3f} s"))
         facts.append(("weights sent each sync", data_size(summary["sync"]["bytes"])))
-    return blocks + (_table("Weight sync", ("what", "value"), facts) if facts else "")
+    return blocks + (page.table("Weight sync", ("what", "value"), facts) if facts else "")
 
 
 def _optimization(rows: Rows) -> str:
@@ -209,15 +194,15 @@ def _optimization(rows: Rows) -> str:
 def _machine(summary: Tree) -> str:
     memory, versions = summary.get("peak_memory_bytes", {}), summary.get("versions", {})
     if not memory and not versions:
-        return _missing("memory and versions are in summary.json, which is not there yet")
-    return _table(
+        return page.missing("memory and versions are in summary.json, which is not there yet")
+    return page.table(
         "Peak private memory", ("process", "memory"), [(name, data_size(size)) for name, size in memory.items()]
-    ) + _table("Versions", ("package", "version"), list(versions.items()))
+    ) + page.table("Versions", ("package", "version"), list(versions.items()))
 
 
 def _recipe(recipe: Tree) -> str:
     if not recipe:
-        return _missing("recipe.yaml: not there")
+        return page.missing("recipe.yaml: not there")
     text = escape(yaml.safe_dump(recipe, sort_keys=False))
     return f'<details class="wide"><summary>recipe.yaml, resolved</summary><pre>{text}</pre></details>'
 
@@ -225,36 +210,12 @@ def _recipe(recipe: Tree) -> str:
 # ---- pieces
 
 
-def _section(title: str, body: str) -> str:
-    return f'<section><h2>{escape(title)}</h2><div class="grid">{body}</div></section>'
-
-
-def _card(title: str, value: str, note: str) -> str:
-    return f'<div class="card"><h3>{escape(title)}</h3><strong>{value}</strong><p>{escape(note)}</p></div>'
-
-
-def _figure(svg: str, caption: str, wide: bool = False, title: str = "") -> str:
-    head = f"<h3>{escape(title)}</h3>" if title else ""
-    note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure{' class=wide' if wide else ''}>{head}{svg}{note}</figure>"
-
-
 def _lines(rows: Rows, title: str, names: Sequence[str], log: bool = False, percent: bool = False) -> str:
     lines = {name.split("/")[-1].replace("_", " "): _series(rows, name) for name in names}
     lines = {name: line for name, line in lines.items() if line[0]}
     if not lines:
-        return _missing(f"{title}: nothing in metrics.jsonl")
-    return _figure(plots.line_chart(title, lines, log=log, percent=percent), "", title=title)
-
-
-def _table(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in body)
-    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    return f'<div class="table"><h3>{escape(title)}</h3><table><tr>{heads}</tr>{cells}</table></div>'
-
-
-def _missing(text: str) -> str:
-    return f'<p class="missing">{escape(text)}</p>'
+        return page.missing(f"{title}: nothing in metrics.jsonl")
+    return page.figure(plots.line_chart(title, lines, log=log, percent=percent), "", title=title)
 
 
 def _series(rows: Rows, name: str) -> tuple[list[int], list[float]]:

@@ -23,6 +23,11 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
+def number(count: int) -> str:
+    """ "12,345"."""
+    return f"{count:,}"
+
+
 def with_error(value: float, error: float | None) -> str:
     """ "0.531 +- 0.012"; the value alone where no error could be estimated."""
     return f"{value:.3f}" if error is None else f"{value:.3f} +- {error:.3f}"

@@ -16,6 +16,7 @@ from megatron_apo.config import RolloutConfig
 from megatron_apo.rollout.client import RolloutClient
 from megatron_apo.rollout.server import VLLMServer
 from megatron_apo.rollout.weight_sync import WeightSync
+from tests.e2e.command import Command
 
 torch.set_num_threads(1)  # the tiny reference models share the cores with the servers under test
 
@@ -142,3 +143,16 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
 def rollouts(start_server: StartServer) -> Rollouts:
     """The server that the cases share: tied Qwen3, TP 1."""
     return start_server()
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    started: list[Command] = []
+
+    def start(*arguments: str, **options) -> Command:
+        started.append(Command(tmp_path / f"command{len(started)}", *arguments, **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.stop()

@@ -6,21 +6,19 @@ One small quickstart (four ranks, TP 2 x PP 2) makes the model and the V* store 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+
+from megatron_apo.values.store import VStarStore
+from tests.e2e.command import Command
 
 SMALL = [
     "data.max_prompts=256",
@@ -35,7 +33,6 @@ SMALL = [
     "telemetry.progress=false",
     "reward.name=parity:Parity",
 ]
-LIMIT_S = 300
 # A user's reward, which an untrained model earns about half of the time, so that three steps have something to learn.
 PARITY = """
 class Parity:
@@ -43,77 +40,6 @@ class Parity:
     def __call__(self, request):
         return float(len(request.response) % 2)
 """
-
-
-class Command:
-    """A `megatron-apo` command in a folder of its own; what it starts inherits that folder, which tells orphans."""
-
-    def __init__(
-        self, folder: Path, *arguments: str, program: Sequence[str] = ("-m", "megatron_apo.cli"), **environment: str
-    ):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder / "output.log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *program, *arguments],
-                cwd=folder,
-                env=os.environ | environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def wait(self) -> int:
-        return self.process.wait(LIMIT_S)
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text()
-
-    def processes(self) -> list[psutil.Process]:
-        """Live processes that this command started, itself included."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.cwd() == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def wait_for(self, what: Callable[[], bool]) -> None:
-        end = time.monotonic() + LIMIT_S
-        while not what():
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < end, f"nothing happened:\n{self.output}"
-            time.sleep(0.1)
-
-    def kill_engine(self) -> bool:
-        """kill -9 of vLLM's engine, if there is one."""
-        for process in self.processes():
-            if "EngineCore" in process.name() or any("EngineCore" in word for word in process.cmdline()):
-                process.kill()
-                return True
-        return False
-
-    def stop(self) -> None:
-        for process in self.processes():
-            process.kill()
-        self.process.wait()
-
-
-@pytest.fixture
-def command(tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    started: list[Command] = []
-
-    def start(*arguments: str, **options) -> Command:
-        started.append(Command(tmp_path / f"command{len(started)}", *arguments, **options))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.stop()
 
 
 @pytest.fixture(scope="module")
@@ -391,8 +317,15 @@ def test_faulty_grader_fails_its_samples_only(quickstart: Path, command, tmp_pat
     prompts = [
         json.loads(line)["prompt"] for line in (quickstart / "data" / "train.jsonl").read_text().splitlines()[:32]
     ]
-    failing = sum(prompt.endswith("7=") or prompt == prompts[0] for prompt in prompts)
+    failing = [prompt.endswith("7=") or prompt == prompts[0] for prompt in prompts]
+    store = VStarStore.open(tmp_path / "vstar")
+    failed, unfinished = (store.column(name).to_pylist() for name in ("num_failures", "num_unfinished"))
+    assert any(failed) and not any(number and not fails for number, fails in zip(failed, failing, strict=True))
+    means = store.values(1, "mean").values_P
+    for fails, by_grader, by_model, mean in zip(failing, failed, unfinished, means, strict=True):
+        assert by_grader == (4 - by_model if fails else 0)
+        assert mean == pytest.approx((4 - 2 * (by_grader + by_model)) / 4)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())["vstar"]
-    assert summary["grader_failures"] == 4 * failing
-    assert summary["mean_reward"] == pytest.approx((32 - 2 * failing) / 32)
+    assert summary["grader_failures"] == sum(failed) and summary["unfinished_thinking"] == sum(unfinished)
+    assert summary["mean_reward"] == pytest.approx(means.mean())
     assert run.processes() == []

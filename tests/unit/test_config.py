@@ -55,7 +55,10 @@ def test_a_problem_names_key_value_allowed_and_fix() -> None:
     (unknown,) = problems_of({}, *PATHS, "train.stps=3")
     assert unknown == "train.stps: unknown key; did you mean train.steps?"
     (choice,) = problems_of({}, *PATHS, "vstar.estimator=median")
-    assert choice == "vstar.estimator: 'median' is not allowed; use 'log_mean_exp', 'mean' or 'max'"
+    assert (
+        choice
+        == "vstar.estimator: 'median' is not allowed; use 'log_mean_exp', 'debiased', 'beta_smoothed', 'mean' or 'max'"
+    )
     (number,) = problems_of({}, *PATHS, "vstar.beta1=0")
     assert number == "vstar.beta1: 0 is not allowed; use greater than 0"
 

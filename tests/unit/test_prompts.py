@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_apo.config import DataConfig
+from megatron_apo.config import DataConfig, RecipeError, build_recipe
 from megatron_apo.data.arithmetic import build_tokenizer
 from megatron_apo.data.prompts import PromptRenderer, load_prompts, read_rows, tokenizer_hash
 
@@ -163,6 +163,108 @@ def test_fingerprint_changes_with_what_decides_token_ids(chat_tokenizer):
     assert fingerprint(template="raw")["template"] == "raw"
 
 
+def test_fingerprint_changes_with_what_is_put_around_a_prompt(chat_tokenizer):
+    def fingerprint(**changes):
+        return PromptRenderer(chat_tokenizer, config("x.jsonl", **({"template": "chat"} | changes))).fingerprint()
+
+    base = fingerprint()
+    assert base["template_hash"] == hashlib.sha256(TEMPLATE.encode()).hexdigest()
+    assert fingerprint(prompt_format="{prompt}") == base
+    changed = [
+        fingerprint(**changes)
+        for changes in (
+            {"system": ""},
+            {"system": "1"},
+            {"system": "2"},
+            {"prompt_format": "{prompt}1"},
+            {"prompt_format": "1{prompt}"},
+            {"system": "1", "prompt_format": "1{prompt}"},
+            {"template": "raw", "prompt_format": "1{prompt}"},
+            {"preset": "gsm8k"},
+            {"preset": "math"},
+        )
+    ]
+    assert len({tree["template_hash"] for tree in [base, *changed]}) == 1 + len(changed)
+    assert {key for tree in changed[:-3] for key in tree if tree[key] != base[key]} == {"template_hash"}
+    assert fingerprint(preset="aime") == fingerprint(preset="math")  # the same words around the prompt
+
+
+@pytest.mark.parametrize(
+    ("prompt_format", "shown"),
+    [
+        (None, "1+2"),
+        ("{prompt}", "1+2"),
+        ("(({prompt}))", "((1+2))"),
+        ("{prompt}=\\boxed{}", "1+2=\\boxed{}"),
+        ("{0}{}{{prompt}}{{}}", "{0}{}{1+2}{{}}"),
+    ],
+)
+def test_prompt_format(chat_tokenizer, prompt_format, shown):
+    def render(text="1+2", **changes):
+        return PromptRenderer(chat_tokenizer, config("x.jsonl", prompt_format=prompt_format, **changes)).render(text)
+
+    assert render()[0] == shown
+    assert list(render()[1]) == chat_tokenizer(shown)["input_ids"]
+    assert render(template="chat")[0] == f"{shown}="
+    assert render("{prompt}{}")[0] == shown.replace("1+2", "{prompt}{}")  # a row's braces are its own
+
+
+def test_ids_are_of_the_row_and_text_hashes_of_what_is_shown(source, tokenizer):
+    plain, around = load(source, tokenizer), load(source, tokenizer, prompt_format="({prompt})")
+    assert around.dataset_hash == plain.dataset_hash
+    for one, other in zip(plain.prompts, around.prompts, strict=True):
+        assert (other.prompt_id, other.text) == (one.prompt_id, f"({one.text})")
+        assert other.text_hash == hashlib.sha256(other.text.encode()).hexdigest()[:32]
+
+
+def test_length_counts_what_is_put_around_a_prompt(source, tokenizer):
+    loaded = load(source, tokenizer, prompt_format="({prompt})", max_prompt_tokens=5)
+    assert [p.text for p in loaded.prompts] == ["(1+2)", "(1+2)"] and len(loaded.too_long) == 2
+
+
+def test_system_message(chat_tokenizer):
+    renderer = PromptRenderer(
+        chat_tokenizer, config("x.jsonl", template="chat", system="8+", prompt_format="{prompt}+")
+    )
+    text, ids = renderer.render("1")
+    assert text == "8+1+=" and chat_tokenizer.decode(ids) == text
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """`datasets.load_dataset` of a hub that has one dataset: its calls are listed, its rows are here."""
+    import datasets
+
+    calls = []
+
+    def load_dataset(path, name=None, *, split):
+        calls.append((path, name, split))
+        if name not in (None, "main", "socratic"):
+            raise ValueError(f"BuilderConfig {name!r} not found. Available: ['main', 'socratic']")
+        return datasets.Dataset.from_list([{"prompt": p, "answer": a} for p, a in ROWS])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_hub_datasets(hub, tokenizer):
+    whole = load("some/sums", tokenizer)
+    main = load("some/sums", tokenizer, subset="main", split="test")
+    assert hub == [("some/sums", None, "train"), ("some/sums", "main", "test")]
+    assert [(p.text, p.answer) for p in main.prompts] == [(p.text, p.answer) for p in whole.prompts] == ROWS
+    others = [load("some/sums", tokenizer, split="test"), load("some/sums", tokenizer, subset="main")]
+    ids = [p.prompt_id for loaded in (whole, main, *others) for p in loaded.prompts]
+    assert len(set(ids)) == 4 * len(ROWS)
+
+
+def test_a_subset_that_is_not_there(hub, tokenizer):
+    assert refusal("some/sums", tokenizer, subset="mian") == (
+        "data.train: cannot load 'some/sums' (subset 'mian', split 'train') from the hub "
+        "(BuilderConfig 'mian' not found. Available: ['main', 'socratic']); "
+        "use a .jsonl or .parquet file, or a hub dataset's name, data.subset and data.split"
+    )
+
+
 def test_tokenizer_hash(tokenizer):
     base = tokenizer_hash(tokenizer)
     used = build_tokenizer()
@@ -215,7 +317,9 @@ def test_files_that_hold_nothing(tmp_path, tokenizer, source):
         empty.write_text(nothing)
         assert refusal(str(empty), tokenizer) == f"data.train: {empty} has no rows; give another source"
     blank = write_jsonl(tmp_path / "blank.jsonl", [{"prompt": "", "answer": "1"}])
-    assert refusal(blank, tokenizer).startswith(f"data.train: row 0 of {blank} is an empty prompt")
+    for prompt_format in ("{prompt}", "{prompt}="):
+        message = refusal(blank, tokenizer, prompt_format=prompt_format)
+        assert message.startswith(f"data.train: row 0 of {blank} is an empty prompt")
     assert refusal(source, tokenizer, max_prompt_tokens=2).startswith("data.max_prompt_tokens: 2 is less than")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "1", "ans')
     assert refusal(str(tmp_path / "broken.jsonl"), tokenizer).startswith("data.train: ")
@@ -232,6 +336,60 @@ def test_templates_that_are_not_there(tokenizer, chat_tokenizer):
     plain.chat_template = "{{ messages[0].content }}"
     with pytest.raises(ValueError, match="^data.thinking: False"):
         PromptRenderer(plain, config("x.jsonl", template="chat", thinking=False))
+
+
+def test_system_messages_that_would_be_lost():
+    def problem(template):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError) as caught:
+            PromptRenderer(tokenizer, config("x.jsonl", template="chat", system="8+\n"))
+        return str(caught.value)
+
+    fix = "; use null and data.prompt_format"
+    assert problem("{{ messages[-1].content }}") == ("data.system: '8+\\n', but the chat template leaves it out" + fix)
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no\nsystem role') }}{% endif %}"
+    assert problem(refuses + TEMPLATE) == (
+        "data.system: '8+\\n', but the chat template refuses it (no system role)" + fix
+    )
+    trims = build_tokenizer()
+    trims.chat_template = TEMPLATE.replace("m.content", "m.content | trim")
+    renderer = PromptRenderer(trims, config("x.jsonl", template="chat", system="8+\n"))
+    assert renderer.render("1")[0] == "8+1="
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        (
+            "data.prompt_format=Think.",
+            "data.prompt_format: 'Think.' is not allowed; use text that has {prompt} in it once, in quotes",
+        ),
+        (
+            "data.prompt_format='{prompt} {prompt}'",
+            "data.prompt_format: '{prompt} {prompt}' is not allowed; use text that has {prompt} in it once, in quotes",
+        ),
+        (
+            "data.prompt_format={prompt}",  # a mapping in YAML
+            "data.prompt_format: {'prompt': None} is not allowed; use text that has {prompt} in it once, in quotes",
+        ),
+        (
+            "data.system=Think.",
+            "data.system: 'Think.' is not allowed; use null with data.template: raw, which has no system message, "
+            "or data.template: chat",
+        ),
+        (
+            "data.preset=gsm",
+            "data.preset: 'gsm' is not allowed; use 'gsm8k', 'math', 'aime', 'openr1' or 'deepscaler'",
+        ),
+    ],
+)
+def test_recipes_that_cannot_be_meant(override, problem):
+    paths = ["model.path=m", "data.train=t.jsonl", "vstar.dir=v", "data.template=raw"]
+    with pytest.raises(RecipeError) as caught:
+        build_recipe({}, [*paths, override])
+    assert caught.value.problems == [problem]
+    build_recipe({}, [*paths, "data.prompt_format='{prompt} \\boxed{}'", "data.template=chat", "data.system=Think."])
 
 
 def test_reading_a_file_is_quiet_and_leaves_nothing_behind(source, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_apo.config import build_recipe
 from megatron_apo.telemetry.plots import smooth
@@ -82,6 +83,7 @@ def write_store(folder: Path, rewards: np.ndarray) -> None:
         reward_version="1",
         reward_options={},
         failure_reward=0.0,
+        truncated="grade",
         dataset_hash="d",
         max_prompt_tokens=16,
         samples_per_prompt=rewards.shape[1],
@@ -130,6 +132,17 @@ def test_finished_run_shows_its_results(tmp_path: Path) -> None:
     assert "2.40 GB" in found.text and "2.13.0+cpu" in found.text and "prompts_per_step: 256" in found.text
     assert "not there" not in found.text and "nothing in" not in found.text
     assert page.count("<svg") == 11
+
+
+def test_vstar_is_shown_as_it_was_trained_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["vstar"] |= {"samples_used": 1, "estimator": "debiased", "beta1": 0.25}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    page = write_report(run).read_text()
+    assert "256 prompts, 1 samples of each" in page and "V* (debiased)" in page and "V* at b1 = 0.25" in page
+    never, always = map(int, re.findall(r"(\d+)% (?:never|always) right", page))
+    assert never + always == 100  # of a single sample
 
 
 def test_phases_add_up_while_no_total_is_known(tmp_path: Path) -> None:

@@ -10,14 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from math import e, log
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_apo.values import store as store_module
-from megatron_apo.values.store import SCHEMA_VERSION, Fingerprint, StoreError, StoreRow, StoreWriter, VStarStore
+from megatron_apo.values.estimators import ESTIMATORS
+from megatron_apo.values.fingerprint import SCHEMA_VERSION, Fingerprint, StoreError
+from megatron_apo.values.ids import RowsById, hex_of_ids, ids_of_hex
+from megatron_apo.values.samples import SampledRewards
+from megatron_apo.values.store import StoreRow, StoreWriter, VStarStore
 
 FINGERPRINT = Fingerprint(
     model_hash="ab" * 32,
@@ -34,11 +40,14 @@ FINGERPRINT = Fingerprint(
     reward_version="1",
     reward_options={"strict": True},
     failure_reward=0.0,
+    truncated="grade",
     dataset_hash="01" * 32,
     max_prompt_tokens=16,
     samples_per_prompt=2,
     seed=3,
 )
+ADAPTIVE = FINGERPRINT.model_copy(update={"adaptive": {"stderr": 0.1, "step": 1, "most": 5}})  # 2 to 5 samples
+RAGGED = [[0.0, 0.0], [1.0, 1.0], [0.0, 1.0, 0.0, 0.0], [0.0] * 5, [1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]]
 
 
 def prompt_id(number: int) -> str:
@@ -48,12 +57,14 @@ def prompt_id(number: int) -> str:
 def rows(start: int, stop: int, **changes) -> list[StoreRow]:
     """Prompt i of three kinds: none, one or both of its two samples right."""
     return [
-        StoreRow(
-            prompt_id=prompt_id(i),
-            text_hash=prompt_id(-i),
-            rewards=[float(i % 3 > 0), float(i % 3 > 1)],
-            lengths=[i, i + 1],
-            finish_reasons=["stop", "length"],
+        replace(
+            StoreRow(
+                prompt_id=prompt_id(i),
+                text_hash=prompt_id(-i),
+                rewards=[float(i % 3 > 0), float(i % 3 > 1)],
+                lengths=[i, i + 1],
+                finish_reasons=["stop", "length"],
+            ),
             **changes,
         )
         for i in range(start, stop)
@@ -77,6 +88,28 @@ def pristine(tmp_path_factory):
 @pytest.fixture
 def folder(pristine, tmp_path):
     return Path(shutil.copytree(pristine, tmp_path / "vstar"))
+
+
+def ragged_row(number: int, rewards: list[float]) -> StoreRow:
+    return StoreRow(
+        prompt_id=prompt_id(number),
+        text_hash=prompt_id(-number),
+        rewards=rewards,
+        lengths=[3] * len(rewards),
+        finish_reasons=["stop"] * len(rewards),
+    )
+
+
+def write_ragged_store(folder: Path) -> VStarStore:
+    writer = StoreWriter(folder, ADAPTIVE, num_shards=2)
+    writer.write_shard(0, [ragged_row(i, rewards) for i, rewards in enumerate(RAGGED[:4])])
+    writer.write_shard(1, [ragged_row(i, rewards) for i, rewards in enumerate(RAGGED[4:], 4)])
+    return writer.finish()
+
+
+def rows_of(rewards: SampledRewards) -> list[list[float]]:
+    stops = np.cumsum(rewards.counts_P).tolist()
+    return [rewards.flat[stop - n : stop].tolist() for stop, n in zip(stops, rewards.counts_P.tolist(), strict=True)]
 
 
 def refusal(folder: Path) -> str:
@@ -104,7 +137,7 @@ def accept_changed_shard(folder: Path, index: int) -> None:
 def test_what_goes_in_comes_out(pristine):
     store = VStarStore.open(pristine)
     assert store.prompt_ids == [prompt_id(i) for i in range(10)]
-    assert store.rewards.tolist() == [[float(i % 3 > 0), float(i % 3 > 1)] for i in range(10)]
+    assert rows_of(store.rewards) == [[float(i % 3 > 0), float(i % 3 > 1)] for i in range(10)]
     assert store.column("lengths").to_pylist() == [[i, i + 1] for i in range(10)]
     assert store.column("finish_reasons").to_pylist() == [["stop", "length"]] * 10
     assert store.column("text_hash").to_pylist() == [bytes.fromhex(prompt_id(-i)) for i in range(10)]
@@ -133,6 +166,74 @@ def test_filters(pristine):
     assert store.filtered_ids("both") == wrong | right
 
 
+@pytest.mark.parametrize(
+    ("success_rate", "kept"),
+    [
+        ((0.0, 1.0), {0, 1, 2, 3, 4, 5, 6}),
+        ((0.25, 1.0), {1, 2, 4, 5, 6}),
+        ((0.26, 1.0), {1, 4, 5, 6}),
+        ((0.0, 2 / 3), {0, 2, 3, 4, 6}),
+        ((0.1, 0.9), {2, 4, 6}),
+        ((0.5, 0.5), set()),
+    ],
+)
+def test_filter_by_success_rate_of_ragged_samples(tmp_path, success_rate, kept):
+    """Rates: 0, 1, 1/4, 0, 2/3, 1, 1/3. Both ends belong to the range."""
+    store = write_ragged_store(tmp_path)
+    left_out = {prompt_id(i) for i in range(7)} - {prompt_id(i) for i in kept}
+    assert store.filtered_ids("success_rate", success_rate) == left_out
+    assert store.left_out("success_rate", success_rate).tolist() == [i not in kept for i in range(7)]
+
+
+def test_filters_of_ragged_samples(tmp_path):
+    store = write_ragged_store(tmp_path)
+    assert store.left_out("all_wrong").tolist() == [i in (0, 3) for i in range(7)]
+    assert store.left_out("all_right").tolist() == [i in (1, 5) for i in range(7)]
+    assert store.left_out("both").tolist() == [i in (0, 1, 3, 5) for i in range(7)]
+    assert not store.left_out("none").any()
+
+
+def test_filters_of_real_rewards(tmp_path):
+    """Wrong is at most 0, right at least 1; in between is neither."""
+    writer = StoreWriter(tmp_path, FINGERPRINT, 1)
+    rewards = [[-1.0, 0.0], [0.0, 0.5], [1.0, 1.5], [0.5, 1.0], [-2.0, 3.0]]
+    writer.write_shard(0, [ragged_row(i, row) for i, row in enumerate(rewards)])
+    store = writer.finish()
+    assert store.left_out("all_wrong").tolist() == [True, False, False, False, False]
+    assert store.left_out("all_right").tolist() == [False, False, True, False, False]
+    assert store.left_out("success_rate", (0.5, 0.5)).tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("estimator", list(ESTIMATORS))
+def test_a_ragged_store_comes_out_as_it_went_in(tmp_path, estimator):
+    written = write_ragged_store(tmp_path)
+    store = VStarStore.open(tmp_path)
+    assert rows_of(store.rewards) == rows_of(written.rewards) == RAGGED
+    assert store.column("rewards").to_pylist() == RAGGED
+    assert store.rewards.samples == "2 to 5 (3.1 on average)"
+    expected = ESTIMATORS[estimator](SampledRewards.of_rows(RAGGED), 0.5)
+    np.testing.assert_array_equal(store.values(0.5, estimator).values_P, expected)
+    used = VStarStore.open(tmp_path, samples_used=3)
+    assert rows_of(used.rewards) == [row[:3] for row in RAGGED]
+    assert used.filtered_ids("all_wrong") == {prompt_id(0), prompt_id(3)}
+    assert rows_of(VStarStore.open(tmp_path, samples_used=1).rewards) == [row[:1] for row in RAGGED]
+
+
+def test_a_store_of_no_prompts(tmp_path):
+    store = StoreWriter(tmp_path / "none", FINGERPRINT, 0).finish()
+    assert len(store) == len(store.values(0.5, "log_mean_exp")) == 0
+    StoreWriter(tmp_path / "empty", FINGERPRINT, 1).write_shard(0, [])
+    store = StoreWriter(tmp_path / "empty", FINGERPRINT, 1).finish()
+    assert store.prompt_ids == [] and store.filtered_ids("both") == set() and store.rewards.samples == "no samples"
+
+
+def test_hours_are_added_up_by_device(tmp_path):
+    writer = StoreWriter(tmp_path, FINGERPRINT, 3)
+    for index, (seconds, device) in enumerate([(1800.0, "a"), (900.0, "b"), (2700.0, "a")]):
+        writer.write_shard(index, rows(index, index + 1), seconds, device)
+    assert writer.finish().hours() == {"a": 1.25, "b": 0.25}
+
+
 def test_a_prompt_without_a_value_is_an_error_never_zero(pristine):
     values = VStarStore.open(pristine).values(0.5, "log_mean_exp")
     for absent in (prompt_id(10), "0" * 32, "f" * 32, prompt_id(3)[:16] + "0" * 16):
@@ -151,6 +252,44 @@ def test_ids_that_share_their_first_half(tmp_path):
     assert values.lookup(ids).tolist() == [0, 1, 2, 3]
     with pytest.raises(StoreError, match="no V"):
         values["00" * 8 + "02" * 8]
+
+
+@pytest.mark.parametrize("leading", [1 << 64, 1 << 8, 1], ids=["random", "few first halves", "one first half"])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 700])
+def test_rows_are_found_by_id(count, leading):
+    rng = np.random.default_rng(0)
+    halves = rng.integers(0, 2**64 - 1, (2 * count, 2), dtype=np.uint64, endpoint=True)
+    halves[:, 0] %= np.uint64(min(leading, 2**64 - 1))
+    ids, absent = halves[:count], halves[count:]
+    rows = RowsById(ids)
+    assert rows.repeated().shape == (0, 2)
+    asked = rng.permutation(2 * count)
+    assert rows.find(halves[asked]).tolist() == [row if row < count else -1 for row in asked.tolist()]
+    assert rows.find(absent).tolist() == [-1] * count
+
+
+def test_ids_at_the_ends_of_their_range_are_found():
+    ids = np.array([[2**64 - 1, 2**64 - 1], [0, 0], [0, 2**64 - 1], [2**64 - 1, 0], [2**63, 0]], dtype=np.uint64)
+    assert RowsById(ids).find(ids).tolist() == [0, 1, 2, 3, 4]
+    assert ids_of_hex(hex_of_ids(ids)).tolist() == ids.tolist()
+
+
+def test_repeated_ids_are_found_among_those_that_share_a_first_half():
+    """Rows 2 and 9 of one first half, whose others lie between them; row 5 and 6 of ids like no other."""
+    ids = np.array([[7, n] for n in (0, 50, 3, 1, 40, 999, 999, 2, 30, 3)], dtype=np.uint64)
+    ids[5:7, 0] = 2**60
+    assert {tuple(pair) for pair in RowsById(ids).repeated().tolist()} == {(2, 9), (5, 6)}
+
+
+@pytest.mark.parametrize("read_rows", [1, 2, 3, 5])
+def test_a_shard_is_read_in_parts(tmp_path, monkeypatch, read_rows):
+    """No part begins with the first row's rewards again, and a bad row is found in any of them."""
+    monkeypatch.setattr("megatron_apo.values.shards._READ_ROWS", read_rows)
+    writer = StoreWriter(tmp_path, ADAPTIVE, 1)
+    writer.write_shard(0, [ragged_row(i, rewards) for i, rewards in enumerate(RAGGED)])
+    store = writer.finish()
+    assert rows_of(store.rewards) == RAGGED
+    assert store.prompt_ids == [prompt_id(i) for i in range(7)]
 
 
 def test_responses_are_kept_when_given(tmp_path):
@@ -174,19 +313,42 @@ def test_a_flipped_byte_is_refused(folder, position):
     assert "shard-00001.parquet" in message and "sha256" in message
 
 
-def test_every_flipped_byte_of_a_shard_is_refused(folder):
+@pytest.mark.parametrize("bit", [0x01, 0x80], ids=["lowest bit", "highest bit"])  # 0x80: no longer UTF-8
+def test_every_flipped_byte_of_a_shard_is_refused(folder, bit):
     path = folder / "shard-00002.parquet"
     data = path.read_bytes()
     for position in range(0, len(data), 97):
-        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        path.write_bytes(data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :])
         with pytest.raises(StoreError, match="shard-00002"):
             VStarStore.open(folder)
+
+
+@pytest.mark.parametrize("footer", [b"\xff", b"{", b"[]", b"{}", b'{"fingerprint": {"schema_version": 2}}'])
+def test_a_damaged_footer_is_refused(folder, footer):
+    path = folder / "shard-00001.parquet"
+    pq.write_table(pq.read_table(path).replace_schema_metadata({b"megatron_apo": footer}), path)
+    assert "shard-00001.parquet: damaged (" in refusal(folder)
+    with pytest.raises(StoreError, match="shard-00001.parquet: damaged"):
+        StoreWriter(folder, FINGERPRINT, 3)
 
 
 def test_a_truncated_file_is_refused(folder):
     path = folder / "shard-00000.parquet"
     path.write_bytes(path.read_bytes()[:-100])
     assert "shard-00000.parquet: truncated" in refusal(folder)
+    accept_changed_shard(folder, 0)
+    assert "shard-00000.parquet: " in refusal(folder)
+    for size in (0, 3, 500):
+        path.write_bytes(path.read_bytes()[:size])
+        assert "shard-00000.parquet: truncated" in refusal(folder)
+        with pytest.raises(StoreError, match="shard-00000.parquet: not a whole Parquet file"):
+            StoreWriter(folder, FINGERPRINT, 3)
+
+
+def test_a_file_of_something_else_is_refused(folder):
+    pq.write_table(pa.table({"prompt_id": [1]}), folder / "shard-00000.parquet")
+    accept_changed_shard(folder, 0)
+    assert "shard-00000.parquet: not a shard of a V* store" in refusal(folder)
 
 
 def test_a_missing_shard_is_refused(folder):
@@ -204,9 +366,32 @@ def test_a_wrong_row_count_is_refused(folder):
     assert "shard-00001.parquet: 4 rows where the manifest has 5" in refusal(folder)
 
 
-def test_another_schema_version_is_refused(folder):
-    edit_manifest(folder, lambda tree: tree.update(schema_version=SCHEMA_VERSION + 1))
-    assert f"schema version {SCHEMA_VERSION + 1}, this program reads {SCHEMA_VERSION}" in refusal(folder)
+@pytest.mark.parametrize("num_rewards", [0, 7, 9])
+def test_a_wrong_number_of_rewards_is_refused(folder, num_rewards):
+    edit_manifest(folder, lambda tree: tree["shards"][1].update(rewards=num_rewards))
+    assert f"shard-00001.parquet: has not the {num_rewards} rewards that the manifest has" in refusal(folder)
+
+
+@pytest.mark.parametrize("version", [1, SCHEMA_VERSION + 1, None])
+def test_a_manifest_of_another_schema_version_is_refused(folder, version):
+    edit_manifest(folder, lambda tree: tree.update(schema_version=version))
+    assert f"manifest.json: schema version {version}, this program reads {SCHEMA_VERSION}" in refusal(folder)
+
+
+@pytest.mark.parametrize("version", [1, SCHEMA_VERSION + 1, None])
+def test_a_shard_of_another_schema_version_is_refused(folder, version):
+    """Its other fields may have other names, so the version is looked at first."""
+    path = folder / "shard-00001.parquet"
+    table = pq.read_table(path)
+    footer = json.loads(table.schema.metadata[b"megatron_apo"])
+    footer = {"fingerprint": {"schema_version": version, "model_sha": "ab"}, "index": footer["index"]}
+    pq.write_table(table.replace_schema_metadata({b"megatron_apo": json.dumps(footer).encode()}), path)
+    message = f"shard-00001.parquet: schema version {version}, this program reads {SCHEMA_VERSION}"
+    assert message in refusal(folder)
+    accept_changed_shard(folder, 1)
+    assert message in refusal(folder)
+    with pytest.raises(StoreError, match=message):
+        StoreWriter(folder, FINGERPRINT, 3)
 
 
 def test_a_repeated_prompt_is_refused(tmp_path):
@@ -233,10 +418,26 @@ def test_a_shard_of_another_store_is_refused(folder, tmp_path, consistent):
     assert field == "temperature: store has 0.7, this run has 1.0; set by sampling.temperature"
 
 
+def test_a_shard_of_the_same_recipe_sampled_again_is_refused(folder, tmp_path):
+    """Two stores mixed that differ in nothing but their rewards: the manifest knows its own."""
+    writer = StoreWriter(tmp_path / "other", FINGERPRINT, 3)
+    other = writer.write_shard(1, rows(4, 8, rewards=[1.0, 1.0]))
+    shutil.copy(other, folder)
+    assert "shard-00001.parquet: " in refusal(folder) and "where the manifest has" in refusal(folder)
+
+
 def test_a_shard_in_another_ones_place_is_refused(folder):
+    """By its reader, and by a writer, which would take one shard for the other."""
     shutil.copy(folder / "shard-00000.parquet", folder / "shard-00001.parquet")
     accept_changed_shard(folder, 1)
-    assert "holds shard 0, not shard 1" in refusal(folder)
+    assert "shard-00001.parquet: holds shard 0" in refusal(folder)
+    with pytest.raises(StoreError, match="shard-00001.parquet: holds shard 0"):
+        StoreWriter(folder, FINGERPRINT, 3)
+
+
+def test_shards_out_of_order_in_the_manifest_are_refused(folder):
+    edit_manifest(folder, lambda tree: tree["shards"].reverse())
+    assert "manifest.json: lists 3 shards, not 0 to 2" in refusal(folder)
 
 
 def test_too_few_rewards_of_a_prompt_are_refused(folder):
@@ -249,11 +450,33 @@ def test_too_few_rewards_of_a_prompt_are_refused(folder):
     assert "without 2 rewards" in refusal(folder)
 
 
+@pytest.mark.parametrize("change", [{"rows": -1}, {"rewards": -8}, {"bytes": "many"}, {"rows": None}])
+def test_an_impossible_size_in_the_manifest_is_refused(folder, change):
+    edit_manifest(folder, lambda tree: tree["shards"][1].update(change))
+    assert "manifest.json: damaged" in refusal(folder)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), None])
+def test_a_reward_that_is_not_finite_is_refused(folder, reward):
+    path = folder / "shard-00002.parquet"
+    table = pq.read_table(path)
+    column = table.schema.get_field_index("rewards")
+    rewards = table["rewards"].to_pylist()[:-1] + [[1.0, reward]]
+    pq.write_table(table.set_column(column, table.schema.field("rewards"), [rewards]), path)
+    accept_changed_shard(folder, 2)
+    assert "shard-00002.parquet: " in refusal(folder)
+
+
 def test_a_damaged_or_absent_manifest_is_refused(folder):
     path = folder / "manifest.json"
     path.write_text(path.read_text()[:-30])
     assert "manifest.json: damaged" in refusal(folder)
-    path.write_text(json.dumps({"schema_version": SCHEMA_VERSION}))
+    for tree in ({}, {"fingerprint": FINGERPRINT.model_dump(), "num_shards": "x", "shards": []}):
+        path.write_text(json.dumps(tree | {"schema_version": SCHEMA_VERSION}))
+        assert "manifest.json: damaged" in refusal(folder)
+    path.write_text("[]")
+    assert "manifest.json: schema version None" in refusal(folder)
+    path.write_bytes(b"\xff")
     assert "manifest.json: damaged" in refusal(folder)
     path.unlink()
     assert "manifest.json: not there" in refusal(folder)
@@ -272,7 +495,8 @@ def test_check_names_each_differing_field_with_both_values_and_the_fix(pristine)
     assert str(pristine) in lines[0] and "vstar.dir" in lines[0]
     assert lines[1:] == [
         f"model_hash: store has '{'ab' * 32}', this run has '{'99' * 32}'; set by model.reference",
-        f"template_hash: store has '{'ef' * 32}', this run has '{'88' * 32}'; set by model.path (its chat template)",
+        f"template_hash: store has '{'ef' * 32}', this run has '{'88' * 32}'; set by model.path (its chat template), "
+        "data.system and data.prompt_format",
         "max_response_tokens: store has 32, this run has 64; set by sampling.max_response_tokens",
         "reward_version: store has '1', this run has '2'; set by the installed version of the reward",
     ]
@@ -331,6 +555,49 @@ def test_bad_rows_are_not_written(tmp_path, change):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_the_first_of_two_writers_of_a_shard_stays(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    first, second = StoreWriter(tmp_path, FINGERPRINT, 1), StoreWriter(tmp_path, FINGERPRINT, 1)
+    path = first.write_shard(0, rows(0, 4), seconds=1.0, device="first")
+    assert first.written() == second.written() == {0}
+    before = path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino
+    assert second.write_shard(0, rows(0, 4), seconds=9.0, device="second") == path
+    assert (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) == before
+    assert [name.name for name in tmp_path.iterdir()] == [path.name]
+    assert first.finish().hours() == {"first": pytest.approx(1 / 3600)}
+
+
+def test_a_writer_whose_temporary_file_was_swept_away_gives_way(tmp_path, monkeypatch):
+    """Another worker finished the store, and removed what it took for leftovers, while this one still wrote."""
+    writer = StoreWriter(tmp_path, FINGERPRINT, 1)
+    real_link = os.link
+
+    def late_link(source, target):
+        monkeypatch.setattr(os, "link", real_link)
+        StoreWriter(tmp_path, FINGERPRINT, 1).write_shard(0, rows(0, 4), device="other")
+        StoreWriter(tmp_path, FINGERPRINT, 1).finish()
+        real_link(source, target)
+
+    monkeypatch.setattr(os, "link", late_link)
+    writer.write_shard(0, rows(0, 4), device="late")
+    assert list(VStarStore.open(tmp_path).hours()) == ["other"]
+
+
+def test_both_of_two_writers_may_finish(tmp_path):
+    writers = [StoreWriter(tmp_path, FINGERPRINT, 2) for _ in range(2)]
+    for index, writer in enumerate(writers):
+        writer.write_shard(index, rows(4 * index, 4 * index + 4))
+    for writer in writers:
+        writer.finish()
+    assert VStarStore.open(tmp_path).prompt_ids == [prompt_id(i) for i in range(8)]
+
+
+def no_links(source, target):
+    raise PermissionError(1, "Operation not permitted", str(source))
+
+
 SLOW_JOB = """
 import sys, time
 sys.path[:0] = {path!r}
@@ -365,21 +632,37 @@ def test_a_killed_job_resumes(tmp_path):
     assert before == {index: (folder / f"shard-{index:05d}.parquet").stat().st_mtime_ns for index in done}
 
 
-def test_a_shard_is_durable_before_it_is_named(tmp_path, monkeypatch):
-    """temp file, its fsync, rename, fsync of the folder: in this order."""
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_a_shard_is_durable_before_it_is_named(tmp_path, monkeypatch, links):
+    """temp file, its fsync, its name, fsync of the folder: in this order."""
     events = []
-    real_fsync, real_replace = os.fsync, os.replace
+    real_fsync = os.fsync
 
     def fsync(fd):
         events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{fd}")).name))
         real_fsync(fd)
 
-    def replace(source, target):
-        events.append(("rename", Path(target).name))
-        real_replace(source, target)
+    def named(call):
+        def name(source, target):
+            call(source, target)
+            events.append(("name", Path(target).name))
 
-    monkeypatch.setattr(store_module.os, "fsync", fsync)
-    monkeypatch.setattr(store_module.os, "replace", replace)
+        return name
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", named(os.link if links else no_links))
+    monkeypatch.setattr(os, "replace", named(os.replace))
     StoreWriter(tmp_path, FINGERPRINT, 1).write_shard(0, rows(0, 2))
     name = "shard-00000.parquet"
-    assert events == [("fsync", f".{name}.partial"), ("rename", name), ("fsync", tmp_path.name)]
+    (first, partial), *rest = events
+    assert first == "fsync" and partial.startswith(f".{name}.") and partial.endswith(".partial")
+    assert rest == [("name", name), ("fsync", tmp_path.name)]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_columns_of_ids_have_no_dictionary_and_the_others_one(pristine):
+    """A dictionary of ids, which never repeat, slows reading them down; one of rewards makes them small."""
+    group = pq.ParquetFile(pristine / "shard-00000.parquet").metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    without = {column.path_in_schema for column in columns if not column.has_dictionary_page}
+    assert without == {"prompt_id", "text_hash"}

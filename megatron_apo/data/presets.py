@@ -1,0 +1,104 @@
+"""How a row of a source becomes a prompt and its reference answer, for public datasets and for those of one's own.
+
+    gsm8k       openai/gsm8k (subset main)                                                      reward gsm8k
+    math        MATH (EleutherAI/hendrycks_math and its copies), HuggingFaceH4/MATH-500         reward math
+    aime        AIME and HMMT: HuggingFaceH4/aime_2024, Maxwell-Jia/AIME_2024, math-ai/aime24   reward math
+                and aime25, opencompass/AIME2025, MathArena/aime_2025, MathArena/hmmt_feb_2025
+    openr1      open-r1/OpenR1-Math-220k                                                        reward math
+    deepscaler  agentica-org/DeepScaleR-Preview-Dataset                                         reward math
+
+A preset asks the model for the form of answer that its reward looks for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from megatron_apo.config import DataConfig
+
+_BOXED = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
+_MARKED = "{prompt}\nPlease reason step by step, and put your final answer, a number, after #### on the last line."
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """Columns that may hold prompt and answer: of each, the first that the source has.
+
+    answers: for each column what makes an answer of its text, None where there is no answer in it.
+    prompt_format: what is shown, the row's text in place of {prompt}.
+    """
+
+    prompts: tuple[str, ...]
+    answers: Mapping[str, Callable[[str], str | None]]
+    prompt_format: str
+
+    def show(self, row_text: str) -> str:
+        """The text of a row as the model is asked."""
+        return self.prompt_format.replace("{prompt}", row_text)
+
+
+def row_format(data: DataConfig) -> RowFormat:
+    """The preset's format, or that of columns prompt and answer, with what the recipe itself sets in its place.
+
+    A column that the recipe names is read as the preset reads a column of that name, else as it is.
+    """
+    base = PRESETS[data.preset] if data.preset else PLAIN
+    answers = base.answers
+    if data.answer_column is not None:
+        answers = {data.answer_column: answers.get(data.answer_column, _stated if data.preset else str)}
+    return RowFormat(
+        base.prompts if data.prompt_column is None else (data.prompt_column,),
+        answers,
+        base.prompt_format if data.prompt_format is None else data.prompt_format,
+    )
+
+
+def column_key(data: DataConfig, name: str) -> str:
+    """A column's key in the recipe, for messages: `data.<name>`, with the preset if that is what gives the column."""
+    return f"data.{name}" + (f" (data.preset: {data.preset})" if data.preset and getattr(data, name) is None else "")
+
+
+def boxed_answer(solution: str) -> str | None:
+    """What the last \\boxed{...} or \\fbox{...} of a solution holds, also the 5 of `\\boxed 5$`."""
+    openings = list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", solution))
+    if not openings:
+        return None
+    rest = solution[openings[-1].end() :]
+    if not rest.startswith("{"):
+        return re.split(r"[\s$]", rest, maxsplit=1)[0] or None
+    depth = 0
+    for token in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # an escaped brace neither opens nor closes
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0 and token[0] == "}":
+            return rest[1 : token.start()].strip() or None
+    return None
+
+
+def _stated(answer: str) -> str | None:
+    return answer.strip() or None
+
+
+def _marked(solution: str) -> str | None:
+    _, mark, answer = solution.rpartition("####")
+    return answer.strip() or None if mark else None
+
+
+def _not_a_proof(answer: str) -> str | None:
+    """NuminaMath's answers, which OpenR1 kept: a word stands where there is none to compare with."""
+    return None if answer.strip().lower() in ("proof", "notfound") else _stated(answer)
+
+
+PLAIN = RowFormat(("prompt",), {"answer": str}, "{prompt}")
+PRESETS = {
+    "gsm8k": RowFormat(("question",), {"answer": _marked}, _MARKED),
+    "math": RowFormat(("problem",), {"answer": _stated, "solution": boxed_answer}, _BOXED),
+    "aime": RowFormat(
+        ("problem", "Problem", "question", "Question"),
+        {"answer": _stated, "Answer": _stated, "solution": boxed_answer},
+        _BOXED,
+    ),
+    "openr1": RowFormat(("problem",), {"answer": _not_a_proof}, _BOXED),
+    "deepscaler": RowFormat(("problem",), {"answer": _stated}, _BOXED),
+}

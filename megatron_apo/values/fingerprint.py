@@ -1,0 +1,79 @@
+"""What ties a V* store to the model, template, sampling, reward and data it was made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 2
+
+# Where a run sets what the store was made with: the fix named when the two differ.
+_SET_BY = {
+    "schema_version": "the version of this program",
+    "model_hash": "model.reference",
+    "tokenizer_hash": "model.path (its tokenizer)",
+    "template_hash": "model.path (its chat template), data.system and data.prompt_format",
+    "template": "data.template",
+    "thinking": "data.thinking",
+    "temperature": "sampling.temperature",
+    "top_p": "sampling.top_p",
+    "top_k": "sampling.top_k",
+    "max_response_tokens": "sampling.max_response_tokens",
+    "stop_token_ids": "sampling.stop_token_ids",
+    "reward_name": "reward.name",
+    "reward_version": "the installed version of the reward",
+    "reward_options": "reward.options",
+    "failure_reward": "reward.failure_reward",
+    "truncated": "reward.truncated",
+    "dataset_hash": "data.train (with its split, preset and columns)",
+    "max_prompt_tokens": "data.max_prompt_tokens",
+    "samples_per_prompt": "vstar.samples_per_prompt",
+    "adaptive": "vstar.adaptive",
+    "seed": "vstar.seed",
+}
+
+
+class StoreError(ValueError):
+    """A V* store that cannot be trusted or does not fit the run, one line for each reason."""
+
+
+class Fingerprint(BaseModel):
+    """Everything that the rewards of a store depend on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    schema_version: int = SCHEMA_VERSION
+    model_hash: str
+    tokenizer_hash: str
+    template_hash: str
+    template: str
+    thinking: str
+    temperature: float
+    top_p: float
+    top_k: int
+    max_response_tokens: int
+    stop_token_ids: list[int]
+    reward_name: str
+    reward_version: str
+    reward_options: dict[str, Any]
+    failure_reward: float
+    truncated: str
+    dataset_hash: str
+    max_prompt_tokens: int
+    samples_per_prompt: int
+    adaptive: dict[str, Any] | None = None  # of `AdaptiveConfig`
+    seed: int
+
+    @property
+    def sample_counts(self) -> range:
+        """How many samples a prompt may have."""
+        return range(self.samples_per_prompt, (self.adaptive or {}).get("most", self.samples_per_prompt) + 1)
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """One line for each field in which `other`, a run's fingerprint, departs from this one, the store's."""
+        return [
+            f"{name}: store has {mine!r}, this run has {theirs!r}; set by {_SET_BY[name]}"
+            for name in type(self).model_fields
+            if (mine := getattr(self, name)) != (theirs := getattr(other, name))
+        ]

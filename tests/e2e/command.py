@@ -1,0 +1,72 @@
+"""`megatron-apo` as a user starts it, and what becomes of its processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+LIMIT_S = 600
+
+
+class Command:
+    """A `megatron-apo` command in a folder of its own; what it starts inherits that folder, which tells orphans."""
+
+    def __init__(
+        self, folder: Path, *arguments: str, program: Sequence[str] = ("-m", "megatron_apo.cli"), **environment: str
+    ):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "output.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *program, *arguments],
+                cwd=folder,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait(self) -> int:
+        return self.process.wait(LIMIT_S)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        """Live processes that this command started, itself included."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.cwd() == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def wait_for(self, what: Callable[[], bool]) -> None:
+        end = time.monotonic() + LIMIT_S
+        while not what():
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < end, f"nothing happened:\n{self.output}"
+            time.sleep(0.1)
+
+    def kill_engine(self) -> bool:
+        """kill -9 of vLLM's engine, if there is one."""
+        for process in self.processes():
+            if "EngineCore" in process.name() or any("EngineCore" in word for word in process.cmdline()):
+                process.kill()
+                return True
+        return False
+
+    def stop(self) -> None:
+        for process in self.processes():
+            process.kill()
+        self.process.wait()

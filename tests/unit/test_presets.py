@@ -1,0 +1,315 @@
+"""Presets: rows shaped like those of the public datasets, as prompts and answers that the preset's reward can grade.
+
+The columns and types are those that the datasets' cards and files name; the rows are made up.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_apo.config import DataConfig, build_recipe
+from megatron_apo.data.presets import PRESETS, boxed_answer, row_format
+from megatron_apo.data.prompts import PromptRenderer, load_prompts
+from megatron_apo.rewards import GradeRequest, get_reward
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+GSM8K = {"question": "How many are 9 x 2?", "answer": "9 x 2 = <<9*2=18>>18 in all.\n#### 18"}
+MATH = {
+    "problem": "What is half of one?",
+    "level": "Level 1",
+    "type": "Algebra",
+    "solution": "It is not $\\boxed{2}$. Halved, $1$ is $\\boxed{\\frac{1}{2}}$.",
+}
+MATH_500 = {
+    "problem": "Give $(3, \\pi/2)$.",
+    "solution": "It is $\\boxed{1}$.",
+    "answer": "\\left( 3, \\frac{\\pi}{2} \\right)",
+    "subject": "Precalculus",
+    "level": 2,
+    "unique_id": "test/precalculus/807.json",
+}
+OPENR1 = {
+    "problem": "What is $2^3$?",
+    "solution": "Eight.",
+    "answer": "8",
+    "problem_type": "Algebra",
+    "question_type": "math-word-problem",
+    "messages": [{"content": "What is $2^3$?", "role": "user"}, {"content": "<think></think>8", "role": "assistant"}],
+    "generations": ["<think></think>8", "<think></think>9"],
+    "correctness_math_verify": [True, False],
+}
+AIME_QUESTION = "Find the number of minutes."
+# (preset, a row, its prompt, its answer)
+SCHEMAS = {
+    "gsm8k": ("gsm8k", GSM8K, "How many are 9 x 2?", "18"),
+    "gsm8k, thousands": ("gsm8k", GSM8K | {"answer": "$900 x 2\n#### 1,800\n"}, "How many are 9 x 2?", "1,800"),
+    "hendrycks_math": ("math", MATH, "What is half of one?", "\\frac{1}{2}"),
+    "MATH-500": ("math", MATH_500, "Give $(3, \\pi/2)$.", "\\left( 3, \\frac{\\pi}{2} \\right)"),
+    "Maxwell-Jia/AIME_2024": (
+        "aime",
+        {"ID": "2024-I-1", "Problem": AIME_QUESTION, "Solution": "$\\boxed{1}$", "Answer": 204},
+        AIME_QUESTION,
+        "204",
+    ),
+    "HuggingFaceH4/aime_2024": (
+        "aime",
+        {"id": 60, "problem": AIME_QUESTION, "solution": "$\\boxed{1}$", "answer": "204", "year": "2024"},
+        AIME_QUESTION,
+        "204",
+    ),
+    "math-ai/aime24": ("aime", {"id": 60, "problem": AIME_QUESTION, "solution": "\\boxed{204}"}, AIME_QUESTION, "204"),
+    "opencompass/AIME2025": ("aime", {"question": AIME_QUESTION, "answer": "070"}, AIME_QUESTION, "070"),
+    "aime-1983-2024": (
+        "aime",
+        {"ID": "1983-1", "Year": 1983, "Problem Number": 1, "Question": AIME_QUESTION, "Answer": "60", "Part": None},
+        AIME_QUESTION,
+        "60",
+    ),
+    "MathArena/aime_2025": (
+        "aime",
+        {"problem_idx": 1, "answer": 70, "problem": AIME_QUESTION, "problem_type": ["Number Theory"]},
+        AIME_QUESTION,
+        "70",
+    ),
+    "MathArena/hmmt_feb_2025": (
+        "aime",
+        {"problem_idx": 1, "answer": "\\frac{1}{576}", "problem": "Compute.", "problem_type": ["Algebra"]},
+        "Compute.",
+        "\\frac{1}{576}",
+    ),
+    "openr1": ("openr1", OPENR1, "What is $2^3$?", "8"),
+    "deepscaler": (
+        "deepscaler",
+        {"problem": "Halve one.", "answer": "\\frac{1}{2}", "solution": ""},
+        "Halve one.",
+        "\\frac{1}{2}",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE)
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(source, tokenizer, **changes):
+    data = DataConfig(**({"train": source, "template": "raw"} | changes))
+    return load_prompts(source, data, PromptRenderer(tokenizer, data))
+
+
+def refusal(source, tokenizer, **changes):
+    with pytest.raises(ValueError) as caught:
+        load(source, tokenizer, **changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(("preset", "row", "question", "answer"), SCHEMAS.values(), ids=SCHEMAS)
+def test_schemas(preset, row, question, answer, suffix, tokenizer, tmp_path):
+    source = write(tmp_path / f"rows{suffix}", [row, row])
+    loaded = load(source, tokenizer, preset=preset)
+    assert [(p.answer, p.row) for p in loaded.prompts] == [(answer, 0), (answer, 1)]
+    assert (loaded.unanswered, loaded.too_long) == ([], [])
+    asked = "after #### on the last line." if preset == "gsm8k" else "within \\boxed{}."
+    for prompt in loaded.prompts:
+        assert prompt.text.startswith(f"{question}\n") and prompt.text.endswith(asked)
+        assert tokenizer.decode(prompt.token_ids) == prompt.text
+
+
+@pytest.mark.parametrize(("preset", "row", "question", "answer"), SCHEMAS.values(), ids=SCHEMAS)
+def test_answers_suit_the_reward(preset, row, question, answer, tokenizer, tmp_path):
+    (prompt,) = load(write(tmp_path / "rows.jsonl", [row]), tokenizer, preset=preset).prompts
+    reward = get_reward("gsm8k" if preset == "gsm8k" else "math", {})
+    form = "So it is\n#### {}" if preset == "gsm8k" else "So it is $\\boxed{{{}}}$."
+    for response, grade in ((form.format(answer), 1.0), (form.format("31"), 0.0)):
+        assert reward(GradeRequest(prompt.text, response, prompt.answer, "stop")) == grade
+
+
+def test_the_recipe_offers_the_presets_there_are():
+    literal, _ = get_args(DataConfig.model_fields["preset"].annotation)
+    assert get_args(literal) == tuple(PRESETS)
+
+
+def test_what_the_recipe_sets_beats_the_preset(tokenizer, tmp_path):
+    rows = [MATH_500 | {"asked": "Why?", "checked": "$7$"}]
+    source = write(tmp_path / "rows.jsonl", rows)
+
+    def prompt(**changes):
+        (prompt,) = load(source, tokenizer, preset="math", **changes).prompts
+        return prompt.text, prompt.answer
+
+    text, answer = prompt()
+    assert prompt(prompt_column="asked") == (text.replace(MATH_500["problem"], "Why?"), answer)
+    assert prompt(answer_column="solution") == (text, "1")  # read as the preset reads a solution
+    assert prompt(answer_column="checked") == (text, "$7$")
+    assert prompt(prompt_format="{prompt}") == (MATH_500["problem"], answer)
+    assert prompt(prompt_format="Q: {prompt} \\boxed{}")[0] == f"Q: {MATH_500['problem']} \\boxed{{}}"
+
+
+def test_no_preset_is_prompt_and_answer_as_they_are(tokenizer, tmp_path):
+    source = write(tmp_path / "rows.jsonl", [{"prompt": " 1 ", "answer": " #### 2 "}])
+    (prompt,) = load(source, tokenizer).prompts
+    assert (prompt.text, prompt.answer) == (" 1 ", " #### 2 ")
+    plain = row_format(DataConfig(train=source))
+    assert (plain.prompts, tuple(plain.answers), plain.prompt_format) == (("prompt",), ("answer",), "{prompt}")
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("no box", None),
+        ("$\\boxed{}$", None),
+        ("$\\boxed{ }$", None),
+        ("$\\boxed{1$", None),
+        ("\\boxedin{1}", None),
+        ("\\boxed", None),
+        ("$\\boxed{1}$, then $\\boxed{ 2 }$", "2"),
+        ("$\\boxed {3}$", "3"),
+        ("$\\boxed{\\frac{1}{2}}$", "\\frac{1}{2}"),
+        ("$\\boxed{\\{1, 2\\}}$", "\\{1, 2\\}"),
+        ("$\\boxed{\\left\\{ x \\right.}$ and {more}", "\\left\\{ x \\right."),
+        ("$\\boxed{1\\\\2}$", "1\\\\2"),
+        ("$\\boxed{\n4\n}$", "4"),
+        ("$\\fbox{5}$", "5"),
+        ("$\\boxed 6$.", "6"),
+        ("$\\boxed7$.", "7"),
+    ],
+)
+def test_boxed_answer(solution, answer):
+    assert boxed_answer(solution) == answer
+
+
+# --- rows without an answer
+
+UNANSWERED = {
+    "gsm8k": (GSM8K, [{"answer": "no mark 18"}, {"answer": "18\n#### "}, {"answer": None}]),
+    "math": (MATH, [{"solution": "no box"}, {"solution": ""}, {"solution": None}]),
+    "aime": ({"problem": "A", "answer": 204}, [{"answer": None}]),
+    "openr1": (
+        OPENR1,
+        [{"answer": ""}, {"answer": None}, {"answer": " "}, {"answer": "Proof"}, {"answer": "notfound"}],
+    ),
+    "deepscaler": ({"problem": "A", "answer": "1"}, [{"answer": ""}, {"answer": None}]),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("preset", UNANSWERED)
+def test_rows_without_an_answer_are_left_out_and_listed(preset, suffix, tokenizer, tmp_path):
+    good, bad = UNANSWERED[preset]
+    rows = [good, *(good | change for change in bad), good]
+    loaded = load(write(tmp_path / f"rows{suffix}", rows), tokenizer, preset=preset)
+    assert [p.row for p in loaded.prompts] == [0, len(rows) - 1]
+    assert len(loaded.unanswered) == len(set(loaded.unanswered)) == len(bad)
+    assert all(len(bytes.fromhex(i)) == 16 for i in loaded.unanswered)
+    assert not {p.prompt_id for p in loaded.prompts} & set(loaded.unanswered)
+    every = load(write(tmp_path / f"rows{suffix}", [good] * len(rows)), tokenizer, preset=preset)
+    assert every.prompts[-1] == loaded.prompts[-1]
+    assert every.dataset_hash != loaded.dataset_hash
+
+
+def test_an_empty_cell_of_a_column_of_numbers(tokenizer, tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"problem": ["A", "B"], "answer": [204.0, float("nan")]}), path)
+    loaded = load(str(path), tokenizer, preset="aime")
+    assert [p.answer for p in loaded.prompts] == ["204.0"] and len(loaded.unanswered) == 1
+    assert refusal(str(path), tokenizer, prompt_column="problem") == (
+        f"data.answer_column: row 1 of {path} has nan in 'answer', not text; name a column of text"
+    )
+
+
+def test_a_row_counts_once(tokenizer, tmp_path):
+    rows = [{"problem": "A" * length, "answer": answer} for length, answer in ((2, "1"), (2, ""), (9, "1"), (9, ""))]
+    source = write(tmp_path / "rows.jsonl", rows)
+    loaded = load(source, tokenizer, preset="deepscaler", prompt_format="{prompt}", max_prompt_tokens=5)
+    assert [len(ids) for ids in (loaded.prompts, loaded.too_long, loaded.unanswered)] == [1, 1, 2]
+
+
+def test_no_answer_at_all(tokenizer, tmp_path):
+    source = write(tmp_path / "rows.jsonl", [{"problem": "A", "solution": "1"}] * 2)
+    assert refusal(source, tokenizer, preset="math") == (
+        f"data.preset: math, but none of the 2 rows of {source} has an answer in 'answer' or 'solution'; "
+        "use another preset, or name the column in data.answer_column"
+    )
+
+
+# --- rows of another shape
+
+
+def test_columns_that_are_not_there(tokenizer, tmp_path):
+    source = write(tmp_path / "rows.jsonl", [GSM8K])
+    assert refusal(source, tokenizer, preset="math") == (
+        f"data.prompt_column (data.preset: math): 'problem' is not a column of {source}; use one of question, answer"
+    )
+    source = write(tmp_path / "math.jsonl", [{"problem": "A", "final": "1"}])
+    assert refusal(source, tokenizer, preset="math").startswith(
+        "data.answer_column (data.preset: math): 'answer' or 'solution' is not a column of "
+    )
+    assert refusal(source, tokenizer, preset="math", answer_column="end").startswith("data.answer_column: 'end' is not")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(["1", "2"], "['1', '2']"), ({"value": 1}, "{'value': 1}"), (True, "True")], ids=str
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_values_that_are_not_text(value, shown, suffix, tokenizer, tmp_path):
+    source = write(tmp_path / f"rows{suffix}", [OPENR1 | {"answer": value}])
+    assert refusal(source, tokenizer, preset="openr1") == (
+        f"data.answer_column (data.preset: openr1): row 0 of {source} has {shown} in 'answer', not text; "
+        "name a column of text"
+    )
+    source = write(tmp_path / f"others{suffix}", [OPENR1 | {"problem": value}])
+    assert refusal(source, tokenizer, preset="openr1").startswith("data.prompt_column (data.preset: openr1): row 0 of ")
+
+
+def test_a_long_value_is_shown_in_part(tokenizer, tmp_path):
+    source = write(tmp_path / "rows.jsonl", [OPENR1 | {"answer": ["9" * 5000]}])
+    assert len(refusal(source, tokenizer, preset="openr1")) < 500
+
+
+# --- the warm start
+
+
+def test_warm_start_pairs_are_shown_in_the_same_way(tokenizer, tmp_path):
+    from megatron_apo.data.sft import read_examples
+
+    tokenizer.save_pretrained(tmp_path / "start")
+    pairs = write(tmp_path / "pairs.jsonl", [{"question": "2+2?", "response": "#### 4"}])
+    sets = [
+        "model.path=m",
+        "data.train=t.jsonl",
+        "vstar.dir=v",
+        f"warmup.start={tmp_path}/start",
+        f"warmup.data={pairs}",
+    ]
+    sets += ["sampling.stop_token_ids=[0]", "data.preset=gsm8k", "data.system=Count."]
+    recipe = build_recipe({}, sets)
+    examples = read_examples(recipe)
+    shown = row_format(recipe.data).show("2+2?")
+    assert [tokenizer.decode(ids) for ids in examples.prompts] == [f"<system>Count.\n<user>{shown}\n<assistant>"]
+    assert [tokenizer.decode(ids[:-1]) for ids in examples.responses] == ["#### 4"]
