@@ -119,7 +119,7 @@ def test_trained_model_loads_in_transformers(quickstart: Path) -> None:
     ("override", "fields"),
     [
         ("model.reference={run}/models/untrained", ["model_hash"]),
-        ("sampling.max_response_tokens=24", ["max_response_tokens"]),
+        ("sampling.max_response_tokens=20", ["max_response_tokens"]),
         ("reward.name=gsm8k", ["reward_name"]),
         ("data.max_prompts=128", ["dataset_hash"]),
     ],
