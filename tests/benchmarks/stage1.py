@@ -70,7 +70,7 @@ def measure(folder: Path, model: Path | None, num_prompts: int, num_samples: int
     bare(engine, job)  # warm
     for turn in range(rounds):
         seconds["bare generate"].append(bare(engine, job))
-        for name, reward in (("stage 1", "arithmetic"), ("stage 1, no grading", f"{__name__}:Nothing")):
+        for name, reward in (("stage 1", "arithmetic"), ("stage 1, no grading", "tests.benchmarks.stage1:Nothing")):
             own = build_recipe(tree, [f"vstar.dir={folder / f'vstar-{turn}-{reward[:4]}'}", f"reward.name={reward}"])
             seconds[name].append(stage_1(engine, Job.open(own)))
     alone = median(seconds["bare generate"])

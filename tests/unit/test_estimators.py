@@ -191,8 +191,8 @@ def test_smoothed_value_is_that_of_the_posterior_mean():
 
 
 def test_one_sample_of_each_prompt_is_smoothed_with_jeffreys_prior():
-    expected = [true_value(0.25, 0.5), true_value(0.75, 0.5)]
-    np.testing.assert_allclose(estimate("beta_smoothed", [[0.0], [1.0]], 0.5), expected, rtol=1e-12)
+    expected = [true_value(0.25, 0.5), true_value(0.75, 0.5), true_value(0.25, 0.5)]
+    np.testing.assert_allclose(estimate("beta_smoothed", [[0.0], [1.0], [0.0]], 0.5), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [[[1.0]] * 5, [[0.0] * 8] * 5, [[1.0] * 8] * 5, [[0.0, 1.0] * 4] * 5, [[1.0, 0.0]]])

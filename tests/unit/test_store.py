@@ -440,13 +440,15 @@ def test_shards_out_of_order_in_the_manifest_are_refused(folder):
     assert "manifest.json: lists 3 shards, not 0 to 2" in refusal(folder)
 
 
-def test_too_few_rewards_of_a_prompt_are_refused(folder):
+@pytest.mark.parametrize("rewards", [[], [1.0], [1.0] * 3])
+def test_another_number_of_rewards_of_a_prompt_is_refused(folder, rewards):
     path = folder / "shard-00002.parquet"
     table = pq.read_table(path)
-    ragged = [[1.0]] + table["rewards"].to_pylist()[1:]
+    ragged = [rewards] + table["rewards"].to_pylist()[1:]
     column = table.schema.get_field_index("rewards")
     pq.write_table(table.set_column(column, table.schema.field("rewards"), [ragged]), path)
     accept_changed_shard(folder, 2)
+    edit_manifest(folder, lambda tree: tree["shards"][2].update(rewards=sum(map(len, ragged))))
     assert "without 2 rewards" in refusal(folder)
 
 
