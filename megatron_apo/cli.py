@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import megatron_apo
+from megatron_apo.values import EstimatorName
 
 if TYPE_CHECKING:
     from megatron_apo.config import Recipe
@@ -94,9 +95,11 @@ def estimate_vstar(
     """Stage 1: sample the reference, grade, write the V* store. Samples only the shards that are not there."""
     loaded = _load(recipe, overrides)
     if worker >= workers:
-        raise ValueError(f"--worker: {worker} of {workers} workers, which are counted from 0; use 0 to {workers - 1}")
+        raise typer.BadParameter(
+            f"{worker} of {workers} workers, which are counted from 0; use 0 to {workers - 1}", param_hint="--worker"
+        )
     if merge and check:
-        raise ValueError("--merge, --check: --merge checks what it closes; give one of them")
+        raise typer.BadParameter("--merge checks what it closes; give one of them", param_hint="--merge, --check")
     if merge or check:
         from megatron_apo.stages import estimate_vstar as stage
 
@@ -184,9 +187,7 @@ def report(run: Annotated[Path, typer.Argument(help="folder of a run, finished o
 def vstar(
     store: Annotated[Path, typer.Argument(help="folder of a V* store")],
     beta1: Annotated[list[float] | None, typer.Option(help="b1 of V*; repeatable; default: 0.25, 0.5 and 1")] = None,
-    estimator: Annotated[
-        Literal["log_mean_exp", "debiased", "beta_smoothed", "mean", "max"], typer.Option(help="how rewards become V*")
-    ] = "log_mean_exp",
+    estimator: Annotated[EstimatorName, typer.Option(help="how rewards become V*")] = "log_mean_exp",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     page: Annotated[Path | None, typer.Option(metavar="FILE", help="write one self-contained HTML page")] = None,
     diff: Annotated[

@@ -18,6 +18,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from megatron_apo.values import EstimatorName
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -127,17 +129,21 @@ class AdaptiveConfig(Section):
     beta1: float = Field(0.5, gt=0, description="b1 of the V* that stderr is meant for")
     step: int = Field(4, ge=1, description="samples of a further round")
     most: int = Field(64, ge=1, description="samples that no prompt exceeds")
-    all_wrong: int = Field(16, ge=0, description="least samples of a prompt that was never right before it is left")
+    all_wrong: int = Field(32, ge=0, description="least samples of a prompt that has no reward above 0")
     reward_range: tuple[float, float] = Field((0.0, 1.0), description="lowest and highest reward there can be")
 
 
 class VStarConfig(Section):
     dir: Path = Field(description="folder of the V* store")
     samples_per_prompt: int = Field(8, ge=1, description="N: responses of pi_ref per prompt (of the first round)")
-    adaptive: AdaptiveConfig | None = Field(None, description="further rounds where V* is uncertain; none: N for all")
+    adaptive: AdaptiveConfig | None = Field(
+        None,
+        description="further rounds where V* is uncertain; none: N for all. Where sampling stops by what it found, "
+        "shares of right samples are biased; estimator beta_smoothed suits it",
+    )
     samples_used: int | None = Field(None, ge=1, description="stage 2 takes each prompt's first so many; none: all")
     beta1: float = Field(0.5, gt=0, description="b1 of V* = b1 log mean exp(r/b1)")
-    estimator: Literal["log_mean_exp", "debiased", "beta_smoothed", "mean", "max"] = Field(
+    estimator: EstimatorName = Field(
         "log_mean_exp", description="how rewards become V*; beta_smoothed takes rewards of 0 and 1 alone"
     )
     filter: Literal["none", "all_wrong", "all_right", "both", "success_rate"] = Field(
@@ -285,6 +291,11 @@ class Recipe(Section):
                 f"use at least {least}"
             )
         found += self._adaptive_problems()
+        most = self.vstar.adaptive.most if self.vstar.adaptive else self.vstar.samples_per_prompt
+        if (self.vstar.samples_used or 0) > most:
+            found.append(
+                f"vstar.samples_used: {self.vstar.samples_used} is above the {most} that a prompt has; lower it"
+            )
         low, high = self.vstar.success_rate
         if not 0 <= low <= high <= 1:
             found.append(f"vstar.success_rate: [{low}, {high}] is no range within 0 and 1; use 0 <= low <= high <= 1")
@@ -298,12 +309,13 @@ class Recipe(Section):
         first, adaptive = self.vstar.samples_per_prompt, self.vstar.adaptive
         if adaptive is None:
             return []
-        found = [
-            f"vstar.adaptive.{name}: {value} lies outside vstar.samples_per_prompt={first} to vstar.adaptive.most="
-            f"{adaptive.most}; change one of them"
-            for name, value in (("most", adaptive.most), ("all_wrong", max(first, adaptive.all_wrong)))
-            if not first <= value <= adaptive.most
-        ]
+        found = []
+        if first > adaptive.most:
+            found.append(f"vstar.adaptive.most: {adaptive.most} is below vstar.samples_per_prompt={first}; raise it")
+        if adaptive.all_wrong > adaptive.most:
+            found.append(
+                f"vstar.adaptive.all_wrong: {adaptive.all_wrong} is above vstar.adaptive.most={adaptive.most}; lower it"
+            )
         low, high = adaptive.reward_range
         if low >= high:
             found.append(f"vstar.adaptive.reward_range: [{low}, {high}] is empty; give the lowest and highest reward")
@@ -370,13 +382,16 @@ def build_recipe(tree: Any, overrides: Iterable[str] = ()) -> Recipe:
     return recipe
 
 
-def describe_fields() -> list[tuple[str, str, str]]:
-    """(dotted key, default, description) of every field of a recipe."""
+def describe_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted key, default, description) of every field of a recipe, or of the part of it that is `model`."""
     rows = []
-    for section_name, section in Recipe.model_fields.items():
-        for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        if section is None or field.description:
             default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
-            rows.append((f"{section_name}.{name}", default, field.description or ""))
+            rows.append((prefix + name, default, field.description or ""))
+        if section:
+            rows += describe_fields(section, f"{prefix}{name}.")
     return rows
 
 
@@ -405,13 +420,20 @@ def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> str | None:
     return None
 
 
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a field is, `Section | None` included."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
 def _known_keys(parents: list[str]) -> list[str]:
-    model: Any = Recipe
+    model: type[Section] = Recipe
     for parent in parents:
         field = model.model_fields.get(parent)
-        model = field.annotation if field else None
-        if model is None or not hasattr(model, "model_fields"):
+        section = _section(field.annotation) if field else None
+        if section is None:
             return []
+        model = section
     return list(model.model_fields)
 
 

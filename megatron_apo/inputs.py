@@ -52,11 +52,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     training = load_prompts(recipe.data.train, recipe.data, renderer, recipe.data.max_prompts)
     evaluation: list[Prompt] = []
     if recipe.data.eval:
-        held_out = load_prompts(recipe.data.eval, recipe.data, renderer, recipe.eval.max_prompts)
-        evaluation = held_out.prompts
-        for ids, why in ((held_out.too_long, "longer than data.max_prompt_tokens"), (held_out.unanswered, "no answer")):
-            if ids:
-                print(f"data.eval: {len(ids)} prompts left out ({why}), the first is {ids[0]}")
+        evaluation = load_prompts(recipe.data.eval, recipe.data, renderer, recipe.eval.max_prompts).prompts
     return Inputs(tokenizer, renderer, training, evaluation, stop_token_ids(recipe, recipe.model.path))
 
 

@@ -37,13 +37,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class LoadedPrompts:
-    """`too_long`: ids of prompts left out because of data.max_prompt_tokens. `unanswered`: of those left out because
-    their row has no answer, which only a preset allows. dataset_hash covers all rows read.
+    """`left_out`: rows of prompts that were left out, by reason and id. too_long: see data.max_prompt_tokens.
+    unanswered: the row has no answer, which only a preset allows. dataset_hash covers all rows read.
     """
 
     prompts: list[Prompt]
-    too_long: list[str]
-    unanswered: list[str]
+    left_out: dict[str, dict[str, int]]
     dataset_hash: str
 
 
@@ -125,7 +124,8 @@ def load_prompts(
     """Read, render and tokenize `source` (data.train or data.eval), its first `max_prompts` rows if given.
 
     Raises `ValueError` naming the recipe's key and the fix: no such file or dataset, a column that is not there, a
-    value that is not text, an empty prompt, or not one prompt that is short enough and has an answer.
+    value that is not text, an empty prompt, or not one prompt that is short enough and has an answer. Prints how many
+    prompts were left out.
     """
     key = "data.eval" if source == data.eval and source != data.train else "data.train"
     hub_name = f"{source}/{data.subset}" if data.subset else source
@@ -133,8 +133,8 @@ def load_prompts(
     rows = enumerate(islice(read_rows(source, key, data.split, data.subset), max_prompts))
     columns, prompt_key = row_format(data), column_key(data, "prompt_column")
     prompts: list[Prompt] = []
-    too_long: list[str] = []
-    unanswered: list[str] = []
+    too_long: dict[str, int] = {}
+    unanswered: dict[str, int] = {}
     dataset_hash = hashlib.sha256()
     while block := list(islice(rows, _RENDER_ROWS)):
         texts = [row_text(row, columns.prompts, prompt_key, source, index) for index, row in block]
@@ -146,9 +146,9 @@ def load_prompts(
             if not text or not token_ids:
                 raise ValueError(f"{key}: row {index} of {source} is an empty prompt; remove it")
             if answer is None:
-                unanswered.append(prompt_id)
+                unanswered[prompt_id] = index
             elif len(token_ids) > data.max_prompt_tokens:
-                too_long.append(prompt_id)
+                too_long[prompt_id] = index
             else:
                 prompts.append(Prompt(prompt_id, shown, _hash128(shown), token_ids, answer, index))
     if not prompts:
@@ -163,7 +163,12 @@ def load_prompts(
                 f"{_any_of(columns.answers)}; use another preset, or name the column in data.answer_column"
             )
         raise ValueError(f"{key}: {source} has no rows; give another source")
-    return LoadedPrompts(prompts, too_long, unanswered, dataset_hash.hexdigest())
+    left_out = {"too_long": too_long, "unanswered": unanswered}
+    for why, row_numbers in left_out.items():
+        if row_numbers:
+            first = min(row_numbers.values())
+            print(f"{key}: {len(row_numbers)} prompts {why.replace('_', ' ')}, left out; the first is row {first}")
+    return LoadedPrompts(prompts, left_out, dataset_hash.hexdigest())
 
 
 def read_rows(source: str, key: str, split: str = "train", subset: str | None = None) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -81,8 +82,11 @@ def is_guarded() -> bool:
 
 def run_guarded(arguments: Sequence[str]) -> None:
     """`run_command` under `guard.py`: none of the processes that the command starts outlives this one, even when this
-    one is killed."""
-    failed, code = _supervise([partial(_start, arguments, os.environ | {_GUARDED: "1"}, None, guarded=True)])
+    one is killed, and nor does what they leave in TMPDIR."""
+    scratch = tempfile.mkdtemp(prefix="apo-")
+    environment = os.environ | {_GUARDED: "1", "TMPDIR": scratch}
+    watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}", f"--remove={scratch}", "--"]
+    failed, code = _supervise([partial(_start, arguments, environment, None, watch)])
     if failed is not None:
         raise RankFailed(_killed(f"megatron-apo {arguments[0]}", code), code)
 
@@ -119,10 +123,9 @@ def _start_rank(
 
 
 def _start(
-    arguments: Sequence[str], environment: Mapping[str, str], log_path: Path | None, guarded: bool = False
+    arguments: Sequence[str], environment: Mapping[str, str], log_path: Path | None, watch: Sequence[str] = ()
 ) -> subprocess.Popen[bytes]:
-    """`log_path` None: write to this process's terminal."""
-    watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}", "--"] if guarded else []
+    """`log_path` None: write to this process's terminal. watch: the command that starts this one."""
     with open(log_path, "wb") if log_path else nullcontext() as log:
         return subprocess.Popen(
             [*watch, sys.executable, "-m", "megatron_apo.cli", *arguments],

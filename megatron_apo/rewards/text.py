@@ -15,6 +15,6 @@ def answer_part(response: str, thinking: bool) -> str | None:
 
 
 def thinking_is_unfinished(prompt: str, response: str) -> bool:
-    """Thinking was opened, by the response or at the prompt's end, and never closed."""
-    opened = OPENING_TAG in response or prompt.rstrip().endswith(OPENING_TAG)
-    return opened and CLOSING_TAG not in response
+    """Thinking was opened, by the response or at the prompt's end, and not closed after that."""
+    text = OPENING_TAG + response if prompt.rstrip().endswith(OPENING_TAG) else response
+    return text.rfind(OPENING_TAG) > text.rfind(CLOSING_TAG)

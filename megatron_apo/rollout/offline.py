@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_apo.config import RolloutConfig
 from megatron_apo.rollout.client import Sampling
-from megatron_apo.rollout.server import engine_environment, engine_options, longest_request
+from megatron_apo.rollout.server import ServerError, engine_options, longest_request, set_engine_environment
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class Sample:
 
 
 class OfflineEngine:
-    """One vLLM engine over `model`, whose talk goes to `log_path`. max_sequence_tokens: prompt and response."""
+    """One vLLM engine over `model`, whose talk goes to `log_path`. max_sequence_tokens: prompt and response.
+
+    Raises `ServerError` when vLLM does not start, or ends a response otherwise than as `Sample` knows.
+    """
 
     def __init__(
         self,
@@ -43,18 +46,22 @@ class OfflineEngine:
         prefix_caching: bool,
         log_path: Path,
     ):
-        os.environ |= engine_environment(rollout)  # read by vLLM when it is imported
-        with _output_to(log_path):
-            from vllm import LLM
+        set_engine_environment(os.environ, rollout)
+        options = engine_options(rollout) | {"max_model_len": longest_request(model, max_sequence_tokens)}
+        try:
+            with _output_to(log_path):
+                from vllm import LLM
 
-            self.llm = LLM(
-                model=str(model),
-                skip_tokenizer_init=True,  # token ids in, token ids out
-                seed=seed,
-                max_model_len=longest_request(model, max_sequence_tokens),
-                enable_prefix_caching=prefix_caching,
-                **engine_options(rollout),
-            )
+                self.llm = LLM(
+                    model=str(model),
+                    skip_tokenizer_init=True,  # token ids in, token ids out
+                    seed=seed,
+                    enable_prefix_caching=prefix_caching,
+                    **options,
+                )
+        except Exception as error:  # of vLLM, torch, the driver: whatever it is, there is no engine
+            reason = " ".join(str(error).split())[:300]
+            raise ServerError(f"vLLM did not start: {type(error).__name__}: {reason}; see {log_path}") from error
         logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns about the tokenizer that it was told not to load
         self._engine: Any = self.llm.llm_engine
         self._numbers = count()
@@ -82,6 +89,8 @@ class OfflineEngine:
                 key, num_samples = self._asked.pop(output.request_id)
                 self.num_samples_open -= num_samples
                 ordered = sorted(output.outputs, key=lambda one: one.index)
+                if other := {one.finish_reason for one in ordered} - {"stop", "length"}:
+                    raise ServerError(f"vLLM ended a response by {', '.join(map(str, other))}: it is no sample")
                 finished.append((key, [Sample(list(one.token_ids), one.finish_reason) for one in ordered]))
         return finished
 

@@ -17,11 +17,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
 from megatron_apo import guard
 from megatron_apo.config import RolloutConfig
+from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.ports import free_port, try_port
 from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
 
@@ -82,6 +84,7 @@ class VLLMServer:
         if not (self.model / "config.json").is_file():
             raise ServerError(f"model: {self.model} has no config.json; give a Hugging Face folder")
         port = _port(self.rollout.host, self.rollout.port)
+        command = self._command(port)
         self.url = f"http://{self.rollout.host}:{port}"
         self.token = secrets.token_urlsafe(32)
         self.shm_dir.mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,7 @@ class VLLMServer:
         with self.log_path.open("ab") as log:
             self.log_start = log.tell()
             self.process = subprocess.Popen(
-                watch + self._command(port),
+                watch + command,
                 env=self._environment(scratch),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -190,21 +193,14 @@ class VLLMServer:
         return command + rollout.extra_args
 
     def _environment(self, scratch: Path) -> dict[str, str]:
-        environment = dict(os.environ)
-        for name in LAUNCHER_VARIABLES:
-            environment.pop(name, None)
-        environment |= {
+        environment = os.environ | {
             TOKEN_VARIABLE: self.token,
             "TMPDIR": str(scratch),
-            "VLLM_RPC_BASE_PATH": str(scratch),
             "VLLM_SERVER_DEV_MODE": "1",  # the weight-transfer routes; the token check guards them
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "HF_HUB_OFFLINE": "1",  # the model is a folder
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # connections outlive the trainer's part of a step
-            "TOKENIZERS_PARALLELISM": "false",
         }
-        return environment | engine_environment(self.rollout)
+        set_engine_environment(environment, self.rollout)
+        return environment
 
 
 def engine_options(rollout: RolloutConfig) -> dict[str, Any]:
@@ -241,9 +237,19 @@ def device_name() -> str:
         pynvml.nvmlShutdown()
 
 
-def engine_environment(rollout: RolloutConfig) -> dict[str, str]:
-    """Variables that a vLLM engine with these settings needs on this machine, before vLLM is imported."""
-    return {} if _has_gpu() else _cpu_environment(rollout.tp, rollout.threads)
+def set_engine_environment(environment: MutableMapping[str, str], rollout: RolloutConfig) -> None:
+    """Set what a vLLM engine with these settings needs on this machine, before vLLM is imported."""
+    for name in LAUNCHER_VARIABLES:
+        environment.pop(name, None)
+    environment.pop("VLLM_RPC_BASE_PATH", None)  # so that its sockets lie in TMPDIR
+    environment.update(
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+        HF_HUB_OFFLINE="1",  # the model is a folder
+        TOKENIZERS_PARALLELISM="false",
+    )
+    if not _has_gpu():
+        environment.update(_cpu_environment(rollout.tp, rollout.threads))
 
 
 def _cpu_environment(tp: int, threads: int | None) -> dict[str, str]:
@@ -266,9 +272,17 @@ def _has_gpu() -> bool:
 
 
 def longest_request(model: Path, max_model_len: int) -> int:
-    """One token more than the longest sequence, where the model has room: scoring a sequence generates one token."""
-    limit = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
-    return max_model_len if max_model_len == limit else max_model_len + 1
+    """One token more than the longest sequence, where the model has room: scoring a sequence generates one token.
+
+    Raises `ValueError` for sequences that the model has no room for.
+    """
+    limit = read_hf_config(model).max_positions
+    if max_model_len > limit:
+        raise ValueError(
+            f"data.max_prompt_tokens + sampling.max_response_tokens: {max_model_len}, but {model} has "
+            f"max_position_embeddings {limit}; lower one of them"
+        )
+    return min(max_model_len + 1, limit)
 
 
 def _port(host: str, wanted: int) -> int:

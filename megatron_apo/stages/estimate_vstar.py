@@ -4,7 +4,8 @@
 
 The store keeps rewards; V* is derived when it is read. Any number of workers fill one store, now or later: each takes
 the next free shard while it still samples the last (`values/claims.py`), so its engine never runs dry. What a killed
-one left is sampled again from the same seeds. A worker that finds every shard written closes the store.
+one left is sampled again from the same seeds. A worker that finds every shard written closes the store, or reads it if
+another has.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -25,14 +27,23 @@ from megatron_apo.inputs import Inputs, load_inputs, store_fingerprint
 from megatron_apo.model.hf_config import check_served, read_hf_config
 from megatron_apo.rewards.pool import UNFINISHED, Grade, RewardPool
 from megatron_apo.rollout.offline import OfflineEngine, Sample
-from megatron_apo.rollout.server import device_name, engine_options
+from megatron_apo.rollout.server import device_name, engine_options, longest_request
 from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.values.claims import Claims
 from megatron_apo.values.sampling import more_samples
-from megatron_apo.values.store import StoreRow, StoreWriter, VStarStore
+from megatron_apo.values.store import StoreError, StoreRow, StoreWriter, VStarStore
 from megatron_apo.values.summary import summarize
 
 _WAIT_S = 2.0  # between looks at what other workers do
+# Alike in all shards of a store, though not in the run that reads it: what vLLM computes in is an approximation of the
+# reference either way, but one that a store must not mix.
+_MADE = (
+    "vstar.prompts_per_shard",
+    "vstar.keep_responses",
+    "rollout.dtype",
+    "rollout.quantization",
+    "rollout.kv_cache_dtype",
+)
 
 
 @dataclass(frozen=True)
@@ -58,25 +69,38 @@ class Job:
     @classmethod
     def open(cls, recipe: Recipe) -> Job:
         check_served(read_hf_config(recipe.model.reference_path))
-        engine_options(recipe.rollout)
+        longest_request(recipe.model.reference_path, recipe.max_sequence_tokens)
         inputs = load_inputs(recipe)
         num_shards = -(-len(inputs.training.prompts) // recipe.vstar.prompts_per_shard)
-        return cls(recipe, inputs, StoreWriter(recipe.vstar.dir, store_fingerprint(recipe, inputs), num_shards))
+        made = {key: attrgetter(key)(recipe) for key in _MADE}
+        return cls(recipe, inputs, StoreWriter(recipe.vstar.dir, store_fingerprint(recipe, inputs), num_shards, made))
 
     def prompts(self, index: int) -> list[Prompt]:
         """The prompts of shard `index`."""
         size = self.recipe.vstar.prompts_per_shard
         return self.inputs.training.prompts[index * size : (index + 1) * size]
 
+    def claims(self, worker: Worker) -> Claims:
+        """To be entered by who samples."""
+        vstar, shards = self.recipe.vstar, self.writer.num_shards
+        first = worker.index * shards // worker.count
+        hangs_s = self.recipe.rollout.start_timeout_s
+        return Claims(vstar.dir, shards, self.writer.written, vstar.claim_expires_s, hangs_s, first)
+
 
 def run(recipe: Recipe, worker: Worker) -> None:
     """Work on `recipe.vstar.dir` until it is finished, alone or with other workers."""
+    for name in ("python", "extra_args"):
+        if value := getattr(recipe.rollout, name):
+            raise ValueError(
+                f"rollout.{name}: {value!r} is for a server, and stage 1 has vLLM in its own process; leave it out"
+            )
+    engine_options(recipe.rollout)
     job = Job.open(recipe)
-    shards, first = job.writer.num_shards, worker.index * job.writer.num_shards // worker.count
-    with (
-        Claims(recipe.vstar.dir, shards, job.writer.written, recipe.vstar.claim_expires_s, first) as claims,
-        RunSummary(recipe.run.dir).phase("estimate_vstar") as summary,
-    ):
+    with job.claims(worker) as claims, RunSummary(recipe.run.dir).phase("estimate_vstar") as summary:
+        left_out = job.inputs.training.left_out
+        if any(left_out.values()):
+            (recipe.vstar.dir / "left_out.json").write_text(json.dumps(left_out, indent=1) + "\n")
         _fill(job, worker, claims)
         summary["vstar"] = _close(job, claims)
 
@@ -84,27 +108,30 @@ def run(recipe: Recipe, worker: Worker) -> None:
 def merge(recipe: Recipe) -> None:
     """Close a store whose shards are all written. Raises `StoreError` listing those that are not."""
     job = Job.open(recipe)
-    claims = Claims(recipe.vstar.dir, job.writer.num_shards, job.writer.written, recipe.vstar.claim_expires_s)
-    RunSummary(recipe.run.dir).add({"vstar": _close(job, claims)})
+    RunSummary(recipe.run.dir).add({"vstar": _close(job, job.claims(Worker()))})
 
 
 def check(recipe: Recipe) -> None:
     """Read the finished store whole, and compare it with the recipe. Raises `StoreError`."""
-    store = VStarStore.open(recipe.vstar.dir)
-    store.check(store_fingerprint(recipe, load_inputs(recipe)))
+    store, inputs = VStarStore.open(recipe.vstar.dir), load_inputs(recipe)
+    store.check(store_fingerprint(recipe, inputs))
+    _check_prompts(store, inputs)
     print(f"{store.folder}: whole, {len(store)} prompts x {store.rewards.samples}, and of this recipe")
 
 
+def _check_prompts(store: VStarStore, inputs: Inputs) -> None:
+    """Raise `StoreError` unless the store has the prompts of data.train, each and no others."""
+    ids = [prompt.prompt_id for prompt in inputs.training.prompts]
+    store.rows_of(ids)
+    if len(store) != len(ids):
+        raise StoreError(f"{store.folder}: has {len(store)} prompts where data.train has {len(ids)}; estimate V* again")
+
+
 def _close(job: Job, claims: Claims) -> dict[str, Any]:
-    """Write the manifest; for the summary: what the store holds."""
+    """See to the manifest; for the summary: what the store holds."""
     store = job.writer.finish()
+    _check_prompts(store, job.inputs)
     claims.remove()
-    training = job.inputs.training
-    left_out = {"too_long": training.too_long, "unanswered": training.unanswered}
-    if any(left_out.values()):
-        path = store.folder / "left_out.json"
-        path.write_text(json.dumps(left_out, indent=1) + "\n")
-        print(f"{len(training.too_long)} prompts too long, {len(training.unanswered)} unanswered: left out, see {path}")
     found = summarize(store, [job.recipe.vstar.beta1], "log_mean_exp")
     print(f"V* store: {store.folder}, {found.prompts} prompts x {found.samples}, mean reward {found.reward.mean:.3f}")
     return {
@@ -116,17 +143,20 @@ def _close(job: Job, claims: Claims) -> dict[str, Any]:
         "truncated": found.responses.truncated,
         "unfinished_thinking": found.responses.num_unfinished,
         "grader_failures": found.responses.num_failures,
-        "left_out": {name: len(ids) for name, ids in left_out.items()},
+        "left_out": {why: len(rows) for why, rows in job.inputs.training.left_out.items()},
         "hours": found.hours,
+        "made": store.made,
     }
 
 
 def _fill(job: Job, worker: Worker, claims: Claims) -> None:
-    """Sample shards until all are written, by this worker or by others."""
-    recipe, writer = job.recipe, job.writer
-    index = _wait_for_shard(claims, writer)
+    """Start an engine, if there is anything to sample, and do."""
+    recipe = job.recipe
+    index = _wait_for_shard(claims, job.writer)
     if index is None:
         return
+    job.writer.reopen()
+    start = time.monotonic()
     with RewardPool(recipe.reward) as pool, Progress(disable=not recipe.telemetry.progress) as progress:
         engine = OfflineEngine(
             recipe.model.reference_path,
@@ -136,20 +166,25 @@ def _fill(job: Job, worker: Worker, claims: Claims) -> None:
             prefix_caching=recipe.vstar.prefix_caching,
             log_path=recipe.run.dir / "logs" / f"vllm-estimate-vstar{worker.suffix}.log",
         )
-        sampler = Sampler(job, engine, pool)
-        bar = progress.add_task("V*: sampling the reference", total=len(job.inputs.training.prompts))
-        while index is not None:
-            sampler.open(index)
-            ask_again = 0.0
-            while sampler.is_busy:
-                if sampler.wants_more and time.monotonic() >= ask_again:
-                    if (following := claims.take()) is not None:
-                        sampler.open(following)
-                    else:
-                        ask_again = time.monotonic() + _WAIT_S
-                sampler.advance()
-                progress.update(bar, completed=sampler.num_done)
-            index = _wait_for_shard(claims, writer)
+        sample_all(job, Sampler(job, engine, pool, start), claims, index, progress)
+
+
+def sample_all(job: Job, sampler: Sampler, claims: Claims, index: int | None, progress: Progress) -> None:
+    """Sample shards, `index` first, until all are written, by this worker or by others."""
+    bar = progress.add_task("V*: sampling the reference", total=len(job.inputs.training.prompts))
+    while index is not None:
+        sampler.open(index)
+        ask_again = 0.0
+        while sampler.is_busy:
+            if sampler.wants_more and time.monotonic() >= ask_again:
+                if (following := claims.take()) is not None:
+                    sampler.open(following)
+                else:
+                    ask_again = time.monotonic() + _WAIT_S
+            sampler.advance()
+            claims.alive()
+            progress.update(bar, completed=sampler.num_done)
+        index = _wait_for_shard(claims, job.writer)
 
 
 def _wait_for_shard(claims: Claims, writer: StoreWriter) -> int | None:
@@ -173,22 +208,26 @@ class _Open:
     prompt: Prompt
     shard: int
     seed: int
-    samples: list[Sample] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
+    responses: list[list[int]] = field(default_factory=list)  # if they are kept
     grades: list[Future[Grade]] = field(default_factory=list)
     num_ungraded: int = 0
 
 
 class Sampler:
-    """Samples and grades shards, several at a time; writes each when its last prompt is done."""
+    """Samples and grades shards, several at a time; writes each when its last prompt is done.
 
-    def __init__(self, job: Job, engine: OfflineEngine, pool: RewardPool):
-        self._job, self._engine, self._pool = job, engine, pool
+    since: the time from which on the first shard is charged.
+    """
+
+    def __init__(self, job: Job, engine: OfflineEngine, pool: RewardPool, since: float):
+        self._job, self._engine, self._pool, self._since = job, engine, pool, since
         self._sampling = job.inputs.sampling(job.recipe.sampling)
         self._enough = 2 * job.recipe.rollout.max_num_seqs
         self._shards: dict[int, list[_Open]] = {}
         self._graded: SimpleQueue[_Open] = SimpleQueue()  # once for each grade
         self._unfinished: dict[int, int] = {}  # prompts of each open shard
-        self._written_at = time.monotonic()
         self._device = device_name()
         self._own: set[int] = set()
         self._num_own_done = self._num_done_elsewhere = 0
@@ -209,6 +248,9 @@ class Sampler:
 
     def open(self, index: int) -> None:
         """Begin shard `index`."""
+        assert index not in self._own, f"shard {index} is begun already"
+        if self._own and not self._shards:
+            self._since = time.monotonic()  # it only waited for others
         recipe = self._job.recipe
         prompts = [
             _Open(prompt, index, sample_seed(recipe.vstar.seed, "vstar", 0, prompt.prompt_id))
@@ -236,13 +278,18 @@ class Sampler:
             pass
 
     def _grade(self, one: _Open, samples: list[Sample]) -> None:
-        one.samples += samples
         one.num_ungraded += len(samples)
         for sample in samples:
-            request = self._job.inputs.grade_request(one.prompt, sample.token_ids, sample.finish_reason)
-            grade = self._pool.submit(request)
+            one.lengths.append(len(sample.token_ids))
+            one.finish_reasons.append(sample.finish_reason)
+            if self._job.recipe.vstar.keep_responses:
+                one.responses.append(sample.token_ids)
+            grade = self._submit(one.prompt, sample)
             one.grades.append(grade)
             grade.add_done_callback(lambda _: self._graded.put(one))
+
+    def _submit(self, prompt: Prompt, sample: Sample) -> Future[Grade]:
+        return self._pool.submit(self._job.inputs.grade_request(prompt, sample.token_ids, sample.finish_reason))
 
     def _continue(self, one: _Open) -> None:
         """Ask for the prompt's next samples, if it needs any; else it is done, and perhaps its shard."""
@@ -250,7 +297,7 @@ class Sampler:
         rewards = [grade.result().reward for grade in one.grades]
         more = more_samples(rewards, vstar.samples_per_prompt, vstar.adaptive)
         if more:
-            seed = one.seed + len(one.samples)
+            seed = one.seed + len(one.grades)
             self._engine.add(one, one.prompt.token_ids, self._sampling, num_samples=more, seed=seed)
             return
         self._num_own_done += 1
@@ -262,8 +309,9 @@ class Sampler:
         rows = [self._row(one) for one in self._shards.pop(index)]
         del self._unfinished[index]
         now = time.monotonic()
-        self._job.writer.write_shard(index, rows, now - self._written_at, self._device)
-        self._written_at = now
+        seconds = (now - self._since) * self._job.recipe.rollout.tp
+        self._job.writer.write_shard(index, rows, seconds, self._device)
+        self._since = now
 
     def _row(self, one: _Open) -> StoreRow:
         grades = [grade.result() for grade in one.grades]
@@ -271,9 +319,9 @@ class Sampler:
             prompt_id=one.prompt.prompt_id,
             text_hash=one.prompt.text_hash,
             rewards=[grade.reward for grade in grades],
-            lengths=[len(sample.token_ids) for sample in one.samples],
-            finish_reasons=[sample.finish_reason for sample in one.samples],
-            responses=[sample.token_ids for sample in one.samples] if self._job.recipe.vstar.keep_responses else None,
+            lengths=one.lengths,
+            finish_reasons=one.finish_reasons,
+            responses=one.responses if self._job.recipe.vstar.keep_responses else None,
             num_failures=sum(grade.is_graders_failure for grade in grades),
             num_unfinished=sum(grade.failure == UNFINISHED for grade in grades),
         )

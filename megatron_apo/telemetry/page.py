@@ -36,6 +36,11 @@ def card(title: str, value: str, note: str) -> str:
     return f'<div class="card"><h3>{escape(title)}</h3><strong>{value}</strong><p>{escape(note)}</p></div>'
 
 
+def with_error(value: float, error: float | None) -> str:
+    """HTML; the value alone where no error could be estimated."""
+    return f"{value:.3f}" if error is None else f"{value:.3f} <small>± {error:.3f}</small>"
+
+
 def figure(svg: str, caption: str, wide: bool = False, title: str = "") -> str:
     """A chart; over both columns if `wide`."""
     head = f"<h3>{escape(title)}</h3>" if title else ""

@@ -69,13 +69,12 @@ def _headline(summary: Tree, rows: Rows, recipe: Tree) -> str:
     if {"before", "after"} <= results.keys():
         before, after = results["before"], results["after"]
         gain = after["mean"] - before["mean"]
-        # Standard error of a difference of two independent means.
+        # As of independent means, though the prompts are the same: where both go together the true error is smaller.
         error = ((after["stderr"] or 0) ** 2 + (before["stderr"] or 0) ** 2) ** 0.5
-        cards.append(page.card(f"avg@{k} gained", f"{gain:+.3f}", f"± {error:.3f} standard error" if error else ""))
+        cards.append(page.card(f"avg@{k} gained", f"{gain:+.3f}", f"± {error:.3f}, pairing ignored" if error else ""))
     for name, result in results.items():
-        error = f" <small>± {result['stderr']:.3f}</small>" if result["stderr"] else ""
-        title = f"avg@{k} {_HEADINGS.get(name, name)}"
-        cards.append(page.card(title, f"{result['mean']:.3f}{error}", f"greedy {result['greedy']:.3f}"))
+        title, value = f"avg@{k} {_HEADINGS.get(name, name)}", page.with_error(result["mean"], result["stderr"])
+        cards.append(page.card(title, value, f"greedy {result['greedy']:.3f}"))
     phases = summary.get("phases_s", {})
     if phases:
         cards.append(page.card("wall clock", duration(_total(phases)), f"{len(phases.keys() - {'total'})} phases"))
@@ -109,19 +108,17 @@ def _distance(rows: Rows) -> str:
 
 def _vstar(run_dir: Path, recipe: Tree) -> str:
     from megatron_apo.telemetry.vstar_page import lengths_figure, values_figure
-    from megatron_apo.values.store import StoreError, VStarStore
+    from megatron_apo.values.store import VStarStore
     from megatron_apo.values.summary import summarize
 
     settings = recipe["vstar"] if recipe else {}
     try:
         store = VStarStore.open(settings.get("dir", run_dir / "vstar"), settings.get("samples_used"))
         found = summarize(store, [settings.get("beta1", 0.5)], settings.get("estimator", "log_mean_exp"))
-    except StoreError as error:
+    except ValueError as error:  # of the store, or of an estimator that its rewards do not suit
         return page.missing(f"V*: {error}")
-    never, always = (found.left_out[name].share for name in ("all_wrong", "all_right"))
-    caption = (
-        f"{found.prompts} prompts, {found.samples} samples of each; {never:.0%} never right, {always:.0%} always right."
-    )
+    wrong, right = (found.left_out[name].share for name in ("all_wrong", "all_right"))
+    caption = f"{found.prompts} prompts, {found.samples} samples of each; {wrong:.0%} all wrong, {right:.0%} all right."
     return values_figure(found, found.values[0], caption) + lengths_figure(found, "All stage-1 samples.")
 
 

@@ -9,8 +9,10 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,8 @@ class RunSummary:
         """Merge `values` into the file, nested dicts by key; written whole or not at all."""
         merged = _finite(_merge(read_summary(self._path.parent), values))
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(merged, indent=1, allow_nan=False) + "\n")
+        partial = self._path.with_name(f".{FILE_NAME}.{uuid.uuid4().hex}.partial")  # workers may end together
+        partial.write_text(json.dumps(merged, indent=1, allow_nan=False, default=asdict) + "\n")
         os.replace(partial, self._path)
 
 

@@ -42,24 +42,17 @@ def lengths_figure(found: Summary, caption: str) -> str:
 
 
 def _headline(found: Summary) -> str:
-    k, best = next((k, at) for k, at in found.pass_at_k.items() if k == found.first_round)
+    first, reward = found.first_round, found.reward
+    best = found.pass_at_k[first]
     return page.cards(
         [
             page.card("prompts", number(found.prompts), f"{found.samples} samples of each"),
-            page.card("mean reward", _with_error(found.reward.mean, found.reward.stderr), _of_first_round(found)),
-            page.card(f"Pass@{k}", _with_error(best.mean, best.stderr), "unbiased estimate"),
+            page.card("mean reward", page.with_error(reward.mean, reward.stderr), f"first {first} samples of each"),
+            page.card(f"Pass@{first}", page.with_error(best.mean, best.stderr), "unbiased estimate"),
             page.card("cut at the length cap", f"{found.responses.truncated:.1%}", "of responses"),
-            page.card("hours", f"{sum(found.hours.values()):.2f}", ", ".join(found.hours)),
+            *(page.card("hours", f"{hours:.2f}", device) for device, hours in found.hours.items()),
         ]
     )
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.3f}" if error is None else f"{value:.3f} <small>± {error:.3f}</small>"
-
-
-def _of_first_round(found: Summary) -> str:
-    return f"first {found.first_round} samples of each" if found.fingerprint["adaptive"] else "over prompts"
 
 
 def _values(found: Summary) -> str:
@@ -78,22 +71,23 @@ def _values(found: Summary) -> str:
 
 
 def _right(found: Summary) -> str:
-    all_prompts, some_prompts = f"all {number(found.prompts)} prompts", "prompts with k samples"
-    lines: dict[str, plots.Points] = {all_prompts: ([], [], []), some_prompts: ([], [], [])}
-    for k, at in found.pass_at_k.items():
-        of = lines[all_prompts if k <= found.first_round else some_prompts]
-        for values, value in zip(of, (k, at.mean, at.stderr or 0.0), strict=True):
-            values.append(value)  # type: ignore[attr-defined]
-    lines = {name: line for name, line in lines.items() if line[0]}
-    caption = "Unbiased estimate; the band is one standard error over prompts."
-    if some_prompts in lines:
-        fewest = found.pass_at_k[max(found.pass_at_k)].num_prompts
-        caption += f" Beyond {found.first_round}, of the uncertain prompts alone ({number(fewest)} at the end)."
+    first, last = found.first_round, max(found.pass_at_k)
+    lines = {f"all {number(found.prompts)} prompts": _pass_at(found, range(1, first + 1))}
+    caption = f"Unbiased up to k = {first}; the band is one standard error over prompts."
+    if last > first:
+        lines["prompts with k samples"] = _pass_at(found, range(first + 1, last + 1))
+        num = number(found.pass_at_k[last].num_prompts)
+        caption += f" Beyond, of uncertain prompts alone ({num} at the end), and biased by the stopping rule."
     title = "share of right samples of a prompt"
     chart = plots.histogram(title, found.right.at, found.right.counts, None, "share right", "prompts")
     return page.figure(plots.band_chart("Pass@k", lines, "k"), caption, title="Pass@k") + page.figure(
         chart, "" if found.binary else NOT_BINARY, title=title
     )
+
+
+def _pass_at(found: Summary, ks: Sequence[int]) -> plots.Points:
+    at = [found.pass_at_k[k] for k in ks]
+    return ks, [mean.mean for mean in at], [mean.stderr or 0.0 for mean in at]
 
 
 def _estimators(estimators: Sequence[EstimatorsAt]) -> str:
@@ -117,7 +111,7 @@ def _responses(found: Summary) -> str:
         ("cut at the length cap", f"{responses.truncated:.2%}"),
         ("thinking never closed", number(responses.num_unfinished)),
         ("graders' failures", number(responses.num_failures)),
-        *((f"workers' hours, {device or 'unknown'}", f"{hours:.2f}") for device, hours in found.hours.items()),
+        *((f"hours, {device}", f"{hours:.2f}") for device, hours in found.hours.items()),
     ]
     return lengths_figure(found, "All stage-1 samples.") + page.table("Responses", ("what", "value"), rows)
 

@@ -20,11 +20,11 @@ _COLUMNS = 20  # of a histogram in a line
 def print_summary(found: Summary) -> None:
     """What `summarize` found."""
     console = Console()
-    responses = found.responses
+    responses, first = found.responses, found.first_round
     facts = [
         ("prompts", f"{number(found.prompts)} in {number(found.shards)} shards"),
         ("samples", f"{found.samples} of each prompt, {number(responses.count)} in all"),
-        ("mean reward", with_error(found.reward.mean, found.reward.stderr) + _first_round(found)),
+        ("mean reward", f"{with_error(found.reward.mean, found.reward.stderr)} (first {first} samples of each)"),
         ("left out by", ", ".join(f"{name} {left.share:.1%}" for name, left in found.left_out.items())),
         (
             "response tokens",
@@ -34,7 +34,7 @@ def print_summary(found: Summary) -> None:
         ("truncated", f"{responses.truncated:.2%} of responses"),
         ("unfinished thinking", f"{number(responses.num_unfinished)} responses"),
         ("grader failures", f"{number(responses.num_failures)} responses"),
-        ("hours", ", ".join(f"{hours:.2f} {device or 'unknown'}" for device, hours in found.hours.items())),
+        ("hours", ", ".join(f"{hours:.2f} {device}" for device, hours in found.hours.items())),
     ]
     _facts(console, f"V* store {found.folder}", facts)
     _pass_at_k(console, found)
@@ -83,10 +83,6 @@ def print_comparison(found: Comparison) -> None:
         _facts(console, "fingerprints differ", fields)
 
 
-def _first_round(found: Summary) -> str:
-    return f" (first {found.first_round} samples of each)" if found.fingerprint["adaptive"] else ""
-
-
 def _pass_at_k(console: Console, found: Summary) -> None:
     """At powers of two and at the last k."""
     last = max(found.pass_at_k)
@@ -94,7 +90,7 @@ def _pass_at_k(console: Console, found: Summary) -> None:
     rows = [[str(k), with_error(at.mean, at.stderr), number(at.num_prompts)] for k, at in shown.items()]
     _table(console, "Pass@k", ("k", "Pass@k", "prompts"), rows)
     if last > found.first_round:
-        console.print(f"Beyond {found.first_round}: of the prompts with k samples, which were the uncertain ones.")
+        console.print(f"Beyond {found.first_round}: of uncertain prompts alone, and biased by the stopping rule.")
     if not found.binary:
         console.print(NOT_BINARY)
 

@@ -15,6 +15,25 @@ _PART_ROWS = 1 << 20  # rows of one thread's turn
 _THREADS = 4
 
 
+def all_wrong(rewards_RN: Array) -> NDArray[np.bool_]:
+    """[R] no reward above 0: what a filter leaves out, and adaptive sampling asks again before."""
+    return rewards_RN.max(axis=1) <= 0
+
+
+@dataclass(frozen=True)
+class SamplesPerPrompt:
+    """How many samples a prompt has."""
+
+    fewest: int
+    most: int
+    mean: float
+
+    def __str__(self) -> str:
+        if self.fewest == self.most:
+            return f"{self.most}"
+        return f"{self.fewest} to {self.most} ({self.mean:.1f} on average)"
+
+
 @dataclass(frozen=True)
 class SampledRewards:
     """flat: [sum of n_p] rewards, prompt by prompt, in sample order. counts_P: [P] n_p, each at least 1."""
@@ -35,12 +54,10 @@ class SampledRewards:
         return len(self.counts_P)
 
     @property
-    def samples(self) -> str:
-        """How many there are of each prompt, in words."""
-        if not len(self):
-            return "no samples"
-        fewest, most = int(self.counts_P.min()), int(self.counts_P.max())
-        return f"{most}" if fewest == most else f"{fewest} to {most} ({self.counts_P.mean():.1f} on average)"
+    def samples(self) -> SamplesPerPrompt:
+        """How many there are; 0 of no prompts."""
+        most = int(self.counts_P.max(initial=0))
+        return SamplesPerPrompt(int(self.counts_P.min(initial=most)), most, len(self.flat) / max(len(self), 1))
 
     def blocks(self) -> Iterator[tuple[NDArray[np.intp] | slice, Array]]:
         """(rows, [R, n] rewards of those prompts), prompts of the same n together, at most 65,536 at a time."""

@@ -11,21 +11,22 @@ import numpy as np
 
 from megatron_apo.config import AdaptiveConfig
 from megatron_apo.values.estimators import standard_error
+from megatron_apo.values.samples import all_wrong
 
 
 def more_samples(rewards: Sequence[float], first: int, adaptive: AdaptiveConfig | None) -> int:
     """How many further samples a prompt with these rewards needs; 0: it has enough.
 
     first: of the first round. After it, rounds of `adaptive.step` follow until V*'s standard error (`standard_error`,
-    smoothed) is at most `adaptive.stderr`, and a prompt that was never right has `adaptive.all_wrong` samples. None has
-    more than `adaptive.most`.
+    smoothed) is at most `adaptive.stderr`, and an all-wrong prompt has `adaptive.all_wrong` samples. None has more than
+    `adaptive.most`.
     """
     if not rewards:
         return first
     if adaptive is None or len(rewards) >= adaptive.most:
         return 0
-    error = standard_error(np.array([rewards], dtype=np.float64), adaptive.beta1, adaptive.reward_range)[0]
-    never_right = max(rewards) <= adaptive.reward_range[0]
-    if error <= adaptive.stderr and not (never_right and len(rewards) < adaptive.all_wrong):
+    rewards_1N = np.array([rewards], dtype=np.float64)
+    error = standard_error(rewards_1N, adaptive.beta1, adaptive.reward_range)[0]
+    if error <= adaptive.stderr and not (all_wrong(rewards_1N)[0] and len(rewards) < adaptive.all_wrong):
         return 0
     return min(adaptive.step, adaptive.most - len(rewards))

@@ -11,8 +11,8 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,18 @@ class StoreRow:
 
 @dataclass(frozen=True)
 class Footer:
-    """What a shard says of itself. seconds: of one worker's time on `device`."""
+    """What a shard says of itself. seconds: of time of one `device`.
+
+    made: settings, by their names in the recipe, that are the same in all shards of a store. A run that reads the store
+    may have others.
+    """
 
     fingerprint: Fingerprint
     index: int
     num_shards: int
     seconds: float
     device: str
+    made: Mapping[str, Any] = field(default_factory=dict)
 
 
 def shard_name(index: int) -> str:
@@ -147,8 +152,10 @@ def check_version(path: Path, record: Any) -> None:
         )
 
 
-def check_same_store(path: Path, footer: Footer, fingerprint: Fingerprint, num_shards: int) -> None:
-    """Raise `StoreError` for a shard of another store, of another division into shards, or under another's name."""
+def check_same_store(
+    path: Path, footer: Footer, fingerprint: Fingerprint, num_shards: int, made: Mapping[str, Any]
+) -> None:
+    """Raise `StoreError` for a shard of another store, one that was made otherwise, or one under another's name."""
     differences = footer.fingerprint.differences(fingerprint)
     if differences:
         fix = "use another vstar.dir, or delete it"
@@ -158,6 +165,12 @@ def check_same_store(path: Path, footer: Footer, fingerprint: Fingerprint, num_s
             f"{path}: one of {footer.num_shards} shards where this store has {num_shards}; "
             "keep vstar.prompts_per_shard as it was, or use another vstar.dir"
         )
+    for key in sorted(made.keys() | footer.made):
+        if made.get(key) != footer.made.get(key):
+            raise StoreError(
+                f"{path}: made with {key}={footer.made.get(key)} where this store has {made.get(key)}; "
+                "keep it as it was, or use another vstar.dir"
+            )
     if path.name != shard_name(footer.index):
         raise StoreError(f"{path}: holds shard {footer.index}, which its name does not say; delete it and {AGAIN}")
 

@@ -5,7 +5,8 @@
     STORE/claims/                   while it is filled: which worker is at which shard, see `claims.py`
 
 Each shard carries the fingerprint in its own footer: a killed job finds its finished shards without any other record.
-The manifest is written last. Shapes: P prompts. No Python object per row is made on the load path.
+The manifest is written last, and once: what it signed is not signed again. Shapes: P prompts. No Python object per row
+is made on the load path.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from megatron_apo.values.estimators import ESTIMATORS
 from megatron_apo.values.fingerprint import SCHEMA_VERSION, Fingerprint, StoreError
 from megatron_apo.values.ids import RowsById, hex_of_ids, ids_of_hex
-from megatron_apo.values.samples import SampledRewards
+from megatron_apo.values.samples import SampledRewards, all_wrong
 from megatron_apo.values.shards import (
     AGAIN,
     Footer,
@@ -52,12 +53,13 @@ _READERS = 4  # shards read at once: hashing and decoding release the interprete
 class StoreWriter:
     """Writes the `num_shards` shards of a store into `folder`; several writers may share it.
 
-    Raises `StoreError` if the folder already holds shards of another fingerprint or another division into shards.
+    made: see `Footer`. Raises `StoreError` if the folder already holds shards of another store or made otherwise.
     """
 
-    def __init__(self, folder: Path | str, fingerprint: Fingerprint, num_shards: int):
-        self.folder, self.fingerprint, self.num_shards = Path(folder), fingerprint, num_shards
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self, folder: Path | str, fingerprint: Fingerprint, num_shards: int, made: Mapping[str, Any] | None = None
+    ):
+        self.folder, self.fingerprint, self.num_shards, self.made = Path(folder), fingerprint, num_shards, made or {}
         self.finished_shards()
 
     def finished_shards(self) -> set[int]:
@@ -65,13 +67,17 @@ class StoreWriter:
         finished = set()
         for path in sorted(self.folder.glob("shard-*.parquet")):
             footer = read_footer(open_shard(path), path)
-            check_same_store(path, footer, self.fingerprint, self.num_shards)
+            check_same_store(path, footer, self.fingerprint, self.num_shards, self.made)
             finished.add(footer.index)
         return finished
 
     def written(self) -> set[int]:
         """Indices of the shards whose files are there, by one look at the folder; nothing is read."""
         return {index for index in map(shard_index, os.listdir(self.folder)) if index is not None}
+
+    def reopen(self) -> None:
+        """Forget the manifest of a store that has lost a shard."""
+        (self.folder / MANIFEST).unlink(missing_ok=True)
 
     def write_shard(self, index: int, rows: Sequence[StoreRow], seconds: float = 0.0, device: str = "") -> Path:
         """Write shard `index` for good; one that is there already stays as it is.
@@ -80,11 +86,18 @@ class StoreWriter:
         """
         assert 0 <= index < self.num_shards, f"shard {index} of {self.num_shards}"
         path = self.folder / shard_name(index)
-        write_shard(path, rows, Footer(self.fingerprint, index, self.num_shards, round(seconds, 2), device))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_shard(path, rows, Footer(self.fingerprint, index, self.num_shards, round(seconds, 2), device, self.made))
         return path
 
     def finish(self) -> VStarStore:
-        """Check every shard's content, write the manifest, and return the store opened."""
+        """Check every shard's content, write the manifest if there is none, and return the store opened."""
+        store = VStarStore.open(self.folder) if (self.folder / MANIFEST).exists() else self._close()
+        for leftover in self.folder.glob(".*.partial"):
+            leftover.unlink(missing_ok=True)
+        return store
+
+    def _close(self) -> VStarStore:
         missing = sorted(set(range(self.num_shards)) - self.finished_shards())
         if missing:
             raise StoreError(
@@ -102,6 +115,7 @@ class StoreWriter:
             "schema_version": SCHEMA_VERSION,
             "fingerprint": self.fingerprint.model_dump(mode="json"),
             "num_shards": self.num_shards,
+            "made": dict(self.made),
             "shards": shards,
         }
         store = VStarStore(self.folder, manifest)
@@ -110,10 +124,11 @@ class StoreWriter:
             json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, self.folder / MANIFEST)
+        try:
+            os.replace(partial, self.folder / MANIFEST)
+        except FileNotFoundError:
+            pass  # swept away by another worker, which has closed the store
         sync_folder(self.folder)
-        for leftover in self.folder.glob(".shard-*.partial"):
-            leftover.unlink(missing_ok=True)
         return store
 
 
@@ -142,7 +157,7 @@ class VStarStore:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], samples_used: int | None = None):
         self.folder = folder
-        self.fingerprint, self.num_shards, self._shards = _read_manifest(folder / MANIFEST, manifest)
+        self.fingerprint, self.num_shards, self.made, self._shards = _read_manifest(folder / MANIFEST, manifest)
         # Where each shard's rows and rewards begin, and at the end the number of all. Shards are read into their place.
         self._row_starts, self._reward_starts = (
             np.cumsum([0] + [shard[name] for shard in self._shards], dtype=np.int64) for name in ("rows", "rewards")
@@ -213,10 +228,10 @@ class VStarStore:
         low, high = success_rate
         rules = {
             "none": lambda rewards_RN: np.zeros(len(rewards_RN), dtype=bool),
-            "all_wrong": lambda rewards_RN: (rewards_RN <= 0).all(axis=1),
+            "all_wrong": all_wrong,
             "all_right": lambda rewards_RN: (rewards_RN >= 1).all(axis=1),
-            "both": lambda rewards_RN: (rewards_RN <= 0).all(axis=1) | (rewards_RN >= 1).all(axis=1),
-            "success_rate": lambda rewards_RN: ~_within((rewards_RN >= 1).mean(axis=1), low, high),
+            "both": lambda rewards_RN: all_wrong(rewards_RN) | (rewards_RN >= 1).all(axis=1),
+            "success_rate": lambda rewards_RN: ((rate_R := (rewards_RN >= 1).mean(axis=1)) < low) | (rate_R > high),
         }
         return self.rewards.per_prompt(rules[name], bool)
 
@@ -230,7 +245,7 @@ class VStarStore:
         return pa.chunked_array([chunk for path in paths for chunk in open_shard(path).read([name])[name].chunks])
 
     def hours(self) -> dict[str, float]:
-        """Hours of workers' time that the samples took, by device."""
+        """Hours that the samples took, each of one device, by device."""
         found: dict[str, float] = {}
         for index in range(self.num_shards):
             path = self.folder / shard_name(index)
@@ -253,7 +268,7 @@ class VStarStore:
         try:
             with pq.ParquetFile(pa.OSFile(str(path))) as file:
                 # Before the checksum: a shard of another store is told apart from a damaged one.
-                check_same_store(path, read_footer(file, path), self.fingerprint, self.num_shards)
+                check_same_store(path, read_footer(file, path), self.fingerprint, self.num_shards, self.made)
                 if damage:
                     raise StoreError(f"{path}: {damage}; {again}")
                 self._fill(index, file, path)
@@ -287,11 +302,11 @@ class VStarStore:
             )
 
 
-def _read_manifest(path: Path, manifest: Any) -> tuple[Fingerprint, int, list[dict[str, Any]]]:
+def _read_manifest(path: Path, manifest: Any) -> tuple[Fingerprint, int, dict[str, Any], list[dict[str, Any]]]:
     check_version(path, manifest)
     try:
         fingerprint = Fingerprint.model_validate(manifest["fingerprint"])
-        num_shards, shards = int(manifest["num_shards"]), manifest["shards"]
+        num_shards, made, shards = int(manifest["num_shards"]), dict(manifest.get("made", {})), manifest["shards"]
         for shard in shards:
             shard |= {name: int(shard[name]) for name in ("rows", "rewards", "bytes")}
             if min(shard["rows"], shard["rewards"]) < 0:
@@ -305,8 +320,4 @@ def _read_manifest(path: Path, manifest: Any) -> tuple[Fingerprint, int, list[di
         raise StoreError(
             f"{path}: lists {len(listed)} shards, not 0 to {num_shards - 1}; absent: {absent[:8]}; {AGAIN}"
         )
-    return fingerprint, num_shards, shards
-
-
-def _within(share: NDArray[np.float64], low: float, high: float) -> NDArray[np.bool_]:
-    return (share >= low) & (share <= high)
+    return fingerprint, num_shards, made, shards

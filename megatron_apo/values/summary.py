@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megatron_apo.values.estimators import ESTIMATORS
 from megatron_apo.values.fingerprint import Fingerprint, StoreError
 from megatron_apo.values.ids import RowsById, hex_of_ids
-from megatron_apo.values.samples import Array, SampledRewards
+from megatron_apo.values.samples import Array, SampledRewards, SamplesPerPrompt
 from megatron_apo.values.shards import open_shard, shard_name
 from megatron_apo.values.store import VStarStore
 
@@ -93,14 +93,13 @@ class Summary:
     """What a store holds.
 
     first_round: samples that each prompt has whatever they were, which `reward` and Pass@k up to it are of.
-    samples: of each prompt, in words. binary: every reward is 0 or 1. right: share of right samples of each prompt.
-    pass_at_k: by k. hours: of workers' time, by device.
+    binary: every reward is 0 or 1. right: share of right samples of each prompt. pass_at_k: by k. hours: of devices.
     """
 
     folder: str
     prompts: int
     shards: int
-    samples: str
+    samples: SamplesPerPrompt
     first_round: int
     reward: Mean
     binary: bool
@@ -191,8 +190,8 @@ def summarize(store: VStarStore, beta1s: Sequence[float], estimator: str) -> Sum
         values=[_values(beta1, ESTIMATORS[estimator](rewards, beta1)) for beta1 in beta1s],
         left_out={name: LeftOut(count, count / len(store)) for name, count in left_out.items()},
         responses=_responses(store),
-        hours=store.hours(),
-        fingerprint=store.fingerprint.model_dump(mode="json"),
+        hours={device or "unknown device": hours for device, hours in store.hours().items()},
+        fingerprint=store.fingerprint.model_dump(mode="json") | store.made,
     )
 
 
@@ -362,6 +361,8 @@ def _bars(values: Array) -> Bars:
 
 def _groups(values: Array) -> tuple[Array, NDArray[np.intp]]:
     """(centres, [len(values)] which of them): each value that occurs where they are few, else equal bins."""
+    step = float(np.abs(values).max()) * 2**-30 or 1.0  # equal values differ by rounding errors: their rewards' order
+    values = np.rint(values / step) * step
     if len(np.unique(values[:_BLOCK_ROWS])) <= _MOST_VALUES and len(distinct := np.unique(values)) <= _MOST_VALUES:
         return distinct, np.searchsorted(distinct, values)
     edges = np.linspace(values.min(), values.max(), _NUM_BINS + 1)

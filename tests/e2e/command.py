@@ -40,13 +40,15 @@ class Command:
     def output(self) -> str:
         return self.log.read_text()
 
-    def processes(self) -> list[psutil.Process]:
-        """Live processes that this command started, itself included."""
+    def processes(self, *words: str) -> list[psutil.Process]:
+        """Live processes that this command started, itself included; if `words`, those whose command line has one."""
         found = []
         for process in psutil.process_iter():
             try:
                 if process.cwd() == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                    line = " ".join(process.cmdline())
+                    if not words or any(word in line for word in words):
+                        found.append(process)
             except psutil.Error:
                 continue
         return found

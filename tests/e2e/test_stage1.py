@@ -6,9 +6,10 @@ import json
 import os
 import random
 import shutil
-import signal
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,16 @@ from megatron_apo.values.store import VStarStore
 from tests.e2e.command import Command
 
 NUM_PROMPTS, NUM_SAMPLES, SHARD = 192, 4, 8
-# An untrained model's length is as good as random, so every sample has a say. It says that it was asked, too.
+NUM_ROWS = 1280  # for --full
+# An untrained model's length is as good as random, so every sample has a say. Each that is asked for leaves a line.
 LENGTH = """
 import os
 class Length:
     name, version = "length", "1"
     def __call__(self, request):
+        if "ASKED" in os.environ:
+            with open(os.environ["ASKED"], "a") as file:
+                file.write(f"{os.environ['WORKER']} {request.prompt}\\n")
         return len(request.response) % 7 / 6
 """
 
@@ -33,16 +38,21 @@ class Length:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stage1")
     (folder / "length.py").write_text(LENGTH)
-    write_task(folder / "data", 0, num_train=NUM_PROMPTS, num_eval=1, num_sft=0)
+    write_task(folder / "data", 0, num_train=NUM_ROWS, num_eval=1, num_sft=0)
     write_model(folder / "model", 0, build_tokenizer())
     tree = {
         "run": {"dir": str(folder / "run")},
         "model": {"path": str(folder / "model")},
-        "data": {"train": str(folder / "data" / "train.jsonl"), "template": "raw", "max_prompt_tokens": 16},
+        "data": {
+            "train": str(folder / "data" / "train.jsonl"),
+            "max_prompts": NUM_PROMPTS,
+            "template": "raw",
+            "max_prompt_tokens": 16,
+        },
         "sampling": {"max_response_tokens": 48},
         "reward": {"name": "length:Length"},
         "vstar": {"dir": str(folder / "vstar"), "samples_per_prompt": NUM_SAMPLES, "prompts_per_shard": SHARD},
-        "rollout": {"threads": 1, "kv_cache_gib": 0.25, "max_num_seqs": 32},
+        "rollout": {"threads": 1, "kv_cache_gib": 0.25, "max_num_seqs": 8},
         "telemetry": {"progress": False},
     }
     path = folder / "recipe.yaml"
@@ -54,30 +64,37 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def work(recipe: Path, command: Callable, tmp_path: Path) -> Callable:
     """Start stage 1 on this recipe, into this test's own folders."""
 
-    def start(*arguments: str):
+    def start(*arguments: str, **environment: str) -> Command:
         own = [f"run.dir={tmp_path / 'run'}", f"vstar.dir={tmp_path / 'vstar'}"]
-        return command("estimate-vstar", "-r", str(recipe), *own, *arguments, PYTHONPATH=str(recipe.parent))
+        environment["PYTHONPATH"] = str(recipe.parent)
+        return command("estimate-vstar", "-r", str(recipe), *own, *arguments, **environment)
 
     return start
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """Rewards by prompt id, of one worker that nobody disturbed."""
-    run = Command(
-        tmp_path_factory.mktemp("command"), "estimate-vstar", "-r", str(recipe), PYTHONPATH=str(recipe.parent)
-    )
-    try:
-        assert run.wait() == 0, run.output
-        assert run.processes() == []
-    finally:
-        run.stop()
-    return rewards(recipe.parent / "vstar")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The store of the first so many prompts by one worker that nobody disturbed."""
+
+    @cache
+    def store(num_prompts: int) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        own = [f"vstar.dir={folder / 'vstar'}", f"data.max_prompts={num_prompts}"]
+        run = Command(folder, "estimate-vstar", "-r", str(recipe), *own, PYTHONPATH=str(recipe.parent))
+        try:
+            assert run.wait() == 0, run.output
+            assert run.processes() == []
+        finally:
+            run.stop()
+        return folder / "vstar"
+
+    return store
 
 
 def rewards(folder: Path) -> dict[str, list[float]]:
+    """By prompt id."""
     store = VStarStore.open(folder)
-    return dict(zip(store.prompt_ids, store.rewards.flat.reshape(-1, NUM_SAMPLES).tolist(), strict=True))
+    return dict(zip(store.prompt_ids, store.column("rewards").to_pylist(), strict=True))
 
 
 def shards(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -85,72 +102,115 @@ def shards(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("shard-*.parquet")}
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.full, pytest.mark.timeout(3600)])])
-def test_killed_workers_lose_and_repeat_nothing(kills: int, work, undisturbed, tmp_path: Path) -> None:
-    chance = random.Random(kills)
-    start = [lambda k=k: work("--workers", "2", "--worker", str(k), "vstar.claim_expires_s=5") for k in (0, 1)]
-    workers = [start[0](), start[1]()]
+class Asked:
+    """What graders were asked, as `LENGTH` writes it down."""
+
+    def __init__(self, path: Path, data: Path):
+        self.path = path
+        self._prompts = [json.loads(line)["prompt"] for line in data.read_text().splitlines()]
+        path.touch()
+
+    def _lines(self) -> Iterator[list[str]]:
+        return (line.split(" ") for line in self.path.read_text().splitlines())
+
+    def by_worker(self) -> Counter[str]:
+        return Counter(worker for worker, _ in self._lines())
+
+    def by_prompt_of(self, names: Iterable[str]) -> dict[str, int]:
+        """How often for each prompt of these shards."""
+        counts = Counter(prompt for _, prompt in self._lines())
+        starts = [SHARD * int(name.removeprefix("shard-").removesuffix(".parquet")) for name in names]
+        return {prompt: counts[prompt] for start in starts for prompt in self._prompts[start : start + SHARD]}
+
+
+@pytest.mark.parametrize(
+    ("kills", "num_prompts"),
+    [(3, NUM_PROMPTS), pytest.param(20, NUM_ROWS, marks=[pytest.mark.full, pytest.mark.timeout(3600)])],
+)
+def test_killed_workers_lose_and_repeat_nothing(kills, num_prompts, work, undisturbed, recipe, tmp_path: Path) -> None:
+    chance, folder = random.Random(kills), tmp_path / "vstar"
+    asked = Asked(tmp_path / "asked", recipe.parent / "data" / "train.jsonl")
+    options = ["--workers", "2", f"data.max_prompts={num_prompts}", "vstar.claim_expires_s=30"]
+
+    def start(worker: int, number: int) -> Command:
+        return work(*options, "--worker", str(worker), ASKED=str(asked.path), WORKER=f"{worker}.{number}")
+
+    workers, numbers = [start(0, 0), start(1, 0)], [0, 0]
     written: dict[str, tuple[int, bytes]] = {}
+    done: dict[str, int] = {}
     for kill in range(kills):
-        # Some while they start, most while they sample; never all shards before the last kill.
         victim = chance.randrange(2)
-        enough = len(written) + chance.randrange(1, 4)
-        end = time.monotonic() + chance.uniform(1, 60)
-        while time.monotonic() < end and len(shards(tmp_path / "vstar")) < min(enough, 2 + kill):
-            time.sleep(0.02)
-        before = shards(tmp_path / "vstar")
-        processes = workers[victim].processes()
-        chance.choice(processes or [workers[victim].process]).send_signal(signal.SIGKILL)
-        workers[victim].process.wait(60)
+        if kill % 4 == 2:  # mostly while it starts
+            time.sleep(chance.uniform(0, 12))
+        else:  # whichever is sampling
+            enough, end = chance.randrange(1, 40), time.monotonic() + 300
+            while asked.by_worker()[f"{victim}.{numbers[victim]}"] < enough:
+                assert time.monotonic() < end and workers[victim].process.poll() is None, workers[victim].output
+                time.sleep(0.02)
+                victim = 1 - victim
+        before = shards(folder)
+        assert len(before) < num_prompts // SHARD, f"all was sampled before kill {kill}"
+        assert written.items() <= before.items(), "a finished shard changed"
+        written, done = before, done | asked.by_prompt_of(before.keys() - written.keys())
+        # The command, its guard or the worker below it: not a grader, which is replaced.
+        chance.choice(workers[victim].processes("megatron_apo.cli", "guard.py")).kill()
+        assert workers[victim].process.wait(60) != 0
         deadline = time.monotonic() + 20
         while workers[victim].processes():
             assert time.monotonic() < deadline, workers[victim].processes()
             time.sleep(0.1)
-        assert written.items() <= before.items(), "a finished shard changed"
-        written = before
-        workers[victim] = start[victim]()
+        numbers[victim] += 1
+        workers[victim] = start(victim, numbers[victim])
     for worker in workers:
-        assert worker.process.wait(600) == 0, worker.output
+        assert worker.wait() == 0, worker.output
         assert worker.processes() == []
-    assert written.items() <= shards(tmp_path / "vstar").items(), "a finished shard changed"
-    found = rewards(tmp_path / "vstar")
-    assert len(found) == NUM_PROMPTS and set(found) == set(undisturbed)
-    different = [prompt for prompt in found if found[prompt] != undisturbed[prompt]]
-    assert not different, f"{len(different)} of {NUM_PROMPTS} prompts have other rewards than undisturbed"
-    assert not list((tmp_path / "vstar").glob(".*")) and not (tmp_path / "vstar" / "claims").exists()
+    assert written.items() <= shards(folder).items(), "a finished shard changed"
+    assert asked.by_prompt_of(written) == done, "a finished shard was sampled again"
+    found, expected = rewards(folder), rewards(undisturbed(num_prompts))
+    assert len(found) == num_prompts and set(found) == set(expected)
+    different = [prompt for prompt in found if found[prompt] != expected[prompt]]
+    assert not different, f"{len(different)} of {num_prompts} prompts have other rewards than undisturbed"
+    assert not list(folder.glob(".*")) and not (folder / "claims").exists()
+    print(f"{kills} kills, {len(written)} of {num_prompts // SHARD} shards written before the last of them")
 
 
-def test_a_dead_hosts_claim_expires_and_its_shards_are_sampled(work, undisturbed, recipe, tmp_path: Path) -> None:
+def test_a_dead_hosts_claim_expires_and_its_shards_are_sampled(work, undisturbed, tmp_path: Path) -> None:
     """A claim of another host, which nobody can look up, is left alone until it has been silent for long enough."""
     claims = tmp_path / "vstar" / "claims"
     claims.mkdir(parents=True)
-    (claims / "shard-00000.0").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
+    (claims / "shard-00000.0").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0}))
     run = work("vstar.claim_expires_s=60", "data.max_prompts=16")
     run.wait_for(lambda: "waiting for 1 shards" in run.output)
     assert set(shards(tmp_path / "vstar")) == {"shard-00001.parquet"}
     old = time.time() - 61
     os.utime(claims / "shard-00000.0", (old, old))
     assert run.wait() == 0, run.output
-    assert rewards(tmp_path / "vstar").items() <= undisturbed.items()
+    assert rewards(tmp_path / "vstar").items() <= rewards(undisturbed(NUM_PROMPTS)).items()
 
 
-def test_adaptive_sampling_extends_the_same_samples(work, undisturbed, tmp_path: Path) -> None:
+def test_adaptive_sampling_extends_the_same_samples(work, tmp_path: Path) -> None:
+    """Whatever number a prompt is given, its samples are the first so many of those that it would have otherwise."""
     rule = ["vstar.adaptive.stderr=0.11", "vstar.adaptive.most=12", "vstar.adaptive.all_wrong=4"]
-    run = work("data.max_prompts=32", *rule)
-    assert run.wait() == 0, run.output
-    store = VStarStore.open(tmp_path / "vstar")
-    assert 4 <= store.rewards.counts_P.min() < store.rewards.counts_P.max() <= 12, store.rewards.samples
-    first = store.rewards.first(4).flat.reshape(-1, 4).tolist()
-    assert dict(zip(store.prompt_ids, first, strict=True)).items() <= undisturbed.items()
+    adaptive = work("data.max_prompts=32", *rule)
+    fixed = work("data.max_prompts=32", "vstar.samples_per_prompt=12", f"vstar.dir={tmp_path / 'fixed'}")
+    for run in (adaptive, fixed):
+        assert run.wait() == 0, run.output
+    found, every = rewards(tmp_path / "vstar"), rewards(tmp_path / "fixed")
+    numbers = {len(row) for row in found.values()}
+    assert min(numbers) == 4 and max(numbers) > 4, numbers
+    assert found == {prompt: row[: len(found[prompt])] for prompt, row in every.items()}
 
 
-def test_merge_and_check(work, undisturbed, recipe, tmp_path: Path) -> None:
-    merge = work("--merge")
+def test_merge_and_check(work, undisturbed, tmp_path: Path) -> None:
+    folder = tmp_path / "vstar"
+    merge = work("--merge", "rollout.quantization=fp8")  # it needs no GPU to close a store
     assert merge.wait() == 1 and "24 of 24 shards missing" in merge.output, merge.output
-    shutil.copytree(recipe.parent / "vstar", tmp_path / "vstar", dirs_exist_ok=True)
-    (tmp_path / "vstar" / "manifest.json").unlink()
+    assert not folder.exists()
+    shutil.copytree(undisturbed(NUM_PROMPTS), folder)
+    (folder / "manifest.json").unlink()
     for arguments, code, says in (
         (("--check",), 1, "manifest.json: not there"),
+        (("--merge", "vstar.prompts_per_shard=8", "rollout.dtype=bfloat16"), 1, "made with rollout.dtype=float32"),
         (("--merge",), 0, "192 prompts x 4"),
         (("--check",), 0, "and of this recipe"),
         (("--check", "sampling.temperature=0.5"), 1, "temperature: store has 1.0, this run has 0.5"),
@@ -164,12 +224,16 @@ def test_merge_and_check(work, undisturbed, recipe, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--workers", "2", "--worker", "2"), "--worker: 2 of 2 workers, which are counted from 0; use 0 to 1"),
-        (("--merge", "--check"), "give one of them"),
-        (("rollout.quantization=fp8",), "rollout.quantization: fp8 needs a GPU"),
+        (["rollout.quantization=fp8"], "rollout.quantization: fp8 needs a GPU"),
+        (["rollout.extra_args=[--seed]"], "rollout.extra_args: ['--seed'] is for a server"),
+        (
+            ["sampling.max_response_tokens=497", "train.tokens_per_micro_batch=999"],
+            "sampling.max_response_tokens: 513, but ",
+        ),
+        (["rollout.kv_cache_gib=0.0001"], "vLLM did not start: ValueError: "),
     ],
 )
-def test_mistakes_are_one_line(arguments: tuple[str, ...], says: str, work) -> None:
+def test_mistakes_are_one_line(arguments: list[str], says: str, work) -> None:
     run = work(*arguments)
-    assert run.wait() in (1, 2)
+    assert run.wait() == 1
     assert says in run.output and len(run.output.splitlines()) == 1, run.output

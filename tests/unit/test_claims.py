@@ -9,20 +9,24 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from megatron_apo import guard
 from megatron_apo.values.claims import Claims
 
 
-def claims(store: Path, num_shards: int = 4, expires_s: float = 5, first: int = 0, written=frozenset()) -> Claims:
-    return Claims(store, num_shards, lambda: set(written), expires_s, first)
+def claims(
+    store: Path, num_shards: int = 4, expires_s: float = 5, hangs_s: float = 60, first: int = 0, written=frozenset()
+) -> Claims:
+    return Claims(store, num_shards, lambda: set(written), expires_s, hangs_s, first)
 
 
 def elsewhere(store: Path, name: str, age_s: float) -> Path:
     """A claim of another host, last touched `age_s` ago."""
     path = store / "claims" / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0}))
     then = time.time() - age_s
     os.utime(path, (then, then))
     return path
@@ -47,15 +51,59 @@ def test_a_claim_of_another_host_expires_by_silence_and_once(tmp_path):
         assert silent.exists() and (tmp_path / "claims" / "shard-00001.1").exists()
 
 
-def test_a_live_workers_claims_are_kept_alive(tmp_path):
-    with claims(tmp_path, num_shards=1, expires_s=0.5) as one:
+def hide(path: Path) -> None:
+    """Make a claim one of a host that nobody can look at."""
+    path.write_text(path.read_text().replace('"host": "', '"host": "not '))
+
+
+def test_a_live_workers_claims_are_kept_alive_until_it_hangs(tmp_path):
+    with claims(tmp_path, num_shards=1, expires_s=0.5, hangs_s=1) as one:
+        assert one.take() == 0
+        hide(tmp_path / "claims" / "shard-00000.0")
+        with claims(tmp_path, num_shards=1, expires_s=0.5) as other:
+            for _ in range(15):
+                time.sleep(0.15)
+                one.alive()
+                assert other.take() is None
+            end = time.monotonic() + 5
+            while other.take() is None:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+
+
+def test_a_worker_does_not_take_its_own_shard_again(tmp_path):
+    """It was suspended, or the file system was away, for longer than a claim lasts."""
+    with claims(tmp_path, num_shards=2) as one:
         assert one.take() == 0
         path = tmp_path / "claims" / "shard-00000.0"
-        path.write_text(path.read_text().replace('"host": "', '"host": "not '))  # nobody can look its process up
-        with claims(tmp_path, num_shards=1, expires_s=0.5) as other:
-            for _ in range(10):
-                time.sleep(0.15)
-                assert other.take() is None
+        hide(path)
+        os.utime(path, (0, 0))
+        assert [one.take(), one.take()] == [1, None]
+
+
+def test_a_shard_that_is_written_between_the_look_and_the_claim_is_not_taken(tmp_path):
+    looks = iter([set(), {0}, {0}])
+    with Claims(tmp_path, 1, lambda: next(looks), 5, 60) as one:
+        assert [one.take(), one.take()] == [None, None]
+
+
+def test_the_end_of_the_job_beside_an_old_listing(tmp_path):
+    """Another worker has closed the store, and this one's file system still shows the last shard missing."""
+    with claims(tmp_path, num_shards=1) as one:
+        (tmp_path / "claims").rmdir()
+        assert one.take() is None
+
+
+def test_a_claims_owner_is_told_apart_from_a_later_process_of_its_number(tmp_path):
+    with claims(tmp_path, num_shards=1, expires_s=1000) as one, claims(tmp_path, num_shards=1) as other:
+        assert one.take() == 0
+        path = tmp_path / "claims" / "shard-00000.0"
+        owner = json.loads(path.read_text())
+        since_boot_s = owner["started"] / os.sysconf("SC_CLK_TCK")
+        assert psutil.boot_time() + since_boot_s == pytest.approx(psutil.Process().create_time(), abs=2)
+        assert other.take() is None
+        path.write_text(json.dumps(owner | {"started": owner["started"] - 1}))
+        assert other.take() == 0
 
 
 def test_a_claim_without_an_owner_waits_for_the_clock(tmp_path):
@@ -72,7 +120,7 @@ TAKE = """
 import sys, time
 from pathlib import Path
 from megatron_apo.values.claims import Claims
-with Claims(Path(sys.argv[1]), 60, lambda: set(), 5) as claims:
+with Claims(Path(sys.argv[1]), 60, lambda: set(), 5, 60) as claims:
     print("ready", flush=True)
     sys.stdin.readline()
     print(*iter(claims.take, None), flush=True)
@@ -113,13 +161,17 @@ def test_a_killed_worker_on_this_host_is_known_at_once(tmp_path):
             time.sleep(0.02)
         assert one.take() is None
         worker.kill()
-        worker.communicate()
+        while not guard.is_zombie(worker.pid):
+            time.sleep(0.02)
         assert one.take() == 0
+        worker.communicate()
+        assert one.take() == 1
 
 
 def test_removal_leaves_nothing(tmp_path):
     with claims(tmp_path) as one:
         one.take()
+        (tmp_path / "claims" / "clock-1-1").touch()  # of a worker that was killed
         one.remove()
         assert not (tmp_path / "claims").exists()
     with claims(tmp_path, written={0, 1, 2, 3}) as late:

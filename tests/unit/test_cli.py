@@ -61,6 +61,19 @@ def test_a_wrong_command_line_is_two() -> None:
     assert megatron_apo("nonsense").returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--workers", "2", "--worker", "2"], "--worker: 2 of 2 workers, which are counted from 0; use 0 to 1"),
+        (["--merge", "--check"], "--merge, --check: --merge checks what it closes; give one of them"),
+    ],
+)
+def test_options_that_do_not_fit_each_other_are_two(arguments: list[str], says: str) -> None:
+    paths = ["model.path=m", "data.train=t.jsonl", "vstar.dir=v"]
+    result = megatron_apo("estimate-vstar", "-r", "quickstart", *paths, *arguments)
+    assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
+
+
 def test_a_users_error_is_one_line_and_one(tmp_path: Path) -> None:
     result = megatron_apo("vstar", str(tmp_path))
     assert result.returncode == 1

@@ -54,6 +54,8 @@ def test_all_problems_are_said_at_once() -> None:
 def test_a_problem_names_key_value_allowed_and_fix() -> None:
     (unknown,) = problems_of({}, *PATHS, "train.stps=3")
     assert unknown == "train.stps: unknown key; did you mean train.steps?"
+    (optional,) = problems_of({}, *PATHS, "vstar.adaptive.stdder=0.1")
+    assert optional == "vstar.adaptive.stdder: unknown key; did you mean vstar.adaptive.stderr?"
     (choice,) = problems_of({}, *PATHS, "vstar.estimator=median")
     assert (
         choice
@@ -79,6 +81,10 @@ def test_a_problem_names_key_value_allowed_and_fix() -> None:
             "5000",
         ),
         (["optimizer.lr=1e-6", "optimizer.min_lr=1e-5"], "optimizer.min_lr", "1e-7"),
+        (["vstar.samples_used=9"], "vstar.samples_used", "8"),
+        (["vstar.samples_used=65", "vstar.adaptive.stderr=0.1"], "vstar.samples_used", "64"),
+        (["vstar.adaptive.most=6", "vstar.adaptive.all_wrong=0"], "vstar.adaptive.most", "8"),
+        (["vstar.adaptive.most=12", "vstar.adaptive.all_wrong=13"], "vstar.adaptive.all_wrong", "12"),
     ],
 )
 def test_combinations_that_cannot_work(overrides: list[str], key: str, fix: str) -> None:
@@ -126,4 +132,6 @@ def test_an_unknown_recipe_names_those_there_are() -> None:
 def test_every_field_is_described() -> None:
     rows = describe_fields()
     assert ("train.steps", "200", "rollout batches") in rows
+    assert ("vstar.adaptive.step", "4", "samples of a further round") in rows
+    assert "vstar.adaptive" in [key for key, _, _ in rows]
     assert [key for key, _, description in rows if not description] == []

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb, sqrt
+from math import sqrt
+from typing import get_args
 
 import mpmath
 import numpy as np
 import pytest
 
+from megatron_apo.values import EstimatorName
 from megatron_apo.values.estimators import ESTIMATORS, binary_value, fit_beta_prior, log_mean_exp, standard_error
-from megatron_apo.values.samples import SampledRewards
+from megatron_apo.values.samples import SampledRewards, SamplesPerPrompt
+from tests.stores import bias_and_rmse, binomial, closed_form, true_value, zeros_and_ones
 
 RAGGED = [[0.0, 1.0, 1.0], [1.0], [0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 1.0], [0.0], [1.0, 0.0, 1.0], [1.0, 1.0]]
 REAL_REWARDS = [[0.3, -2.5], [7.0], [0.1, 0.1, 0.1], [-4.0, 0.0, 0.5, 1.25], [1e-3, 2e-3]]
@@ -19,29 +22,6 @@ OF_ONE_PROMPT = sorted(set(ESTIMATORS) - {"beta_smoothed"})  # which do not look
 
 def estimate(name: str, rows: Sequence[Sequence[float]] | np.ndarray, beta1: float) -> np.ndarray:
     return ESTIMATORS[name](SampledRewards.of_rows(rows), beta1)
-
-
-def zeros_and_ones(n: int) -> np.ndarray:
-    """[n + 1, n] with k ones in row k."""
-    return np.array([[1.0] * k + [0.0] * (n - k) for k in range(n + 1)])
-
-
-def binomial(n: int, p: float) -> np.ndarray:
-    return np.array([comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)])
-
-
-def true_value(p: float, beta1: float) -> float:
-    """b1 log E exp(r / b1) for 0/1 rewards, straight from the definition."""
-    with mpmath.workdps(40):
-        p_exact, beta1_exact = mpmath.mpf(p), mpmath.mpf(beta1)
-        return float(beta1_exact * mpmath.log(1 - p_exact + p_exact * mpmath.exp(1 / beta1_exact)))
-
-
-def bias_and_rmse(values: np.ndarray, p: float, beta1: float) -> tuple[float, float]:
-    """Of an estimator that says values[k] of k right out of n."""
-    errors = values - true_value(p, beta1)
-    weights = binomial(len(values) - 1, p)
-    return float(weights @ errors), sqrt(float(weights @ errors**2))
 
 
 def exactly(rewards, beta1):
@@ -107,14 +87,9 @@ def test_expectation_of_a_small_beta1_is_pass_at_n(p, n):
 
 @pytest.mark.parametrize("beta1", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("p", [0.3, 0.5, 0.8])
-def test_bias_and_variance_approach_the_closed_forms(p, beta1):
-    """-b1 c^2 p(1-p) / (2N(1+pc)^2) and b1^2 c^2 p(1-p) / (N(1+pc)^2), to the first order in 1/N."""
-    n = 400
-    c = np.expm1(1 / beta1)
-    spread = c**2 * p * (1 - p) / (1 + p * c) ** 2 / n
-    bias, rmse = bias_and_rmse(log_mean_exp(zeros_and_ones(n), beta1), p, beta1)
-    assert bias == pytest.approx(-beta1 * spread / 2, rel=0.02)
-    assert rmse**2 - bias**2 == pytest.approx(beta1**2 * spread, rel=0.02)
+def test_bias_and_deviation_approach_the_closed_forms(p, beta1):
+    bias, rmse = bias_and_rmse(log_mean_exp(zeros_and_ones(400), beta1), p, beta1)
+    assert (bias, sqrt(rmse**2 - bias**2)) == pytest.approx(closed_form(p, 400, beta1), rel=0.02)
 
 
 # --- debiased
@@ -225,6 +200,10 @@ def test_smoothing_is_refused_for_other_rewards(row):
 # --- all of them
 
 
+def test_every_estimator_can_be_named_in_a_recipe():
+    assert get_args(EstimatorName) == tuple(ESTIMATORS)
+
+
 @pytest.mark.parametrize("beta1", [1e-6, 0.5, 1e6])
 @pytest.mark.parametrize("name", OF_ONE_PROMPT)
 def test_one_sample_is_its_reward(name, beta1):
@@ -277,10 +256,11 @@ def test_an_empty_store_has_no_values(name):
 # --- the samples themselves
 
 
-def test_samples_in_words():
-    assert SampledRewards.of_rows(np.zeros((3, 8))).samples == "8"
-    assert SampledRewards.of_rows([[0.0] * 4, [1.0] * 4, [1.0] * 10]).samples == "4 to 10 (6.0 on average)"
-    assert SampledRewards.of_rows([]).samples == "no samples"
+def test_samples_per_prompt():
+    assert SampledRewards.of_rows([[0.0] * 4, [1.0] * 4, [1.0] * 10]).samples == SamplesPerPrompt(4, 10, 6.0)
+    assert str(SamplesPerPrompt(4, 10, 6.0)) == "4 to 10 (6.0 on average)"
+    assert str(SampledRewards.of_rows(np.zeros((3, 8))).samples) == "8"
+    assert SampledRewards.of_rows([]).samples == SamplesPerPrompt(0, 0, 0)
 
 
 @pytest.mark.parametrize("rows", [RAGGED, [[0.0, 1.0, 1.0, 0.0]] * 3, []], ids=["ragged", "even", "empty"])

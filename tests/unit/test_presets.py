@@ -134,7 +134,7 @@ def test_schemas(preset, row, question, answer, suffix, tokenizer, tmp_path):
     source = write(tmp_path / f"rows{suffix}", [row, row])
     loaded = load(source, tokenizer, preset=preset)
     assert [(p.answer, p.row) for p in loaded.prompts] == [(answer, 0), (answer, 1)]
-    assert (loaded.unanswered, loaded.too_long) == ([], [])
+    assert loaded.left_out == {"too_long": {}, "unanswered": {}}
     asked = "after #### on the last line." if preset == "gsm8k" else "within \\boxed{}."
     for prompt in loaded.prompts:
         assert prompt.text.startswith(f"{question}\n") and prompt.text.endswith(asked)
@@ -225,9 +225,10 @@ def test_rows_without_an_answer_are_left_out_and_listed(preset, suffix, tokenize
     rows = [good, *(good | change for change in bad), good]
     loaded = load(write(tmp_path / f"rows{suffix}", rows), tokenizer, preset=preset)
     assert [p.row for p in loaded.prompts] == [0, len(rows) - 1]
-    assert len(loaded.unanswered) == len(set(loaded.unanswered)) == len(bad)
-    assert all(len(bytes.fromhex(i)) == 16 for i in loaded.unanswered)
-    assert not {p.prompt_id for p in loaded.prompts} & set(loaded.unanswered)
+    unanswered = loaded.left_out["unanswered"]
+    assert list(unanswered.values()) == list(range(1, len(rows) - 1))
+    assert all(len(bytes.fromhex(i)) == 16 for i in unanswered)
+    assert not {p.prompt_id for p in loaded.prompts} & set(unanswered)
     every = load(write(tmp_path / f"rows{suffix}", [good] * len(rows)), tokenizer, preset=preset)
     assert every.prompts[-1] == loaded.prompts[-1]
     assert every.dataset_hash != loaded.dataset_hash
@@ -237,7 +238,7 @@ def test_an_empty_cell_of_a_column_of_numbers(tokenizer, tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"problem": ["A", "B"], "answer": [204.0, float("nan")]}), path)
     loaded = load(str(path), tokenizer, preset="aime")
-    assert [p.answer for p in loaded.prompts] == ["204.0"] and len(loaded.unanswered) == 1
+    assert [p.answer for p in loaded.prompts] == ["204.0"] and list(loaded.left_out["unanswered"].values()) == [1]
     assert refusal(str(path), tokenizer, prompt_column="problem") == (
         f"data.answer_column: row 1 of {path} has nan in 'answer', not text; name a column of text"
     )
@@ -247,7 +248,11 @@ def test_a_row_counts_once(tokenizer, tmp_path):
     rows = [{"problem": "A" * length, "answer": answer} for length, answer in ((2, "1"), (2, ""), (9, "1"), (9, ""))]
     source = write(tmp_path / "rows.jsonl", rows)
     loaded = load(source, tokenizer, preset="deepscaler", prompt_format="{prompt}", max_prompt_tokens=5)
-    assert [len(ids) for ids in (loaded.prompts, loaded.too_long, loaded.unanswered)] == [1, 1, 2]
+    assert [p.row for p in loaded.prompts] == [0]
+    assert {why: list(rows.values()) for why, rows in loaded.left_out.items()} == {
+        "too_long": [2],
+        "unanswered": [1, 3],
+    }
 
 
 def test_no_answer_at_all(tokenizer, tmp_path):

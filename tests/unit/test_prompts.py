@@ -63,7 +63,7 @@ def test_rows_become_prompts(source, tokenizer):
     for prompt in loaded.prompts:
         assert list(prompt.token_ids) == tokenizer(prompt.text)["input_ids"]
         assert prompt.text_hash == hashlib.sha256(prompt.text.encode()).hexdigest()[:32]
-    assert not loaded.too_long
+    assert loaded.left_out == {"too_long": {}, "unanswered": {}}
 
 
 def test_repeated_rows_have_ids_of_their_own_and_the_same_text_hash(source, tokenizer):
@@ -107,11 +107,12 @@ def test_parquet_and_other_columns(tmp_path, tokenizer):
     assert [(p.text, p.answer) for p in loaded.prompts] == [("1+2", "3"), ("3+4", "7")]
 
 
-def test_too_long_prompts_are_left_out_and_listed(source, tokenizer):
+def test_too_long_prompts_are_left_out_and_listed(source, tokenizer, capsys):
     every = load(source, tokenizer)
     loaded = load(source, tokenizer, max_prompt_tokens=5)
     assert [p.text for p in loaded.prompts] == ["1+2", "10+20", "1+2"]
-    assert loaded.too_long == [every.prompts[3].prompt_id]
+    assert loaded.left_out == {"too_long": {every.prompts[3].prompt_id: 3}, "unanswered": {}}
+    assert capsys.readouterr().out == "data.train: 1 prompts too long, left out; the first is row 3\n"
     assert loaded.dataset_hash == every.dataset_hash
 
 
@@ -219,7 +220,7 @@ def test_ids_are_of_the_row_and_text_hashes_of_what_is_shown(source, tokenizer):
 
 def test_length_counts_what_is_put_around_a_prompt(source, tokenizer):
     loaded = load(source, tokenizer, prompt_format="({prompt})", max_prompt_tokens=5)
-    assert [p.text for p in loaded.prompts] == ["(1+2)", "(1+2)"] and len(loaded.too_long) == 2
+    assert [p.text for p in loaded.prompts] == ["(1+2)", "(1+2)"] and len(loaded.left_out["too_long"]) == 2
 
 
 def test_system_message(chat_tokenizer):

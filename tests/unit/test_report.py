@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from megatron_apo.config import build_recipe
 from megatron_apo.telemetry.plots import smooth
 from megatron_apo.telemetry.report import write_report
 from megatron_apo.telemetry.units import data_size, duration
-from megatron_apo.values.store import Fingerprint, StoreRow, StoreWriter
+from megatron_apo.values.store import StoreRow, StoreWriter
+from tests.stores import FINGERPRINT
 
 
 def make_run(folder: Path, steps: int = 60) -> Path:
@@ -68,31 +70,11 @@ def make_run(folder: Path, steps: int = 60) -> Path:
 
 
 def write_store(folder: Path, rewards: np.ndarray) -> None:
-    fingerprint = Fingerprint(
-        model_hash="m",
-        tokenizer_hash="t",
-        template_hash="c",
-        template="raw",
-        thinking="none",
-        temperature=1.0,
-        top_p=1.0,
-        top_k=-1,
-        max_response_tokens=32,
-        stop_token_ids=[0],
-        reward_name="arithmetic",
-        reward_version="1",
-        reward_options={},
-        failure_reward=0.0,
-        truncated="grade",
-        dataset_hash="d",
-        max_prompt_tokens=16,
-        samples_per_prompt=rewards.shape[1],
-        seed=0,
-    )
     rows = [
         StoreRow(f"{i:032x}", f"{i:032x}", list(map(float, row)), [5] * len(row), ["stop"] * len(row))
         for i, row in enumerate(rewards)
     ]
+    fingerprint = FINGERPRINT.model_copy(update={"samples_per_prompt": rewards.shape[1]})
     writer = StoreWriter(folder, fingerprint, num_shards=1)
     writer.write_shard(0, rows)
     writer.finish()
@@ -141,8 +123,19 @@ def test_vstar_is_shown_as_it_was_trained_on(tmp_path: Path) -> None:
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     page = write_report(run).read_text()
     assert "256 prompts, 1 samples of each" in page and "V* (debiased)" in page and "V* at b1 = 0.25" in page
-    never, always = map(int, re.findall(r"(\d+)% (?:never|always) right", page))
-    assert never + always == 100  # of a single sample
+    wrong, right = map(int, re.findall(r"(\d+)% all (?:wrong|right)", page))
+    assert wrong + right == 100  # of a single sample
+
+
+def test_an_estimator_that_the_rewards_do_not_suit_costs_its_figure_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    shutil.rmtree(run / "vstar")
+    write_store(run / "vstar", np.array([[0.5, 1.0]]))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["vstar"]["estimator"] = "beta_smoothed"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    page = write_report(run).read_text()
+    assert "beta_smoothed needs rewards of 0 and 1" in page and "time of a step by phase" in page
 
 
 def test_phases_add_up_while_no_total_is_known(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from megatron_apo.config import RewardConfig
 from megatron_apo.rewards import GradeRequest, Reward, get_reward, register_reward, reward_target
 from megatron_apo.rewards.pool import Grade, RewardPool
+from megatron_apo.rewards.text import thinking_is_unfinished
 
 MISBEHAVING = """
 import os, signal, sys, time
@@ -81,6 +82,25 @@ def grade(name: str, response: str, answer: str, finish_reason: str = "stop", pr
 
 
 # --- graders
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "unfinished"),
+    [
+        ("1+2=", "<think>a</think>3", False),
+        ("1+2=", "3", False),
+        ("1+2=", "<think>a", True),
+        ("1+2=", "<think>a</think>3<think>b", True),
+        ("1+2=", "<think>a</think><think>b</think>3", False),
+        ("1+2=<think>\n", "a</think>3", False),
+        ("1+2=<think>\n", "a", True),
+        ("1+2=<think>\n", "a</think>3<think>b", True),
+        ("<think>an example</think>1+2=", "3", False),
+        ("1+2=", "a</think>3", False),
+    ],
+)
+def test_thinking_is_unfinished(prompt, response, unfinished):
+    assert thinking_is_unfinished(prompt, response) == unfinished
 
 
 @pytest.mark.parametrize(

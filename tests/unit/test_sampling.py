@@ -90,10 +90,10 @@ def test_a_prompt_that_was_never_right_has_its_least_number(all_wrong: int) -> N
         assert sampled([0.0] * 6 + [1.0] + [0.0] * 57, config) == 8
 
 
-def test_never_right_is_the_lowest_reward_there_can_be() -> None:
+def test_all_wrong_is_what_the_filter_leaves_out() -> None:
     config = adaptive(stderr=10.0, all_wrong=16, reward_range=(-1.0, 1.0))
-    assert sampled([-1.0] * 64, config) == 16
-    assert sampled([-1.0, 0.0] + [-1.0] * 62, config) == FIRST
+    assert sampled([-1.0, 0.0] * 32, config) == 16
+    assert sampled([-1.0, 0.1] * 32, config) == FIRST
 
 
 def test_real_rewards_are_scaled_by_their_range() -> None:
@@ -104,18 +104,12 @@ def test_real_rewards_are_scaled_by_their_range() -> None:
         assert sampled(source, plain) == sampled([4 * reward - 2.5 for reward in source], stretched)
 
 
-def test_what_is_decided_depends_on_a_prompts_own_rewards_alone() -> None:
-    """Asked again, in another order, between other prompts: the same."""
+def test_the_order_of_rewards_does_not_matter() -> None:
     rng = np.random.default_rng(2)
-    sources = (rng.random((30, 64)) < rng.random((30, 1))).astype(float).tolist()
     config = adaptive(all_wrong=16)
-    counts = [sampled(source, config) for source in sources]
-    assert len(set(counts)) > 3
-    assert [sampled(source, config) for source in reversed(sources)] == counts[::-1]
-    for source, count in zip(sources, counts, strict=True):
-        assert sampled(source[:count] + [0.5] * 64, config) == count  # nor on samples that were not taken
-        first = rng.permutation(source[:FIRST]).tolist()
-        assert more_samples(first, FIRST, config) == more_samples(source[:FIRST], FIRST, config)
+    for source in (rng.random((30, 8)) < rng.random((30, 1))).astype(float):
+        shuffled = rng.permutation(source).tolist()
+        assert more_samples(shuffled, FIRST, config) == more_samples(source.tolist(), FIRST, config)
 
 
 # --- recipes

@@ -13,12 +13,14 @@ import time
 from dataclasses import replace
 from math import e, log
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_apo.stages.estimate_vstar import _check_prompts
 from megatron_apo.values.estimators import ESTIMATORS
 from megatron_apo.values.fingerprint import SCHEMA_VERSION, Fingerprint, StoreError
 from megatron_apo.values.ids import RowsById, hex_of_ids, ids_of_hex
@@ -210,7 +212,7 @@ def test_a_ragged_store_comes_out_as_it_went_in(tmp_path, estimator):
     store = VStarStore.open(tmp_path)
     assert rows_of(store.rewards) == rows_of(written.rewards) == RAGGED
     assert store.column("rewards").to_pylist() == RAGGED
-    assert store.rewards.samples == "2 to 5 (3.1 on average)"
+    assert str(store.rewards.samples) == "2 to 5 (3.1 on average)"
     expected = ESTIMATORS[estimator](SampledRewards.of_rows(RAGGED), 0.5)
     np.testing.assert_array_equal(store.values(0.5, estimator).values_P, expected)
     used = VStarStore.open(tmp_path, samples_used=3)
@@ -220,11 +222,12 @@ def test_a_ragged_store_comes_out_as_it_went_in(tmp_path, estimator):
 
 
 def test_a_store_of_no_prompts(tmp_path):
+    (tmp_path / "none").mkdir()
     store = StoreWriter(tmp_path / "none", FINGERPRINT, 0).finish()
     assert len(store) == len(store.values(0.5, "log_mean_exp")) == 0
     StoreWriter(tmp_path / "empty", FINGERPRINT, 1).write_shard(0, [])
     store = StoreWriter(tmp_path / "empty", FINGERPRINT, 1).finish()
-    assert store.prompt_ids == [] and store.filtered_ids("both") == set() and store.rewards.samples == "no samples"
+    assert store.prompt_ids == [] and store.filtered_ids("both") == set() and store.rewards.samples.most == 0
 
 
 def test_hours_are_added_up_by_device(tmp_path):
@@ -526,8 +529,57 @@ def test_finished_shards_are_not_repeated(tmp_path):
         again.finish()
     again.write_shard(0, rows(0, 4))
     again.write_shard(2, rows(8, 10))
+    (tmp_path / ".manifest.json.0.partial").write_bytes(b"half")
     assert len(again.finish()) == 10
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_writer_makes_no_folder_before_it_has_a_shard(tmp_path):
+    writer = StoreWriter(tmp_path / "mistyped", FINGERPRINT, 3)
+    with pytest.raises(StoreError, match="3 of 3 shards missing"):
+        writer.finish()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["vstar.prompts_per_shard", "vstar.keep_responses", "rollout.dtype"])
+def test_shards_that_were_made_otherwise_are_refused(tmp_path, key):
+    """Also where the fingerprint and the number of shards are the same: 16 prompts are two shards of 8 or of 9."""
+    made = {"vstar.prompts_per_shard": 8, "vstar.keep_responses": False, "rollout.dtype": "bfloat16"}
+    StoreWriter(tmp_path / "store", FINGERPRINT, 2, made).write_shard(0, rows(0, 8))
+    with pytest.raises(StoreError, match=f"shard-00000.parquet: made with {key}={made[key]} where this store has 9;"):
+        StoreWriter(tmp_path / "store", FINGERPRINT, 2, made | {key: 9})
+    other = StoreWriter(tmp_path / "other", FINGERPRINT, 2, made | {key: 9}).write_shard(1, rows(8, 16))
+    writer = StoreWriter(tmp_path / "store", FINGERPRINT, 2, made)
+    shutil.copy(other, tmp_path / "store")
+    with pytest.raises(StoreError, match=f"shard-00001.parquet: made with {key}=9 where this store has {made[key]};"):
+        writer.finish()
+    other.unlink()
+    (tmp_path / "store" / other.name).unlink()
+    writer.write_shard(1, rows(8, 16))
+    assert writer.finish().made == VStarStore.open(tmp_path / "store").made == made
+
+
+def test_a_finished_store_is_not_signed_again(folder):
+    """Else a shard that was exchanged since would be given a good checksum."""
+    before = (folder / "manifest.json").read_bytes()
+    writer = StoreWriter(folder, FINGERPRINT, 3)
+    assert len(writer.finish()) == 10
+    (folder / "shard-00001.parquet").unlink()
+    StoreWriter(folder, FINGERPRINT, 3).write_shard(1, rows(4, 8, rewards=[1.0, 1.0]))
+    with pytest.raises(StoreError, match="where the manifest has"):
+        writer.finish()
+    assert (folder / "manifest.json").read_bytes() == before
+    writer.reopen()
+    assert rows_of(writer.finish().rewards)[4:8] == [[1.0, 1.0]] * 4
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["more prompts", "other prompts"])
+def test_a_store_has_the_prompts_of_its_run(pristine, missing):
+    """The prompts 0 to 9, of which a run has 0 to 8; or 1 to 10."""
+    prompts = [SimpleNamespace(prompt_id=prompt_id(i)) for i in (range(1, 11) if missing else range(9))]
+    inputs = SimpleNamespace(training=SimpleNamespace(prompts=prompts))
+    with pytest.raises(StoreError, match="1 of 10 prompts have no" if missing else "10 prompts where data.train has 9"):
+        _check_prompts(VStarStore.open(pristine), inputs)
 
 
 def test_resuming_with_another_fingerprint_or_division_is_refused(tmp_path):
@@ -587,13 +639,24 @@ def test_a_writer_whose_temporary_file_was_swept_away_gives_way(tmp_path, monkey
     assert list(VStarStore.open(tmp_path).hours()) == ["other"]
 
 
-def test_both_of_two_writers_may_finish(tmp_path):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_both_of_two_writers_may_finish(tmp_path, monkeypatch, at_once):
     writers = [StoreWriter(tmp_path, FINGERPRINT, 2) for _ in range(2)]
     for index, writer in enumerate(writers):
         writer.write_shard(index, rows(4 * index, 4 * index + 4))
+    real_replace = os.replace
+
+    def late_replace(source, target):
+        monkeypatch.setattr(os, "replace", real_replace)
+        writers[1].finish()  # which sweeps away the other one's manifest
+        real_replace(source, target)
+
+    if at_once:
+        monkeypatch.setattr(os, "replace", late_replace)
     for writer in writers:
-        writer.finish()
+        assert len(writer.finish()) == 8
     assert VStarStore.open(tmp_path).prompt_ids == [prompt_id(i) for i in range(8)]
+    assert not list(tmp_path.glob(".*"))
 
 
 def no_links(source, target):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from megatron_apo.telemetry.memory import MemorySampler, private_bytes, tree_private_bytes
 from megatron_apo.telemetry.metrics import MetricsWriter, read_metrics
+from megatron_apo.telemetry.summary import RunSummary, read_summary
 from megatron_apo.telemetry.timers import PhaseTimer
 
 MB = 1_000_000
@@ -140,3 +142,12 @@ def test_sampler_keeps_each_labels_peak_and_counts_a_process_once() -> None:
     assert 100 * MB < peaks["tree"] < 150 * MB
     assert 100 * MB < peaks["child"] < 130 * MB
     assert peaks["parent"] < 30 * MB
+
+
+def test_a_summary_that_many_write_at_once_is_whole(tmp_path: Path) -> None:
+    """Workers of stage 1 that end together."""
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda i: RunSummary(tmp_path).add({"vstar": {"prompts": 7, "text": "x" * i}}), range(400)):
+            pass
+    assert read_summary(tmp_path)["vstar"]["prompts"] == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]

@@ -7,7 +7,6 @@ import re
 from itertools import combinations
 from math import comb, e, exp, log
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -15,32 +14,12 @@ from typer.testing import CliRunner
 
 from megatron_apo import cli
 from megatron_apo.values.estimators import ESTIMATORS
-from megatron_apo.values.samples import SampledRewards
-from megatron_apo.values.store import Fingerprint, StoreError, StoreRow, StoreWriter, VStarStore
+from megatron_apo.values.samples import SampledRewards, SamplesPerPrompt
+from megatron_apo.values.store import StoreError, StoreRow, StoreWriter, VStarStore
 from megatron_apo.values.summary import compare, compare_estimators, pass_at_k, summarize
+from tests.stores import FINGERPRINT
 
 ADAPTIVE = {"stderr": 0.1, "beta1": 0.5, "step": 2, "most": 8, "all_wrong": 4, "reward_range": [0.0, 1.0]}
-FINGERPRINT = Fingerprint(
-    model_hash="ab" * 32,
-    tokenizer_hash="cd" * 32,
-    template_hash="ef" * 32,
-    template="chat",
-    thinking="on",
-    temperature=1.0,
-    top_p=1.0,
-    top_k=-1,
-    max_response_tokens=32,
-    stop_token_ids=[1, 2],
-    reward_name="arithmetic",
-    reward_version="1",
-    reward_options={},
-    failure_reward=0.0,
-    truncated="grade",
-    dataset_hash="01" * 32,
-    max_prompt_tokens=16,
-    samples_per_prompt=2,
-    seed=3,
-)
 
 
 def prompt_id(number: int) -> str:
@@ -124,7 +103,7 @@ def test_standard_errors_are_over_prompts() -> None:
 def test_summary_of_a_store_by_hand(tmp_path: Path) -> None:
     rewards = {0: [1.0, 1.0], 1: [0.0, 0.0], 2: [0.0, 1.0], 3: [1.0, 1.0], 4: [0.0, 0.0]}
     found = summarize(make_store(tmp_path, rewards, num_shards=2), [0.5, 1e9], "log_mean_exp")
-    assert (found.prompts, found.shards, found.samples, found.binary) == (5, 2, "2", True)
+    assert (found.prompts, found.shards, found.samples, found.binary) == (5, 2, SamplesPerPrompt(2, 2, 2), True)
     assert found.reward.mean == pytest.approx(0.5)
     assert found.reward.stderr == pytest.approx((1 / 4 / 5) ** 0.5)  # 4 x 0.25 / (5 - 1) is the variance
     assert found.right.at == [0, 0.5, 1] and found.right.counts == [2, 1, 2]
@@ -147,7 +126,7 @@ def test_summary_of_a_store_by_hand(tmp_path: Path) -> None:
 def test_summary_of_an_adaptive_store(tmp_path: Path) -> None:
     rewards = {0: [1.0, 1.0], 1: [0.0, 0.0, 0.0, 1.0], 2: [0.0, 1.0, 0.0]}
     found = summarize(make_store(tmp_path, rewards, samples_per_prompt=2, adaptive=ADAPTIVE), [0.5], "debiased")
-    assert found.samples == "2 to 4 (3.0 on average)" and found.first_round == 2
+    assert found.samples == SamplesPerPrompt(2, 4, 3) and found.first_round == 2
     assert found.reward.mean == pytest.approx((1 + 0 + 0.5) / 3) == pytest.approx(found.pass_at_k[1].mean)
     assert [at.num_prompts for at in found.pass_at_k.values()] == [3, 3, 2, 1]
     assert found.responses.count == 9
@@ -176,6 +155,17 @@ def test_histograms_count_everything_once(tmp_path: Path) -> None:
     assert lengths.at[:2] == [12, 35]
     exact = np.quantile(np.arange(1, 901), [0.5, 0.9, 0.99], method="inverted_cdf").tolist()
     assert [found.responses.p50, found.responses.p90, found.responses.p99] == exact
+
+
+@pytest.mark.parametrize("n", [16, 64])
+def test_equal_values_share_a_bar_whatever_the_order_of_their_rewards(tmp_path: Path, n: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.permutation([1.0] * k + [0.0] * (n - k)).tolist() for k in range(n + 1) for _ in range(20)]
+    store = make_store(tmp_path, dict(enumerate(rows)))
+    assert len(np.unique(store.values(0.5, "log_mean_exp").values_P)) > n + 1
+    bars = summarize(store, [0.5], "log_mean_exp").values[0].bars
+    assert bars.at == pytest.approx([0.5 * log(1 + k / n * (e**2 - 1)) for k in range(n + 1)], abs=1e-8)
+    assert bars.counts == [20] * (n + 1)
 
 
 def test_estimators_beside_each_other(tmp_path: Path) -> None:
@@ -307,6 +297,7 @@ def test_the_command_prints_a_summary_that_fits_a_terminal(tmp_path: Path) -> No
     assert code == 0
     assert re.search(r"^prompts +30 in 2 shards$", text, re.M)
     assert re.search(r"^samples +8 of each prompt, 240 in all$", text, re.M)
+    assert re.search(r"^mean reward .* \(first 8 samples of each\)$", text, re.M)
     assert re.search(r"^0.5 .*\n +2 ", text, re.M) and "of at least 1" not in text
     tables = text[text.index("Pass@k") : text.index("provenance")]
     assert max(map(len, tables.splitlines())) <= 80
@@ -320,6 +311,7 @@ def test_the_command_prints_json(tmp_path: Path) -> None:
     tree = json.loads(text)
     assert code == 0 and tree["prompts"] == 30 and tree["estimator"] == "debiased"
     assert [at["beta1"] for at in tree["values"]] == [0.25, 0.5, 1]
+    assert (tree["samples"]["fewest"], tree["samples"]["most"]) == (2, 8)
     assert tree["values"][1]["mean"] == pytest.approx(store.values(0.5, "debiased").values_P.mean())
     assert list(tree["pass_at_k"]) == [str(k) for k in range(1, 9)]
     assert tree["fingerprint"] == store.fingerprint.model_dump(mode="json")
@@ -362,15 +354,19 @@ def test_the_page_is_whole_and_self_contained(tmp_path: Path, kind: str) -> None
         "response lengths of the reference",
     ]
     assert ("of at least 1" in page) == (kind == "graded")
-    assert ("uncertain prompts" in page) == (kind == "adaptive")
+    assert ("biased by the stopping rule" in page) == (kind == "adaptive")
     assert "ab" * 32 in page
+
+
+def test_hours_of_different_devices_are_not_added_up(tmp_path: Path) -> None:
+    make_store(tmp_path, some_rewards(counts=(2,)), num_shards=3)
+    assert "0.50 GPU, 1.00 CPU" in vstar(tmp_path)[1]
+    vstar(tmp_path, "--page", tmp_path / "page.html")
+    cards = re.findall(r"<h3>hours</h3><strong>(.*?)</strong><p>(.*?)</p>", (tmp_path / "page.html").read_text())
+    assert cards == [("0.50", "GPU"), ("1.00", "CPU")]
 
 
 @pytest.mark.parametrize("arguments", [["--beta1", "0"], ["--beta1", "nan"], ["--page", "p.html", "--diff", "x"]])
 def test_the_commands_mistakes_name_the_option(tmp_path: Path, arguments: list[str]) -> None:
     with pytest.raises(ValueError, match=arguments[0]):
         vstar(tmp_path, *arguments)
-
-
-def test_the_command_offers_every_estimator() -> None:
-    assert set(get_args(get_type_hints(cli.vstar)["estimator"])) == set(ESTIMATORS)
