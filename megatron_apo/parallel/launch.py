@@ -80,13 +80,13 @@ def is_guarded() -> bool:
     return _GUARDED in os.environ
 
 
-def run_guarded(arguments: Sequence[str]) -> None:
-    """`run_command` under `guard.py`: none of the processes that the command starts outlives this one, even when this
-    one is killed, and nor does what they leave in TMPDIR."""
-    scratch = tempfile.mkdtemp(prefix="apo-")
-    environment = os.environ | {_GUARDED: "1", "TMPDIR": scratch}
-    watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}", f"--remove={scratch}", "--"]
-    failed, code = _supervise([partial(_start, arguments, environment, None, watch)])
+def run_guarded(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """`run_command` in this environment and under `guard.py`: none of the processes that the command starts outlives
+    this one, even when this one is killed, nor does what they leave in TMPDIR."""
+    with tempfile.TemporaryDirectory(prefix="apo-") as scratch:  # which the guard removes too: either may be killed
+        own = {**environment, _GUARDED: "1", "TMPDIR": scratch}
+        watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}", f"--remove={scratch}", "--"]
+        failed, code = _supervise([partial(_start, arguments, own, None, watch)])
     if failed is not None:
         raise RankFailed(_killed(f"megatron-apo {arguments[0]}", code), code)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_apo.config import RolloutConfig
 from megatron_apo.rollout.client import Sampling
-from megatron_apo.rollout.server import ServerError, engine_options, longest_request, set_engine_environment
+from megatron_apo.rollout.server import ServerError, engine_options, longest_request
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Sample:
 class OfflineEngine:
     """One vLLM engine over `model`, whose talk goes to `log_path`. max_sequence_tokens: prompt and response.
 
-    Raises `ServerError` when vLLM does not start, or ends a response otherwise than as `Sample` knows.
+    The process was started with `engine_environment`. Raises `ServerError` when vLLM does not start, or ends a response
+    otherwise than as `Sample` knows.
     """
 
     def __init__(
@@ -46,7 +47,6 @@ class OfflineEngine:
         prefix_caching: bool,
         log_path: Path,
     ):
-        set_engine_environment(os.environ, rollout)
         options = engine_options(rollout) | {"max_model_len": longest_request(model, max_sequence_tokens)}
         try:
             with _output_to(log_path):

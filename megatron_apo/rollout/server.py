@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import MutableMapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,14 +193,14 @@ class VLLMServer:
         return command + rollout.extra_args
 
     def _environment(self, scratch: Path) -> dict[str, str]:
-        environment = os.environ | {
+        own = {
             TOKEN_VARIABLE: self.token,
             "TMPDIR": str(scratch),
+            "HF_HUB_OFFLINE": "1",  # the model is a folder
             "VLLM_SERVER_DEV_MODE": "1",  # the weight-transfer routes; the token check guards them
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # connections outlive the trainer's part of a step
         }
-        set_engine_environment(environment, self.rollout)
-        return environment
+        return engine_environment(os.environ | own, self.rollout)
 
 
 def engine_options(rollout: RolloutConfig) -> dict[str, Any]:
@@ -237,19 +237,12 @@ def device_name() -> str:
         pynvml.nvmlShutdown()
 
 
-def set_engine_environment(environment: MutableMapping[str, str], rollout: RolloutConfig) -> None:
-    """Set what a vLLM engine with these settings needs on this machine, before vLLM is imported."""
-    for name in LAUNCHER_VARIABLES:
-        environment.pop(name, None)
+def engine_environment(inherited: Mapping[str, str], rollout: RolloutConfig) -> dict[str, str]:
+    """What a process with a vLLM engine of these settings is started with: torch and OpenMP look once, when loaded."""
+    environment = {name: value for name, value in inherited.items() if name not in LAUNCHER_VARIABLES}
     environment.pop("VLLM_RPC_BASE_PATH", None)  # so that its sockets lie in TMPDIR
-    environment.update(
-        VLLM_NO_USAGE_STATS="1",
-        DO_NOT_TRACK="1",
-        HF_HUB_OFFLINE="1",  # the model is a folder
-        TOKENIZERS_PARALLELISM="false",
-    )
-    if not _has_gpu():
-        environment.update(_cpu_environment(rollout.tp, rollout.threads))
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return environment if _has_gpu() else environment | _cpu_environment(rollout.tp, rollout.threads)
 
 
 def _cpu_environment(tp: int, threads: int | None) -> dict[str, str]:

@@ -5,6 +5,8 @@ Light: what needs Megatron is imported in the ranks alone.
 
 from __future__ import annotations
 
+import os
+
 from megatron_apo.config import Recipe
 from megatron_apo.model.hf_config import check_layout, read_hf_config
 from megatron_apo.parallel import launch
@@ -27,6 +29,7 @@ def warmup(recipe: Recipe) -> None:
 
 def estimate_vstar(recipe: Recipe, index: int = 0, count: int = 1) -> None:
     """Stage 1 as worker `index` of `count`. vLLM's processes would outlive a killed command: it works under a guard."""
+    from megatron_apo.rollout.server import engine_environment
     from megatron_apo.stages import estimate_vstar as stage
 
     worker = stage.Worker(index, count)
@@ -34,7 +37,8 @@ def estimate_vstar(recipe: Recipe, index: int = 0, count: int = 1) -> None:
         stage.run(recipe, worker)
     else:
         arguments = launch.stage_arguments("estimate-vstar", recipe, worker.suffix)
-        launch.run_guarded([*arguments, "--worker", str(index), "--workers", str(count)])
+        arguments += ["--worker", str(index), "--workers", str(count)]
+        launch.run_guarded(arguments, engine_environment(os.environ, recipe.rollout))
 
 
 def train(recipe: Recipe) -> None:

@@ -10,6 +10,8 @@ model is a warmed-up one, whose responses end by themselves and reach the grader
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import tempfile
 import time
 from concurrent.futures import Future
@@ -24,6 +26,7 @@ from megatron_apo.data.order import sample_seed
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.rewards.pool import Grade, RewardPool
 from megatron_apo.rollout.offline import OfflineEngine, Sample
+from megatron_apo.rollout.server import engine_environment
 from megatron_apo.stages.estimate_vstar import Job, Sampler, Worker, sample_all
 
 TARGET = 0.95  # of the bare throughput
@@ -59,6 +62,8 @@ def measure(folder: Path, model: Path, num_prompts: int, num_samples: int, round
         "rollout": {"threads": 1, "kv_cache_gib": 0.25},
     }
     recipe = build_recipe(tree)
+    assert "torch" not in sys.modules, "it has read its environment already"
+    os.environ |= engine_environment({}, recipe.rollout)
     job = Job.open(recipe)
     engine = OfflineEngine(
         recipe.model.path,

@@ -182,9 +182,12 @@ def test_a_dead_hosts_claim_expires_and_its_shards_are_sampled(work, undisturbed
     run = work("vstar.claim_expires_s=60", "data.max_prompts=16")
     run.wait_for(lambda: "waiting for 1 shards" in run.output)
     assert set(shards(tmp_path / "vstar")) == {"shard-00001.parquet"}
+    started_with = [env for process in run.processes() if "MEGATRON_APO_GUARDED" in (env := process.environ())]
+    assert {(env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"]) for env in started_with} == {("1", "PASSIVE")}
     old = time.time() - 61
     os.utime(claims / "shard-00000.0", (old, old))
     assert run.wait() == 0, run.output
+    assert not any(Path(env["TMPDIR"]).exists() for env in started_with)
     assert rewards(tmp_path / "vstar").items() <= rewards(undisturbed(NUM_PROMPTS)).items()
 
 
@@ -192,10 +195,11 @@ def test_adaptive_sampling_extends_the_same_samples(work, tmp_path: Path) -> Non
     """Whatever number a prompt is given, its samples are the first so many of those that it would have otherwise."""
     rule = ["vstar.adaptive.stderr=0.11", "vstar.adaptive.most=12", "vstar.adaptive.all_wrong=4"]
     adaptive = work("data.max_prompts=32", *rule)
-    fixed = work("data.max_prompts=32", "vstar.samples_per_prompt=12", f"vstar.dir={tmp_path / 'fixed'}")
+    own = [f"{section}.dir={tmp_path / 'fixed' / section}" for section in ("run", "vstar")]
+    fixed = work("data.max_prompts=32", "vstar.samples_per_prompt=12", *own)
     for run in (adaptive, fixed):
         assert run.wait() == 0, run.output
-    found, every = rewards(tmp_path / "vstar"), rewards(tmp_path / "fixed")
+    found, every = rewards(tmp_path / "vstar"), rewards(tmp_path / "fixed" / "vstar")
     numbers = {len(row) for row in found.values()}
     assert min(numbers) == 4 and max(numbers) > 4, numbers
     assert found == {prompt: row[: len(found[prompt])] for prompt, row in every.items()}
