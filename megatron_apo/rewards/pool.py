@@ -3,10 +3,11 @@
     with RewardPool(recipe.reward) as pool:
         grades = pool.grade(requests)
 
-A worker gets samples in batches and answers them one by one, so the first one unanswered is the one that hung or died:
-it alone gets the failure reward, and the rest of its batch goes to another worker. Why not a library's pool: those
-that kill at a limit import the trainer's main module (torch, Megatron) in each worker, and give up when an idle worker
-is killed.
+A worker gets samples in batches and answers a batch at once, since each answer would take the interpreter from whoever
+is at work here. Which sample it is at, and since when, it says in memory shared with the pool: if it hangs or dies,
+that sample alone gets the failure reward, and the others go to another worker. Why not a library's pool: those that
+kill at a limit import the trainer's main module (torch, Megatron) in each worker, and give up when an idle worker is
+killed.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from types import TracebackType
 
 from megatron_apo.config import RewardConfig
 from megatron_apo.rewards import GradeRequest, reward_target
 from megatron_apo.rewards.text import thinking_is_unfinished
-from megatron_apo.rewards.worker import Answer, Ready, Refused, WorkerSpec
+from megatron_apo.rewards.worker import Answer, Graded, Progress, Ready, Refused, WorkerSpec
 
-_BATCH_SIZE = 16  # enough to hide a round trip, few enough to share out
+_BATCH_S = 0.1  # what a worker gets should last about so long: it hides a round trip, and enough is left to share out
+_LARGEST_BATCH = 256  # samples
 _START_LIMIT_S = 120.0  # a reward's imports
 
 
@@ -61,8 +63,9 @@ class _Sample:
     num_deaths: int = 0  # of workers that were at it
 
 
-class RewardPool:
-    """`config.workers` grader processes. Raises `ValueError` if the reward cannot be built.
+class InlineRewardPool:
+    """`config.workers` grader processes that get on whenever `turn` is called. Raises `ValueError` if the reward cannot
+    be built.
 
     `reward_name` and `reward_version` are the reward's own. `failures` counts samples by kind: timeout, died, error.
     """
@@ -72,141 +75,121 @@ class RewardPool:
         self._spec = WorkerSpec(reward_target(config.name), config.options, int(config.memory_limit_gib * 2**30))
         self.failures: Counter[str] = Counter()
         self._queue: deque[_Sample] = deque()
-        self._waker, self._wakened = socket.socketpair()
-        self._waker.setblocking(False)
-        self._closing = False
         self._broken: str | None = None
-        self._identity: Future[Ready] = Future()
-        # The workers live as long as the thread that started them (PDEATHSIG), so one thread starts them all.
-        self._thread = threading.Thread(target=self._run, name="reward-pool", daemon=True)
-        self._thread.start()
+        self._identity: Ready | None = None  # what the first worker to be ready says of its reward
+        self._workers: list[_Worker] = []
         try:
-            ready = self._identity.result()
+            self._workers.extend(_Worker(self._spec) for _ in range(config.workers))
+            while self._identity is None:
+                self._turn()
+        except _StartError as error:
+            self.close()
+            raise ValueError(str(error)) from None
         except BaseException:
             self.close()
             raise
-        self.reward_name, self.reward_version = ready.name, ready.version
+        self.reward_name: str = self._identity.name
+        self.reward_version: str = self._identity.version
 
     def submit(self, request: GradeRequest) -> Future[Grade]:
-        """Grade one sample in the background."""
-        sample = self._enqueue(request)
-        self._wake()
-        return sample.grade
-
-    def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
-        """Grade samples, in order."""
-        samples = [self._enqueue(request) for request in requests]
-        self._wake()
-        return [sample.grade.result() for sample in samples]
-
-    def close(self) -> None:
-        """Kill the workers. Grades still awaited raise `RuntimeError`."""
-        self._closing = True
-        self._wake()
-        self._thread.join()
-
-    def __enter__(self) -> RewardPool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _enqueue(self, request: GradeRequest) -> _Sample:
+        """Let one sample be graded. From any thread."""
         sample = _Sample(request)
         if (failure := self._response_failure(request)) is not None:
             sample.grade.set_result(Grade(self._config.failure_reward, failure))
-            return sample
+            return sample.grade
         self._queue.append(sample)
-        if self._broken:  # set before the thread empties the queue for the last time, so no sample is left waiting
+        if self._broken:  # set before the queue is emptied for the last time, so no sample is left waiting
             raise RuntimeError(self._broken)
-        return sample
+        return sample.grade
+
+    def turn(self, wait_s: float = 0.0) -> None:
+        """Take what the workers have graded and give them what there is, waiting at most `wait_s` for something to do.
+
+        Raises `RuntimeError` when no worker can be started any more.
+        """
+        try:
+            self._turn(wait_s)
+        except _StartError as error:
+            self.close(str(error))
+            raise RuntimeError(str(error)) from None
+
+    def close(self, why: str = "the reward pool is closed") -> None:
+        """Kill the workers. Grades still awaited raise `RuntimeError`."""
+        self._broken = self._broken or why
+        unfinished = [sample for worker in self._workers for sample in worker.batch] + list(self._queue)
+        for worker in self._workers:
+            worker.kill()
+        self._workers.clear()
+        self._queue.clear()
+        for sample in unfinished:
+            sample.grade.set_exception(RuntimeError(self._broken))
+
+    def __enter__(self) -> InlineRewardPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _response_failure(self, request: GradeRequest) -> str | None:
         if thinking_is_unfinished(request.prompt, request.response):
             return UNFINISHED
         return TRUNCATED if self._config.truncated == "fail" and request.finish_reason == "length" else None
 
-    def _wake(self) -> None:
-        try:
-            self._waker.send(b"!")
-        except BlockingIOError:
-            pass  # wakes enough are waiting to be read
-        except OSError:
-            assert self._broken, "the pool's thread closes its socket last"
+    def _turn(self, wait_s: float = math.inf, waker: socket.socket | None = None) -> None:
+        """As `turn`; a byte from `waker` also ends the wait."""
+        self._hand_out()
+        now = time.monotonic()
+        wait_s = max(0.0, min(wait_s, *(worker.deadline - now for worker in self._workers)))
+        channels: dict[object, _Worker] = {worker.channel: worker for worker in self._workers}
+        sources = [worker.channel for worker in self._workers] + ([waker] if waker else [])
+        for source in wait(sources, None if wait_s == math.inf else wait_s):
+            if isinstance(source, socket.socket):
+                source.recv(4096)
+            else:
+                self._read(channels[source])
+        for worker in [worker for worker in self._workers if time.monotonic() > worker.deadline]:
+            if worker.is_overdue(self._config.time_limit_s):
+                self._replace(worker, "timeout")
+        self._hand_out()
 
-    def _run(self) -> None:
-        """The pool's thread."""
-        workers: list[_Worker] = []
-        try:
-            workers.extend(_Worker(self._spec) for _ in range(self._config.workers))
-            while not self._closing:
-                self._hand_out(workers)
-                now = time.monotonic()
-                limit_s = min((worker.deadline for worker in workers), default=math.inf) - now
-                channels: dict[object, _Worker] = {worker.channel: worker for worker in workers}
-                for source in wait(
-                    [self._wakened, *(worker.channel for worker in workers)],
-                    None if limit_s == math.inf else max(0.0, limit_s),
-                ):
-                    if source is self._wakened:
-                        self._wakened.recv(4096)
-                    else:
-                        self._read(channels[source], workers)
-                for worker in [worker for worker in workers if time.monotonic() > worker.deadline]:
-                    if not worker.channel.poll():  # an answer that came in time but was not read yet counts
-                        self._replace(worker, workers, "timeout")
-            self._broken = "the reward pool is closed"
-        except _StartError as error:
-            self._broken = str(error)
-            if not self._identity.done():
-                self._identity.set_exception(ValueError(self._broken))
-        finally:
-            self._broken = self._broken or "the reward pool failed"
-            unfinished = [sample for worker in workers for sample in worker.batch] + list(self._queue)
-            for worker in workers:
-                worker.kill()
-            for sample in unfinished:
-                sample.grade.set_exception(RuntimeError(self._broken))
-            if not self._identity.done():
-                self._identity.set_exception(RuntimeError(self._broken))
-            self._waker.close()
-            self._wakened.close()
-
-    def _hand_out(self, workers: list[_Worker]) -> None:
-        for worker in workers:
+    def _hand_out(self) -> None:
+        for worker in self._workers:
             if worker.ready and not worker.batch and self._queue:
-                share = min(_BATCH_SIZE, math.ceil(len(self._queue) / len(workers)))
-                batch = [self._queue.popleft() for _ in range(share)]
-                worker.batch.extend(batch)
-                worker.deadline = time.monotonic() + self._config.time_limit_s
+                share = min(worker.most, math.ceil(len(self._queue) / len(self._workers)))
+                worker.batch = [self._queue.popleft() for _ in range(share)]
+                worker.progress.begin(0)
+                worker.deadline = worker.progress.since + self._config.time_limit_s
                 try:
-                    worker.channel.send([sample.request for sample in batch])
+                    worker.channel.send([sample.request for sample in worker.batch])
                 except OSError:  # it died between batches: no sample's fault
-                    self._queue.extendleft(reversed(batch))
-                    worker.batch.clear()
-                    self._replace(worker, workers, "died")
+                    self._queue.extendleft(reversed(worker.batch))
+                    worker.batch = []
+                    self._replace(worker, "died")
 
-    def _read(self, worker: _Worker, workers: list[_Worker]) -> None:
+    def _read(self, worker: _Worker) -> None:
         try:
             message = worker.channel.recv()
         except (EOFError, OSError):
-            self._replace(worker, workers, "died")
+            self._replace(worker, "died")
             return
-        if isinstance(message, Answer):
-            grade = Grade(message.reward) if message.error is None else self._failed(f"error: {message.error}")
-            worker.batch.popleft().grade.set_result(grade)
-            worker.deadline = time.monotonic() + self._config.time_limit_s if worker.batch else math.inf
+        worker.deadline = math.inf
+        if isinstance(message, Graded):
+            for sample, answer in zip(worker.batch, message.answers, strict=True):
+                sample.grade.set_result(self._grade_of(answer))
+            worker.batch = []
+            is_short = message.seconds < _BATCH_S
+            worker.most = min(2 * worker.most, _LARGEST_BATCH) if is_short else max(worker.most // 2, 1)
         elif isinstance(message, Ready):
-            worker.ready, worker.deadline = True, math.inf
-            if not self._identity.done():
-                self._identity.set_result(message)
+            worker.ready = True
+            self._identity = message
         else:
             assert isinstance(message, Refused)
             raise _StartError(message.reason)
 
-    def _replace(self, worker: _Worker, workers: list[_Worker], failure: str) -> None:
+    def _grade_of(self, answer: Answer) -> Grade:
+        return Grade(answer.reward) if answer.error is None else self._failed(f"error: {answer.error}")
+
+    def _replace(self, worker: _Worker, failure: str) -> None:
         """Kill a worker, fail the sample it was at, put the rest of its batch back, and start another.
 
         A sample fails by its second death only: the first may be somebody else's doing (the kernel short of memory).
@@ -215,16 +198,91 @@ class RewardPool:
         if not worker.ready:
             raise _StartError(f"reward.name: {self._spec.reward}: the grader process {_START_FAILURES[failure]}")
         if worker.batch:
-            sample = worker.batch[0]
+            index = worker.progress.index
+            sample = worker.batch[index]
             sample.num_deaths += failure == "died"
             if failure != "died" or sample.num_deaths > 1:
-                worker.batch.popleft().grade.set_result(self._failed(failure))
+                worker.batch.pop(index)
+                sample.grade.set_result(self._failed(failure))
         self._queue.extendleft(reversed(worker.batch))
-        workers[workers.index(worker)] = _Worker(self._spec)
+        self._workers[self._workers.index(worker)] = _Worker(self._spec)
 
     def _failed(self, failure: str) -> Grade:
         self.failures[failure.partition(":")[0]] += 1
         return Grade(self._config.failure_reward, failure)
+
+
+class RewardPool(AbstractContextManager["RewardPool"]):
+    """An `InlineRewardPool` with a thread of its own, for who waits for something else meanwhile."""
+
+    def __init__(self, config: RewardConfig):
+        self._config = config
+        self._waker, self._wakened = socket.socketpair()
+        self._waker.setblocking(False)
+        self._closing = False
+        self._started: Future[InlineRewardPool] = Future()
+        # The workers live as long as the thread that started them (PDEATHSIG), so one thread starts them all.
+        self._thread = threading.Thread(target=self._run, name="reward-pool", daemon=True)
+        self._thread.start()
+        try:
+            self._pool = self._started.result()
+        except BaseException:
+            self.close()
+            raise
+        self.reward_name, self.reward_version = self._pool.reward_name, self._pool.reward_version
+
+    @property
+    def failures(self) -> Counter[str]:
+        return self._pool.failures
+
+    def submit(self, request: GradeRequest) -> Future[Grade]:
+        """Grade one sample in the background."""
+        grade = self._pool.submit(request)
+        self._wake()
+        return grade
+
+    def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
+        """Grade samples, in order."""
+        grades = [self._pool.submit(request) for request in requests]
+        self._wake()
+        return [grade.result() for grade in grades]
+
+    def close(self) -> None:
+        """Kill the workers. Grades still awaited raise `RuntimeError`."""
+        if self._closing:
+            return
+        self._closing = True
+        self._wake()
+        self._thread.join()
+        self._waker.close()
+        self._wakened.close()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _wake(self) -> None:
+        try:
+            self._waker.send(b"!")
+        except BlockingIOError:
+            pass  # wakes enough are waiting to be read
+
+    def _run(self) -> None:
+        """The thread."""
+        try:
+            pool = InlineRewardPool(self._config)
+        except BaseException as error:
+            self._started.set_exception(error)
+            return
+        self._started.set_result(pool)
+        why = "the reward pool failed"
+        try:
+            while not self._closing:
+                pool._turn(waker=self._wakened)
+            why = "the reward pool is closed"
+        except _StartError as error:
+            why = str(error)
+        finally:
+            pool.close(why)
 
 
 _START_FAILURES = {"died": "died while it started", "timeout": f"was not ready after {_START_LIMIT_S:.0f} s"}
@@ -235,24 +293,38 @@ class _StartError(Exception):
 
 
 class _Worker:
-    """One grader process. `batch`: samples it has not answered, in order; `deadline`: when its next message is due."""
+    """One grader process.
+
+    batch: samples it is at, at most `most` at a time, in the order in which it grades them; deadline: when to see
+    whether it is at one for too long.
+    """
 
     def __init__(self, spec: WorkerSpec):
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, Progress.shared() as (self.progress, progress_fd):
             self._process = subprocess.Popen(
                 # -P and PYTHONPATH: exactly this process's import path, so that a user's reward is found as it is here.
-                [sys.executable, "-P", "-m", "megatron_apo.rewards.worker", str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-P", "-m", "megatron_apo.rewards.worker"]
+                + [str(theirs.fileno()), str(progress_fd), str(os.getpid())],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), progress_fd],
                 process_group=0,  # Ctrl-C is the trainer's to handle, and what a grader starts dies with it
             )
         self.channel = Connection(ours.detach())
         self.channel.send(spec)
         self.ready = False
-        self.batch: deque[_Sample] = deque()
+        self.batch: list[_Sample] = []
+        self.most = 1
         self.deadline = time.monotonic() + _START_LIMIT_S
+
+    def is_overdue(self, time_limit_s: float) -> bool:
+        """At one sample for longer than the limit, or not ready in time. Where not, the deadline is moved."""
+        if self.channel.poll():  # an answer that came in time but was not read yet counts
+            return False
+        if self.ready:
+            self.deadline = self.progress.since + time_limit_s
+        return time.monotonic() > self.deadline
 
     def kill(self) -> None:
         self.channel.close()

@@ -1,6 +1,6 @@
-"""A grader process, started and killed by `pool.py`. It reads batches of requests and answers each request by itself.
+"""A grader process, started and killed by `pool.py`. It reads batches of requests and answers each batch.
 
-    python -m megatron_apo.rewards.worker SOCKET_FD PARENT_PID
+    python -m megatron_apo.rewards.worker SOCKET_FD PROGRESS_FD PARENT_PID
 
 A fresh interpreter rather than a fork or a spawn of the trainer: it inherits no thread, no lock and no main module.
 """
@@ -8,17 +8,24 @@ A fresh interpreter rather than a fork or a spawn of the trainer: it inherits no
 from __future__ import annotations
 
 import math
+import mmap
 import numbers
 import os
 import resource
 import signal
+import struct
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_apo import guard
 from megatron_apo.rewards import GradeRequest, Reward, get_reward
+
+_PROGRESS = struct.Struct("<Qd")
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,46 @@ class Answer:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Graded:
+    """A batch graded, in order, and what it took."""
+
+    answers: list[Answer]
+    seconds: float
+
+
+class Progress:
+    """Which request of its batch a worker is at, and since when: 16 bytes that it shares with the pool."""
+
+    def __init__(self, fd: int):
+        self._memory = mmap.mmap(fd, _PROGRESS.size)
+
+    @classmethod
+    @contextmanager
+    def shared(cls) -> Iterator[tuple[Progress, int]]:
+        """A new one, and within the block a file descriptor by which a child process gets at it."""
+        fd = os.memfd_create("progress")
+        try:
+            os.ftruncate(fd, _PROGRESS.size)
+            yield cls(fd), fd
+        finally:
+            os.close(fd)
+
+    def begin(self, index: int) -> None:
+        _PROGRESS.pack_into(self._memory, 0, index, time.monotonic())
+
+    @property
+    def index(self) -> int:
+        return _PROGRESS.unpack_from(self._memory)[0]
+
+    @property
+    def since(self) -> float:
+        """By the monotonic clock, which all processes of a machine share."""
+        return _PROGRESS.unpack_from(self._memory)[1]
+
+
 def main() -> None:
-    socket_fd, parent_pid = int(sys.argv[1]), int(sys.argv[2])
+    socket_fd, progress_fd, parent_pid = map(int, sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Die with the pool even where a grader never returns to Python and the parent was killed outright.
     guard.LIBC.prctl(guard.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -62,12 +107,12 @@ def main() -> None:
         return
     with Connection(socket_fd) as channel:
         try:
-            _serve(channel)
+            _serve(channel, Progress(progress_fd))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             pass  # the pool is gone
 
 
-def _serve(channel: Connection) -> None:
+def _serve(channel: Connection, progress: Progress) -> None:
     spec: WorkerSpec = channel.recv()
     resource.setrlimit(resource.RLIMIT_AS, (spec.memory_limit_bytes, spec.memory_limit_bytes))
     try:
@@ -78,8 +123,12 @@ def _serve(channel: Connection) -> None:
         return
     channel.send(Ready(reward.name, reward.version))
     while True:
-        for request in channel.recv():
-            channel.send(_grade(reward, request))
+        requests, start = channel.recv(), time.monotonic()
+        answers = []
+        for index, request in enumerate(requests):
+            progress.begin(index)
+            answers.append(_grade(reward, request))
+        channel.send(Graded(answers, time.monotonic() - start))
 
 
 def _grade(reward: Reward, request: GradeRequest) -> Answer:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from operator import attrgetter
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from rich.progress import Progress
@@ -25,9 +25,10 @@ from megatron_apo.data.order import sample_seed
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.inputs import Inputs, load_inputs, store_fingerprint
 from megatron_apo.model.hf_config import check_served, read_hf_config
-from megatron_apo.rewards.pool import UNFINISHED, Grade, RewardPool
+from megatron_apo.rewards.pool import UNFINISHED, Grade, InlineRewardPool
 from megatron_apo.rollout.offline import OfflineEngine, Sample
 from megatron_apo.rollout.server import device_name, engine_options, longest_request
+from megatron_apo.telemetry.memory import long_lived
 from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.values.claims import Claims
 from megatron_apo.values.sampling import more_samples
@@ -157,7 +158,8 @@ def _fill(job: Job, worker: Worker, claims: Claims) -> None:
         return
     job.writer.reopen()
     start = time.monotonic()
-    with RewardPool(recipe.reward) as pool, Progress(disable=not recipe.telemetry.progress) as progress:
+    progress = Progress(disable=not recipe.telemetry.progress)
+    with InlineRewardPool(recipe.reward) as pool, progress:
         engine = OfflineEngine(
             recipe.model.reference_path,
             recipe.rollout,
@@ -175,15 +177,16 @@ def sample_all(job: Job, sampler: Sampler, claims: Claims, index: int | None, pr
     while index is not None:
         sampler.open(index)
         ask_again = 0.0
-        while sampler.is_busy:
-            if sampler.wants_more and time.monotonic() >= ask_again:
-                if (following := claims.take()) is not None:
-                    sampler.open(following)
-                else:
-                    ask_again = time.monotonic() + _WAIT_S
-            sampler.advance()
-            claims.alive()
-            progress.update(bar, completed=sampler.num_done)
+        with long_lived():
+            while sampler.is_busy:
+                if sampler.wants_more and time.monotonic() >= ask_again:
+                    if (following := claims.take()) is not None:
+                        sampler.open(following)
+                    else:
+                        ask_again = time.monotonic() + _WAIT_S
+                sampler.advance()
+                claims.alive()
+                progress.update(bar, completed=sampler.num_done)
         index = _wait_for_shard(claims, job.writer)
 
 
@@ -221,12 +224,12 @@ class Sampler:
     since: the time from which on the first shard is charged.
     """
 
-    def __init__(self, job: Job, engine: OfflineEngine, pool: RewardPool, since: float):
+    def __init__(self, job: Job, engine: OfflineEngine, pool: InlineRewardPool, since: float):
         self._job, self._engine, self._pool, self._since = job, engine, pool, since
         self._sampling = job.inputs.sampling(job.recipe.sampling)
         self._enough = 2 * job.recipe.rollout.max_num_seqs
         self._shards: dict[int, list[_Open]] = {}
-        self._graded: SimpleQueue[_Open] = SimpleQueue()  # once for each grade
+        self._graded: deque[_Open] = deque()  # once for each grade
         self._unfinished: dict[int, int] = {}  # prompts of each open shard
         self._device = device_name()
         self._own: set[int] = set()
@@ -268,14 +271,13 @@ class Sampler:
         if self._engine.num_samples_open:
             for one, samples in self._engine.step():
                 self._grade(one, samples)
-        try:
-            while self.is_busy:
-                one = self._graded.get(block=not self._engine.num_samples_open, timeout=_WAIT_S)
-                one.num_ungraded -= 1
-                if not one.num_ungraded:
-                    self._continue(one)
-        except Empty:
-            pass
+        # In this thread: another one would take the interpreter from the engine, again and again.
+        self._pool.turn(wait_s=0.0 if self._engine.num_samples_open or self._graded else _WAIT_S)
+        while self._graded:
+            one = self._graded.popleft()
+            one.num_ungraded -= 1
+            if not one.num_ungraded:
+                self._continue(one)
 
     def _grade(self, one: _Open, samples: list[Sample]) -> None:
         one.num_ungraded += len(samples)
@@ -286,7 +288,7 @@ class Sampler:
                 one.responses.append(sample.token_ids)
             grade = self._submit(one.prompt, sample)
             one.grades.append(grade)
-            grade.add_done_callback(lambda _: self._graded.put(one))
+            grade.add_done_callback(lambda _: self._graded.append(one))
 
     def _submit(self, prompt: Prompt, sample: Sample) -> Future[Grade]:
         return self._pool.submit(self._job.inputs.grade_request(prompt, sample.token_ids, sample.finish_reason))

@@ -45,11 +45,17 @@ class RowsById:
 
     def repeated(self) -> NDArray[np.intp]:
         """[R, 2] pairs of rows that have the same id."""
-        near = np.flatnonzero((self._sorted_P[1:] ^ self._sorted_P[:-1]) <= self._row_bits)
+        blocks = range(0, len(self._sorted_P), _BLOCK_ROWS)
+        near = np.concatenate([np.empty(0, dtype=np.intp), *(self._near(start) for start in blocks)])
         rows = self._rows(self._sorted_P[np.union1d(near, near + 1)])
         rows = rows[np.lexsort((rows, self._ids_P2[rows, 1], self._ids_P2[rows, 0]))]
         same = (self._ids_P2[rows[1:]] == self._ids_P2[rows[:-1]]).all(axis=1)
         return np.stack([rows[:-1][same], rows[1:][same]], axis=1)
+
+    def _near(self, start: int) -> NDArray[np.intp]:
+        """Places in a block from `start` whose id shares its leading bits with the next one's."""
+        block = self._sorted_P[start : start + _BLOCK_ROWS + 1]
+        return start + np.flatnonzero((block[1:] ^ block[:-1]) <= self._row_bits)
 
     def _rows(self, entries: NDArray[np.uint64]) -> NDArray[np.intp]:
         return (entries & self._row_bits).astype(np.intp)

@@ -11,8 +11,9 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ SCHEMA = pa.schema(
 RESPONSES = pa.field("responses", pa.list_(pa.list_(pa.int32())))  # where they are kept
 _FOOTER_KEY = b"megatron_apo"
 _READ_ROWS = 1 << 13  # rows decoded at once: bounds the temporaries of a large shard
+_MOST_BYTES_AT_ONCE = 1 << 22
 # Columns in which values repeat. A dictionary of ids, which do not, would slow their reading down several times.
 _OF_FEW_VALUES = [f"{name}.list.element" for name in ("rewards", "lengths", "finish_reasons", "responses.list.element")]
 _OF_FEW_VALUES += ["num_failures", "num_unfinished"]
@@ -156,8 +158,8 @@ def check_same_store(
     path: Path, footer: Footer, fingerprint: Fingerprint, num_shards: int, made: Mapping[str, Any]
 ) -> None:
     """Raise `StoreError` for a shard of another store, one that was made otherwise, or one under another's name."""
-    differences = footer.fingerprint.differences(fingerprint)
-    if differences:
+    if footer.fingerprint != fingerprint:
+        differences = footer.fingerprint.differences(fingerprint)
         fix = "use another vstar.dir, or delete it"
         raise StoreError("\n".join([f"{path}: a shard of another V* store; {fix}", *differences]))
     if footer.num_shards != num_shards:
@@ -179,8 +181,12 @@ def read_rewards(
     file: pq.ParquetFile, path: Path, fingerprint: Fingerprint
 ) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.float64]]]:
     """R rows at a time: ([R, 2] prompt ids, [R] samples of each, their rewards in one array). Raises `StoreError`."""
-    allowed = fingerprint.sample_counts
-    for batch in file.iter_batches(_READ_ROWS, columns=["prompt_id", "rewards"], use_threads=False):
+    allowed, columns = fingerprint.sample_counts, ["prompt_id", "rewards"]
+    if file.metadata.num_rows <= _READ_ROWS:  # costs half of what the iterator does
+        batches: Iterable[pa.RecordBatch] = file.read(columns, use_threads=False).to_batches()
+    else:
+        batches = file.iter_batches(_READ_ROWS, columns=columns, use_threads=False)
+    for batch in batches:
         lists = batch["rewards"]
         offsets = np.from_dlpack(lists.offsets)  # to_numpy() would import pandas, which takes a second
         counts = np.diff(offsets).astype(np.int64, copy=False)
@@ -205,9 +211,13 @@ def check_whole(path: Path) -> tuple[int, int]:
     return num_rows, num_rewards
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def source_of(path: Path, num_bytes: int) -> pa.NativeFile:
+    """To read a shard from: a small one comes into memory at once. Raises `OSError`."""
+    return pa.OSFile(str(path)) if num_bytes > _MOST_BYTES_AT_ONCE else pa.BufferReader(path.read_bytes())
+
+
+def sha256(source: BufferedReader) -> str:
+    return hashlib.file_digest(source, "sha256").hexdigest()
 
 
 def sync_folder(path: Path) -> None:

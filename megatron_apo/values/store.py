@@ -42,12 +42,14 @@ from megatron_apo.values.shards import (
     sha256,
     shard_index,
     shard_name,
+    source_of,
     sync_folder,
     write_shard,
 )
 
 MANIFEST = "manifest.json"
-_READERS = 4  # shards read at once: hashing and decoding release the interpreter
+_READERS = 2  # shards read at once: waiting for files, hashing and decoding release the interpreter
+_RUN = 32  # shards that a reader takes at once: handing over a small one takes longer than reading it
 
 
 class StoreWriter:
@@ -108,8 +110,10 @@ class StoreWriter:
             path = self.folder / shard_name(index)
             num_rows, num_rewards = check_whole(path)
             size = path.stat().st_size
+            with open(path, "rb") as file:
+                digest = sha256(file)
             shards.append(
-                {"file": path.name, "rows": num_rows, "rewards": num_rewards, "bytes": size, "sha256": sha256(path)}
+                {"file": path.name, "rows": num_rows, "rewards": num_rewards, "bytes": size, "sha256": digest}
             )
         manifest = {
             "schema_version": SCHEMA_VERSION,
@@ -165,8 +169,9 @@ class VStarStore:
         num_prompts = self._row_starts[-1]
         self.ids = np.empty((num_prompts, 2), dtype=np.uint64)
         self.rewards = SampledRewards(np.empty(self._reward_starts[-1]), np.empty(num_prompts, dtype=np.int64))
+        runs = [range(self.num_shards)[start : start + _RUN] for start in range(0, self.num_shards, _RUN)]
         with ThreadPoolExecutor(_READERS) as readers:
-            for _ in readers.map(self._load_shard, range(self.num_shards)):
+            for _ in readers.map(self._load_shards, runs):
                 pass
         if samples_used is not None:
             self.rewards = self.rewards.first(samples_used)
@@ -253,25 +258,32 @@ class VStarStore:
             found[footer.device] = found.get(footer.device, 0.0) + footer.seconds / 3600
         return found
 
+    def _load_shards(self, indices: range) -> None:
+        for index in indices:
+            self._load_shard(index)
+
     def _load_shard(self, index: int) -> None:
         """Check shard `index` and read it into its place."""
         shard = self._shards[index]
         path = self.folder / shard["file"]
         again = f"delete it and {AGAIN}"
-        if not path.is_file():
-            raise StoreError(f"{path}: missing; {AGAIN}")
         damage = None
-        if (num_bytes := path.stat().st_size) != shard["bytes"]:
-            damage = f"truncated or changed, {num_bytes} bytes where the manifest has {shard['bytes']}"
-        elif (digest := sha256(path)) != shard["sha256"]:
-            damage = f"damaged, its sha256 is {digest} where the manifest has {shard['sha256']}"
         try:
-            with pq.ParquetFile(pa.OSFile(str(path))) as file:
+            num_bytes = path.stat().st_size
+            with source_of(path, num_bytes) as source:
+                if num_bytes != shard["bytes"]:
+                    damage = f"truncated or changed, {num_bytes} bytes where the manifest has {shard['bytes']}"
+                elif (digest := sha256(source)) != shard["sha256"]:
+                    damage = f"damaged, its sha256 is {digest} where the manifest has {shard['sha256']}"
+                source.seek(0)
+                file = pq.ParquetFile(source)
                 # Before the checksum: a shard of another store is told apart from a damaged one.
                 check_same_store(path, read_footer(file, path), self.fingerprint, self.num_shards, self.made)
                 if damage:
                     raise StoreError(f"{path}: {damage}; {again}")
                 self._fill(index, file, path)
+        except FileNotFoundError:
+            raise StoreError(f"{path}: missing; {AGAIN}") from None
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"{path}: {damage or one_line(error)}; {again}") from None
 

@@ -24,7 +24,7 @@ from megatron_apo.config import build_recipe
 from megatron_apo.data.arithmetic import write_task
 from megatron_apo.data.order import sample_seed
 from megatron_apo.data.prompts import Prompt
-from megatron_apo.rewards.pool import Grade, RewardPool
+from megatron_apo.rewards.pool import Grade, InlineRewardPool
 from megatron_apo.rollout.offline import OfflineEngine, Sample
 from megatron_apo.rollout.server import engine_environment
 from megatron_apo.stages.estimate_vstar import Job, Sampler, Worker, sample_all
@@ -81,12 +81,18 @@ def measure(folder: Path, model: Path, num_prompts: int, num_samples: int, round
         for kind, times in ((Sampler, graded), (Ungraded, ungraded)):
             own = build_recipe(tree, [f"vstar.dir={folder / f'{kind.__name__}{turn}'}"])
             times.append(stage_1(engine, Job.open(own), kind))
-    print(f"{num_prompts} prompts x {num_samples}, medians of {rounds} rounds")
+            print(f"round {turn}:", {name: times[turn] for name, times in seconds.items() if times[turn:]}, flush=True)
+    print(f"{num_prompts} prompts x {num_samples}, medians of {rounds} rounds, ratios within a round")
     for name, times in seconds.items():
-        print(f"{name:24} {median(times):7.2f} s   {median(bare) / median(times):6.1%} of bare throughput   {times}")
-    ratio = median(bare) / median(graded)
+        print(f"{name:24} {median(times):7.2f} s   {throughput(times, bare):6.1%} of bare throughput   {times}")
+    ratio = throughput(graded, bare)
     print(f"target: stage 1 has at least {TARGET:.0%} of bare throughput: {'met' if ratio >= TARGET else 'missed'}")
-    print(f"grading adds {median(graded) / median(ungraded) - 1:+.1%}")
+    print(f"grading adds {1 / throughput(graded, ungraded) - 1:+.1%}")
+
+
+def throughput(times: list[float], others: list[float]) -> float:
+    """Beside that of `others`, which took turns with them: a machine's speed drifts."""
+    return median(other / own for own, other in zip(times, others, strict=True))
 
 
 def generate(engine: OfflineEngine, job: Job) -> float:
@@ -107,7 +113,7 @@ def generate(engine: OfflineEngine, job: Job) -> float:
 
 
 def stage_1(engine: OfflineEngine, job: Job, kind: type[Sampler]) -> float:
-    with RewardPool(job.recipe.reward) as pool, job.claims(Worker()) as claims:
+    with InlineRewardPool(job.recipe.reward) as pool, job.claims(Worker()) as claims:
         start = time.monotonic()
         sample_all(job, kind(job, engine, pool, start), claims, claims.take(), Progress(disable=True))
         job.writer.finish()
