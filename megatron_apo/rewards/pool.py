@@ -70,7 +70,8 @@ class InlineRewardPool:
     `reward_name` and `reward_version` are the reward's own. `failures` counts samples by kind: timeout, died, error.
     """
 
-    def __init__(self, config: RewardConfig):
+    def __init__(self, config: RewardConfig, stop: socket.socket | None = None):
+        """stop: a byte from it ends the wait for the workers' start."""
         self._config = config
         self._spec = WorkerSpec(reward_target(config.name), config.options, int(config.memory_limit_gib * 2**30))
         self.failures: Counter[str] = Counter()
@@ -81,7 +82,8 @@ class InlineRewardPool:
         try:
             self._workers.extend(_Worker(self._spec) for _ in range(config.workers))
             while self._identity is None:
-                self._turn()
+                if self._turn(waker=stop):
+                    raise RuntimeError("the reward pool was closed while it started")
         except _StartError as error:
             self.close()
             raise ValueError(str(error)) from None
@@ -107,6 +109,8 @@ class InlineRewardPool:
 
         Raises `RuntimeError` when no worker can be started any more.
         """
+        if self._broken:
+            raise RuntimeError(self._broken)
         try:
             self._turn(wait_s)
         except _StartError as error:
@@ -135,22 +139,24 @@ class InlineRewardPool:
             return UNFINISHED
         return TRUNCATED if self._config.truncated == "fail" and request.finish_reason == "length" else None
 
-    def _turn(self, wait_s: float = math.inf, waker: socket.socket | None = None) -> None:
-        """As `turn`; a byte from `waker` also ends the wait."""
+    def _turn(self, wait_s: float = math.inf, waker: socket.socket | None = None) -> bool:
+        """As `turn`; a byte from `waker` also ends the wait. Whether there was one."""
         self._hand_out()
+        woken = False
         now = time.monotonic()
         wait_s = max(0.0, min(wait_s, *(worker.deadline - now for worker in self._workers)))
         channels: dict[object, _Worker] = {worker.channel: worker for worker in self._workers}
         sources = [worker.channel for worker in self._workers] + ([waker] if waker else [])
         for source in wait(sources, None if wait_s == math.inf else wait_s):
             if isinstance(source, socket.socket):
-                source.recv(4096)
+                woken = bool(source.recv(4096))
             else:
                 self._read(channels[source])
         for worker in [worker for worker in self._workers if time.monotonic() > worker.deadline]:
             if worker.is_overdue(self._config.time_limit_s):
                 self._replace(worker, "timeout")
         self._hand_out()
+        return woken
 
     def _hand_out(self) -> None:
         for worker in self._workers:
@@ -158,7 +164,7 @@ class InlineRewardPool:
                 share = min(worker.most, math.ceil(len(self._queue) / len(self._workers)))
                 worker.batch = [self._queue.popleft() for _ in range(share)]
                 worker.progress.begin(0)
-                worker.deadline = worker.progress.since + self._config.time_limit_s
+                worker.deadline = worker.progress.read()[1] + self._config.time_limit_s
                 try:
                     worker.channel.send([sample.request for sample in worker.batch])
                 except OSError:  # it died between batches: no sample's fault
@@ -193,15 +199,16 @@ class InlineRewardPool:
         """Kill a worker, fail the sample it was at, put the rest of its batch back, and start another.
 
         A sample fails by its second death only: the first may be somebody else's doing (the kernel short of memory).
+        One that was late but done before the kill is graded again.
         """
         worker.kill()
         if not worker.ready:
             raise _StartError(f"reward.name: {self._spec.reward}: the grader process {_START_FAILURES[failure]}")
         if worker.batch:
-            index = worker.progress.index
+            index = worker.progress.read()[0]
             sample = worker.batch[index]
             sample.num_deaths += failure == "died"
-            if failure != "died" or sample.num_deaths > 1:
+            if index == worker.late if failure == "timeout" else sample.num_deaths > 1:
                 worker.batch.pop(index)
                 sample.grade.set_result(self._failed(failure))
         self._queue.extendleft(reversed(worker.batch))
@@ -269,7 +276,7 @@ class RewardPool(AbstractContextManager["RewardPool"]):
     def _run(self) -> None:
         """The thread."""
         try:
-            pool = InlineRewardPool(self._config)
+            pool = InlineRewardPool(self._config, stop=self._wakened)
         except BaseException as error:
             self._started.set_exception(error)
             return
@@ -296,7 +303,7 @@ class _Worker:
     """One grader process.
 
     batch: samples it is at, at most `most` at a time, in the order in which it grades them; deadline: when to see
-    whether it is at one for too long.
+    whether it is at one for too long; late: the one it was at then.
     """
 
     def __init__(self, spec: WorkerSpec):
@@ -315,7 +322,7 @@ class _Worker:
         self.channel.send(spec)
         self.ready = False
         self.batch: list[_Sample] = []
-        self.most = 1
+        self.most, self.late = 1, -1
         self.deadline = time.monotonic() + _START_LIMIT_S
 
     def is_overdue(self, time_limit_s: float) -> bool:
@@ -323,7 +330,8 @@ class _Worker:
         if self.channel.poll():  # an answer that came in time but was not read yet counts
             return False
         if self.ready:
-            self.deadline = self.progress.since + time_limit_s
+            self.late, since = self.progress.read()
+            self.deadline = since + time_limit_s
         return time.monotonic() > self.deadline
 
     def kill(self) -> None:

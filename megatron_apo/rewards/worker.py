@@ -25,7 +25,7 @@ from typing import Any
 from megatron_apo import guard
 from megatron_apo.rewards import GradeRequest, Reward, get_reward
 
-_PROGRESS = struct.Struct("<Qd")
+_PROGRESS = struct.Struct("@Qd")  # native: each is written at once
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,9 @@ class Progress:
     def begin(self, index: int) -> None:
         _PROGRESS.pack_into(self._memory, 0, index, time.monotonic())
 
-    @property
-    def index(self) -> int:
-        return _PROGRESS.unpack_from(self._memory)[0]
-
-    @property
-    def since(self) -> float:
-        """By the monotonic clock, which all processes of a machine share."""
-        return _PROGRESS.unpack_from(self._memory)[1]
+    def read(self) -> tuple[int, float]:
+        """(index, time by the monotonic clock, which all processes of a machine share)."""
+        return _PROGRESS.unpack_from(self._memory)
 
 
 def main() -> None:

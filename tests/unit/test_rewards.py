@@ -14,7 +14,7 @@ import pytest
 
 from megatron_apo.config import RewardConfig
 from megatron_apo.rewards import GradeRequest, Reward, get_reward, register_reward, reward_target
-from megatron_apo.rewards.pool import Grade, RewardPool
+from megatron_apo.rewards.pool import Grade, InlineRewardPool, RewardPool
 from megatron_apo.rewards.text import thinking_is_unfinished
 
 MISBEHAVING = """
@@ -290,9 +290,20 @@ FAILURES = {
 }
 
 
-def test_exactly_the_guilty_samples_fail_and_are_counted(misbehaving):
+class TurnedPool(InlineRewardPool):
+    """With the same method as the pool that has a thread."""
+
+    def grade(self, requests: list[GradeRequest]) -> list[Grade]:
+        grades = [self.submit(item) for item in requests]
+        while not all(grade.done() for grade in grades):
+            self.turn(wait_s=1.0)
+        return [grade.result() for grade in grades]
+
+
+@pytest.mark.parametrize("kind", [RewardPool, TurnedPool])
+def test_exactly_the_guilty_samples_fail_and_are_counted(misbehaving, kind):
     responses = [text for i, what in enumerate(FAILURES) for text in (str(i), what, str(i + 0.5))] + ["true"]
-    with RewardPool(misbehaving(options={"scale": 2.0}, time_limit_s=0.5)) as pool:
+    with kind(misbehaving(options={"scale": 2.0}, time_limit_s=0.5)) as pool:
         assert (pool.reward_name, pool.reward_version) == ("misbehaving", "7")
         grades = dict(zip(responses, pool.grade([request(text) for text in responses]), strict=True))
         assert pool.failures == {"timeout": 3, "died": 3, "error": 8}
@@ -302,6 +313,29 @@ def test_exactly_the_guilty_samples_fail_and_are_counted(misbehaving):
         found = grades.pop(what)
         assert found.reward == -9.0 and found.failure.startswith(failure) and "\n" not in found.failure, (what, found)
     assert grades == {text: Grade(2.0 * float(text)) for text in grades}
+
+
+def test_a_pool_turned_late_fails_nobody_for_it(misbehaving):
+    """Its caller was at something else for longer than the limit of one sample."""
+    with TurnedPool(misbehaving(time_limit_s=0.5)) as pool:
+        pool.grade([request("1")] * 40)  # so that the next batch has several
+        grades = [pool.submit(request(str(i))) for i in range(30)]
+        for _ in range(3):
+            pool.turn()
+            time.sleep(0.7)
+        pool.turn(wait_s=1.0)
+        assert [grade.result(timeout=0) for grade in grades] == [Grade(float(i)) for i in range(30)]
+        assert not pool.failures
+        hangs = pool.submit(request("hang"))
+        pool.turn()
+        time.sleep(0.7)
+        pool.turn()
+        assert hangs.result(timeout=0) == Grade(-9.0, "timeout")
+        awaited = pool.submit(request("5"))
+    with pytest.raises(RuntimeError, match="closed"):
+        awaited.result(timeout=0)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(request("6"))
 
 
 def test_a_hang_costs_its_limit_once(misbehaving):
