@@ -48,6 +48,11 @@ FREE = {
     "train.tokens_per_micro_batch",
     "train.packing",
     "train.log_prob_chunk_tokens",
+    # The same numbers elsewhere, or computed twice.
+    "model.reference_mode",
+    "train.recompute",
+    "train.offload_while_sampling",
+    "train.entropy",
     # Where things are and how long they may take.
     "vstar.dir",  # the store itself is compared
     "vstar.prompts_per_shard",

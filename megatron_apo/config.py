@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -43,27 +44,128 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="seeds prompts' order, rollouts and initial weights")
 
 
+class FP8Config(Section):
+    recipe: Literal["tensorwise", "blockwise", "mxfp8"] = Field(
+        "tensorwise", description="one scale for each tensor, block (Hopper or later) or 32 values (Blackwell)"
+    )
+    param_gather: bool = Field(
+        False, description="hold and gather weights in FP8 too; their fp32 masters need optimizer.distributed"
+    )
+    bf16_first_layers: int = Field(0, ge=0, description="layers computed in bf16 at the model's start")
+    bf16_last_layers: int = Field(0, ge=0, description="layers computed in bf16 at the model's end")
+
+    @property
+    def multiple(self) -> int:
+        """Each dimension of an FP8 product is a multiple of it (Megatron-Core's fp8_utils.py, `get_fp8_align_size`)."""
+        return 32 if self.recipe == "mxfp8" else 16
+
+    @property
+    def token_multiple(self) -> int:
+        """The tokens that a rank makes FP8 are a multiple of it.
+
+        Whole blocks of 128 are asked for only where ranks gather them (Transformer Engine's `Float8BlockQuantizer`,
+        `is_quantizable`), and cost little elsewhere.
+        """
+        return 128 if self.recipe == "blockwise" else self.multiple
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _has_current_scales(cls, value: object) -> object:
+        if value == "delayed":
+            raise ValueError(
+                "'tensorwise', 'blockwise' or 'mxfp8': delayed scaling updates its scales in forwards with gradients "
+                "alone, and the reference has none, so that it would drift from the policy"
+            )
+        return value
+
+
 class ModelConfig(Section):
     path: Path = Field(description="Hugging Face folder of the starting policy (config.json, safetensors, tokenizer)")
     reference: Path | None = Field(None, description="Hugging Face folder of pi_ref; none: the same as model.path")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of the trainer's forward and backward")
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="what the trainer computes in; bf16 keeps master weights and gradients in fp32"
+    )
+    layers: Literal["auto", "te", "local"] = Field(
+        "auto", description="Transformer Engine's layers or Megatron-Core's own; auto: te in bf16 where it can run"
+    )
+    fp8: FP8Config | None = Field(
+        None, description="matrix products of the layers in FP8, of policy and reference alike; none: in model.dtype"
+    )
+    reference_mode: Literal["resident", "offload", "swap"] = Field(
+        "resident",
+        description="pi_ref on the device; in host memory, on the device while it computes; or in the policy's own "
+        "buffers while it computes",
+    )
 
     @property
     def reference_path(self) -> Path:
         return self.reference or self.path
 
+    def problems(self) -> list[str]:
+        """Combinations that cannot work, one line each."""
+        found = []
+        if self.layers == "te" and self.dtype == "fp32":
+            found.append(
+                "model.layers: te with model.dtype=fp32 would hold whole attention matrices, since Transformer "
+                "Engine's fused attention is 16-bit; set model.dtype to bf16, or model.layers to local"
+            )
+        if self.fp8 and self.dtype == "fp32":
+            found.append("model.fp8: what is not in FP8 is bf16, and model.dtype is fp32; set it to bf16")
+        if self.fp8 and self.layers == "local":
+            found.append("model.fp8: model.layers=local has no FP8, Transformer Engine has; set model.layers to auto")
+        if self.reference_mode != "resident" and self.fp8 and self.fp8.param_gather:
+            found.append(
+                f"model.reference_mode: {self.reference_mode} moves plain tensors, and with model.fp8.param_gather "
+                "weights are Transformer Engine's; use resident, or model.fp8.param_gather=false"
+            )
+        return found
+
 
 class ParallelConfig(Section):
     tp: int = Field(1, ge=1, description="tensor-parallel ranks; divides the attention heads")
     pp: int = Field(1, ge=1, description="pipeline-parallel stages; divides the layers")
+    vpp: int = Field(
+        1, ge=1, description="model chunks of a pipeline rank (interleaved schedule); pp x vpp divides the layers"
+    )
+    cp: int = Field(1, ge=1, description="context-parallel ranks: each holds its part of every sequence")
     dp: int = Field(1, ge=1, description="data-parallel replicas")
-    ep: int = Field(1, ge=1, description="expert-parallel ranks, a divisor of dp; divides a mixture's experts")
+    ep: int = Field(1, ge=1, description="expert-parallel ranks, a divisor of dp x cp; divides a mixture's experts")
+    sequence_parallel: bool = Field(
+        False, description="split what lies between tensor-parallel layers over their ranks; Transformer Engine only"
+    )
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of each trainer rank")
     timeout_s: float = Field(1800, gt=0, description="how long a collective may wait before the run is stopped")
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def micro_batch_group(self) -> int:
+        """The number of micro-batches is a multiple of this: the interleaved schedule runs them in groups of pp."""
+        return self.pp if self.vpp > 1 else 1
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        """Combinations that cannot work, one line each."""
+        found = []
+        if (self.dp * self.cp) % self.ep:
+            found.append(
+                f"parallel.ep: {self.ep} does not divide parallel.dp={self.dp} x parallel.cp={self.cp}, the replicas "
+                f"that hold the experts together; make the product a multiple of {self.ep}"
+            )
+        if self.vpp > 1 and self.pp == 1:
+            found.append(f"parallel.vpp: {self.vpp} chunks need a pipeline; set parallel.pp to 2 or more, or use 1")
+        if self.sequence_parallel and self.tp == 1:
+            found.append(
+                "parallel.sequence_parallel: there is nothing to split with parallel.tp=1; use false, or a larger "
+                "parallel.tp"
+            )
+        if self.sequence_parallel and (model.layers == "local" or model.dtype == "fp32"):
+            found.append(
+                "parallel.sequence_parallel: only Transformer Engine's layers have it, which are not chosen with "
+                f"model.layers={model.layers} and model.dtype={model.dtype}; set these to auto and bf16, or use false"
+            )
+        return found
 
 
 class DataConfig(Section):
@@ -176,8 +278,28 @@ class TrainConfig(Section):
     packing: bool = Field(True, description="pack sequences; false: pad to the longest of a micro-batch")
     tokens_per_micro_batch: int = Field(4096, ge=1, description="token budget of one micro-batch (padding included)")
     log_prob_chunk_tokens: int = Field(1024, ge=1, description="tokens whose logits exist at once")
+    entropy: bool = Field(False, description="also measure the policy's entropy, from the logits of the training pass")
     first_log_ratio_tolerance: float = Field(0.0, ge=0, description="largest |log pi/pi_ref| on the first batch")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only the final HF export")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="what backward computes again: selective: feed-forward parts' inside; full: layers' inside"
+    )
+    offload_while_sampling: bool = Field(
+        False, description="gradients, main weights and optimizer state leave the GPU while vLLM generates"
+    )
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        """Combinations that cannot work, one line each."""
+        if not (model.fp8 and model.fp8.param_gather):
+            return []
+        # Both take weights for plain bytes.
+        settings = {"save_every": (self.save_every, 0), "offload_while_sampling": (self.offload_while_sampling, False)}
+        return [
+            f"train.{key}: {value} does not take the FP8 weights that model.fp8.param_gather makes; use {usual}, or "
+            "model.fp8.param_gather=false"
+            for key, (value, usual) in settings.items()
+            if value != usual
+        ]
 
 
 class OptimizerConfig(Section):
@@ -191,6 +313,42 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     clip_grad: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
     distributed: bool = Field(True, description="shard optimizer state over data-parallel ranks")
+    cpu_offload: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of main weights and moments that live and are updated on the CPU; Transformer Engine only",
+    )
+    moments: Literal["fp32", "bf16"] = Field(
+        "fp32", description="precision in which Adam's moments are kept; bf16 with Transformer Engine only"
+    )
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        """Combinations that cannot work, one line each."""
+        found = []
+        if self.min_lr > self.lr:
+            found.append(f"optimizer.min_lr: {self.min_lr} is above optimizer.lr={self.lr}; lower it")
+        for key, value, default in (("cpu_offload", self.cpu_offload, 0), ("moments", self.moments, "fp32")):
+            if value != default and not self.distributed:
+                found.append(f"optimizer.{key}: {value} is the sharded optimizer's; set optimizer.distributed to true")
+            if value != default and model.dtype == "fp32":
+                found.append(f"optimizer.{key}: {value} is for bf16 weights; set model.dtype to bf16, or use {default}")
+        if self.cpu_offload and self.moments == "bf16":
+            found.append(
+                f"optimizer.moments: bf16, but optimizer.cpu_offload={self.cpu_offload} keeps them in fp32; use fp32, "
+                "or optimizer.cpu_offload=0"
+            )
+        if model.fp8 and model.fp8.param_gather and not self.distributed:
+            found.append(
+                "model.fp8.param_gather: only the distributed optimizer turns fp32 master weights into FP8 ones; set "
+                "optimizer.distributed to true, or use false"
+            )
+        if self.cpu_offload and model.fp8 and model.fp8.param_gather:
+            found.append(
+                f"optimizer.cpu_offload: {self.cpu_offload} does not take the FP8 weights that model.fp8.param_gather "
+                "makes; use 0, or model.fp8.param_gather=false"
+            )
+        return found
 
 
 class RolloutConfig(Section):
@@ -201,9 +359,21 @@ class RolloutConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="vLLM's compute type")
     max_num_seqs: int = Field(256, ge=1, description="sequences vLLM decodes at once")
     max_num_batched_tokens: int = Field(16384, ge=64, description="tokens of one vLLM step; holds a whole sequence")
-    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache of each engine, GiB")
+    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on each of the engine's tp GPUs (CPU: workers), GiB")
     kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="fp8 halves the KV cache; GPU only")
     quantization: Literal["fp8"] | None = Field(None, description="vLLM's weights in FP8; GPU only")
+    prefix_caching: bool = Field(
+        False,
+        description="stage 2's samples of a prompt share its prefill until the next sync; their numbers then depend on "
+        "which came first (stage 1: vstar.prefix_caching)",
+    )
+    sleep_while_training: bool = Field(
+        False,
+        description="vLLM drops its KV cache and keeps its weights in host memory while the trainer computes; GPU only",
+    )
+    gpu_memory_utilization: float = Field(
+        0.5, gt=0, le=1, description="share of a GPU that must be free when vLLM starts; without meaning on a CPU"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of each vLLM worker; none: vLLM decides")
     extra_args: list[str] = Field(default_factory=list, description="appended to the server's command line as they are")
     start_timeout_s: float = Field(600, gt=0, description="how long a server may take to answer")
@@ -217,7 +387,24 @@ class SyncConfig(Section):
         50, ge=1, description="steps between proofs that vLLM holds the trainer's weights (always after the first)"
     )
     probe_sequences: int = Field(8, ge=1, description="sequences whose log-probs are compared")
-    probe_tolerance: float = Field(1e-4, gt=0, description="largest |log-prob difference| of a probe token")
+    probe_tolerance: float | None = Field(
+        None, gt=0, description="largest |log-prob difference| of a probe token; none: by precision, 1e-4 in fp32"
+    )
+
+    def tolerance(self, model: ModelConfig, rollout: RolloutConfig) -> float:
+        """`probe_tolerance`, or what right weights should stay below in this precision; a wrong tensor is off by nats.
+
+        Those beyond fp32 are estimates. A log-prob is a difference of logits. bf16 keeps one of 16 to 32 to 1/16, and
+        vLLM writes logits in its own dtype; 1.0 leaves room for 16 such roundings, of both logits and of the hidden
+        states before them, in the worst of 100,000 tokens. FP8's values have 4 bits less, but only as factors of sums,
+        where most errors cancel: twice that. Stale weights that make less of a difference are found by their checksums
+        in any precision.
+        """
+        if self.probe_tolerance is not None:
+            return self.probe_tolerance
+        if model.fp8 or rollout.quantization or rollout.kv_cache_dtype == "fp8":
+            return 2.0
+        return 1e-4 if (model.dtype, rollout.dtype) == ("fp32", "float32") else 1.0
 
 
 class EvalConfig(Section):
@@ -242,6 +429,12 @@ class WarmupConfig(Section):
 class TelemetryConfig(Section):
     tensorboard: bool = Field(True, description="write RUN/tensorboard")
     progress: bool = Field(True, description="draw progress bars")
+    wandb: str | None = Field(
+        None, min_length=1, description="Weights & Biases project to write to as well; offline where it is not reached"
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0, description="peak of one rank's device, for MFU; none: by the GPU's name, no MFU for one not known"
+    )
 
 
 class Recipe(Section):
@@ -272,15 +465,17 @@ class Recipe(Section):
                 f"train.prompts_per_step: {train.prompts_per_step} does not divide into train.minibatches="
                 f"{train.minibatches} x parallel.dp={parallel.dp}; use a multiple of {train.minibatches * parallel.dp}"
             )
-        if parallel.dp % parallel.ep:
-            found.append(
-                f"parallel.ep: {parallel.ep} does not divide parallel.dp={parallel.dp}, the replicas that hold the "
-                f"experts together; set parallel.dp to a multiple of {parallel.ep}"
-            )
-        if self.max_sequence_tokens > train.tokens_per_micro_batch:
+        found += parallel.problems(self.model)
+        found += self.model.problems()
+        found += self._interleaving_problems()
+        multiple = self.micro_batch_alignment
+        padded = -(-self.max_sequence_tokens // multiple) * multiple
+        if padded > train.tokens_per_micro_batch:
             found.append(
                 f"train.tokens_per_micro_batch: {train.tokens_per_micro_batch} cannot hold one sequence of "
-                f"data.max_prompt_tokens + sampling.max_response_tokens; use at least {self.max_sequence_tokens}"
+                "data.max_prompt_tokens + sampling.max_response_tokens"
+                + (f", padded to a multiple of {multiple}" if multiple > 1 else "")
+                + f"; use at least {padded}"
             )
         # vLLM's own conditions without chunked prefill; scoring a sequence generates one token more.
         least = max(self.max_sequence_tokens + 1, self.rollout.max_num_seqs)
@@ -299,10 +494,33 @@ class Recipe(Section):
         low, high = self.vstar.success_rate
         if not 0 <= low <= high <= 1:
             found.append(f"vstar.success_rate: [{low}, {high}] is no range within 0 and 1; use 0 <= low <= high <= 1")
-        if self.optimizer.min_lr > self.optimizer.lr:
+        found += self.optimizer.problems(self.model)
+        found += train.problems(self.model)
+        return found
+
+    def _interleaving_problems(self) -> list[str]:
+        """The interleaved schedule runs packed micro-batches in groups of pp; a replica's sequences must divide."""
+        train, parallel, found = self.train, self.parallel, []
+        if parallel.vpp == 1:
+            return []
+        if not train.packing:
             found.append(
-                f"optimizer.min_lr: {self.optimizer.min_lr} is above optimizer.lr={self.optimizer.lr}; lower it"
+                f"train.packing: false, but parallel.vpp={parallel.vpp} takes packed micro-batches; set it to true, or "
+                "use parallel.vpp=1"
             )
+        batches = {
+            "train.prompts_per_step": (train.prompts_per_step, train.minibatches * parallel.dp),
+            "sync.probe_sequences": (self.sync.probe_sequences, 1),
+        }
+        if self.warmup.data is not None:
+            batches["warmup.sequences_per_step"] = (self.warmup.sequences_per_step, parallel.dp)
+        for key, (size, parts) in batches.items():
+            if size % (parts * parallel.pp):
+                found.append(
+                    f"{key}: {size} sequences{f' in {parts} parts' if parts > 1 else ''} do not divide into groups of "
+                    f"parallel.pp={parallel.pp}, which parallel.vpp={parallel.vpp} needs; use a multiple of "
+                    f"{parts * parallel.pp}"
+                )
         return found
 
     def _adaptive_problems(self) -> list[str]:
@@ -320,6 +538,32 @@ class Recipe(Section):
         if low >= high:
             found.append(f"vstar.adaptive.reward_range: [{low}, {high}] is empty; give the lowest and highest reward")
         return found
+
+    @property
+    def alignment(self) -> int:
+        """Tokens to a multiple of which each sequence is padded, so that every rank can hold its share of it.
+
+        A context-parallel rank holds two equal pieces of each sequence, which tensor-parallel ranks share under
+        sequence parallelism. Without packing the sequences are all that can be filled up for `micro_batch_alignment`.
+        """
+        return self._pieces if self.train.packing else self.micro_batch_alignment
+
+    @property
+    def micro_batch_alignment(self) -> int:
+        """Tokens to a multiple of which each micro-batch is filled up, so that every rank can compute its share.
+
+        FP8 takes a multiple of the tokens that a rank holds. Under sequence parallelism those are a tensor-parallel
+        rank's: Transformer Engine makes them FP8 before it gathers them.
+        """
+        parallel, fp8 = self.parallel, self.model.fp8
+        ranks = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+        return math.lcm(self._pieces, fp8.token_multiple * ranks) if fp8 else self._pieces
+
+    @property
+    def _pieces(self) -> int:
+        """Equal pieces that each sequence is cut into."""
+        parallel = self.parallel
+        return (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sequence_parallel else 1)
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -5,9 +5,9 @@ Versions are read from package metadata: nothing heavy is imported.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -17,10 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_apo.config import Recipe, RecipeError, describe_fields
-from megatron_apo.model.hf_config import ModelConfigError, check_layout, read_hf_config
+from megatron_apo.fit import misfits
+from megatron_apo.model.gpus import Capability, visible_gpus
+from megatron_apo.model.precision import fp8_recipes, has_fused_gradients, has_transformer_engine, layer_kind
 from megatron_apo.telemetry.units import data_size
 
 Finding = tuple[str, str, str]
+_LAYERS = {"te": "Transformer Engine's layers", "local": "Megatron-Core's local layers"}
 
 # Distribution names, any of which will do, and what they are for.
 _PACKAGES = {
@@ -32,23 +35,23 @@ _PACKAGES = {
     ("math-verify",): "the math reward",
     ("transformer-engine",): "FP8, sequence and context parallelism",
 }
-# Of Apex only this extension matters here. Its distribution name on the registry is another project's.
-_APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 
 
 def print_findings(recipe: Recipe | None) -> None:
     """Print the tables; with a recipe, also check that it fits this machine. Raises `RecipeError` if it does not."""
     console = Console()
     run_dir = recipe.run.dir if recipe else Path("runs")
-    gpus = gpu_findings()
+    gpus = visible_gpus()
+    capability = min(gpus, default=None)
     _print(console, "Installed", ("package", "version", "for"), package_findings())
-    _print(console, "Machine", ("part", "seen", "note"), gpus + machine_findings(run_dir))
-    _print(console, "What this allows", ("feature", "here", "why"), feature_findings(has_gpu=gpus[0][1] != "none"))
+    _print(console, "Machine", ("part", "seen", "note"), gpu_findings() + machine_findings(run_dir))
+    _print(console, "What this allows", ("feature", "here", "why"), feature_findings(capability))
     if recipe is not None:
-        problems = recipe_problems(recipe)
+        problems = recipe_problems(recipe, gpus)
         if problems:
             raise RecipeError(problems)
-        console.print("The recipe fits this machine.")
+        layers = layer_kind(recipe.model, recipe.parallel, capability)
+        console.print(f"The recipe fits this machine. It trains on {_LAYERS[layers]}.")
 
 
 def print_fields() -> None:
@@ -63,8 +66,8 @@ def package_findings() -> list[Finding]:
         found = {name: _version(name) for name in names}
         name = next((name for name in names if found[name]), names[0])
         rows.append((name, found[name] or "missing", purpose))
-    has_apex = importlib.util.find_spec(_APEX_EXTENSION) is not None
-    rows.append(("apex (NVIDIA's)", "built" if has_apex else "missing", "fused gradient accumulation"))
+    # The distribution of that name on the registry is another project's.
+    rows.append(("apex (NVIDIA's)", "built" if has_fused_gradients() else "missing", "fused gradient accumulation"))
     return rows
 
 
@@ -101,29 +104,37 @@ def machine_findings(run_dir: Path) -> list[Finding]:
     ]
 
 
-def feature_findings(has_gpu: bool) -> list[Finding]:
-    """(feature, what runs here, why)."""
-    te = _version("transformer-engine")
-    te_why = f"Transformer Engine {te} is installed; its layers are not built yet" if te else "needs Transformer Engine"
-    apex = importlib.util.find_spec(_APEX_EXTENSION) is not None
-    return [
-        ("device", "GPU, NCCL" if has_gpu else "CPU, gloo", "" if has_gpu else "no GPU"),
-        ("layers", "Megatron-Core's local layers", "attention by scaled_dot_product_attention: packing, O(s) memory"),
-        ("precision", "fp32, bf16", "model.dtype; training in bf16 is untested"),
-        ("FP8", "no", te_why),
-        ("sequence, context parallelism", "no", te_why),
-        ("fused gradient accumulation", "no", "not built yet" if apex and has_gpu else "needs a GPU and NVIDIA's Apex"),
+def feature_findings(capability: Capability | None) -> list[Finding]:
+    """(feature, what runs here, why), with GPUs of `capability` or none."""
+    rows = [
+        ("device", "GPU, NCCL", "") if capability else ("device", "CPU, gloo", "no GPU that torch can use"),
+        ("precision", "fp32, bf16", "model.dtype; bf16 keeps master weights and gradients in fp32"),
     ]
+    if capability and has_transformer_engine():
+        recipes = ", ".join(fp8_recipes(capability))
+        rows += [
+            ("layers", f"{_LAYERS['te']} in bf16, {_LAYERS['local']} in fp32", "model.layers chooses"),
+            ("FP8", recipes or "no", "model.fp8.recipe" if recipes else "needs a GPU of capability 8.9 or higher"),
+            ("sequence parallelism", "yes", "parallel.sequence_parallel"),
+            ("context parallelism", "by Transformer Engine", "parallel.cp"),
+        ]
+    else:
+        lost = "needs a GPU and Transformer Engine"
+        rows += [
+            ("layers", _LAYERS["local"], "attention by scaled_dot_product_attention: packing, O(s) memory"),
+            ("FP8", "no", lost),
+            ("sequence parallelism", "no", lost),
+            ("context parallelism", "by gathering keys and values", f"sharing attention's work out {lost}"),
+        ]
+    if capability and has_fused_gradients():
+        return [*rows, ("fused gradient accumulation", "in bf16", "by NVIDIA's Apex")]
+    return [*rows, ("fused gradient accumulation", "no", "needs a GPU and NVIDIA's Apex")]
 
 
-def recipe_problems(recipe: Recipe) -> list[str]:
-    """What keeps a valid recipe from running on this machine, one line each."""
-    problems = []
-    for key, folder in {"model.path": recipe.model.path, "model.reference": recipe.model.reference_path}.items():
-        try:
-            check_layout(read_hf_config(folder), tp=recipe.parallel.tp, pp=recipe.parallel.pp, ep=recipe.parallel.ep)
-        except ModelConfigError as error:
-            problems += [f"{key}: {line}" for line in str(error).splitlines() if not any(line in p for p in problems)]
+def recipe_problems(recipe: Recipe, gpus: Sequence[Capability]) -> list[str]:
+    """What keeps a valid recipe from running on this machine with these GPUs, one line each."""
+    models = {"model.path": recipe.model.path, "model.reference": recipe.model.reference_path}
+    problems = misfits(recipe, models, gpus)
     for key, source in {"data.train": recipe.data.train, "data.eval": recipe.data.eval}.items():
         if source and Path(source).suffix in (".jsonl", ".parquet") and not Path(source).is_file():
             problems.append(f"{key}: {source} is not there")

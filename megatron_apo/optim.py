@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,15 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_apo.config import OptimizerConfig
+from megatron_apo.config import OptimizerConfig, RecipeError
 from megatron_apo.model.cpu_compat import cuda_type_names
+from megatron_apo.model.gpus import visible_gpus
+from megatron_apo.model.placement import HostCopy
+from megatron_apo.model.precision import ddp_arguments, optimizer_arguments, optimizer_problems
 from megatron_apo.weights.torch_dist import LAYOUT, sharded_state
 
 _RESHARDABLE = LAYOUT | {
@@ -32,14 +36,15 @@ class GradientError(RuntimeError):
 
 @dataclass
 class Trainable:
-    """A model that learns: `model` is the DDP wrapper, `step()` one optimizer step on the accumulated gradients."""
+    """A model that learns: `chunks` are its DDP wrappers, `step()` one optimizer step on the accumulated gradients."""
 
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
     optimizer: Any
     scheduler: OptimizerParamScheduler
 
     def zero_grad(self) -> None:
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def step(self) -> float:
@@ -57,6 +62,51 @@ class Trainable:
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
+    @contextmanager
+    def parked(self, wanted: bool = True) -> Iterator[None]:
+        """Within, if `wanted`: nothing but the weights is on the device, whose memory is free for other processes.
+
+        Main weights and Adam's moments wait in the host's (pinned) memory: 12 bytes for each parameter of this rank's
+        shard beside bf16 weights (less with moments in bf16, and not what optimizer.cpu_offload has there already), 8
+        beside fp32 ones, which are the main weights themselves. Gradients are dropped and come back as zeros.
+
+        Megatron-Core's own `offload_to_cpu` is not used for the optimizer: it copies to new, pageable memory every
+        time, and brings back parameters that were views of the weights as tensors apart. The precision-aware optimizer
+        would go on training those, and the model would stay as it is (distrib_optimizer.py,
+        `_copy_main_params_to_model_params`).
+        """
+        if not wanted:
+            yield
+            return
+        self.optimizer.zero_grad()
+        state = HostCopy(self._own_tensors())
+        try:
+            state.free()
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()  # and empties torch's cache of freed memory
+            yield
+        finally:
+            state.refill()
+            for chunk in self.chunks:
+                chunk.restore_grad_buffers()
+
+    def _own_tensors(self) -> list[torch.Tensor]:
+        """What the optimizer keeps on the weights' device beside the weights, some of which are its own parameters."""
+        weights = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        found = []
+        for part in self.optimizer.chained_optimizers:
+            for inner in getattr(part.optimizer, "sub_optimizers", [part.optimizer]):  # the offloading one has several
+                found += [parameter for group in inner.param_groups for parameter in group["params"]]
+                found += [value for state in inner.state.values() for value in state.values()]
+        storages = {weight.untyped_storage()._cdata for weight in weights}
+        return [
+            tensor
+            for tensor in found
+            if isinstance(tensor, torch.Tensor)
+            and tensor.device == weights[0].device
+            and tensor.untyped_storage()._cdata not in storages
+        ]
+
     def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
         """Weights, optimizer and schedule as Megatron-Core's sharded state, to be saved or (`is_loading`) filled.
 
@@ -65,43 +115,35 @@ class Trainable:
         """
         if is_loading:
             _allocate(self.optimizer)
-        model = sharded_state(self.model.module)
+        # By chunk, since each counts its layers from 0. In the checkpoint they are known by their place in the model.
+        model = {index: sharded_state(chunk.module) for index, chunk in enumerate(self.chunks)}
         with _compact_index(self.optimizer):
             optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)
         return {"model": model, "optimizer": optimizer, "schedule": self.scheduler.num_steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over a filled `sharded_state`; this object must be as `make_trainable` made it."""
-        self.model.module.load_state_dict(state["model"])
+        for index, chunk in enumerate(self.chunks):
+            chunk.module.load_state_dict(state["model"][index])
         _load(self.optimizer, state["optimizer"])
         self.scheduler.step(increment=state["schedule"])
 
 
-def make_trainable(module: torch.nn.Module, config: OptimizerConfig, *, total_steps: int) -> Trainable:
-    """Wrap `module` (weights loaded) for training. `total_steps`: optimizer steps of the run, for the schedule."""
+def make_trainable(modules: Sequence[torch.nn.Module], config: OptimizerConfig, *, total_steps: int) -> Trainable:
+    """Wrap a rank's model chunks (weights loaded) for training. `total_steps`: optimizer steps of the run, for the
+    schedule. Raises `RecipeError` for what this machine cannot do."""
+    if problems := optimizer_problems(config, min(visible_gpus(), default=None)):
+        raise RecipeError(problems)
+    model_config = modules[0].config
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=config.distributed,
         check_for_nan_in_grad=False,  # the norm is checked in `step`, on every rank
+        **ddp_arguments(model_config),
     )
-    model = DistributedDataParallel(config=module.config, ddp_config=ddp_config, module=module)
-    half = module.config.params_dtype == torch.bfloat16
-    megatron_config = MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=config.lr,
-        min_lr=config.min_lr,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.beta1,
-        adam_beta2=config.beta2,
-        adam_eps=config.eps,
-        clip_grad=config.clip_grad or _NO_CLIPPING,
-        bf16=half,
-        params_dtype=module.config.params_dtype,
-        use_distributed_optimizer=config.distributed,
-    )
+    chunks = [DistributedDataParallel(config=model_config, ddp_config=ddp_config, module=module) for module in modules]
     with cuda_type_names():
-        optimizer = get_megatron_optimizer(megatron_config, [model])
+        optimizer = get_megatron_optimizer(MegatronOptimizerConfig(**_adam_arguments(config, model_config)), chunks)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=config.lr / (config.warmup_steps + 1),  # from 0, the first step would change nothing
@@ -115,21 +157,47 @@ def make_trainable(module: torch.nn.Module, config: OptimizerConfig, *, total_st
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
-    module.config.no_sync_func = model.no_sync
-    module.config.finalize_model_grads_func = finalize_model_grads
-    module.config.grad_scale_func = optimizer.scale_loss
-    return Trainable(model, optimizer, scheduler)
+    no_sync = [chunk.no_sync for chunk in chunks]
+    model_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    model_config.finalize_model_grads_func = finalize_model_grads
+    model_config.grad_scale_func = optimizer.scale_loss
+    return Trainable(chunks, optimizer, scheduler)
+
+
+def _adam_arguments(config: OptimizerConfig, model_config: Any) -> dict[str, Any]:
+    """Fields of Megatron-Core's `OptimizerConfig`, for a model of this `TransformerConfig`."""
+    moments = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.moments]
+    return {
+        "optimizer": "adam",
+        "lr": config.lr,
+        "min_lr": config.min_lr,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.beta1,
+        "adam_beta2": config.beta2,
+        "adam_eps": config.eps,
+        "clip_grad": config.clip_grad or _NO_CLIPPING,
+        "use_distributed_optimizer": config.distributed,
+        # Offloading is made for the precision-aware optimizer: without it all main weights stay on the GPU as well.
+        "use_precision_aware_optimizer": config.cpu_offload > 0 or config.moments == "bf16",
+        "exp_avg_dtype": moments,
+        "exp_avg_sq_dtype": moments,
+        "optimizer_cpu_offload": config.cpu_offload > 0,
+        "optimizer_offload_fraction": config.cpu_offload,
+        "overlap_cpu_optimizer_d2h_h2d": config.cpu_offload > 0,
+    } | optimizer_arguments(model_config)
 
 
 def _allocate(optimizer: Any) -> None:
-    """Give a new optimizer the state that a checkpoint will fill.
+    """Give a new optimizer the state that a checkpoint will fill, where Megatron-Core does not do so itself.
 
-    Where TE and Apex are not, Megatron-Core uses torch's Adam and reads its `step` (distrib_optimizer.py, `state_dict`)
-    before there is one (optimizer/__init__.py, `init_state_fn`).
+    Where TE and Apex are not, it reads `step` (distrib_optimizer.py, `state_dict`) before there is one
+    (optimizer/__init__.py, `init_state_fn`).
     """
     for part in optimizer.chained_optimizers:
-        part.init_state_fn(part.optimizer, part.config)
-        if isinstance(part.optimizer, torch.optim.Adam):
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            part.optimizer.dummy_step()  # a real step on random gradients: the checkpoint's weights must follow
+        elif isinstance(part.optimizer, torch.optim.Adam):
+            part.init_state_fn(part.optimizer, part.config)
             for parameter_state in part.optimizer.state.values():
                 parameter_state["step"] = torch.tensor(0.0)
 

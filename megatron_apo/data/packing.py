@@ -1,45 +1,95 @@
-"""Which sequences share a micro-batch, and on which data-parallel rank.
+"""Which sequences share a micro-batch, and on which data-parallel rank; how even the work then is.
 
-The result depends only on lengths; it changes what is computed together, never what is computed.
+The result depends only on lengths; it changes what is computed together, never what is computed. A length is the number
+of positions that a sequence takes in the model; laid out, it is rounded up to `multiple` (see `laid_out`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Plan = list[list[list[int]]]  # [dp_rank][micro_batch] = indices of sequences
+
+_FILLER = 256  # tokens of a sequence of padding: attention to a long one would cost its square
 
 
-def plan_micro_batches(lengths: Sequence[int], *, dp: int, budget_tokens: int, packing: bool) -> list[list[list[int]]]:
+def aligned(length: int, multiple: int) -> int:
+    """`length` rounded up to a multiple of `multiple`."""
+    return -(-length // multiple) * multiple
+
+
+def laid_out(
+    lengths: Sequence[int], *, packing: bool, multiple: int = 1, fill_to: int = 0, fill_multiple: int = 1
+) -> list[int]:
+    """Positions that the sequences of a micro-batch take, and after them those of sequences of padding alone.
+
+    Each takes a multiple of `multiple`, and without packing as many as the longest. Packed ones are followed by padding
+    up to `fill_to` positions at least, and a multiple of `fill_multiple`; `multiple` divides both.
+    """
+    found = [aligned(length, multiple) for length in lengths]
+    if not packing:
+        return [max(found)] * len(found)
+    missing = aligned(max(sum(found), fill_to), fill_multiple) - sum(found)
+    whole, rest = divmod(missing, aligned(_FILLER, multiple))
+    return found + [aligned(_FILLER, multiple)] * whole + [rest] * (rest > 0)
+
+
+def plan_micro_batches(
+    lengths: Sequence[int],
+    *,
+    dp: int,
+    budget_tokens: int,
+    packing: bool,
+    multiple: int = 1,
+    count_multiple_of: int = 1,
+) -> Plan:
     """Plan[dp_rank][micro_batch] = indices into `lengths`: each index once, every rank equally many micro-batches.
 
-    packing: tokens of a micro-batch are the sum of its lengths; otherwise longest x count. Neither exceeds the budget.
-    Raises ValueError when one sequence alone does, or where dp does not divide their number and no such plan is found.
+    packing: tokens of a micro-batch are the sum of its aligned lengths; otherwise longest x count. Neither exceeds the
+    budget. A rank's micro-batches are a multiple of `count_multiple_of`, and the fewest for which a plan is found.
+    Raises ValueError when one sequence alone exceeds the budget, or where dp x count_multiple_of does not divide the
+    number of sequences and no such plan is found.
     """
-    longest = max(lengths)
-    if longest > budget_tokens:
-        raise ValueError(f"train.tokens_per_micro_batch: {budget_tokens} cannot hold a sequence of {longest} tokens")
     if len(lengths) < dp:
         raise ValueError(f"parallel.dp: {dp} ranks for {len(lengths)} sequences leaves ranks without work; lower it")
+    sizes = [aligned(length, multiple) for length in lengths]
+    if max(sizes) > budget_tokens:
+        raise ValueError(
+            f"train.tokens_per_micro_batch: {budget_tokens} cannot hold a sequence of {max(sizes)} tokens"
+            + (f" ({max(lengths)}, in multiples of {multiple})" if multiple > 1 else "")
+        )
+    # By true lengths: sequences that differ only within the alignment must not be told apart by their index.
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    per_rank = _spread(order, lengths, dp)
+    per_rank = _spread(order, sizes, dp)
     split = _pack if packing else _pad
-    fewest = -(-sum(lengths) // (dp * budget_tokens))
-    for num_bins in range(fewest, len(lengths) // dp + 1):
+    fewest = aligned(-(-sum(sizes) // (dp * budget_tokens)), count_multiple_of)
+    for num_bins in range(fewest, len(lengths) // dp + 1, count_multiple_of):
         _give_each_at_least(num_bins, per_rank, lengths)
-        plans = [split(rank_order, lengths, num_bins, budget_tokens) for rank_order in per_rank]
+        plans = [split(rank_order, sizes, num_bins, budget_tokens) for rank_order in per_rank]
         if all(plan is not None for plan in plans):
             return [plan for plan in plans if plan is not None]
-    # Cannot happen where dp divides the number of sequences: one sequence a micro-batch fits then.
-    raise ValueError("parallel.dp: sequences are too few and too uneven to give every rank the same micro-batches")
+    # Cannot happen where the number of sequences divides: one sequence a micro-batch fits then.
+    groups = f" in groups of {count_multiple_of}" if count_multiple_of > 1 else ""
+    raise ValueError(
+        f"parallel.dp: {len(lengths)} sequences are too few and too uneven to give each of {dp} ranks the same number "
+        f"of micro-batches{groups}; use a multiple of {dp * count_multiple_of} sequences"
+    )
 
 
-def _spread(order: Sequence[int], lengths: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Longest first, each to the bin with the fewest tokens (then the fewest sequences)."""
+def _spread(order: Sequence[int], sizes: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Longest first, each to the bin with the fewest tokens (then the fewest sequences).
+
+    Largest differencing (Karmarkar and Karp, 1982) evens out tokens that are even already, and attention, which grows
+    with the square of a length, less: it does not deal out the longest ones first (tests/benchmarks/packing.py).
+    """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     tokens = [0] * num_bins
     for index in order:
         target = min(range(num_bins), key=lambda b: (tokens[b], len(bins[b]), b))
         bins[target].append(index)
-        tokens[target] += lengths[index]
+        tokens[target] += sizes[index]
     return bins
 
 
@@ -50,25 +100,77 @@ def _give_each_at_least(count: int, per_rank: Sequence[list[int]], lengths: Sequ
         poorest.sort(key=lambda index: (-lengths[index], index))
 
 
-def _pack(order: list[int], lengths: Sequence[int], num_bins: int, budget: int) -> list[list[int]] | None:
-    bins = _spread(order, lengths, num_bins)
-    return bins if all(sum(lengths[i] for i in members) <= budget for members in bins) else None
+def _pack(order: list[int], sizes: Sequence[int], num_bins: int, budget: int) -> list[list[int]] | None:
+    bins = _spread(order, sizes, num_bins)
+    return bins if all(sum(sizes[i] for i in members) <= budget for members in bins) else None
 
 
-def _pad(order: list[int], lengths: Sequence[int], num_bins: int, budget: int) -> list[list[int]] | None:
+def _pad(order: list[int], sizes: Sequence[int], num_bins: int, budget: int) -> list[list[int]] | None:
     """`order` is longest first, so that neighbours are alike: cut it where the padded size is balanced."""
     bins: list[list[int]] = []
     position = 0
     for bin_index in range(num_bins):
         remaining_bins = num_bins - bin_index
-        share = sum(lengths[i] for i in order[position:]) / remaining_bins
+        share = sum(sizes[i] for i in order[position:]) / remaining_bins
         end = position + 1
-        while end < len(order) - (remaining_bins - 1) and lengths[order[position]] * (end + 1 - position) <= share:
+        while end < len(order) - (remaining_bins - 1) and sizes[order[position]] * (end + 1 - position) <= share:
             end += 1
         if bin_index == num_bins - 1:
             end = len(order)
-        if lengths[order[position]] * (end - position) > budget:
+        if sizes[order[position]] * (end - position) > budget:
             return None
         bins.append(order[position:end])
         position = end
     return bins
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How evenly a plan spreads its work. An imbalance is the largest share over the mean share, minus 1."""
+
+    micro_batches: int  # of each DP rank
+    padding: float  # part of the tokens laid out that is padding
+    tokens: float  # imbalance over DP ranks of the tokens laid out
+    attention: float  # imbalance over DP ranks of attention's FLOPs, which grow with the square of a length
+    flops: float  # imbalance over DP ranks of all FLOPs
+    micro_batch_tokens: float  # imbalance over the micro-batches of all ranks of the tokens laid out
+
+
+def balance(
+    plan: Plan,
+    lengths: Sequence[int],
+    multiple: int = 1,
+    *,
+    packing: bool = True,
+    fill_to: int = 0,
+    fill_multiple: int = 1,
+    crossover_tokens: float = 0.0,
+) -> Balance:
+    """What `plan`, made by `plan_micro_batches` for the same arguments, costs and how evenly. Laid out by `laid_out`.
+
+    crossover_tokens: the length at which a sequence's linear layers cost as much as its attention. For causal attention
+    that is (weights of the linear layers) / (layers x heads x head size); 0 leaves `flops` to attention alone.
+    """
+    rules: dict[str, Any] = {
+        "packing": packing,
+        "multiple": multiple,
+        "fill_to": fill_to,
+        "fill_multiple": fill_multiple,
+    }
+    per_rank = [[laid_out([lengths[index] for index in members], **rules) for members in rank] for rank in plan]
+    micro_tokens = [[sum(micro) for micro in rank] for rank in per_rank]
+    tokens = [sum(rank) for rank in micro_tokens]
+    attention = [sum(size**2 for micro in rank for size in micro) for rank in per_rank]
+    real = sum(lengths[index] for rank in plan for members in rank for index in members)
+    return Balance(
+        micro_batches=len(plan[0]),
+        padding=1 - real / sum(tokens),
+        tokens=_imbalance(tokens),
+        attention=_imbalance(attention),
+        flops=_imbalance([a + crossover_tokens * t for a, t in zip(attention, tokens, strict=True)]),
+        micro_batch_tokens=_imbalance([size for rank in micro_tokens for size in rank]),
+    )
+
+
+def _imbalance(shares: Sequence[float]) -> float:
+    return max(shares) * len(shares) / sum(shares) - 1

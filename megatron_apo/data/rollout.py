@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Rollout:
     finish_reason: str  # "stop" | "length"
     weight_version: int
     reward: float
+    seconds: float = field(compare=False)  # from the batch's requests to this response
 
     @property
     def num_tokens(self) -> int:

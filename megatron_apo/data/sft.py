@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_apo.config import Recipe
+from megatron_apo.data.packing import aligned
 from megatron_apo.data.presets import column_key, row_format
 from megatron_apo.data.prompts import PromptRenderer, read_rows, row_text
 from megatron_apo.inputs import load_tokenizer, stop_token_ids
@@ -36,10 +37,10 @@ def read_examples(recipe: Recipe) -> Examples:
     examples = Examples([list(ids) for _, ids in rendered], [[*ids, stop] for ids in targets])
     pairs = zip(examples.prompts, examples.responses, strict=True)
     longest = max(len(prompt) + len(response) for prompt, response in pairs)
-    budget = recipe.train.tokens_per_micro_batch
-    if longest > budget:
+    budget, least = recipe.train.tokens_per_micro_batch, aligned(longest, recipe.micro_batch_alignment)
+    if least > budget:
         raise ValueError(
             f"train.tokens_per_micro_batch: {budget} cannot hold a pair of {longest} tokens in warmup.data; "
-            f"use at least {longest}"
+            f"use at least {least}"
         )
     return examples

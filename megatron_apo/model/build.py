@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -16,15 +15,17 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from megatron_apo.config import ParallelConfig
-from megatron_apo.model.attention import SDPAttention
-from megatron_apo.model.hf_config import ModelSpec, check_layout, transformer_config
+from megatron_apo.config import ParallelConfig, TrainConfig
+from megatron_apo.model.hf_config import ModelSpec, check_layout
+from megatron_apo.model.layer_spec import block_spec
 from megatron_apo.model.logprobs import vocab_parallel_log_probs
+from megatron_apo.model.megatron_config import transformer_config
+from megatron_apo.model.precision import Precision, check_precision
 from megatron_apo.parallel.topology import Topology
 
+FP32 = Precision()
 IGNORE = -100  # a label that asks for no log-prob, as in torch's cross-entropy
 
 
@@ -32,112 +33,107 @@ class LogProbModel(GPTModel):
     """A GPT whose last stage returns log-probs of `labels` and never holds all logits at once.
 
     forward(input_ids, position_ids, attention_mask, labels=...) -> fp32 [B, S] log-probs of `labels` under
-    `temperature`, 0 where the label is `IGNORE`; earlier pipeline stages return hidden states as usual.
+    `temperature`, 0 where the label is `IGNORE`; earlier pipeline stages return hidden states as usual. `entropy_sum`
+    is then the summed entropy, nats, of the distributions that those tokens were drawn from; None without gradient, or
+    where `entropy` was not asked for.
     """
 
-    def __init__(self, *, num_vocab: int, temperature: float, chunk_tokens: int, **kwargs: Any):
+    entropy_sum: Tensor | None = None
+
+    def __init__(self, *, num_vocab: int, temperature: float, chunk_tokens: int, entropy: bool, **kwargs: Any):
         super().__init__(**kwargs)
         self.num_vocab = num_vocab  # without the padding that makes the vocabulary divisible by TP
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
-
-    @contextmanager
-    def at_temperature(self, temperature: float) -> Iterator[None]:
-        """Return log-probs under another temperature inside this block."""
-        usual, self.temperature = self.temperature, temperature
-        try:
-            yield
-        finally:
-            self.temperature = usual
+        self.entropy = entropy
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor, **unused: Any) -> Tensor:
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states,
+                tensor_parallel_output_grad=False,  # the log-probs add the ranks' gradients up
+                group=self.pg_collection.tp,
+            )
         tied = self.share_embeddings_and_output_weights
         weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         tp = self.pg_collection.tp
         first_row = tp.rank() * len(weight_VH)
-        own_rows = min(max(self.num_vocab - first_row, 0), len(weight_VH))
         wanted_BS = labels != IGNORE
-        log_prob = vocab_parallel_log_probs(
+        log_prob, entropy = vocab_parallel_log_probs(
             hidden_states.transpose(0, 1)[wanted_BS],
-            weight_VH[:own_rows],
+            weight_VH,
             labels[wanted_BS],
+            num_rows=min(max(self.num_vocab - first_row, 0), len(weight_VH)),
             first_row=first_row,
             temperature=self.temperature,
             chunk_tokens=self.chunk_tokens,
             group=tp,
+            entropy=self.entropy and torch.is_grad_enabled(),
         )
+        self.entropy_sum = None if entropy is None else entropy.sum()
         return hidden_states.new_zeros(labels.shape, dtype=torch.float32).masked_scatter(wanted_BS, log_prob)
+
+
+@contextmanager
+def at_temperature(chunks: Sequence[LogProbModel], temperature: float) -> Iterator[None]:
+    """Within: the model whose chunks these are returns log-probs under another temperature."""
+    usual = [chunk.temperature for chunk in chunks]
+    for chunk in chunks:
+        chunk.temperature = temperature
+    try:
+        yield
+    finally:
+        for chunk, own in zip(chunks, usual, strict=True):
+            chunk.temperature = own
 
 
 def build_model(
     spec: ModelSpec,
     parallel: ParallelConfig,
     topology: Topology,
+    precision: Precision = FP32,
     *,
-    dtype: str,
     temperature: float = 1.0,
-    chunk_tokens: int = 1024,
-) -> LogProbModel:
-    """This rank's part of the model, weights not yet loaded. The caller freezes or wraps it.
+    train: TrainConfig | None = None,
+) -> list[LogProbModel]:
+    """This rank's part of the model, weights not yet loaded: its chunks in pipeline order, one unless parallel.vpp > 1.
 
+    temperature: of the log-probs. train: what is recomputed, and how log-probs are made; none: the defaults.
     Under `torch.device("meta")` its parameters take no memory. Raises `ModelConfigError` where the layout does not fit.
     """
-    check_layout(spec, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep)
-    config = transformer_config(spec, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, dtype=dtype)
-    model = LogProbModel(
-        num_vocab=spec.vocab_size,
-        temperature=temperature,
-        chunk_tokens=chunk_tokens,
-        config=config,
-        transformer_layer_spec=_layer_spec(spec),
-        vocab_size=padded_vocab_size(spec, parallel.tp),
-        max_sequence_length=spec.max_positions,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        share_embeddings_and_output_weights=spec.tied,
-        position_embedding_type="yarn" if spec.rope.kind == "yarn" else "rope",
-        rotary_base=spec.rope.theta,
-        rope_scaling=spec.rope.kind == "llama3",
-        rope_scaling_factor=spec.rope.factor,
-    )
-    _mark_tensor_parallel(model)
-    return model.to(config.params_dtype)  # as Float16Module does: torch makes the norms in fp32
-
-
-class _ColumnParallelWithBias(ColumnParallelLinear):
-    def __init__(self, *args: Any, bias: bool, **kwargs: Any):
-        super().__init__(*args, bias=True, **kwargs)
-
-
-class _RowParallelWithBias(RowParallelLinear):
-    def __init__(self, *args: Any, bias: bool, **kwargs: Any):
-        super().__init__(*args, bias=True, **kwargs)
-
-
-def _layer_spec(spec: ModelSpec) -> ModuleSpec:
-    """A layer of Megatron-Core's own modules, on our attention, with each bias that the model has.
-
-    The biases are asked for here, module by module: `TransformerConfig` has one switch for all linear layers.
-    """
-    layer_spec = get_gpt_layer_local_spec(
-        num_experts=spec.num_experts or None, qk_layernorm=spec.qk_norm, normalization="RMSNorm"
-    )
-    layer = layer_spec.submodules
-    attention = layer.self_attention.submodules
-    attention.core_attention = SDPAttention
-    if spec.output_bias:
-        attention.linear_proj = _RowParallelWithBias
-    if spec.mlp_bias:
-        layer.mlp.submodules.linear_fc1 = _ColumnParallelWithBias
-        layer.mlp.submodules.linear_fc2 = _RowParallelWithBias
-    if spec.num_experts:
-        # With experts, Transformer Engine's layers keep this norm apart too; checkpoints name it as it is.
-        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    return layer_spec
+    check_layout(spec, parallel)
+    check_precision(spec, parallel, precision.fp8)
+    train = train or TrainConfig()
+    config = transformer_config(spec, parallel, precision, recompute=train.recompute)
+    chunks = []
+    for chunk in range(parallel.vpp):
+        model = LogProbModel(
+            num_vocab=spec.vocab_size,
+            temperature=temperature,
+            chunk_tokens=train.log_prob_chunk_tokens,
+            entropy=train.entropy,
+            config=config,
+            transformer_layer_spec=block_spec(spec, config, precision.layers),
+            vocab_size=padded_vocab_size(spec, parallel.tp),
+            max_sequence_length=spec.max_positions,
+            pre_process=topology.is_first_stage and chunk == 0,
+            post_process=topology.is_last_stage and chunk == parallel.vpp - 1,
+            share_embeddings_and_output_weights=spec.tied,
+            position_embedding_type="yarn" if spec.rope.kind == "yarn" else "rope",
+            rotary_base=spec.rope.theta,
+            rope_scaling=spec.rope.kind == "llama3",
+            rope_scaling_factor=spec.rope.factor,
+            vp_stage=chunk if parallel.vpp > 1 else None,
+        )
+        _mark_tensor_parallel(model)
+        if precision.layers == "local":
+            model.to(config.params_dtype)  # torch makes the norms in fp32; Transformer Engine asks for the type
+        if torch.get_default_device().type != "meta":
+            model.to(topology.device)  # torch's norms and the router are made on the CPU (torch_norm.py, router.py)
+        chunks.append(model)
+    return chunks
 
 
 def padded_vocab_size(spec: ModelSpec, tp: int) -> int:

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
-# Modules whose own code makes tensors with device="cuda"; their name `torch` becomes a proxy that maps it to the CPU.
+# Modules whose own code makes tensors with device="cuda" or in pinned memory; their name `torch` becomes a proxy that
+# maps them to the CPU's.
 # (module, upstream text that makes the patch necessary)
 CUDA_LITERALS = (
     ("megatron.core.pipeline_parallel.schedules", 'torch.zeros([], dtype=torch.int, device="cuda")'),
     ("megatron.core.optimizer.clip_grads", "torch.zeros(1, dtype=torch.int, device='cuda')"),
     ("megatron.core.utils", 'torch.tensor([float(l2_reduced)], dtype=torch.float, device="cuda")'),
     ("megatron.core.optimizer.optimizer", "torch.tensor([0], dtype=torch.int, device='cuda')"),
+    ("megatron.core.models.common.embeddings.rope_utils", 'device="cpu", pin_memory=True'),
 )
 # Functions of torch.cuda that are called without asking whether a GPU exists.
 CUDA_FUNCTIONS = (
@@ -40,6 +42,11 @@ CUDA_STREAMS = (
     ("megatron.core.transformer.moe.token_dispatcher", "with torch.cuda.stream(self.cuda_dtoh_stream)"),
     ("megatron.core.transformer.moe.moe_utils", "if torch.is_tensor(tensor) and tensor.is_cuda:"),
 )
+# The GPU's random state, which recomputation puts back.
+CUDA_RANDOM_STATE = (
+    ("megatron.core.tensor_parallel.random", "return torch.cuda.random.get_rng_state(device=device)"),
+    ("megatron.core.tensor_parallel.random", "_lazy_call(cb)"),
+)
 # Names that are imported with Transformer Engine and asked for without it, on a GPU as well.
 MISSING_NAMES = (
     ("megatron.core.transformer.moe.moe_utils", "te_general_gemm is not None and router_dtype != torch.float64"),
@@ -52,7 +59,7 @@ CUDA_TYPE_NAMES = (
 
 
 class _TorchOnCPU(types.ModuleType):
-    """`torch`, but factory functions called with device="cuda" make CPU tensors."""
+    """`torch`, but factory functions make plain CPU tensors, whatever device="cuda" or pin_memory they are given."""
 
     _FACTORIES = ("zeros", "tensor", "empty", "ones", "full")
 
@@ -69,6 +76,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)  # memory is pinned for a GPU
         return factory(*args, **kwargs)
 
     return make
@@ -122,6 +130,9 @@ def install() -> None:
     dispatcher.torch = _TorchOnCPU()
     dispatcher.torch.cuda = _OneStream()
     dispatcher.maybe_move_tensor_to_cpu = _to_array
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0, dtype=torch.uint8)
+    random._set_cuda_rng_state = lambda *args, **kwargs: None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """A Hugging Face `config.json`, read into what the trainer needs to know, or refused by name.
 
-`read_hf_config(folder)` -> `ModelSpec`; `transformer_config(spec, ...)` -> Megatron-Core's `TransformerConfig`.
+`read_hf_config(folder)` -> `ModelSpec`; `megatron_config.py` makes Megatron-Core's configuration of that.
 A setting that the Megatron model would not honour is an error, never a silent difference in logits.
 """
 
@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from megatron_apo.config import ParallelConfig
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 # What transformers assumes where a config.json is silent, and the fallbacks below do not.
@@ -160,14 +162,15 @@ def check_served(spec: ModelSpec) -> None:
         )
 
 
-def check_layout(spec: ModelSpec, *, tp: int, pp: int, ep: int = 1) -> None:
+def check_layout(spec: ModelSpec, parallel: ParallelConfig) -> None:
     """Raise `ModelConfigError`, one line a problem, when the model cannot be split so, with values that can."""
     problems = []
+    tp, pp, vpp, ep = parallel.tp, parallel.pp, parallel.vpp, parallel.ep
     fits = [size for size in range(1, spec.num_heads + 1) if _tp_fits(spec, size)]
-    if spec.num_experts and tp > 1:
+    if spec.num_experts and tp > 1 and not parallel.sequence_parallel:
         problems.append(
-            f"parallel.tp: {tp} is not supported for {spec.family}: without Transformer Engine, Megatron-Core trains a "
-            "mixture of experts on one tensor rank only; use 1, and parallel.ep"
+            f"parallel.tp: {tp}, but Megatron-Core trains a mixture of experts on several tensor ranks under sequence "
+            "parallelism only; set parallel.sequence_parallel to true, or use 1, and parallel.ep"
         )
     elif tp not in fits:
         problems.append(
@@ -177,6 +180,11 @@ def check_layout(spec: ModelSpec, *, tp: int, pp: int, ep: int = 1) -> None:
     if spec.num_layers % pp:
         problems.append(
             f"parallel.pp: {pp} does not divide {spec.num_layers} layers; use one of {_divisors(spec.num_layers)}"
+        )
+    elif spec.num_layers % (pp * vpp):
+        problems.append(
+            f"parallel.vpp: {vpp} x parallel.pp={pp} does not divide {spec.num_layers} layers; use one of "
+            f"{_divisors(spec.num_layers // pp)}"
         )
     if not spec.num_experts and ep > 1:
         problems.append(f"parallel.ep: {ep}, but {spec.family} has no experts; use 1")
@@ -197,7 +205,7 @@ def _tp_fits(spec: ModelSpec, tp: int) -> bool:
     qkv_rows = (spec.num_heads + 2 * groups) * spec.head_dim
     # Megatron shares a query group between ranks when tp is a multiple of the groups (attention.py).
     groups_fit = (groups % tp == 0 or tp % groups == 0) and qkv_rows % tp == 0
-    return spec.num_heads % tp == 0 and groups_fit and spec.ffn_size % tp == 0
+    return spec.num_heads % tp == 0 and groups_fit and (spec.expert_ffn_size or spec.ffn_size) % tp == 0
 
 
 def _max_positions(config: dict[str, Any]) -> int:
@@ -323,79 +331,3 @@ def _yarn(rope: dict[str, Any], theta: float, factor: float, problems: list[str]
         attention_factor=float(attention_factor),
         truncate=bool(rope.get("truncate", True)),
     )
-
-
-def transformer_config(spec: ModelSpec, *, tp: int, pp: int, ep: int, dtype: str) -> Any:
-    """Megatron-Core's `TransformerConfig` for this model. Fusions that change numerics stay off."""
-    import torch
-    from megatron.core.transformer import TransformerConfig
-
-    bf16 = dtype == "bf16"
-    on_gpu = torch.cuda.is_available() and torch.get_default_device().type != "meta"
-    config = TransformerConfig(
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        ffn_hidden_size=spec.ffn_size,
-        num_attention_heads=spec.num_heads,
-        num_query_groups=spec.num_query_groups,
-        kv_channels=spec.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=spec.norm_eps,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,  # one switch for every linear layer; `build.py` gives those their bias that have one
-        add_qkv_bias=spec.qkv_bias,
-        qk_layernorm=spec.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method_std=spec.initializer_range,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        # Micro-batches differ in length; Megatron-Core asks for this dispatcher with it even in dense models.
-        variable_seq_lengths=pp > 1,
-        moe_token_dispatcher_type="alltoall",
-        expert_model_parallel_size=ep,
-        **(_router_config(spec) if spec.num_experts else {}),
-        calculate_per_token_loss=True,  # the loss is a sum; gradients are divided by the global count
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
-        bf16=bf16,
-        attention_softmax_in_fp32=True,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        perform_initialization=False,  # weights are loaded, never drawn here
-        use_cpu_initialization=not on_gpu,  # also what honours `torch.device("meta")`
-        batch_p2p_comm=torch.cuda.is_available(),
-    )
-    if spec.rope.kind == "yarn":
-        _set_yarn(config, spec.rope)
-    return config
-
-
-def _router_config(spec: ModelSpec) -> dict[str, Any]:
-    """Fields of Megatron-Core's configuration that make its layers mixtures of experts, without auxiliary losses."""
-    return {
-        "num_moe_experts": spec.num_experts,
-        "moe_ffn_hidden_size": spec.expert_ffn_size,
-        "moe_router_topk": spec.experts_per_token,
-        # A softmax over the chosen experts alone adds up to 1; one over all of them, before the choice, does not.
-        "moe_router_pre_softmax": not spec.norm_topk_prob,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-    }
-
-
-def _set_yarn(config: Any, rope: Rope) -> None:
-    """Attributes that Megatron-Core's model and attention look for, beside the fields of its `TransformerConfig`."""
-    config.yarn_rotary_scaling_factor = rope.factor
-    config.yarn_original_max_position_embeddings = rope.original_max_positions
-    config.yarn_beta_fast = rope.beta_fast
-    config.yarn_beta_slow = rope.beta_slow
-    config.yarn_correction_range_round_to_int = rope.truncate
-    # Megatron-Core derives the attention factor, (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1).
-    config.yarn_mscale = (rope.attention_factor - 1.0) / (0.1 * math.log(rope.factor))
-    config.yarn_mscale_all_dim = 0.0

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from megatron_apo.objectives.base import (
@@ -45,8 +44,9 @@ class APO:
 
     def prepare(self, samples: Samples, values: Mapping[str, float]) -> Prepared:
         """advantage = r - V*, the optimal advantage's estimate, per sequence. A prompt without V* is a KeyError."""
-        value_B = torch.tensor([values[prompt_id] for prompt_id in samples.prompt_ids], dtype=torch.float32)
-        return Prepared(per_sequence={"advantage": samples.reward_B.float() - value_B}, per_token={})
+        reward_B = samples.reward_B.float()
+        value_B = reward_B.new_tensor([values[prompt_id] for prompt_id in samples.prompt_ids])
+        return Prepared(per_sequence={"advantage": reward_B - value_B}, per_token={})
 
     def loss(self, log_prob_R: Tensor, anchor_R: Tensor, sequence_R: Tensor, targets: MicroTargets) -> LossTerm:
         advantage_B = targets.per_sequence["advantage"]

@@ -1,68 +1,105 @@
 """Forward and backward over Megatron-Core's pipeline schedules, for micro-batches that differ in length.
 
-    forward_log_probs(model, micro_batches)             no gradient; log-probs on the last stage
-    forward_backward(model, micro_batches, loss)        gradients into main_grad, divided by the global count
+    forward_log_probs(chunks, micro_batches)            no gradient; log-probs on the last stage
+    forward_backward(chunks, micro_batches, loss)       gradients into main_grad, divided by the global count
 
-All ranks of a replica call these together, with the same micro-batches.
+All ranks of a replica call these together, with the same micro-batches. `chunks` are the rank's model chunks (one, or
+`parallel.vpp`), wrapped for training or not. Context-parallel ranks each compute their positions of a micro-batch; the
+log-probs that come out are whole on all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_apo.data.batch import MicroBatch
 from megatron_apo.model.build import IGNORE
 from megatron_apo.objectives.base import LossTerm, Stats
+from megatron_apo.parallel.context import ContextSplit, context_split
 
 # loss(log_prob_R with gradient, index of the micro-batch) -> LossTerm
 MicroLoss = Callable[[Tensor, int], LossTerm]
 
 
-def forward_log_probs(model: torch.nn.Module, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+def forward_log_probs(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
     """Log-probs [R] of each micro-batch's response tokens, on the last stage; an empty list on the others."""
 
     def step(iterator: Iterator[tuple[int, MicroBatch]], module: torch.nn.Module):
         _, micro = next(iterator)
+        part, split = _forward(module, micro)
 
-        def collect(log_prob_BS: Tensor, non_loss_data: bool) -> Tensor:
-            return log_prob_BS[micro.label_BS != IGNORE]
+        def collect(log_prob_BL: Tensor, non_loss_data: bool) -> Tensor:
+            return _of_responses(log_prob_BL, split, micro)
 
-        return _forward(module, micro), collect
+        return part, collect
 
     with torch.no_grad():
-        return _schedule(step, model, micro_batches, forward_only=True, collect_non_loss_data=True)
+        return _schedule(step, chunks, micro_batches, forward_only=True, collect_non_loss_data=True)
 
 
-def forward_backward(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], loss: MicroLoss) -> list[Stats]:
+def forward_backward(
+    chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], loss: MicroLoss
+) -> list[Stats]:
     """Accumulate gradients of sum(total) / global sum(count). Returns the `Stats` of each micro-batch (last stage)."""
+    counts_here = parallel_state.get_context_parallel_rank() == 0  # the ranks of one context have the same loss
 
     def step(iterator: Iterator[tuple[int, MicroBatch]], module: torch.nn.Module):
         index, micro = next(iterator)
+        part, split = _forward(module, micro)
 
-        def reduce(log_prob_BS: Tensor):
-            term = loss(log_prob_BS[micro.label_BS != IGNORE], index)
-            return term.total, torch.tensor(term.count, dtype=torch.int, device=log_prob_BS.device), term.stats
+        def reduce(log_prob_BL: Tensor):
+            term = loss(_of_responses(log_prob_BL, split, micro), index)
+            stats = term.stats
+            entropy = get_attr_wrapped_model(module, "entropy_sum")
+            if entropy is not None:
+                if split:
+                    dist.all_reduce(entropy, group=split.group)
+                stats = replace(stats, sums={**stats.sums, "entropy": entropy})
+            count = torch.tensor(term.count * counts_here, dtype=torch.int, device=log_prob_BL.device)
+            return term.total, count, stats
 
-        return _forward(module, micro), reduce
+        return part, reduce
 
-    return _schedule(step, model, micro_batches, forward_only=False)
-
-
-def _forward(module: torch.nn.Module, micro: MicroBatch) -> Tensor:
-    return module(micro.input_BS, micro.position_BS, None, labels=micro.label_BS, packed_seq_params=micro.layout)
+    return _schedule(step, chunks, micro_batches, forward_only=False)
 
 
-def _schedule(step: Callable, model: torch.nn.Module, micro_batches: Sequence[MicroBatch], **options: bool) -> list:
+def _forward(module: torch.nn.Module, micro: MicroBatch) -> tuple[Tensor, ContextSplit | None]:
+    """This rank's positions of the micro-batch through the chunk; the split is None where there is one context rank."""
+    split = context_split(micro.lengths, parallel_state.get_context_parallel_group(), micro.input_BS.device)
+    tensors = (micro.input_BS, micro.position_BS, micro.label_BS)
+    if split:
+        tensors = tuple(split.take(tensor, 1) for tensor in tensors)
+    input_BL, position_BL, label_BL = tensors
+    return module(input_BL, position_BL, None, labels=label_BL, packed_seq_params=micro.layout), split
+
+
+def _of_responses(log_prob_BL: Tensor, split: ContextSplit | None, micro: MicroBatch) -> Tensor:
+    """[R], from all context-parallel ranks: the square in the loss is of a whole sequence's sum."""
+    if split:
+        log_prob_BL = split.whole(log_prob_BL.transpose(0, 1).contiguous(), shared_gradient=True).transpose(0, 1)
+    return log_prob_BL[micro.label_BS != IGNORE]
+
+
+def _schedule(
+    step: Callable, chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], **options: bool
+) -> list:
+    iterators = [iter(enumerate(micro_batches)) for _ in chunks]
+    if len(chunks) > 1:  # stages take what the first says for the shape of all, and would wait for the rest for good
+        assert len({micro.input_BS.shape for micro in micro_batches}) == 1, "interleaved micro-batches differ in shape"
     results = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(enumerate(micro_batches)),
-        model=[model],
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
         num_microbatches=len(micro_batches),
-        seq_length=micro_batches[0].input_BS.shape[1],  # only a hint: lengths are exchanged between stages
+        seq_length=micro_batches[0].input_BS.shape[1],  # only a hint with one chunk: lengths are exchanged
         micro_batch_size=micro_batches[0].input_BS.shape[0],
         **options,
     )

@@ -1,8 +1,8 @@
 """Which rank is what: process groups of the trainer, set up through Megatron-Core.
 
-Rank order is Megatron's (tp fastest, then dp, then pp). Expert-parallel groups lie within dp: `ep` replicas in a row
-share one set of experts. Global rank 0 is the driver: it talks to the rollout servers, writes metrics and sees the
-user.
+Rank order is Megatron's (tp fastest, then cp, dp and pp). Expert-parallel groups lie within cp x dp: `ep` of these
+ranks in a row share one set of experts. Global rank 0 is the driver: it talks to the rollout servers, writes metrics
+and sees the user.
 """
 
 from __future__ import annotations
@@ -36,13 +36,17 @@ class Topology:
     dp: int
     tp_group: Any
     pp_group: Any
-    dp_group: Any
+    dp_group: Any  # the same sequences' next replicas: context-parallel ranks of one replica are no members
     device: torch.device
     ep: int = 1
+    cp: int = 1
+    cp_rank: int = 0
+    cp_group: Any = None
+    vpp: int = 1
 
     @property
     def ep_rank(self) -> int:
-        return self.dp_rank % self.ep
+        return (self.dp_rank * self.cp + self.cp_rank) % self.ep
 
     @property
     def is_driver(self) -> bool:
@@ -62,11 +66,11 @@ class Topology:
         return self.world_size - 1
 
     def owner_ranks(self, pp_rank: int, ep_rank: int = 0) -> list[int]:
-        """Global ranks of stage `pp_rank`, by tensor rank, in the first replica that holds the experts of `ep_rank`.
+        """Global ranks of stage `pp_rank`, by tensor rank, first of those that hold the experts of `ep_rank`.
 
-        What is no expert is the same on all replicas.
+        What is no expert is the same on all context- and data-parallel ranks.
         """
-        first = (ep_rank + pp_rank * self.dp) * self.tp
+        first = (ep_rank + pp_rank * self.dp * self.cp) * self.tp
         return [first + tp_rank for tp_rank in range(self.tp)]
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
@@ -88,8 +92,8 @@ def distributed(parallel: ParallelConfig) -> Iterator[Topology]:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world_size != parallel.world_size:
         raise ValueError(
-            f"parallel: tp={parallel.tp} x pp={parallel.pp} x dp={parallel.dp} needs {parallel.world_size} ranks, "
-            f"but the job has {world_size}; change the recipe or the number of ranks"
+            f"parallel: tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} x dp={parallel.dp} needs "
+            f"{parallel.world_size} ranks, but the job has {world_size}; change the recipe or the number of ranks"
         )
     with _joined(parallel, rank, world_size, None) as topology:
         yield topology
@@ -102,6 +106,20 @@ def alone() -> Iterator[Topology]:
         yield topology
 
 
+def _device_index(rank: int, num_gpus: int) -> int:
+    """Which of the GPUs that this process sees is its own. torchrun says LOCAL_RANK; srun SLURM_LOCALID, and may show
+    each rank its own GPU alone."""
+    if "LOCAL_RANK" not in os.environ and "SLURM_LOCALID" in os.environ and num_gpus == 1:
+        return 0
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank % num_gpus)))
+    if local >= num_gpus:
+        raise ValueError(
+            f"rank {rank} is number {local} on its machine, counted from 0, and sees {num_gpus} GPUs; start one rank a "
+            "GPU, or name more GPUs in CUDA_VISIBLE_DEVICES"
+        )
+    return local
+
+
 @contextmanager
 def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.Store | None) -> Iterator[Topology]:
     from megatron.core import parallel_state
@@ -109,7 +127,7 @@ def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.St
     cpu_compat.install()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(_device_index(rank, torch.cuda.device_count()))
     else:
         torch.set_num_threads(parallel.threads_per_rank)
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
@@ -120,6 +138,8 @@ def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.St
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,
             pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+            context_parallel_size=parallel.cp,
             expert_model_parallel_size=parallel.ep,
             distributed_timeout_minutes=max(1, int(parallel.timeout_s / 60)),
         )
@@ -134,9 +154,13 @@ def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.St
             dp=parallel.dp,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
-            dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            dp_group=parallel_state.get_data_parallel_group(),
             device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
             ep=parallel.ep,
+            cp=parallel.cp,
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_group=parallel_state.get_context_parallel_group(),
+            vpp=parallel.vpp,
         )
         assert topology.ep_rank == parallel_state.get_expert_model_parallel_rank(), "Megatron-Core's rank order changed"
         yield topology

@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Coroutine, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -63,12 +64,14 @@ class Completion:
 
     `log_probs`: of each token under the distribution it was sampled from (temperature applied; natural logarithm).
     `weight_version`: of the weights that made it; "default" before the first sync.
+    `seconds`: from the call, which sends all requests at once, to its arrival.
     """
 
     token_ids: list[int]
     log_probs: list[float]
     finish_reason: str
     weight_version: str
+    seconds: float = field(compare=False)
 
 
 def eos_token_ids(model: Path) -> tuple[int, ...]:
@@ -124,8 +127,8 @@ class RolloutClient:
         ]
         completions: dict[int, Completion] = {}
 
-        def read(index: int, answer: dict[str, Any]) -> None:
-            completions[index] = _read_completion(answer)
+        def read(index: int, answer: dict[str, Any], seconds: float) -> None:
+            completions[index] = _read_completion(answer, seconds)
             if on_completion is not None:
                 on_completion(index, completions[index])
 
@@ -141,7 +144,7 @@ class RolloutClient:
         bodies = [{"token_ids": list(sequence), "sampling_params": parameters} for sequence in sequences]
         scores: dict[int, list[float]] = {}
 
-        def read(index: int, answer: dict[str, Any]) -> None:
+        def read(index: int, answer: dict[str, Any], _: float) -> None:
             pairs = zip(sequences[index][1:], answer["prompt_logprobs"][1:], strict=True)
             scores[index] = [entry[str(token)]["logprob"] for token, entry in pairs]
 
@@ -158,6 +161,21 @@ class RolloutClient:
 
     def resume(self) -> None:
         self._call("POST", "/resume")
+
+    def sleep(self) -> None:
+        """Give GPU memory back: the KV cache is dropped, the weights wait in host memory.
+
+        The server was started with rollout.sleep_while_training. Before requests and new weights comes `wake_up`: vLLM
+        would write into memory that is not there.
+        """
+        self._call("POST", "/sleep?level=1")
+
+    def wake_up(self, *tags: str) -> None:
+        """Take back what `tags` ("weights", "kv_cache") name, or all that sleeps, after which requests are served.
+
+        vLLM ignores the call altogether when one of several tags is awake (v1/executor/abstract.py, `wake_up`).
+        """
+        self._call("POST", "/wake_up" + "".join(f"{'&' if at else '?'}tags={tag}" for at, tag in enumerate(tags)))
 
     def is_paused(self) -> bool:
         return self._call("GET", "/is_paused")["is_paused"]
@@ -195,12 +213,14 @@ class RolloutClient:
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         return self._run(self._exchange(method, path, None if body is None else json.dumps(body).encode()))
 
-    def _generate_all(self, bodies: list[dict[str, Any]], read: Callable[[int, dict[str, Any]], None]) -> None:
-        """Send all bodies at once; call `read(index, answer)` in this thread as answers arrive."""
-        arrived: SimpleQueue[tuple[int, dict[str, Any] | None]] = SimpleQueue()
+    def _generate_all(self, bodies: list[dict[str, Any]], read: Callable[[int, dict[str, Any], float], None]) -> None:
+        """Send all bodies at once; call `read(index, answer, seconds)` in this thread as answers arrive."""
+        arrived: SimpleQueue[tuple[int, dict[str, Any] | None, float]] = SimpleQueue()
+        start = time.perf_counter()
 
         async def post(index: int, body: dict[str, Any]) -> None:
-            arrived.put((index, await self._exchange("POST", "/inference/v1/generate", json.dumps(body).encode())))
+            answer = await self._exchange("POST", "/inference/v1/generate", json.dumps(body).encode())
+            arrived.put((index, answer, time.perf_counter() - start))
 
         async def post_all() -> None:
             try:
@@ -208,7 +228,7 @@ class RolloutClient:
                     for index, body in enumerate(bodies):
                         group.create_task(post(index, body))
             finally:
-                arrived.put((-1, None))
+                arrived.put((-1, None, 0.0))
 
         future = asyncio.run_coroutine_threadsafe(post_all(), self._loop)
         try:
@@ -237,7 +257,7 @@ class RolloutClient:
         raise ServerError(f"the rollout server answered {path} with {response.status}: {message}")
 
 
-def _read_completion(answer: dict[str, Any]) -> Completion:
+def _read_completion(answer: dict[str, Any], seconds: float) -> Completion:
     choice = answer["choices"][0]
     if choice["finish_reason"] not in ("stop", "length"):
         raise ServerError(f"a request ended with {choice['finish_reason']!r} instead of a response")
@@ -245,7 +265,7 @@ def _read_completion(answer: dict[str, Any]) -> Completion:
     if len(versions) != 1:
         raise ServerError(f"a response was sampled across weight versions {versions}; pause before an update")
     log_probs = [token["logprob"] for token in choice["logprobs"]["content"]]
-    return Completion(choice["token_ids"], log_probs, choice["finish_reason"], versions[0])
+    return Completion(choice["token_ids"], log_probs, choice["finish_reason"], versions[0], seconds)
 
 
 def _error_message(text: bytes) -> str:

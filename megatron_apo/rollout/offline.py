@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_apo.config import RolloutConfig
 from megatron_apo.rollout.client import Sampling
-from megatron_apo.rollout.server import ServerError, engine_options, longest_request
+from megatron_apo.rollout.server import ServerError, engine_options, served_length
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OfflineEngine:
         prefix_caching: bool,
         log_path: Path,
     ):
-        options = engine_options(rollout) | {"max_model_len": longest_request(model, max_sequence_tokens)}
+        options = engine_options(rollout) | {"max_model_len": served_length(rollout, model, max_sequence_tokens)}
         try:
             with _output_to(log_path):
                 from vllm import LLM

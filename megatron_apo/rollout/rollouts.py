@@ -1,51 +1,64 @@
 """Graded responses from vLLM for every trainer rank, and vLLM kept on the policy's weights.
 
-    with Rollouts(recipe, topology, policy, spec, inputs) as rollouts:
+    with Rollouts(recipe, topology, policy, spec, inputs, parked=...) as rollouts:
         rollouts.sync(0)                          # vLLM serves the trainer's weights, proven
         batch = rollouts.sample(prompts, step)    # the same list of Rollout on every rank
 
 Every method is called on every rank. Server, graders and tokenizer live on the driver (global rank 0). A server that
 dies is restarted once a step, given the weights again, proven and asked again; a second death in the same step ends the
 run.
+
+Trainer and vLLM take turns at a GPU's memory. vLLM has it within `parked`, where the trainer's is elsewhere: when a
+server starts, samples, evaluates and scores probes. With rollout.sleep_while_training it sleeps otherwise; a sync wakes
+the weights, and the KV cache follows at the next turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.batch import make_micro_batch
+from megatron_apo.data.layout import lay_out
 from megatron_apo.data.order import sample_seeds
-from megatron_apo.data.packing import plan_micro_batches
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
 from megatron_apo.inputs import Inputs
-from megatron_apo.model.build import LogProbModel
+from megatron_apo.model.build import LogProbModel, at_temperature
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.parallel.pipeline import forward_log_probs
 from megatron_apo.parallel.topology import Topology
 from megatron_apo.rewards.pool import Grade, RewardPool
 from megatron_apo.rollout.client import Completion, GenerateRequest, RolloutClient
 from megatron_apo.rollout.evaluation import Evaluation, evaluate_policy
-from megatron_apo.rollout.failures import Answer, on_driver
+from megatron_apo.rollout.failures import Answer, on_all, on_driver
 from megatron_apo.rollout.server import ServerDied, VLLMServer
 from megatron_apo.rollout.weight_sync import SyncError, SyncReport, WeightSync
 from megatron_apo.weights.stream import WeightStream
 
 
 class Rollouts:
-    """Use as a context manager. `inputs` is None except on the driver."""
+    """Use as a context manager. `policy`: this rank's model chunks; `inputs` is None except on the driver; `parked()`:
+    a context within which this rank's device has room for vLLM."""
 
     def __init__(
-        self, recipe: Recipe, topology: Topology, policy: LogProbModel, spec: ModelSpec, inputs: Inputs | None
+        self,
+        recipe: Recipe,
+        topology: Topology,
+        policy: Sequence[LogProbModel],
+        spec: ModelSpec,
+        inputs: Inputs | None,
+        parked: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._recipe = recipe
         self._topology = topology
         self._policy = policy
         self._stream = WeightStream(policy, spec, topology)
         self._inputs = inputs
+        self._parked = parked
         self._stack = ExitStack()
         self._server: VLLMServer | None = None
         self._client: RolloutClient | None = None
@@ -58,7 +71,7 @@ class Rollouts:
 
     def __enter__(self) -> Rollouts:
         try:
-            on_driver(self._topology, self._start)
+            self._serve(self._start)
             self._meet()
         except BaseException:
             self._stack.close()
@@ -82,7 +95,12 @@ class Rollouts:
     def sync(self, version: int) -> SyncReport:
         """Give the server the policy's present weights and call them `version`."""
         self._version = version
-        return self._surviving(lambda: self._sync.sync(version))
+        return self._surviving(self._give_weights)
+
+    def _give_weights(self) -> SyncReport:
+        """`sync` of the last version."""
+        self._wake("weights")
+        return self._sync.sync(self._version)
 
     def prove(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> float:
         """Largest |log-prob difference| between vLLM and the policy on these sequences.
@@ -97,32 +115,27 @@ class Rollouts:
         """`prove` on the last probes."""
         ours = self._own_log_probs(self._probes)
         expected = self._sync.source_checksums()
-        return self._sync.prove(self._probes, ours, self._recipe.sync.probe_tolerance, expected)
+        tolerance = self._recipe.sync.tolerance(self._recipe.model, self._recipe.rollout)
+        with self._turn():
+            return self._sync.prove(self._probes, ours, tolerance, expected)
 
     def _own_log_probs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         """The policy's log-probs of each sequence's tokens but the first, at temperature 1, on every rank."""
-        train = self._recipe.train
-        plan = plan_micro_batches(
-            [len(sequence) for sequence in sequences],
-            dp=1,
-            budget_tokens=train.tokens_per_micro_batch,
-            packing=train.packing,
-        )[0]
         first, rest = [s[:1] for s in sequences], [s[1:] for s in sequences]
-        with self._policy.at_temperature(1.0):
-            found = forward_log_probs(
-                self._policy, [make_micro_batch(indices, first, rest, train.packing) for indices in plan]
-            )
+        micro_batches = lay_out(self._recipe, self._topology, first, rest, spread=False)
+        with at_temperature(self._policy, 1.0):
+            found = forward_log_probs(self._policy, micro_batches)
         ours: list[list[float]] = [[] for _ in sequences]
-        for indices, log_prob_R in zip(plan, found, strict=False):  # `found` is empty before the last stage
-            for index, values in zip(indices, log_prob_R.split([len(rest[i]) for i in indices]), strict=True):
+        for micro, log_prob_R in zip(micro_batches, found, strict=False):  # `found` is empty before the last stage
+            parts = log_prob_R.split([len(rest[index]) for index in micro.indices])
+            for index, values in zip(micro.indices, parts, strict=True):
                 ours[index] = values.tolist()
         return self._topology.broadcast(ours, src=self._topology.last_stage_rank)
 
     def sample(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """One graded response for each prompt (given on the driver), in their order."""
         self._moment = f"step {step}"
-        return self._surviving(lambda: on_driver(self._topology, lambda: self._sample(prompts, step)))
+        return self._surviving(lambda: self._on_turn(lambda: self._sample(prompts, step)))
 
     def evaluate(self, step: int) -> Evaluation:
         """avg@k and greedy of the weights that the server holds, on the recipe's held-out prompts."""
@@ -132,7 +145,7 @@ class Rollouts:
             assert self._client and self._inputs
             return evaluate_policy(self._recipe, self._inputs, self._client, self.pool)
 
-        return self._surviving(lambda: on_driver(self._topology, work))
+        return self._surviving(lambda: self._on_turn(work))
 
     def _sample(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         assert self._client and self._inputs
@@ -156,6 +169,7 @@ class Rollouts:
                 finish_reason=completion.finish_reason,
                 weight_version=int(completion.weight_version),
                 reward=future.result().reward,
+                seconds=completion.seconds,
             )
             for prompt, completion, future in zip(prompts, completions, grades, strict=True)
         ]
@@ -191,6 +205,39 @@ class Rollouts:
         self._server.stop()
         self._start_server()
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """vLLM's: it is awake within, and the trainer's memory comes back only when it sleeps again."""
+        with self._parked():
+            self._wake()
+            yield
+            self._sleep()
+
+    def _on_turn(self, work: Callable[[], Answer]) -> Answer:
+        with self._turn():
+            return on_driver(self._topology, work)
+
+    def _wake(self, *tags: str) -> None:
+        if self._recipe.rollout.sleep_while_training:
+            self._make_room()
+            on_driver(self._topology, lambda: self._client and self._client.wake_up(*tags))
+
+    def _make_room(self) -> None:
+        """Let go of the memory that torch has freed but keeps, on every rank before vLLM, on any device, takes it."""
+        if self._topology.device.type == "cuda":
+            on_all(self._topology, torch.cuda.empty_cache)
+
+    def _sleep(self) -> None:
+        if self._recipe.rollout.sleep_while_training:
+            on_driver(self._topology, lambda: self._client and self._client.sleep())
+
+    def _serve(self, start: Callable[[], None]) -> None:
+        """Start a server, which takes all its memory at once."""
+        with self._parked():
+            self._make_room()
+            on_driver(self._topology, start)
+            self._sleep()
+
     def _meet(self) -> None:
         folder = self._server.payload_dir if self._server else None
         self._sync = WeightSync(self._stream, client=self._client, folder=folder, rank=self._topology.rank)
@@ -207,11 +254,11 @@ class Rollouts:
             self._died_in = self._moment
             if self._topology.is_driver:
                 print(f"the rollout server died in {self._moment} ({death}); restarting it once", flush=True)
-            on_driver(self._topology, self._restart)
+            self._serve(self._restart)
 
             def again() -> Answer:
                 self._meet()
-                self._sync.sync(self._version)
+                self._give_weights()
                 if self._probes:
                     self._prove()
                 return work()

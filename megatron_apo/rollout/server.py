@@ -8,6 +8,7 @@ this process, SIGKILL included, leaves one of its processes, its shared memory o
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -23,7 +24,7 @@ from typing import Any
 
 from megatron_apo import guard
 from megatron_apo.config import RolloutConfig
-from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.ports import free_port, try_port
 from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
 
@@ -171,7 +172,7 @@ class VLLMServer:
             "host": rollout.host,
             "port": port,
             "seed": self.seed,
-            "max-model-len": longest_request(self.model, self.max_model_len),
+            "max-model-len": served_length(rollout, self.model, self.max_model_len),
             "logprobs-mode": "processed_logprobs",  # of the distribution that was sampled from: after the temperature
             "weight-transfer-config": json.dumps({"backend": "shm"}),
             "middleware": "megatron_apo.rollout.vllm_plugin.TokenCheck",
@@ -185,7 +186,8 @@ class VLLMServer:
         command += [
             "--enable-scale-out",  # /inference/v1/generate
             "--skip-tokenizer-init",  # token ids in, token ids out
-            "--no-enable-prefix-caching",  # a request's numbers do not depend on those before it
+            f"--{'' if rollout.prefix_caching else 'no-'}enable-prefix-caching",  # emptied by each sync's pause
+            *(["--enable-sleep-mode"] if rollout.sleep_while_training else []),
             "--disable-log-stats",
             "--disable-uvicorn-access-log",
             "--disable-fastapi-docs",
@@ -212,16 +214,29 @@ def engine_options(rollout: RolloutConfig) -> dict[str, Any]:
         "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
         "tensor_parallel_size": rollout.tp,
         "generation_config": "vllm",  # no sampling default from the model's folder
-        "enable_chunked_prefill": False,  # a seeded request prefilled in two pieces kills the CPU engine
+        "enable_chunked_prefill": _has_gpu(),  # a seeded request prefilled in two pieces kills the CPU engine
         "enforce_eager": not _has_gpu(),  # compiling costs more than it gains on a CPU
+        "kv_cache_dtype": rollout.kv_cache_dtype,
     }
-    in_fp8 = {"quantization": rollout.quantization, "kv_cache_dtype": rollout.kv_cache_dtype}
-    for name, value in in_fp8.items():
-        if value == "fp8" and not _has_gpu():
-            raise ValueError(f"rollout.{name}: fp8 needs a GPU, and this machine has none; leave it out")
-        if value:
-            options[name] = value
+    if problems := engine_problems(rollout):
+        raise ValueError("\n".join(problems))
+    if rollout.quantization:
+        options["quantization"] = rollout.quantization
+    if _has_gpu():
+        # With kv_cache_memory_bytes it is only what must be free at the start (v1/worker/utils.py, `request_memory`);
+        # vLLM's own 0.92 leaves no room for a trainer.
+        options["gpu_memory_utilization"] = rollout.gpu_memory_utilization
     return options
+
+
+def engine_problems(rollout: RolloutConfig) -> list[str]:
+    """Settings that this machine has no GPU for, one line each."""
+    wanted = {"quantization": "fp8", "kv_cache_dtype": "fp8", "sleep_while_training": True}
+    return [
+        f"rollout.{name}: {str(value).lower()} needs a GPU, and this machine has none; leave it out"
+        for name, value in wanted.items()
+        if getattr(rollout, name) == value and not _has_gpu()
+    ]
 
 
 def device_name() -> str:
@@ -262,6 +277,29 @@ def _cpu_environment(tp: int, threads: int | None) -> dict[str, str]:
 
 def _has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def served_length(rollout: RolloutConfig, model: Path, max_model_len: int) -> int:
+    """`longest_request`. Raises `ValueError` also where the KV cache cannot hold one, with what can."""
+    longest = longest_request(model, max_model_len)
+    least = _least_kv_cache_bytes(rollout, read_hf_config(model), longest)
+    if rollout.kv_cache_gib * 2**30 < least:
+        raise ValueError(
+            f"rollout.kv_cache_gib: {rollout.kv_cache_gib:g} cannot hold one sequence of data.max_prompt_tokens + "
+            f"sampling.max_response_tokens ({max_model_len}); use at least {math.ceil(least / 2**30 * 100) / 100:g}"
+        )
+    return longest
+
+
+def _least_kv_cache_bytes(rollout: RolloutConfig, spec: ModelSpec, tokens: int) -> int:
+    """Keys and values of one sequence on one of the engine's workers, each of which holds at least one head.
+
+    Of whole blocks of 128 tokens, the CPU's (platforms/cpu.py) and the largest of a GPU's, and one that vLLM keeps to
+    itself (v1/core/block_pool.py, `null_block`).
+    """
+    width = 1 if rollout.kv_cache_dtype == "fp8" else 4 if rollout.dtype == "float32" else 2
+    heads = max(1, spec.num_query_groups // rollout.tp)
+    return 2 * spec.num_layers * heads * spec.head_dim * width * 128 * (-(-tokens // 128) + 1)
 
 
 def longest_request(model: Path, max_model_len: int) -> int:

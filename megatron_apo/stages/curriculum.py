@@ -10,8 +10,10 @@ from megatron_apo.checkpoint import check_resume
 from megatron_apo.config import Recipe
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
+from megatron_apo.fit import misfits
 from megatron_apo.inputs import Inputs, load_inputs, store_fingerprint
-from megatron_apo.model.hf_config import ModelConfigError, check_layout, check_served, read_hf_config
+from megatron_apo.model.gpus import visible_gpus
+from megatron_apo.model.hf_config import ModelConfigError, read_hf_config
 from megatron_apo.values.store import PromptValues, VStarStore
 from megatron_apo.weights.hf_io import HFReader
 
@@ -52,18 +54,19 @@ def open_curriculum(recipe: Recipe) -> Curriculum:
 
 
 def _check_models(recipe: Recipe) -> None:
-    """Policy, reference and the run's folder: every problem at once."""
-    problems = []
+    """Policy, reference, the run's folder and what is written there: every problem at once."""
+    models = {"model.path": recipe.model.path}
+    if recipe.model.reference_path != recipe.model.path:
+        models["model.reference"] = recipe.model.reference_path
+    problems = misfits(recipe, models, visible_gpus())
     specs: list[dict[str, Any]] = []
-    for folder in dict.fromkeys((recipe.model.path, recipe.model.reference_path)):
+    for folder in models.values():
         try:
             spec = read_hf_config(folder)
             specs.append(asdict(spec))
-            check_served(spec)
-            check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp, ep=recipe.parallel.ep)
             HFReader(folder).check(spec)
         except ModelConfigError as error:
-            problems.append(str(error))
+            problems += [line for line in str(error).splitlines() if not any(line in other for other in problems)]
     if len(specs) == 2:
         policy, reference = specs
         problems += [
@@ -78,4 +81,4 @@ def _check_models(recipe: Recipe) -> None:
     if recipe.data.eval is None:
         problems.append("data.eval: missing; training reports on held-out prompts")
     if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
+        raise ValueError("\n".join(problems))

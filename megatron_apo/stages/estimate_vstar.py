@@ -27,7 +27,7 @@ from megatron_apo.inputs import Inputs, load_inputs, store_fingerprint
 from megatron_apo.model.hf_config import check_served, read_hf_config
 from megatron_apo.rewards.pool import UNFINISHED, Grade, InlineRewardPool
 from megatron_apo.rollout.offline import OfflineEngine, Sample
-from megatron_apo.rollout.server import device_name, engine_options, longest_request
+from megatron_apo.rollout.server import device_name, engine_options, served_length
 from megatron_apo.telemetry.memory import long_lived
 from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.values.claims import Claims
@@ -70,7 +70,7 @@ class Job:
     @classmethod
     def open(cls, recipe: Recipe) -> Job:
         check_served(read_hf_config(recipe.model.reference_path))
-        longest_request(recipe.model.reference_path, recipe.max_sequence_tokens)
+        served_length(recipe.rollout, recipe.model.reference_path, recipe.max_sequence_tokens)
         inputs = load_inputs(recipe)
         num_shards = -(-len(inputs.training.prompts) // recipe.vstar.prompts_per_shard)
         made = {key: attrgetter(key)(recipe) for key in _MADE}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 
-from megatron_apo.config import Recipe
-from megatron_apo.model.hf_config import check_layout, read_hf_config
+from megatron_apo.config import Recipe, RecipeError
+from megatron_apo.fit import misfits
+from megatron_apo.model.gpus import visible_gpus
+from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel import launch
 from megatron_apo.telemetry.summary import RunSummary
 
@@ -64,8 +66,16 @@ def _check_warmup(recipe: Recipe) -> None:
 
     if recipe.warmup.data is None or recipe.warmup.start is None:
         raise ValueError("warmup.data and warmup.start: both are needed for a warm start; set them in the recipe")
-    spec = read_hf_config(recipe.warmup.start)
-    check_layout(spec, tp=recipe.parallel.tp, pp=recipe.parallel.pp, ep=recipe.parallel.ep)
-    HFReader(recipe.warmup.start).check(spec)
-    check_empty(recipe.model.path, "model.path (the warm start writes it)")
-    read_examples(recipe)
+    start = recipe.warmup.start
+    problems = misfits(recipe, {"warmup.start": start}, visible_gpus())
+    for check in (
+        lambda: HFReader(start).check(read_hf_config(start)),
+        lambda: check_empty(recipe.model.path, "model.path (the warm start writes it)"),
+        lambda: read_examples(recipe),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            problems += [line for line in str(error).splitlines() if not any(line in other for other in problems)]
+    if problems:
+        raise RecipeError(problems)

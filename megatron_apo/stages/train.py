@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 from rich.progress import Progress
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from megatron_apo.checkpoint import Checkpoints
 from megatron_apo.config import Recipe
-from megatron_apo.data.batch import MicroBatch, make_micro_batch
+from megatron_apo.data.batch import MicroBatch
+from megatron_apo.data.layout import lay_out, minibatches
 from megatron_apo.data.order import step_prompts
-from megatron_apo.data.packing import plan_micro_batches
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
 from megatron_apo.model.build import LogProbModel, build_model
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
+from megatron_apo.model.placement import Reference, place_reference
+from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import Objective, Samples, build_objective
 from megatron_apo.optim import Trainable, make_trainable
 from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
@@ -44,16 +46,24 @@ def train(recipe: Recipe, topology: Topology) -> None:
     objective = build_objective(recipe.objective)
     assert not objective.needs_critic, "this loop has no critic"
     curriculum = kept_on_driver(topology, lambda: open_curriculum(recipe))
-    policy = _load_model(recipe, spec, topology, recipe.model.path)
-    # Not marked as frozen: Megatron-Core multiplies frozen weights by another routine, which rounds differently.
-    reference = _load_model(recipe, spec, topology, recipe.model.reference_path)
+    policy = _build(recipe, spec, topology)
+    load_weights(policy, spec, topology, HFReader(recipe.model.path))
     trainable = make_trainable(policy, recipe.optimizer, total_steps=recipe.train.steps * recipe.train.minibatches)
+    reference = None
+    if objective.anchor == "reference":
+        reference = place_reference(
+            recipe.model.reference_mode,
+            policy,
+            build=lambda: _build(recipe, spec, topology),
+            load=lambda chunks: load_weights(chunks, spec, topology, HFReader(recipe.model.reference_path)),
+        )
     checkpoints = Checkpoints(recipe, topology, trainable)
     start = checkpoints.restore()
     timer = PhaseTimer()
     inputs = curriculum.inputs if curriculum else None
+    parked = partial(trainable.parked, recipe.train.offload_while_sampling)
     with (
-        Rollouts(recipe, topology, policy, spec, inputs) as rollouts,
+        Rollouts(recipe, topology, policy, spec, inputs, parked) as rollouts,
         Recorder(recipe, topology, lambda: rollouts.server_pid) as recorder,
         Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress,
         long_lived(),
@@ -89,17 +99,15 @@ def train(recipe: Recipe, topology: Topology) -> None:
     export_hf(WeightStream(policy, spec, topology), topology, source=recipe.model.path, out=out)
 
 
-def _load_model(recipe: Recipe, spec: ModelSpec, topology: Topology, folder: Path) -> LogProbModel:
-    model = build_model(
+def _build(recipe: Recipe, spec: ModelSpec, topology: Topology) -> list[LogProbModel]:
+    return build_model(
         spec,
         recipe.parallel,
         topology,
-        dtype=recipe.model.dtype,
+        Precision.of(recipe.model, recipe.parallel),
         temperature=recipe.sampling.temperature,
-        chunk_tokens=recipe.train.log_prob_chunk_tokens,
+        train=recipe.train,
     )
-    load_weights(model, spec, topology, HFReader(folder))
-    return model
 
 
 def _next_prompts(recipe: Recipe, objective: Objective, curriculum: Curriculum | None, step: int) -> list[Prompt]:
@@ -118,13 +126,13 @@ def _learn(
     topology: Topology,
     objective: Objective,
     trainable: Trainable,
-    reference: LogProbModel,
+    reference: Reference | None,
     batch: Sequence[Rollout],
     values: Mapping[str, float],
     timer: PhaseTimer,
 ) -> StepRecord:
     """Every optimizer step on one rollout batch."""
-    targets = objective.prepare(_samples(batch), values)
+    targets = objective.prepare(_samples(batch, topology.device), values)
     minibatches = _lay_out(recipe, topology, batch)
     anchors = _anchors(objective, trainable, reference, minibatches, batch, timer)
     record = StepRecord(objective.reinforce_scale)
@@ -139,18 +147,18 @@ def _learn(
 
         with timer.phase("train"):
             trainable.zero_grad()
-            stats = forward_backward(trainable.model, micro, loss)
+            stats = forward_backward(trainable.chunks, micro, loss)
         with timer.phase("optimizer"):
             record.add(stats, trainable.step())
     return record.gather(topology)
 
 
-def _samples(batch: Sequence[Rollout]) -> Samples:
+def _samples(batch: Sequence[Rollout], device: torch.device) -> Samples:
     """The batch as an objective sees it."""
     return Samples(
         [rollout.prompt_id for rollout in batch],
-        torch.tensor([rollout.reward for rollout in batch]),
-        torch.tensor([len(rollout.response_ids) for rollout in batch]),
+        torch.tensor([rollout.reward for rollout in batch], device=device),
+        torch.tensor([len(rollout.response_ids) for rollout in batch], device=device),
     )
 
 
@@ -158,24 +166,13 @@ def _lay_out(recipe: Recipe, topology: Topology, batch: Sequence[Rollout]) -> li
     """This replica's micro-batches of each minibatch."""
     prompts = [rollout.prompt_ids for rollout in batch]
     responses = [rollout.response_ids for rollout in batch]
-    size = len(batch) // recipe.train.minibatches
-    minibatches = []
-    for first in range(0, len(batch), size):
-        plan = plan_micro_batches(
-            [rollout.num_tokens for rollout in batch[first : first + size]],
-            dp=topology.dp,
-            budget_tokens=recipe.train.tokens_per_micro_batch,
-            packing=recipe.train.packing,
-        )[topology.dp_rank]
-        rows = [[first + index for index in indices] for indices in plan]
-        minibatches.append([make_micro_batch(indices, prompts, responses, recipe.train.packing) for indices in rows])
-    return minibatches
+    return [lay_out(recipe, topology, prompts, responses, rows=rows) for rows in minibatches(recipe, len(batch))]
 
 
 def _anchors(
     objective: Objective,
     trainable: Trainable,
-    reference: LogProbModel,
+    reference: Reference | None,
     minibatches: list[list[MicroBatch]],
     batch: Sequence[Rollout],
     timer: PhaseTimer,
@@ -185,13 +182,15 @@ def _anchors(
     with timer.phase("reference"):
         match objective.anchor:
             case "reference":
-                found = forward_log_probs(reference, flat)
+                assert reference is not None
+                with reference.active() as chunks:
+                    found = forward_log_probs(chunks, flat)
             case "iterate":
-                found = forward_log_probs(trainable.model.module, flat)
+                found = forward_log_probs(trainable.chunks, flat)
             case "sampler":
                 found = [piece.gather([rollout.log_probs for rollout in batch]) for piece in flat]
             case "none":
-                found = [torch.zeros(len(piece.sequence_R)) for piece in flat]
+                found = [piece.sequence_R.new_zeros(len(piece.sequence_R), dtype=torch.float32) for piece in flat]
     anchors = iter(found)
     return [[next(anchors, torch.empty(0)) for _ in micro] for micro in minibatches]
 

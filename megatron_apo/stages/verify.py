@@ -63,7 +63,7 @@ def verify(
     if launch.is_rank() and prompts and only is None:
         raise ValueError("--only: missing; a job of ranks compares tensors or log-probs, start one for each")
     spec = _same_spec(hf, megatron)
-    check_layout(spec, tp=layout.tp, pp=layout.pp, ep=layout.ep)
+    check_layout(spec, layout.parallel)
     lines = _read_prompts(prompts) if prompts else []
     both = ["verify", "--hf", str(hf), "--megatron", str(megatron)]
     if only in (None, "tensors"):
@@ -118,13 +118,15 @@ def _log_probs(
     from megatron_apo.weights.torch_dist import load_model
 
     sequences = on_driver(topology, lambda: _tokenize(hf, lines, spec))
-    model = build_model(spec, layout.parallel, topology, dtype="fp32")
-    load_model(model, megatron)
+    chunks = build_model(spec, layout.parallel, topology)
+    load_model(chunks, megatron)
     first, rest = [tokens[:1] for tokens in sequences], [tokens[1:] for tokens in sequences]
-    micro_batches = [make_micro_batch([index], first, rest, packing=True) for index in range(len(sequences))]
-    found = [log_prob_R.tolist() for log_prob_R in forward_log_probs(model, micro_batches)]
+    micro_batches = [
+        make_micro_batch([index], first, rest, packing=True).to(topology.device) for index in range(len(sequences))
+    ]
+    found = [log_prob_R.tolist() for log_prob_R in forward_log_probs(chunks, micro_batches)]
     found = topology.broadcast(found, src=topology.last_stage_rank)
-    del model
+    del chunks
     expected = on_driver(topology, lambda: _transformers_log_probs(hf, sequences))
     worst, line, position = max(
         (math.inf if math.isnan(ours - theirs) else abs(ours - theirs), index, position)

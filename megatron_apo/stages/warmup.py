@@ -6,12 +6,12 @@ import torch
 from rich.progress import Progress
 
 from megatron_apo.config import OptimizerConfig, Recipe
-from megatron_apo.data.batch import make_micro_batch
+from megatron_apo.data.layout import lay_out
 from megatron_apo.data.order import step_prompts
-from megatron_apo.data.packing import plan_micro_batches
 from megatron_apo.data.sft import Examples, read_examples
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import SFT, MicroTargets
 from megatron_apo.optim import make_trainable
 from megatron_apo.parallel.pipeline import forward_backward
@@ -25,19 +25,28 @@ def train(recipe: Recipe, topology: Topology) -> None:
     warmup = recipe.warmup
     assert warmup.start is not None
     spec = read_hf_config(warmup.start)
-    model = build_model(
-        spec, recipe.parallel, topology, dtype=recipe.model.dtype, chunk_tokens=recipe.train.log_prob_chunk_tokens
+    precision = Precision.of(recipe.model, recipe.parallel)
+    settings = recipe.train.model_copy(update={"entropy": False})  # no one would read it
+    chunks = build_model(spec, recipe.parallel, topology, precision, train=settings)
+    load_weights(chunks, spec, topology, HFReader(warmup.start))
+    config = OptimizerConfig(
+        lr=warmup.lr,
+        schedule="linear",
+        beta2=0.999,
+        warmup_steps=max(1, warmup.steps // 20),
+        # What decides where the optimizer fits is the recipe's, as its layout is.
+        distributed=recipe.optimizer.distributed,
+        moments=recipe.optimizer.moments,
+        cpu_offload=recipe.optimizer.cpu_offload,
     )
-    load_weights(model, spec, topology, HFReader(warmup.start))
-    config = OptimizerConfig(lr=warmup.lr, schedule="linear", beta2=0.999, warmup_steps=max(1, warmup.steps // 20))
-    trainable = make_trainable(model, config, total_steps=warmup.steps)
+    trainable = make_trainable(chunks, config, total_steps=warmup.steps)
     examples = read_examples(recipe)
     with Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress:
         task = progress.add_task("warm start (SFT)", total=warmup.steps)
         for step in range(warmup.steps):
             _step(recipe, topology, trainable, examples, step)
             progress.advance(task)
-    export_hf(WeightStream(model, spec, topology), topology, source=warmup.start, out=recipe.model.path)
+    export_hf(WeightStream(chunks, spec, topology), topology, source=warmup.start, out=recipe.model.path)
 
 
 def _step(recipe: Recipe, topology: Topology, trainable, examples: Examples, step: int) -> None:
@@ -45,15 +54,11 @@ def _step(recipe: Recipe, topology: Topology, trainable, examples: Examples, ste
         step, num_prompts=len(examples.prompts), prompts_per_step=recipe.warmup.sequences_per_step, seed=recipe.run.seed
     )
     prompts, responses = [examples.prompts[i] for i in chosen], [examples.responses[i] for i in chosen]
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    plan = plan_micro_batches(
-        lengths, dp=topology.dp, budget_tokens=recipe.train.tokens_per_micro_batch, packing=recipe.train.packing
-    )[topology.dp_rank]
-    micro = [make_micro_batch(indices, prompts, responses, recipe.train.packing) for indices in plan]
+    micro = lay_out(recipe, topology, prompts, responses)
     objective, nothing = SFT(), MicroTargets({}, {})
     trainable.zero_grad()
     forward_backward(
-        trainable.model,
+        trainable.chunks,
         micro,
         lambda log_prob_R, k: objective.loss(log_prob_R, torch.zeros_like(log_prob_R), micro[k].sequence_R, nothing),
     )

@@ -91,6 +91,7 @@ class StepRecord:
             "mismatch/mean": first.sums["mismatch"] / first.sums["tokens"],
             "grad_norm": grad_norm,
             "grad_norm_reinforce": grad_norm / self._reinforce_scale,
+            **({"entropy/per_token": first.sums["entropy"] / first.sums["tokens"]} if "entropy" in first.sums else {}),
         }
 
 

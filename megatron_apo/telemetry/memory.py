@@ -12,12 +12,13 @@ import gc
 import re
 import threading
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 _SHARE = re.compile(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB$", re.M)
+_RESIDENT = re.compile(r"^(VmHWM|RssFile|RssShmem):\s+(\d+) kB$", re.M)
 
 
 def private_bytes(pid: int) -> int:
@@ -41,6 +42,19 @@ def tree_private_bytes(pid: int, without: Set[int] = frozenset()) -> int:
             continue
         waiting += [child for child in children if child not in without]
     return total
+
+
+def pop_private_peak_bytes() -> int:
+    """About the peak private memory of this process since the last call, bytes; takes 0.2 ms.
+
+    The kernel's peak of the resident set, which is then set back (proc(5), clear_refs), without the mapped files and
+    shared memory that are resident now: those that were dropped in between are counted. Where it may not be set back,
+    it is the peak since the process's start.
+    """
+    sizes = dict(_RESIDENT.findall(Path("/proc/self/status").read_text()))
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * (int(sizes["VmHWM"]) - int(sizes["RssFile"]) - int(sizes["RssShmem"]))
 
 
 @contextmanager

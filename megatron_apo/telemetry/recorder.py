@@ -1,6 +1,7 @@
 """Writes down a training run: metrics.jsonl and TensorBoard as it goes, its part of summary.json at the end.
 
-Every rank has one; the driver's writes. `finish` is collective (it gathers each rank's peak memory).
+Every rank has one; the driver's writes. `log` and `finish` are collective: they gather each rank's memory, and what its
+GPU did.
 """
 
 from __future__ import annotations
@@ -11,19 +12,28 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from statistics import fmean
+from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_apo.config import Recipe
+from megatron_apo.data.layout import balance_metrics
 from megatron_apo.data.rollout import Rollout
+from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.objectives import build_objective
 from megatron_apo.parallel.topology import Topology
 from megatron_apo.rollout.evaluation import Evaluation
 from megatron_apo.rollout.weight_sync import SyncReport
 from megatron_apo.telemetry.diagnostics import StepRecord
+from megatron_apo.telemetry.flops import training_rates
+from megatron_apo.telemetry.gpu import GpuMonitor, gpu_uuid, peak_tflops
 from megatron_apo.telemetry.memory import MemorySampler
 from megatron_apo.telemetry.metrics import MetricsWriter, read_metrics
+from megatron_apo.telemetry.responses import response_metrics
 from megatron_apo.telemetry.summary import RunSummary
+from megatron_apo.telemetry.timers import Phase
 
 _SETTLED_STEPS = 2  # the first steps warm caches and kernels up; means leave them out
 
@@ -36,6 +46,10 @@ class Recorder:
         self._recipe = recipe
         self._topology = topology
         self._server_pid = server_pid
+        self._spec = read_hf_config(recipe.model.path)
+        self._anchor_computed = build_objective(recipe.objective).anchor in ("reference", "iterate")
+        self._peak_flops = _peak_flops(recipe, topology.device)
+        self._gpu: GpuMonitor | None = None
         self._stack = ExitStack()
         self._writer: MetricsWriter | None = None
         self._history: defaultdict[str, list[float]] = defaultdict(list)
@@ -46,17 +60,19 @@ class Recorder:
     def __enter__(self) -> Recorder:
         self._memory = self._stack.enter_context(MemorySampler())
         self._stack.enter_context(self._memory.watch(f"trainer rank {self._topology.rank}", os.getpid()))
+        if self._topology.device.type == "cuda":
+            self._gpu = self._stack.enter_context(GpuMonitor(gpu_uuid(self._topology.device)))
         if self._topology.is_driver:
             self._stack.enter_context(self._memory.watch("vllm server", self._server_pid))
-        if self._topology.is_driver:
             self._recipe.save(self._recipe.run.dir / "recipe.yaml")
+            telemetry, config = self._recipe.telemetry, self._recipe.model_dump(mode="json")
             self._writer = self._stack.enter_context(
-                MetricsWriter(self._recipe.run.dir, self._recipe.telemetry.tensorboard)
+                MetricsWriter(self._recipe.run.dir, telemetry.tensorboard, telemetry.wandb, config)
             )
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
 
     def resumed(self, step: int) -> None:
         """The run goes on after `step` steps: its rows so far count, those of later steps will be written again."""
@@ -92,37 +108,46 @@ class Recorder:
         record: StepRecord,
         batch: Sequence[Rollout],
         values: Mapping[str, float],
-        seconds: Mapping[str, float],
+        phases: Mapping[str, Phase],
         *,
         lr: float,
     ) -> None:
-        """One training step (`step` counts from 1). `values`: V* by prompt id; `seconds`: by phase."""
+        """One training step (`step` counts from 1). `values`: V* by prompt id. Collective."""
+        peaks = {name: phase.peak_bytes for name, phase in phases.items()}
+        ranks = self._gathered((peaks, self._gpu.pop() if self._gpu else {}))
+        if not self._topology.is_driver:
+            return
         advantages = [rollout.reward - values[rollout.prompt_id] for rollout in batch]
-        response_tokens = sum(len(rollout.response_ids) for rollout in batch)
-        all_tokens = sum(rollout.num_tokens for rollout in batch)
-        learning_s = seconds["reference"] + seconds["train"] + seconds["optimizer"]
+        seconds = {name: phase.seconds for name, phase in phases.items()}
         self._log(
             step,
             {
                 "reward/mean": fmean(rollout.reward for rollout in batch),
                 **record.metrics(),
                 "lr": lr,
-                "response/mean_tokens": response_tokens / len(batch),
-                "response/truncated": fmean(rollout.finish_reason == "length" for rollout in batch),
+                **response_metrics(batch, seconds["step"]),
                 "advantage/mean": fmean(advantages),
                 "advantage/second_moment": fmean(value * value for value in advantages),
                 "value/mean": fmean(values[rollout.prompt_id] for rollout in batch),
                 **{f"time/{phase}_s": value for phase, value in seconds.items()},
-                "tokens_per_s/generate": response_tokens / seconds["generate"],
-                "tokens_per_s/train": all_tokens / learning_s,
+                "tokens_per_s/generate": sum(len(rollout.response_ids) for rollout in batch) / seconds["generate"],
+                **training_rates(
+                    self._spec,
+                    [(len(rollout.prompt_ids), len(rollout.response_ids)) for rollout in batch],
+                    seconds,
+                    num_ranks=self._topology.world_size,
+                    peak_flops=self._peak_flops,
+                    anchor_computed=self._anchor_computed,
+                ),
+                **balance_metrics(self._recipe, [rollout.num_tokens - 1 for rollout in batch]),
+                **machine_metrics(ranks),
             },
         )
 
     def finish(self, grader_failures: Mapping[str, int]) -> None:
         """Write summary.json. Collective."""
         self._memory.sample()
-        peaks: list[dict[str, int]] = [{} for _ in range(self._topology.world_size)]
-        dist.all_gather_object(peaks, self._memory.peaks())
+        peaks = self._gathered(self._memory.peaks())
         if not self._topology.is_driver:
             return
         split = {
@@ -146,18 +171,52 @@ class Recorder:
                     "generation": self._mean("tokens_per_s/generate"),
                     "training": self._mean("tokens_per_s/train"),
                 },
+                "tflops_per_rank": self._means("tflops_per_rank/"),
+                "mfu": self._means("mfu/"),
                 "step_split_s": split,
                 "grader_failures": dict(grader_failures),
                 "peak_memory_bytes": {label: peak for rank in peaks for label, peak in rank.items()},
+                "peak_phase_bytes": {
+                    name.removeprefix("memory/").removesuffix("_bytes"): max(values)
+                    for name, values in self._history.items()
+                    if name.startswith("memory/")
+                },
             }
         )
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """Every rank's `value` on the driver, nothing elsewhere. Collective."""
+        found: list[Any] | None = [None] * self._topology.world_size if self._topology.is_driver else None
+        dist.gather_object(value, found)
+        return found or []
 
     def _mean(self, name: str) -> float:
         values = self._history[name]
         return fmean(values[_SETTLED_STEPS:] or values)
+
+    def _means(self, prefix: str) -> dict[str, float]:
+        return {name.removeprefix(prefix): self._mean(name) for name in list(self._history) if name.startswith(prefix)}
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._history[name].append(value)
         if self._writer:
             self._writer.log(step, values)
+
+
+def machine_metrics(ranks: Sequence[tuple[Mapping[str, int], Mapping[str, float]]]) -> dict[str, float]:
+    """Of each rank's (peak bytes by phase, what its GPU did): the largest peak of a phase, and every GPU by itself."""
+    found: dict[str, float] = {}
+    for rank, (peaks, gpu) in enumerate(ranks):
+        for phase, peak in peaks.items():
+            found[f"memory/{phase}_bytes"] = max(peak, found.get(f"memory/{phase}_bytes", 0))
+        found |= {f"gpu/rank{rank}/{name}": value for name, value in gpu.items()}
+    return found
+
+
+def _peak_flops(recipe: Recipe, device: torch.device) -> float | None:
+    """Most FLOPs a second that one rank's device can do in the recipe's precision, where that is known."""
+    tflops = recipe.telemetry.peak_tflops
+    if tflops is None and device.type == "cuda":
+        tflops = peak_tflops(torch.cuda.get_device_name(device), fp8=recipe.model.fp8 is not None)
+    return tflops and tflops * 1e12

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 from megatron_apo.telemetry import page, plots
+from megatron_apo.telemetry.gpu_page import gpu_figures
 from megatron_apo.telemetry.metrics import FILE_NAME, read_metrics
 from megatron_apo.telemetry.summary import read_summary
 from megatron_apo.telemetry.units import data_size, duration
@@ -20,6 +22,8 @@ from megatron_apo.telemetry.units import data_size, duration
 Rows = list[dict[str, Any]]
 Tree = Mapping[str, Any]
 
+_PARTS = ("generate", "reference", "forward_backward", "train")  # whose rates are in metrics.jsonl
+_RATES = {"tokens_per_s": ("tokens/s", ",.0f"), "tflops_per_rank": ("TFLOP/s of a rank", ".3g"), "mfu": ("MFU", ".1%")}
 _HEADINGS = {"before": "before (reference)", "after": "after A*-PO"}
 
 
@@ -39,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
         page.section("Time", _time(rows, summary)),
         page.section("Trainer and rollouts", _agreement(rows, summary)),
         page.section("Optimization", _optimization(rows)),
-        page.section("Machine", _machine(summary)),
+        page.section("Machine", gpu_figures(rows) + _machine(summary)),
         page.section("Recipe", _recipe(recipe)),
     ]
     path = run_dir / "report.html"
@@ -123,8 +127,13 @@ def _vstar(run_dir: Path, recipe: Tree) -> str:
 
 
 def _responses(rows: Rows) -> str:
-    return _lines(rows, "response length, tokens", ["response/mean_tokens"]) + _lines(
-        rows, "responses cut at the length cap", ["response/truncated"], percent=True
+    lengths = [f"response/{name}_tokens" for name in ("mean", "p50", "p95", "max")]
+    return (
+        _lines(rows, "response length, tokens", lengths)
+        + _lines(rows, "responses cut at the length cap", ["response/truncated"], percent=True)
+        + _lines(
+            rows, "share of the step with the slowest 1 % of responses alone", ["rollout/slowest_share"], percent=True
+        )
     )
 
 
@@ -155,15 +164,27 @@ def _time(rows: Rows, summary: Tree) -> str:
         blocks += page.table(
             "The run", ("phase", "time", "share"), [(n, duration(s), f"{s / total:.0%}") for n, s in phases.items()]
         )
-    speeds = [
-        (name, f"{speed:,.0f}")
-        for name in ("generate", "train")
-        for _, values in [_series(rows, f"tokens_per_s/{name}")]
-        if values
-        for speed in [sum(values) / len(values)]
+    return blocks + _rates(rows)
+
+
+def _rates(rows: Rows) -> str:
+    found = {
+        (part, rate): fmean(values)
+        for part in _PARTS
+        for rate in _RATES
+        if (values := _series(rows, f"{rate}/{part}")[1])
+    }
+    rates = {rate: how for rate, how in _RATES.items() if any(rate == of for _, of in found)}
+    table = [
+        (part, *(format(found[part, rate], how) if (part, rate) in found else "" for rate, (_, how) in rates.items()))
+        for part in _PARTS
+        if any(part == of for of, _ in found)
     ]
-    if speeds:
-        blocks += page.table("Tokens per second, mean over steps", ("part", "tokens/s"), speeds)
+    if not table:
+        return ""
+    blocks = page.table("Rates, mean over steps", ("part", *(title for title, _ in rates.values())), table)
+    if ("train", "mfu") in found:
+        blocks += _lines(rows, "MFU of training", ["mfu/train"], percent=True)
     return blocks
 
 
@@ -192,8 +213,14 @@ def _machine(summary: Tree) -> str:
     memory, versions = summary.get("peak_memory_bytes", {}), summary.get("versions", {})
     if not memory and not versions:
         return page.missing("memory and versions are in summary.json, which is not there yet")
-    return page.table(
-        "Peak private memory", ("process", "memory"), [(name, data_size(size)) for name, size in memory.items()]
+    phases = summary.get("peak_phase_bytes", {})
+    return "".join(
+        page.table(title, (what, "memory"), [(name, data_size(size)) for name, size in sizes.items()])
+        for title, what, sizes in (
+            ("Peak private memory", "process", memory),
+            ("Peak memory of a rank by phase", "phase", phases),
+        )
+        if sizes
     ) + page.table("Versions", ("package", "version"), list(versions.items()))
 
 

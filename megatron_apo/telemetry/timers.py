@@ -1,4 +1,4 @@
-"""Seconds by phase."""
+"""Seconds and peak memory by phase."""
 
 from __future__ import annotations
 
@@ -6,31 +6,69 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from megatron_apo.telemetry.memory import pop_private_peak_bytes
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase took: wall-clock seconds, added up, and this process's peak memory in it.
+
+    Memory is what tensors take of the GPU, or without one the process's private memory.
+    """
+
+    seconds: float
+    peak_bytes: int
 
 
 class PhaseTimer:
-    """Adds up the wall-clock seconds spent in named phases.
+    """Measures named phases.
 
     with timer.phase("generate"):
         ...
-    timer.pop()  # {"generate": 0.62}
+    timer.pop()  # {"generate": Phase(seconds=0.62, peak_bytes=810_000_000)}
 
-    A phase that raises counts too. A phase inside another counts in both.
+    A phase that raises counts too. A phase inside another counts in both. A phase waits for the GPU at its
+    begin and at its end, so that what it took is its own: keep phases few and long.
     """
 
     def __init__(self) -> None:
+        self._pop_peak = _pop_cuda_peak_bytes if torch.cuda.is_available() else pop_private_peak_bytes
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._peaks: defaultdict[str, int] = defaultdict(int)
+        self._running: list[str] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self._close_interval()
         start = time.perf_counter()
+        self._running.append(name)
         try:
             yield
         finally:
+            self._close_interval()
+            self._running.remove(name)
             self._seconds[name] += time.perf_counter() - start
 
-    def pop(self) -> dict[str, float]:
-        """Seconds of each phase since the last `pop`, in the order of first use."""
-        seconds = dict(self._seconds)
+    def pop(self) -> dict[str, Phase]:
+        """Each phase since the last `pop`, in the order in which they first ended."""
+        phases = {name: Phase(seconds, self._peaks[name]) for name, seconds in self._seconds.items()}
         self._seconds.clear()
-        return seconds
+        self._peaks.clear()
+        return phases
+
+    def _close_interval(self) -> None:
+        """The peak since the last call belongs to every phase that ran in between."""
+        peak = self._pop_peak()
+        for name in self._running:
+            self._peaks[name] = max(peak, self._peaks[name])
+
+
+def _pop_cuda_peak_bytes() -> int:
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak

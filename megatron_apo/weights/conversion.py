@@ -83,8 +83,8 @@ class Conversion:
     def state(self) -> dict[str, Any]:
         """Megatron-Core's description of every parameter by name, whole (TP = PP = EP = 1) and without memory."""
         with torch.device("meta"):
-            model = build_model(self.spec, ParallelConfig(), self.topology, dtype="fp32").to(self.dtype)
-        state = torch_dist.sharded_state(model)
+            (model,) = build_model(self.spec, ParallelConfig(), self.topology)
+        state = torch_dist.sharded_state(model.to(self.dtype))
         for entry in self.own:  # to Megatron-Core the ranks are replicas, of which the first writes everything
             state[entry.megatron].replica_id = 0
         return state

@@ -99,32 +99,36 @@ class Entry:
     """One parameter of one model: its rule, its names with layer and expert filled in, and where it is held."""
 
     rule: Rule
-    megatron: str  # name on the ranks that hold it (layers count from 0 on each stage, experts on each expert rank)
+    megatron: str  # name on the ranks that hold it (layers count from 0 in each chunk, experts on each expert rank)
     te: str
     hf: tuple[str, ...]
     pp_rank: int
+    chunk: int  # which of the pipeline rank's model chunks holds it
     layer: int | None  # global layer index; None: embedding, final norm, head
     ep_rank: int | None = None  # expert-parallel rank of an expert; None: held by all of them
 
 
-def model_entries(spec: ModelSpec, pp: int, ep: int = 1) -> list[Entry]:
+def model_entries(spec: ModelSpec, pp: int, ep: int = 1, vpp: int = 1) -> list[Entry]:
     """Every parameter of the model in Hugging Face order, each once.
 
-    Layers are split evenly over `pp` stages, the experts of a layer over `ep` ranks of its stage.
-    A tied model has no head row: the last stage's copy of the embedding is `tied_head_entry`.
+    Layers are split evenly over `pp` stages (in `vpp` rounds, a chunk of each stage after the other), the experts of a
+    layer over `ep` ranks of its stage. A tied model has no head row: the last stage's copy of the embedding is
+    `tied_head_entry`.
     """
-    per_stage = spec.num_layers // pp
+    per_chunk = spec.num_layers // (pp * vpp)
     per_rank = spec.num_experts // ep
     entries = [_entry(EMBEDDING, pp_rank=0)]
     for layer in range(spec.num_layers):
-        stage, local = divmod(layer, per_stage)
-        entries += [_entry(rule, pp_rank=stage, layer=layer, local=local) for rule in layer_rows(spec)]
+        nth, local = divmod(layer, per_chunk)
+        chunk, stage = divmod(nth, pp)
+        entries += [_entry(rule, pp_rank=stage, chunk=chunk, layer=layer, local=local) for rule in layer_rows(spec)]
         for expert in range(spec.num_experts):
             ep_rank, local_expert = divmod(expert, per_rank)
             entries += [
                 _entry(
                     rule,
                     pp_rank=stage,
+                    chunk=chunk,
                     layer=layer,
                     local=local,
                     ep_rank=ep_rank,
@@ -133,9 +137,9 @@ def model_entries(spec: ModelSpec, pp: int, ep: int = 1) -> list[Entry]:
                 )
                 for rule in EXPERT_ROWS
             ]
-    entries.append(_entry(FINAL_NORM, pp_rank=pp - 1))
+    entries.append(_entry(FINAL_NORM, pp_rank=pp - 1, chunk=vpp - 1))
     if not spec.tied:
-        entries.append(_entry(HEAD, pp_rank=pp - 1))
+        entries.append(_entry(HEAD, pp_rank=pp - 1, chunk=vpp - 1))
     return entries
 
 
@@ -148,17 +152,18 @@ def hf_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     }
 
 
-def tied_head_entry(spec: ModelSpec, pp: int) -> Entry | None:
+def tied_head_entry(spec: ModelSpec, pp: int, vpp: int = 1) -> Entry | None:
     """The last stage's copy of a tied embedding: loaded from the embedding, never exported. None if there is none."""
     if not spec.tied or pp == 1:
         return None
-    return Entry(HEAD, HEAD.megatron, HEAD.megatron, EMBEDDING.hf, pp_rank=pp - 1, layer=None)
+    return Entry(HEAD, HEAD.megatron, HEAD.megatron, EMBEDDING.hf, pp_rank=pp - 1, chunk=vpp - 1, layer=None)
 
 
 def _entry(
     rule: Rule,
     *,
     pp_rank: int,
+    chunk: int = 0,
     layer: int | None = None,
     local: int | None = None,
     ep_rank: int | None = None,
@@ -171,6 +176,7 @@ def _entry(
         te=(rule.te or rule.megatron).format(layer=local, expert=local_expert),
         hf=tuple(name.format(layer=layer, expert=expert) for name in rule.hf),
         pp_rank=pp_rank,
+        chunk=chunk,
         layer=layer,
         ep_rank=ep_rank,
     )

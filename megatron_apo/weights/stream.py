@@ -1,18 +1,19 @@
 """Moves weights between a Megatron model spread over ranks and Hugging Face tensors.
 
-    load_weights(model, spec, topology, reader)     every rank reads its own shards
-    WeightStream(model, spec, topology)             HF tensors, in HF order, on global rank 0
+    load_weights(chunks, spec, topology, reader)    every rank reads its own shards
+    WeightStream(chunks, spec, topology)            HF tensors, in HF order, on global rank 0
     export_hf(stream, topology, ...)                the stream written as an HF folder
 
 The stream sends a layer at a time: every rank that holds a piece of the layer sends one flat buffer to rank 0, which
 merges: the tensor ranks of the first data-parallel replica, and of the replicas that hold the other experts. While the
-caller consumes one layer, the next is already being received.
+caller consumes one layer, the next is already being received. `chunks` are the rank's model chunks, as `build_model`
+made them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_apo.model.hf_config import ModelSpec
+from megatron_apo.model.precision import assign, plain
 from megatron_apo.parallel.topology import Topology
 from megatron_apo.weights.families import Entry, hf_tensors, model_entries, tied_head_entry
 from megatron_apo.weights.hf_writer import write_hf_folder
@@ -46,44 +48,46 @@ class MappingError(ValueError):
     """Parameters without a row in the family's table, or rows without a parameter. Lists all of them."""
 
 
-def stage_parameters(model: torch.nn.Module, spec: ModelSpec, topology: Topology) -> dict[Entry, torch.nn.Parameter]:
+def stage_parameters(
+    chunks: Sequence[torch.nn.Module], spec: ModelSpec, topology: Topology
+) -> dict[Entry, torch.nn.Parameter]:
     """Each of this rank's parameters with its row, in HF order. Raises `MappingError` for any that has none."""
     entries = [
         entry
-        for entry in model_entries(spec, topology.pp, topology.ep)
+        for entry in model_entries(spec, topology.pp, topology.ep, topology.vpp)
         if entry.pp_rank == topology.pp_rank and entry.ep_rank in (None, topology.ep_rank)
     ]
-    tied_head = tied_head_entry(spec, topology.pp)
+    tied_head = tied_head_entry(spec, topology.pp, topology.vpp)
     if tied_head and tied_head.pp_rank == topology.pp_rank:
         entries.append(tied_head)
-    parameters = dict(model.named_parameters())
+    parameters = {(index, name): p for index, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
     found = {}
     missing = []
     for entry in entries:
-        parameter = parameters.pop(entry.megatron, None)
+        parameter = parameters.pop((entry.chunk, entry.megatron), None)
         if parameter is None:
-            parameter = parameters.pop(entry.te, None)
+            parameter = parameters.pop((entry.chunk, entry.te), None)
         if parameter is None:
             missing.append(entry.megatron)
         else:
             found[entry] = parameter
     if missing or parameters:
         raise MappingError(
-            f"{spec.family}: parameters without a row: {sorted(parameters) or 'none'}; "
+            f"{spec.family}: parameters without a row: {sorted(name for _, name in parameters) or 'none'}; "
             f"rows without a parameter: {missing or 'none'}"
         )
     return found
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, spec: ModelSpec, topology: Topology, reader: TensorReader) -> None:
-    """Copy this rank's shards of an HF checkpoint into `model`, cast to each parameter's dtype."""
-    for entry, parameter in stage_parameters(model, spec, topology).items():
+def load_weights(chunks: Sequence[torch.nn.Module], spec: ModelSpec, topology: Topology, reader: TensorReader) -> None:
+    """Copy this rank's shards of an HF checkpoint into `chunks`, cast to each parameter's dtype."""
+    for entry, parameter in stage_parameters(chunks, spec, topology).items():
         tensors = [reader.get(name) for name in entry.hf]
         shard = entry.rule.split(tensors, spec, topology.tp)[topology.tp_rank]
         if shard.shape != parameter.shape:
             raise MappingError(f"{entry.megatron}: shard {tuple(shard.shape)}, parameter {tuple(parameter.shape)}")
-        parameter.copy_(shard)
+        assign(parameter, shard)
 
 
 class WeightStream:
@@ -97,20 +101,20 @@ class WeightStream:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        chunks: Sequence[torch.nn.Module],
         spec: ModelSpec,
         topology: Topology,
         *,
         dtype: torch.dtype | None = None,
-        tensor_of: Callable[[torch.nn.Parameter], Tensor] = lambda parameter: parameter.detach(),
+        tensor_of: Callable[[torch.nn.Parameter], Tensor] = plain,
     ):
         self._spec = spec
         self._topology = topology
         self._tensor_of = tensor_of
-        self._own = stage_parameters(model, spec, topology)
+        self._own = stage_parameters(chunks, spec, topology)
         self._shard_dtype = tensor_of(next(iter(self._own.values()))).dtype
         self.dtype = dtype or self._shard_dtype
-        entries = model_entries(spec, topology.pp, topology.ep)
+        entries = model_entries(spec, topology.pp, topology.ep, topology.vpp)
         self._buckets = [
             list(members) for _, members in groupby(entries, key=lambda entry: (entry.pp_rank, entry.layer))
         ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,11 @@ def read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
 
 
-def load_model(model: torch.nn.Module, folder: Path) -> None:
-    """Copy this rank's weights from `folder` into `model`, cast to each parameter's dtype."""
-    model.load_state_dict(read(folder, {"model": sharded_state(model)})["model"])
+def load_model(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+    """Copy this rank's weights from `folder` into its model chunks, cast to each parameter's dtype."""
+    found = read(folder, {str(index): sharded_state(chunk) for index, chunk in enumerate(chunks)})
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(found[str(index)])
 
 
 class _InProcess(mcore_torch.TorchDistSaveShardedStrategy):

@@ -59,6 +59,7 @@ def main() -> None:
 def measure(recipe: Recipe, rounds: int) -> None:
     """On every rank."""
     from megatron_apo.model.hf_config import read_hf_config
+    from megatron_apo.model.placement import Reference
     from megatron_apo.objectives import build_objective
     from megatron_apo.optim import make_trainable
     from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
@@ -67,13 +68,17 @@ def measure(recipe: Recipe, rounds: int) -> None:
     from megatron_apo.stages import train as stage
     from megatron_apo.stages.curriculum import open_curriculum
     from megatron_apo.telemetry.timers import PhaseTimer
+    from megatron_apo.weights.hf_io import HFReader
+    from megatron_apo.weights.stream import load_weights
 
     with distributed(recipe.parallel) as topology:
         spec = read_hf_config(recipe.model.path)
         objective = build_objective(recipe.objective)
         curriculum = open_curriculum(recipe) if topology.is_driver else None
-        policy = stage._load_model(recipe, spec, topology, recipe.model.path)
-        reference = stage._load_model(recipe, spec, topology, recipe.model.reference_path)
+        policy, anchor = (stage._build(recipe, spec, topology) for _ in range(2))
+        for chunks in (policy, anchor):
+            load_weights(chunks, spec, topology, HFReader(recipe.model.path))
+        reference = Reference(anchor)
         trainable = make_trainable(policy, recipe.optimizer, total_steps=1000)
         found: defaultdict[str, list[float]] = defaultdict(list)
 
@@ -101,8 +106,8 @@ def measure(recipe: Recipe, rounds: int) -> None:
                 values = topology.broadcast(curriculum.values(batch) if curriculum else None)
                 minibatches = stage._lay_out(recipe, topology, batch)
                 flat = [piece for micro in minibatches for piece in micro]
-                timed("reference forward", lambda f=flat: forward_log_probs(reference, f))
-                targets = objective.prepare(stage._samples(batch), values)
+                timed("reference forward", lambda f=flat: forward_log_probs(anchor, f))
+                targets = objective.prepare(stage._samples(batch, topology.device), values)
 
                 def learn(minibatches=minibatches, targets=targets):
                     for micro in minibatches:
@@ -112,7 +117,7 @@ def measure(recipe: Recipe, rounds: int) -> None:
                             chosen = targets.select(micro[k].indices)
                             return objective.loss(log_prob_R, log_prob_R.detach(), micro[k].sequence_R, chosen)
 
-                        forward_backward(trainable.model, micro, loss)
+                        forward_backward(trainable.chunks, micro, loss)
 
                 timed("forward and backward", learn)
                 timed("optimizer", lambda: [trainable.step() for _ in range(recipe.train.minibatches)])

@@ -1,6 +1,6 @@
 """One rank of the checkpoint tests: trains on fixed batches. Started by test_checkpoint.py.
 
-    RANK=.. WORLD_SIZE=.. python -m tests.dist.checkpoint_worker WORK TP PP DP RUN... [KEY=VALUE...]
+    RANK=.. WORLD_SIZE=.. python -m tests.dist.checkpoint_worker WORK LAYOUT RUN... [KEY=VALUE...]
 
 Each RUN is FROM:TO:EVERY:NAME: take up run folder WORK/FROM if it has a checkpoint, train to step TO saving every EVERY
 steps, and write WORK/NAME.pt: {"start", "losses", "lr", "weights", "save_s", "load_s"}.
@@ -16,17 +16,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.checkpoint import Checkpoints
-from megatron_apo.config import ParallelConfig, Recipe, build_recipe
-from megatron_apo.data.batch import make_micro_batch
-from megatron_apo.data.packing import plan_micro_batches
+from megatron_apo.config import Recipe, build_recipe
+from megatron_apo.data.layout import lay_out
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import APO, Samples
 from megatron_apo.optim import Trainable, make_trainable
 from megatron_apo.parallel.pipeline import forward_backward
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream, load_weights
+from tests.dist.ranks import parallel_of
 from tests.dist.worker import BETA2, anchors, batch
 
 TOTAL_STEPS = 4
@@ -48,37 +49,40 @@ def recipe_of(work: Path, run: str, every: int, *overrides: str) -> Recipe:
         "optimizer.warmup_steps=1",
         "optimizer.weight_decay=0.1",
         "optimizer.clip_grad=1e-3",
+        "train.prompts_per_step=8",
+        "train.tokens_per_micro_batch=60",
+        "data.max_prompt_tokens=10",
+        "sampling.max_response_tokens=50",
     ]
     return build_recipe({}, [*fixed, *overrides])
 
 
-def train(recipe: Recipe, parallel: ParallelConfig, topology: Topology, steps: int) -> dict:
+def train(recipe: Recipe, topology: Topology, steps: int) -> dict:
     spec = read_hf_config(recipe.model.path)
-    model = build_model(spec, parallel, topology, dtype=recipe.model.dtype)
-    load_weights(model, spec, topology, HFReader(recipe.model.path))
-    trainable = make_trainable(model, recipe.optimizer, total_steps=TOTAL_STEPS)
+    chunks = build_model(spec, recipe.parallel, topology, Precision(recipe.model.dtype))
+    load_weights(chunks, spec, topology, HFReader(recipe.model.path))
+    trainable = make_trainable(chunks, recipe.optimizer, total_steps=TOTAL_STEPS)
     checkpoints = Checkpoints(recipe, topology, trainable)
     begin = time.perf_counter()
     start = checkpoints.restore()
     found: dict = {"start": start, "load_s": time.perf_counter() - begin, "losses": [], "lr": [], "save_s": 0.0}
     for step in range(start, steps):
-        found["losses"].append(learn(trainable, topology, step))
+        found["losses"].append(learn(recipe, trainable, topology, step))
         found["lr"].append(trainable.lr)
         begin = time.perf_counter()
         checkpoints.save_if_due(step + 1)
         found["save_s"] = max(found["save_s"], time.perf_counter() - begin)
-    return found | {"weights": dict(WeightStream(model, spec, topology))}
+    return found | {"weights": dict(WeightStream(chunks, spec, topology))}
 
 
-def learn(trainable: Trainable, topology: Topology, step: int) -> float:
+def learn(recipe: Recipe, trainable: Trainable, topology: Topology, step: int) -> float:
     """One optimizer step on the batch of `step`; returns the summed loss over all ranks."""
     prompts, responses, advantage = batch()
     rows = [(step * 5 + index) % len(prompts) for index in range(SEQUENCES_PER_STEP)]  # other ones each step
-    lengths = [len(prompts[row]) + len(responses[row]) for row in rows]
-    plan = plan_micro_batches(lengths, dp=topology.dp, budget_tokens=60, packing=True)[topology.dp_rank]
-    micro = [make_micro_batch([rows[index] for index in indices], prompts, responses, True) for indices in plan]
-    objective, names = APO(beta2=BETA2), list(map(str, range(len(prompts))))
-    targets = objective.prepare(Samples(names, advantage, None), dict.fromkeys(names, 0.0))
+    prompts, responses = [prompts[row] for row in rows], [responses[row] for row in rows]
+    micro = lay_out(recipe, topology, prompts, responses)
+    objective, names = APO(beta2=BETA2), list(map(str, rows))
+    targets = objective.prepare(Samples(names, advantage[rows], None), dict.fromkeys(names, 0.0))
     anchor = anchors(responses)
 
     def loss(log_prob_R: torch.Tensor, index: int):
@@ -86,7 +90,7 @@ def learn(trainable: Trainable, topology: Topology, step: int) -> float:
         return objective.loss(log_prob_R, piece.gather(anchor), piece.sequence_R, targets.select(piece.indices))
 
     trainable.zero_grad()
-    terms = forward_backward(trainable.model, micro, loss)
+    terms = forward_backward(trainable.chunks, micro, loss)
     total = torch.stack([stats.sums["loss"] for stats in terms]).sum() if terms else torch.zeros(())
     dist.all_reduce(total, group=topology.dp_group)
     dist.broadcast(total, src=dist.get_global_rank(topology.pp_group, topology.pp - 1), group=topology.pp_group)
@@ -95,15 +99,17 @@ def learn(trainable: Trainable, topology: Topology, step: int) -> float:
 
 
 def main() -> None:
-    work, tp, pp, dp = Path(sys.argv[1]), *map(int, sys.argv[2:5])
-    parallel = ParallelConfig(tp=tp, pp=pp, dp=dp, timeout_s=120)
+    work, layout, *arguments = sys.argv[1:]
+    parallel = parallel_of(layout)
     with distributed(parallel) as topology:
-        overrides = [argument for argument in sys.argv[5:] if "=" in argument]
-        for run in sys.argv[5 : len(sys.argv) - len(overrides)]:
+        overrides = [argument for argument in arguments if "=" in argument]
+        for run in arguments[: len(arguments) - len(overrides)]:
             folder, steps, every, name = run.split(":")
-            found = train(recipe_of(work, folder, int(every), *overrides), parallel, topology, int(steps))
+            recipe = recipe_of(Path(work), folder, int(every), *overrides)
+            recipe.parallel = parallel
+            found = train(recipe, topology, int(steps))
             if topology.is_driver:
-                torch.save(found, work / f"{name}.pt")
+                torch.save(found, Path(work) / f"{name}.pt")
 
 
 if __name__ == "__main__":

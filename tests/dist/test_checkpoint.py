@@ -15,17 +15,16 @@ import torch
 from megatron_apo.checkpoint import RECORD, check_resume, latest, read_record
 from megatron_apo.config import RecipeError
 from tests.dist.checkpoint_worker import recipe_of
-from tests.dist.test_layouts import start_ranks
+from tests.dist.ranks import start_ranks
 from tests.models import make_model
 
-Layout = tuple[int, int, int]
-LAYOUTS = [(1, 2, 1), (1, 1, 2)]
-FULL_LAYOUTS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (1, 2, 2)]
+LAYOUTS = ["pp2", "dp2"]
+FULL_LAYOUTS = ["tp1", "tp2", "tp2-pp2", "pp2-dp2"]
 ALL_LAYOUTS = LAYOUTS + [pytest.param(layout, marks=pytest.mark.full) for layout in FULL_LAYOUTS]
 # saved at, loaded at
-RESHARDINGS = [((1, 2, 1), (2, 1, 1)), pytest.param((1, 1, 2), (2, 1, 1), marks=pytest.mark.full)]
-RESHARDINGS += [pytest.param((2, 1, 1), (1, 2, 1), marks=pytest.mark.full)]
-RESHARDINGS += [pytest.param((2, 2, 1), (1, 1, 1), marks=pytest.mark.full)]
+RESHARDINGS = [("pp2", "tp2"), pytest.param("dp2", "tp2", marks=pytest.mark.full)]
+RESHARDINGS += [pytest.param("tp2", "pp2", marks=pytest.mark.full)]
+RESHARDINGS += [pytest.param("tp2-pp2", "tp1", marks=pytest.mark.full)]
 
 
 class Runs:
@@ -33,38 +32,34 @@ class Runs:
 
     def __init__(self, work: Path):
         self.work = work
-        self._saved: set[Layout] = set()
+        self._saved: set[str] = set()
 
-    def straight(self, layout: Layout) -> dict:
+    def straight(self, layout: str) -> dict:
         self._save(layout)
-        return self.load(f"straight-{label(layout)}")
+        return self.load(f"straight-{layout}")
 
-    def resumed(self, saved_at: Layout, layout: Layout) -> dict:
+    def resumed(self, saved_at: str, layout: str) -> dict:
         """Steps 3 and 4, in new processes."""
         self._save(saved_at)
-        name = f"{label(saved_at)}-to-{label(layout)}"
-        shutil.copytree(self.work / f"half-{label(saved_at)}", self.work / name)
+        name = f"{saved_at}-to-{layout}"
+        shutil.copytree(self.work / f"half-{saved_at}", self.work / name)
         start_ranks("tests.dist.checkpoint_worker", self.work, layout, f"{name}:4:0:{name}")
         return self.load(name)
 
-    def half(self, layout: Layout) -> Path:
+    def half(self, layout: str) -> Path:
         """A run folder with one checkpoint, of step 2."""
         self._save(layout)
-        return self.work / f"half-{label(layout)}"
+        return self.work / f"half-{layout}"
 
-    def _save(self, layout: Layout) -> None:
+    def _save(self, layout: str) -> None:
         if layout not in self._saved:
-            name = label(layout)
+            name = layout
             runs = [f"straight-{name}:4:0:straight-{name}", f"half-{name}:2:2:half-{name}"]
             start_ranks("tests.dist.checkpoint_worker", self.work, layout, *runs)
             self._saved.add(layout)
 
     def load(self, name: str) -> dict:
         return torch.load(self.work / f"{name}.pt", weights_only=True)
-
-
-def label(layout: Layout) -> str:
-    return "tp{}pp{}dp{}".format(*layout)
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +78,15 @@ def test_resume_is_bitwise(layout, runs):
     assert resumed["losses"] == straight["losses"][2:]
     assert resumed["lr"] == straight["lr"][2:] and len(set(straight["lr"])) > 2
     assert all(torch.equal(resumed["weights"][name], straight["weights"][name]) for name in straight["weights"])
-    print(f"{label(layout)}: save {runs.load(f'half-{label(layout)}')['save_s']:.2f} s, load {resumed['load_s']:.2f} s")
+    print(f"{layout}: save {runs.load(f'half-{layout}')['save_s']:.2f} s, load {resumed['load_s']:.2f} s")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("change", ["optimizer.distributed=false", "model.dtype=bf16"])
-@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 1, 2)])
+@pytest.mark.parametrize("layout", ["tp1", "dp2"])
 def test_resume_is_bitwise_with_other_optimizers(layout, change, runs):
     """A replicated optimizer; fp32 main weights beside bf16 ones."""
-    name = f"{change}-{label(layout)}".replace("=", "-")
+    name = f"{change}-{layout}".replace("=", "-")
     straight = [f"{name}-straight:4:0:{name}-straight", f"{name}:2:2:{name}"]
     start_ranks("tests.dist.checkpoint_worker", runs.work, layout, *straight, change)
     start_ranks("tests.dist.checkpoint_worker", runs.work, layout, f"{name}:4:0:{name}", change)
@@ -111,7 +106,7 @@ def test_another_layout_resumes_to_rounding(saved_at, layout, runs):
 
 def test_a_killed_save_is_no_checkpoint(runs, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(runs.half((1, 2, 1)), folder)
+    shutil.copytree(runs.half("pp2"), folder)
     complete = folder / "checkpoints" / "step-000002"
     assert latest(folder) == complete
     shutil.copytree(complete, folder / "checkpoints" / ".step-000004.partial")
@@ -121,26 +116,26 @@ def test_a_killed_save_is_no_checkpoint(runs, tmp_path):
 
 
 def test_a_run_saves_over_the_rest_of_a_killed_save(runs):
-    """The layout (1, 2, 1) resumes at step 2 beside a half-written step 4, and writes step 4 whole."""
+    """The layout pp2 resumes at step 2 beside a half-written step 4, and writes step 4 whole."""
     name = "beside-partial"
-    shutil.copytree(runs.half((1, 2, 1)), runs.work / name)
+    shutil.copytree(runs.half("pp2"), runs.work / name)
     partial = runs.work / name / "checkpoints" / ".step-000004.partial"
     partial.mkdir()
     (partial / "__0_0.distcp").write_bytes(b"cut short")
-    start_ranks("tests.dist.checkpoint_worker", runs.work, (1, 2, 1), f"{name}:4:2:{name}")
+    start_ranks("tests.dist.checkpoint_worker", runs.work, "pp2", f"{name}:4:2:{name}")
     assert not partial.exists()
     assert read_record(latest(runs.work / name)).run.step == 4
-    assert runs.load(name)["losses"] == runs.straight((1, 2, 1))["losses"][2:]
+    assert runs.load(name)["losses"] == runs.straight("pp2")["losses"][2:]
 
 
 def test_what_may_change_on_resume(runs):
-    name = runs.half((1, 2, 1)).name
+    name = runs.half("pp2").name
     free = ["telemetry.progress=false", "eval.every=3", "rollout.port=1234", "parallel.dp=2", "reward.workers=2"]
     check_resume(recipe_of(runs.work, name, 5, *free))
 
 
 def test_what_changes_the_numbers_is_refused_by_field(runs):
-    name = runs.half((1, 2, 1)).name
+    name = runs.half("pp2").name
     changed = ["optimizer.lr=1e-4", "objective.beta2=0.5", "run.seed=7", "train.steps=40", "data.template=raw"]
     with pytest.raises(RecipeError) as caught:
         check_resume(recipe_of(runs.work, name, 2, *changed))
@@ -152,14 +147,14 @@ def test_what_changes_the_numbers_is_refused_by_field(runs):
 
 
 def test_another_vstar_store_is_refused(runs, tmp_path):
-    name = runs.half((1, 2, 1)).name
+    name = runs.half("pp2").name
     (tmp_path / "manifest.json").write_text('{"other": 1}')
     with pytest.raises(RecipeError, match="vstar.dir: .* is not the store"):
         check_resume(recipe_of(runs.work, name, 2, f"vstar.dir={tmp_path}"))
 
 
 def test_fewer_steps_than_were_taken_are_refused(runs, tmp_path):
-    shutil.copytree(runs.half((1, 2, 1)), tmp_path / "run")
+    shutil.copytree(runs.half("pp2"), tmp_path / "run")
     record = tmp_path / "run" / "checkpoints" / "step-000002" / RECORD
     tree = json.loads(record.read_text())
     tree["run"]["recipe"]["optimizer"]["schedule"] = "constant"

@@ -25,13 +25,12 @@ from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.stages.convert import hf_to_megatron, megatron_to_hf
 from megatron_apo.weights.hf_io import HFReader, model_hash
 from tests.dist.checkpoint_worker import recipe_of
-from tests.dist.test_layouts import ROOT, start_ranks
-from tests.models import EXPERTS, VARIANTS, make_model
+from tests.dist.ranks import ROOT, start_ranks, variants_of
+from tests.models import VARIANTS, make_model
 
 FILE = "model.safetensors"
-# (tp, pp, vpp, ep)
-LAYOUTS = [(2, 1, 1, 1), (1, 2, 2, 1), (2, 2, 1, 1), (1, 1, 1, 2), (1, 2, 1, 2)]
-FULL_LAYOUTS = [(1, 2, 1, 1), (4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 1, 4)]
+LAYOUTS = ["tp2", "pp2-vpp2", "tp2-pp2", "dp2-ep2", "pp2-dp2-ep2"]
+FULL_LAYOUTS = ["pp2", "tp4", "pp4", "dp4-ep4"]
 ALL_LAYOUTS = LAYOUTS + [pytest.param(layout, marks=pytest.mark.full) for layout in FULL_LAYOUTS]
 
 
@@ -82,10 +81,9 @@ def test_there_and_back_is_bitwise(name, dtype, work, tmp_path):
 
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_any_layout_loads_it(layout, work):
-    tp, pp, vpp, ep = layout
-    names = [name for name in VARIANTS if (tp == 1 if name in EXPERTS else ep == 1)]
-    start_ranks("tests.dist.convert_worker", work, (tp, pp, ep, vpp), *names)
-    found = torch.load(work / f"loaded-tp{tp}pp{pp}vpp{vpp}ep{ep}.pt", weights_only=True)
+    names = variants_of(layout)
+    start_ranks("tests.dist.convert_worker", work, layout, *names)
+    found = torch.load(work / f"loaded-{layout}.pt", weights_only=True)
     assert sorted(found) == sorted(names)
     for name in names:
         assert_same(found[name], weights(work / "models" / name))
@@ -151,7 +149,7 @@ def test_a_training_checkpoint_becomes_a_model(work, tmp_path):
     (tmp_path / "vstar").mkdir()
     (tmp_path / "vstar" / "manifest.json").write_text("{}")
     shutil.copytree(work / "models" / "qwen3-tied", tmp_path / "models" / "qwen3-tied")
-    start_ranks("tests.dist.checkpoint_worker", tmp_path, (2, 1, 1), "run:2:2:trained")
+    start_ranks("tests.dist.checkpoint_worker", tmp_path, "tp2", "run:2:2:trained")
     trained = torch.load(tmp_path / "trained.pt", weights_only=True)["weights"]
     checkpoint = recipe_of(tmp_path, "run", 2).run.dir / "checkpoints" / "step-000002"
     megatron_to_hf(checkpoint, tmp_path / "hf", ranks=1)

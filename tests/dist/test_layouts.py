@@ -6,10 +6,6 @@ optimizer, which would hide a scaled or a wrong one; `test_comparison_notices` b
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,61 +13,44 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.dist.worker import BETA2, CASES, EVERY_CASE, MUTATIONS, TEMPERATURE, anchors, batch
-from tests.models import EXPERTS, VARIANTS, as_saved, hf_log_probs, make_model
+from tests.dist.ranks import ONE_RANK, start_ranks, variants_of
+from tests.dist.worker import (
+    BETA2,
+    CASES,
+    EVERY_CASE,
+    HALF,
+    MUTATIONS,
+    NUM_MINIBATCHES,
+    TEMPERATURE,
+    anchors,
+    batch,
+)
+from tests.models import VARIANTS, as_saved, hf_log_probs, make_model
 
-ROOT = Path(__file__).parents[2]
-# (tp, pp, dp, ep); ep ranks share the experts within dp
-ONE_RANK = (1, 1, 1, 1)
-LAYOUTS = [ONE_RANK, (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (2, 2, 1, 1), (1, 2, 2, 2)]
-FULL_LAYOUTS = [(4, 1, 1, 1), (1, 4, 1, 1), (2, 1, 2, 1), (1, 2, 2, 1), (1, 1, 2, 2), (1, 1, 4, 2), (1, 1, 4, 4)]
-ALL_LAYOUTS = LAYOUTS + [pytest.param(*[layout], marks=pytest.mark.full) for layout in FULL_LAYOUTS]
+# ep ranks share the experts within cp x dp
+LAYOUTS = ["tp1", "dp2", "tp2-pp2", "pp2-dp2-ep2", "pp2-vpp2", "cp2", "pp2-vpp2-cp2-ep2"]
+FULL_LAYOUTS = [
+    "tp2",
+    "pp2",
+    "tp4",
+    "pp4",
+    "tp2-dp2",
+    "pp2-dp2",
+    "dp2-ep2",
+    "dp4-ep2",
+    "dp4-ep4",
+    "cp4",
+    "tp2-cp2",
+    "cp2-dp2-ep4",
+]
+ALL_LAYOUTS = LAYOUTS + [pytest.param(layout, marks=pytest.mark.full) for layout in FULL_LAYOUTS]
 OTHER_LAYOUTS = ALL_LAYOUTS[1:]
 
 
-def variants_of(layout: tuple[int, ...]) -> list[str]:
-    """The variants that this layout can hold: experts need one tensor rank, and dense models no expert ranks."""
-    tp, _, _, ep = layout
-    return [name for name in VARIANTS if (tp == 1 if name in EXPERTS else ep == 1)]
-
-
-def run_ranks(work: Path, layout: tuple[int, ...]) -> dict:
+def run_ranks(work: Path, layout: str) -> dict:
     """Measure a layout with real ranks; returns what rank 0 saved."""
     start_ranks("tests.dist.worker", work, layout, *variants_of(layout))
-    return torch.load(work / "tp{}pp{}dp{}ep{}.pt".format(*layout), weights_only=True)
-
-
-def start_ranks(module: str, work: Path, layout: tuple[int, ...], *arguments: str) -> None:
-    """Run `python -m MODULE WORK LAYOUT [ARGUMENTS]` as the layout's ranks; fails with the log of a rank that fails.
-
-    layout: TP, PP and DP, whose product is the number of ranks, and what else the module reads.
-    """
-    world_size = layout[0] * layout[1] * layout[2]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-W", "ignore", "-m", module, str(work), *map(str, layout), *arguments]
-    logs = [open(work / f"rank{rank}.log", "w+") for rank in range(world_size)]
-    ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=environment | {"RANK": str(rank)}, stdout=logs[rank], stderr=logs[rank])
-        for rank in range(world_size)
-    ]
-    try:
-        for rank, process in enumerate(ranks):
-            if process.wait(timeout=300):
-                logs[rank].seek(0)
-                pytest.fail(f"rank {rank} of {layout} failed:\n{logs[rank].read()[-3000:]}")
-    finally:
-        for process, log in zip(ranks, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
+    return torch.load(work / f"{layout}.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +63,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(work: Path):
-    cache: dict[tuple[int, ...], dict] = {}
+    cache: dict[str, dict] = {}
 
-    def get(layout: tuple[int, ...]) -> dict:
+    def get(layout: str) -> dict:
         if layout not in cache:
             cache[layout] = run_ranks(work, layout)
         return cache[layout]
@@ -144,13 +123,8 @@ def test_gradients_equal_transformers(measured, work):
     """One rank's gradients are those of the formula on transformers' model: mean over sequences of (b2 s - A)^2."""
     prompts, responses, advantage = batch()
     for name in VARIANTS:
-        model = transformers.AutoModelForCausalLM.from_pretrained(work / "models" / name, dtype=torch.float32)
-        losses = []
-        for prompt, response, anchor, target in zip(prompts, responses, anchors(responses), advantage, strict=True):
-            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
-            log_prob = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
-            losses.append((BETA2 * (log_prob - sum(anchor)) - target).square())
-        loss = torch.stack(losses).mean()
+        model = hf_model(work / "models" / name)
+        loss = hf_loss(model, prompts, responses, advantage)
         loss.backward()
         expected = as_saved({key: parameter.grad for key, parameter in model.named_parameters()})
         case = measured(ONE_RANK)[name]["cases"]["packed"]
@@ -161,6 +135,23 @@ def test_gradients_equal_transformers(measured, work):
         assert case["norm"] == pytest.approx(float(norm), rel=1e-5), name
 
 
+def hf_model(folder: Path) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def hf_loss(model: torch.nn.Module, prompts, responses, advantage) -> torch.Tensor:
+    losses = []
+    for prompt, response, anchor, target in zip(prompts, responses, anchors(responses), advantage, strict=True):
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+        log_prob = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
+        losses.append((BETA2 * (log_prob - sum(anchor)) - target).square())
+    return torch.stack(losses).mean()
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[name].float().flatten() for name in sorted(tensors)])
+
+
 def check_case(found: dict, reference: dict, label: str) -> None:
     assert found["loss"] == pytest.approx(reference["loss"], rel=1e-5), label
     assert found["norm"] == pytest.approx(reference["norm"], rel=1e-5), label
@@ -169,6 +160,56 @@ def check_case(found: dict, reference: dict, label: str) -> None:
         assert difference <= 1e-5, f"{label}: gradient of {tensor} differs by {difference}"
     difference, tensor = worst_gradient(found["change"], reference["change"])
     assert difference <= 1e-3, f"{label}: update of {tensor} differs by {difference}"
+
+
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+def test_minibatches_are_exact_in_every_layout(layout, measured):
+    """Two optimizer steps on one batch, each normalized by its own global count."""
+    for name, results in measured(layout).items():
+        if name in EVERY_CASE:
+            found, reference = results["minibatches"], measured(ONE_RANK)[name]["minibatches"]
+            assert found["losses"] == pytest.approx(reference["losses"], rel=1e-5), name
+            assert found["norms"] == pytest.approx(reference["norms"], rel=1e-5), name
+            difference, tensor = worst_gradient(found["change"], reference["change"])
+            assert difference <= 1e-3, f"{name}: update of {tensor} differs by {difference}"
+
+
+def test_minibatches_equal_the_formula(measured, work):
+    """Means over each half of the batch, and two steps of torch's Adam on transformers' model."""
+    prompts, responses, advantage = batch()
+    model = hf_model(work / "models" / "qwen3-tied")
+    start = {key: value.detach().clone() for key, value in model.named_parameters()}
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    size, losses, norms = len(prompts) // NUM_MINIBATCHES, [], []
+    for first in range(0, len(prompts), size):
+        rows = slice(first, first + size)
+        loss = hf_loss(model, prompts[rows], responses[rows], advantage[rows])
+        adam.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)))
+        adam.step()
+        losses.append(float(loss) * size)
+    found = measured(ONE_RANK)["qwen3-tied"]["minibatches"]
+    assert found["losses"] == pytest.approx(losses, rel=1e-5)
+    assert found["norms"] == pytest.approx(norms, rel=1e-5)
+    expected = as_saved({key: value.detach() - start[key] for key, value in model.named_parameters()})
+    difference, tensor = worst_gradient(found["change"], expected)
+    assert difference <= 1e-3, f"update of {tensor} differs by {difference}"
+
+
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+def test_bf16_is_within_its_error(layout, measured):
+    """bf16 keeps 8 bits: log-probs and gradients stay that close to fp32's in every layout, and no closer."""
+    for name in HALF:
+        if name not in measured(layout):
+            continue
+        found, exact = measured(layout)[name]["bf16"], measured(ONE_RANK)[name]
+        log_probs, expected = found["log_probs"], exact["log_probs"]["packed"]
+        worst = max(float((log_probs[i] - expected[i]).abs().max()) for i in expected)
+        assert 1e-4 < worst < 0.1, f"{name}: {worst}"
+        gradients, expected = found["gradients"], exact["cases"]["packed"]["gradients"]
+        difference = relative_difference(flat(gradients), flat(expected))
+        assert 1e-4 < difference < 0.03, f"{name}: gradient differs by {difference}"
 
 
 @pytest.mark.parametrize("fault", MUTATIONS)

@@ -1,8 +1,8 @@
 """One rank of the layout tests: measures everything about one layout and saves it. Started by test_layouts.py.
 
-    RANK=.. WORLD_SIZE=.. python -m tests.dist.worker WORK_DIR TP PP DP EP VARIANT ..
+    RANK=.. WORLD_SIZE=.. python -m tests.dist.worker WORK_DIR LAYOUT VARIANT ..
 
-Rank 0 writes WORK_DIR/tp{TP}pp{PP}dp{DP}ep{EP}.pt: {variant: {"log_probs": {...}, "export": {...}, "cases": {..}}}.
+Rank 0 writes WORK_DIR/LAYOUT.pt: {variant: {"log_probs": {...}, "export": {...}, "cases": {..}}}.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_apo.config import OptimizerConfig, ParallelConfig
-from megatron_apo.data.batch import MicroBatch, make_micro_batch
-from megatron_apo.data.packing import plan_micro_batches
-from megatron_apo.model.build import build_model
+from megatron_apo.config import OptimizerConfig, ParallelConfig, Recipe, TrainConfig, build_recipe
+from megatron_apo.data.batch import MicroBatch
+from megatron_apo.data.layout import lay_out, minibatches
+from megatron_apo.model.build import FP32, build_model
 from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import APO, Samples
 from megatron_apo.objectives.base import LossTerm
-from megatron_apo.optim import GradientError, make_trainable
+from megatron_apo.optim import GradientError, Trainable, make_trainable
 from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream, load_weights
+from tests.dist.ranks import parallel_of
 
 NUM_SEQUENCES = 12
 TEMPERATURE = 0.7
 BETA2 = 0.05
+TRAIN = TrainConfig(log_prob_chunk_tokens=7)
 # name: (packing, budget of a micro-batch in tokens, sharded optimizer)
 CASES = {
     "packed": (True, 2000, False),
@@ -38,12 +41,22 @@ CASES = {
 }
 # These variants go through all cases; what another adds shows in a packed and a padded one.
 EVERY_CASE = ("qwen2-tied-one-group", "qwen3-tied", "qwen3_moe")
+# Dense, since a small difference sends tokens to other experts.
+HALF = ("qwen3-tied",)
+NUM_MINIBATCHES = 2
 # Faults put into the gradient, which the comparison must notice.
 MUTATIONS = ("doubled", "negated", "dropped")
 
 
-def cases_of(variant: str) -> tuple[str, ...]:
-    return tuple(CASES) if variant in EVERY_CASE else ("packed", "padded-small")
+def cases_of(variant: str, parallel: ParallelConfig) -> list[str]:
+    names = CASES if variant in EVERY_CASE else ("packed", "padded-small")
+    return [name for name in names if CASES[name][0] or parallel.vpp == 1]
+
+
+def recipe_of(parallel: ParallelConfig, packing: bool, budget: int) -> Recipe:
+    recipe = build_recipe({}, ["model.path=unused", "data.train=unused.jsonl", "vstar.dir=unused"])
+    recipe.parallel, recipe.train.packing, recipe.train.tokens_per_micro_batch = parallel, packing, budget
+    return recipe
 
 
 def batch() -> tuple[list[list[int]], list[list[int]], torch.Tensor]:
@@ -70,38 +83,84 @@ def measure(folder: Path, parallel: ParallelConfig, topology: Topology) -> dict:
     spec = read_hf_config(folder)
     reader = HFReader(folder)
     reader.check(spec)
-    prompts, responses, advantage = batch()
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    prompts, responses, _ = batch()
     found: dict = {"log_probs": {}, "cases": {}}
-    runs: list[tuple[str, str | None]] = [(name, None) for name in cases_of(folder.name)]
+    runs: list[tuple[str, str | None]] = [(name, None) for name in cases_of(folder.name, parallel)]
     if folder.name == "qwen3-tied":
         runs += [("packed-small", fault) for fault in MUTATIONS]
     for name, fault in runs:
         packing, budget, sharded = CASES[name]
-        model = build_model(spec, parallel, topology, dtype="fp32", temperature=TEMPERATURE, chunk_tokens=7)
-        load_weights(model, spec, topology, reader)
-        plan = plan_micro_batches(lengths, dp=topology.dp, budget_tokens=budget, packing=packing)[topology.dp_rank]
-        micro = [make_micro_batch(indices, prompts, responses, packing) for indices in plan]
+        trainable = make_policy(spec, parallel, topology, reader, sharded=sharded)
+        chunks = modules_of(trainable)
+        micro = lay_out(recipe_of(parallel, packing, budget), topology, prompts, responses)
+        before = dict(WeightStream(chunks, spec, topology))
         if fault is None:
-            found["log_probs"][name] = by_sequence(forward_log_probs(model, micro), micro, responses, topology)
-            before = dict(WeightStream(model, spec, topology))
+            found["log_probs"][name] = by_sequence(forward_log_probs(chunks, micro), micro, responses, topology)
             found["export"] = before
-        trainable = make_trainable(model, OptimizerConfig(lr=1e-3, clip_grad=1e-3, distributed=sharded), total_steps=10)
-        trainable.zero_grad()
-        terms = forward_backward(trainable.model, micro, make_loss(micro, responses, advantage, fault))
-        total = torch.stack([stats.sums["loss"] for stats in terms]).sum() if terms else torch.zeros(())
-        dist.all_reduce(total, group=topology.dp_group)
-        dist.broadcast(total, src=dist.get_global_rank(topology.pp_group, topology.pp - 1), group=topology.pp_group)
+        total = backward(trainable, micro, topology, fault)
         # A sharded optimizer leaves each rank its own part of the reduced gradient only.
-        gathered = topology.dp == 1 or not sharded
-        gradients = dict(WeightStream(model, spec, topology, tensor_of=lambda p: p.main_grad)) if gathered else None
+        gathered = topology.dp * topology.cp == 1 or not sharded
+        gradients = dict(WeightStream(chunks, spec, topology, tensor_of=lambda p: p.main_grad)) if gathered else None
         norm = trainable.step()
-        after = dict(WeightStream(model, spec, topology))
-        change = {key: after[key] - before[key] for key in after}
-        found["cases"][fault or name] = {"loss": total.item(), "norm": norm, "gradients": gradients, "change": change}
+        change = change_since(before, chunks, spec, topology)
+        found["cases"][fault or name] = {"loss": total, "norm": norm, "gradients": gradients, "change": change}
     if folder.name in EVERY_CASE:
-        found["nan"] = step_on_nan(spec, parallel, topology, reader)
+        found["nan"] = step_on_nan(make_policy(spec, parallel, topology, reader), topology)
+        found["minibatches"] = each_minibatch(spec, parallel, topology, reader)
+    if folder.name in HALF:
+        found["bf16"] = in_bf16(spec, parallel, topology, reader)
     return found
+
+
+def make_policy(spec, parallel, topology, reader, *, sharded: bool = True, precision: Precision = FP32) -> Trainable:
+    chunks = build_model(spec, parallel, topology, precision, temperature=TEMPERATURE, train=TRAIN)
+    load_weights(chunks, spec, topology, reader)
+    return make_trainable(chunks, OptimizerConfig(lr=1e-3, clip_grad=1e-3, distributed=sharded), total_steps=10)
+
+
+def modules_of(trainable: Trainable) -> list[torch.nn.Module]:
+    return [chunk.module for chunk in trainable.chunks]
+
+
+def backward(trainable: Trainable, micro: list[MicroBatch], topology: Topology, fault: str | None = None) -> float:
+    """Gradients of the batch; returns its summed loss, on every rank."""
+    _, responses, advantage = batch()
+    trainable.zero_grad()
+    terms = forward_backward(trainable.chunks, micro, make_loss(micro, responses, advantage, fault))
+    total = torch.stack([stats.sums["loss"] for stats in terms]).sum() if terms else torch.zeros(())
+    dist.all_reduce(total, group=topology.dp_group)
+    dist.broadcast(total, src=dist.get_global_rank(topology.pp_group, topology.pp - 1), group=topology.pp_group)
+    return total.item()
+
+
+def change_since(before: dict[str, torch.Tensor], chunks, spec, topology: Topology) -> dict[str, torch.Tensor]:
+    return {key: after - before[key] for key, after in WeightStream(chunks, spec, topology)}
+
+
+def each_minibatch(spec, parallel: ParallelConfig, topology: Topology, reader: HFReader) -> dict:
+    """Losses and norms of the optimizer steps of one batch, and what they changed together."""
+    recipe = recipe_of(parallel, packing=True, budget=60)
+    recipe.train.minibatches = NUM_MINIBATCHES
+    prompts, responses, _ = batch()
+    trainable = make_policy(spec, parallel, topology, reader)
+    before = dict(WeightStream(modules_of(trainable), spec, topology))
+    losses, norms = [], []
+    for rows in minibatches(recipe, NUM_SEQUENCES):
+        losses.append(backward(trainable, lay_out(recipe, topology, prompts, responses, rows=rows), topology))
+        norms.append(trainable.step())
+    change = change_since(before, modules_of(trainable), spec, topology)
+    return {"losses": losses, "norms": norms, "change": change}
+
+
+def in_bf16(spec, parallel: ParallelConfig, topology: Topology, reader: HFReader) -> dict:
+    """Log-probs and gradients where the model computes in bf16."""
+    prompts, responses, _ = batch()
+    trainable = make_policy(spec, parallel, topology, reader, sharded=False, precision=Precision("bf16"))
+    micro = lay_out(recipe_of(parallel, packing=True, budget=60), topology, prompts, responses)
+    log_probs = by_sequence(forward_log_probs(modules_of(trainable), micro), micro, responses, topology)
+    backward(trainable, micro, topology)
+    gradients = dict(WeightStream(modules_of(trainable), spec, topology, tensor_of=lambda p: p.main_grad))
+    return {"log_probs": log_probs, "gradients": gradients}
 
 
 def make_loss(micro: list[MicroBatch], responses: list[list[int]], advantage: torch.Tensor, fault: str | None):
@@ -119,15 +178,12 @@ def make_loss(micro: list[MicroBatch], responses: list[list[int]], advantage: to
     return loss
 
 
-def step_on_nan(spec, parallel: ParallelConfig, topology: Topology, reader: HFReader) -> str:
+def step_on_nan(trainable: Trainable, topology: Topology) -> str:
     """What an optimizer step says of a gradient with a NaN on one rank."""
-    model = build_model(spec, parallel, topology, dtype="fp32")
-    load_weights(model, spec, topology, reader)
-    trainable = make_trainable(model, OptimizerConfig(lr=1e-3), total_steps=10)
     trainable.zero_grad()
     if topology.rank == topology.world_size - 1:
         # A weight that is split: of one held by several ranks, the norm counts a single copy.
-        split = next(p for name, p in model.named_parameters() if name.endswith("linear_fc2.weight"))
+        split = next(p for name, p in modules_of(trainable)[0].named_parameters() if name.endswith("linear_fc2.weight"))
         split.main_grad.fill_(float("nan"))
     try:
         trainable.step()
@@ -150,14 +206,14 @@ def by_sequence(
 
 
 def main() -> None:
-    work, (tp, pp, dp, ep), variants = Path(sys.argv[1]), map(int, sys.argv[2:6]), sys.argv[6:]
-    parallel = ParallelConfig(tp=tp, pp=pp, dp=dp, ep=ep, timeout_s=120)
+    work, layout, *variants = sys.argv[1:]
+    parallel = parallel_of(layout)
     results = {}
     with distributed(parallel) as topology:
         for name in variants:  # tied and untied models one after another
-            results[name] = measure(work / "models" / name, parallel, topology)
+            results[name] = measure(Path(work) / "models" / name, parallel, topology)
         if topology.is_driver:
-            torch.save(results, work / f"tp{tp}pp{pp}dp{dp}ep{ep}.pt")
+            torch.save(results, Path(work) / f"{layout}.pt")
 
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ def test_completions_are_told_as_they_arrive_in_the_callers_thread(rollouts: Rol
 
     completions = rollouts.client.generate(REQUESTS, SAMPLING, tell)
     assert [told[index] for index in range(len(REQUESTS))] == completions
+    seconds = [completion.seconds for completion in told.values()]
+    assert seconds[0] > 0 and seconds == sorted(seconds)
     assert threads == {threading.current_thread()}
 
 

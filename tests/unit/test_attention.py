@@ -7,15 +7,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_apo.model.attention import PackedLayout, SDPAttention
+from megatron_apo.model.attention import PackedLayout, SDPAttention, _shares_heads
 from tests.largest import Largest
 
 N, D = 4, 6
 LENGTHS = [1, 2, 3, 4, 5, 8, 9, 1, 16, 7, 17]
 
 
+class OneRank:
+    """What the attention asks of a context-parallel group."""
+
+    def size(self):
+        return 1
+
+
 def attention(scale=None):
-    return SDPAttention(SimpleNamespace(attention_dropout=0.0), 1, None, "self", softmax_scale=scale)
+    config, groups = SimpleNamespace(attention_dropout=0.0), SimpleNamespace(cp=OneRank())
+    return SDPAttention(config, 1, None, "self", pg_collection=groups, softmax_scale=scale)
 
 
 def naive(query_TND, key_TGD, value_TGD, scale=None):
@@ -51,6 +59,38 @@ def test_packed(lengths, groups, scale):
     found = attention(scale)(*ours, None, packed_seq_params=PackedLayout.from_lengths(lengths))
     pieces = zip(*(x.split(lengths) for x in exact), strict=True)
     compare(ours, exact, found, torch.cat([naive(*piece, scale=scale) for piece in pieces]))
+
+
+def test_heads_of_its_own_where_no_kernel_shares_them(monkeypatch):
+    """As in fp32 on a GPU, whose kernel of O(s) memory has no query groups."""
+    values = inputs(sum(LENGTHS), groups=2)
+    layout, results = PackedLayout.from_lengths(LENGTHS), []
+    for shares in (True, False):
+        ours = [x.clone().requires_grad_() for x in values]
+        monkeypatch.setattr("megatron_apo.model.attention._shares_heads", lambda query, shares=shares: shares)
+        with monkeypatch.context() as patch:
+            patch.setattr("megatron_apo.model.attention.scaled_dot_product_attention", only_with_gqa(shares))
+            found = attention()(*ours, None, packed_seq_params=layout)
+        found.square().sum().backward()
+        results.append([found, *(x.grad for x in ours)])
+    for shared, own in zip(*results, strict=True):
+        torch.testing.assert_close(own, shared, rtol=1e-5, atol=1e-6)
+
+
+def only_with_gqa(wanted):
+    def attend(query, key, value, *, enable_gqa, **options):
+        assert enable_gqa == wanted and (key.shape[1] == query.shape[1]) != wanted
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=enable_gqa, **options)
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "shares"),
+    [(True, torch.float32, False), (True, torch.bfloat16, True), (False, torch.float32, True)],
+)
+def test_where_heads_are_shared(is_cuda, dtype, shares):
+    assert _shares_heads(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)) == shares
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_apo.data.batch import make_micro_batch
+from megatron_apo.data.packing import aligned
 from megatron_apo.model.build import IGNORE
 
 TOKENS = st.lists(st.integers(0, 50), min_size=1, max_size=12)
@@ -32,24 +33,23 @@ def rows_of(micro):
 
 
 @settings(deadline=None)
-@given(pairs=PAIRS, packing=st.booleans(), data=st.data())
-def test_against_the_naive_construction(pairs, packing, data):
+@given(pairs=PAIRS, packing=st.booleans(), multiple=st.sampled_from([1, 4, 6, 16]), data=st.data())
+def test_against_the_naive_construction(pairs, packing, multiple, data):
     prompts, responses = [list(p) for p, _ in pairs], [list(r) for _, r in pairs]
     indices = data.draw(st.permutations(range(len(pairs))).map(lambda order: order[: max(1, len(order) - 1)]))
-    micro = make_micro_batch(indices, prompts, responses, packing)
+    micro = make_micro_batch(indices, prompts, responses, packing, multiple)
     expected = [naive(prompts[i], responses[i]) for i in indices]
-    found = rows_of(micro)
+    widths = [aligned(len(row), multiple) for row in expected]
     if packing:
-        assert micro.input_BS.shape == (1, sum(map(len, expected)))
-        assert found == expected
+        assert micro.input_BS.shape == (1, sum(widths)) and micro.lengths == tuple(widths)
     else:
-        width = max(map(len, expected))
-        for row, wanted in zip(found, expected, strict=True):
-            assert len(row) == width
-            assert row[: len(wanted)] == wanted
-            assert [(p, label) for _, p, label in row[len(wanted) :]] == [
-                (p, IGNORE) for p in range(len(wanted), width)
-            ]
+        widths = [max(widths)] * len(widths)
+        assert micro.lengths == (widths[0],)
+    for row, wanted, width in zip(rows_of(micro), expected, widths, strict=True):
+        assert len(row) == width
+        assert row[: len(wanted)] == wanted
+        padding = [(position, label) for _, position, label in row[len(wanted) :]]
+        assert padding == [(position, IGNORE) for position in range(len(wanted), width)]
     # The positions that have a label are the response tokens, sequence by sequence.
     wanted = [token for i in indices for token in responses[i]]
     assert micro.label_BS[micro.label_BS != IGNORE].tolist() == wanted
@@ -73,3 +73,28 @@ def test_one_token_prompts_and_responses(packing):
     else:
         assert micro.input_BS.tolist() == [[5, 0, 0], [6, 7, 8], [9, 3, 0]]
         assert micro.label_BS.tolist() == [[1, IGNORE, IGNORE], [IGNORE, IGNORE, 2], [3, 4, IGNORE]]
+
+
+def test_alignment_pads_every_packed_sequence_and_the_width_of_padded_ones():
+    sequences = [0, 1, 2], [[5], [6, 7, 8], [9]], [[1], [2], [3, 4]]
+    packed = make_micro_batch(*sequences, packing=True, multiple=2)
+    assert packed.input_BS.tolist() == [[5, 0, 6, 7, 8, 0, 9, 3]]
+    assert packed.position_BS.tolist() == [[0, 1, 0, 1, 2, 3, 0, 1]]
+    assert packed.label_BS.tolist() == [[1, IGNORE, IGNORE, IGNORE, 2, IGNORE, 3, 4]]
+    assert packed.layout.cu_seqlens_q.tolist() == [0, 2, 6, 8] and packed.layout.max_seqlen_q == 4
+    # One tensor for all bounds: by its identity Transformer Engine knows that nothing lies between sequences.
+    bounds = [packed.layout.cu_seqlens_q_padded, packed.layout.cu_seqlens_kv, packed.layout.cu_seqlens_kv_padded]
+    assert all(tensor is packed.layout.cu_seqlens_q for tensor in bounds)
+    padded = make_micro_batch(*sequences, packing=False, multiple=2)
+    assert padded.input_BS.tolist() == [[5, 0, 0, 0], [6, 7, 8, 0], [9, 3, 0, 0]]
+    assert padded.label_BS[1].tolist() == [IGNORE, IGNORE, 2, IGNORE] and padded.layout is None
+
+
+def test_a_packed_micro_batch_is_filled_with_sequences_of_padding():
+    micro = make_micro_batch([0], [[5, 6]], [[7, 8]], packing=True, multiple=2, fill_to=600)
+    assert micro.lengths == (4, 256, 256, 84)  # attention to one of 596 tokens would cost more
+    assert micro.input_BS.shape == (1, 600) and micro.input_BS[0, :4].tolist() == [5, 6, 7, 0]
+    assert (micro.label_BS != IGNORE).nonzero().tolist() == [[0, 1], [0, 2]] and micro.sequence_R.tolist() == [0, 0]
+    assert make_micro_batch([0], [[5, 6]], [[7, 8]], True, 2, fill_multiple=16).lengths == (4, 12)
+    assert make_micro_batch([0], [[5, 6]], [[7, 8]], True, 2, fill_to=18, fill_multiple=16).lengths == (4, 28)
+    assert make_micro_batch([0], [[5, 6]], [[7, 8]], True, 2, fill_multiple=4).lengths == (4,)

@@ -152,4 +152,4 @@ def test_doctor_checks_a_recipe_against_the_machine(tmp_path: Path) -> None:
     wrong = megatron_apo("doctor", *recipe, "parallel.tp=3", "data.eval=nowhere.jsonl")
     assert wrong.returncode == 2
     keys = [line.split(": ")[1] for line in wrong.stderr.splitlines()]
-    assert keys == ["model.path", "data.eval"]
+    assert keys == ["parallel.tp", "data.eval"]

@@ -80,7 +80,38 @@ def test_a_problem_names_key_value_allowed_and_fix() -> None:
             "rollout.max_num_batched_tokens",
             "5000",
         ),
+        # Padded to a multiple of 2 x CP; 65 + 1023 tokens are 1088 without.
+        (
+            ["parallel.cp=3", "data.max_prompt_tokens=65", "sampling.max_response_tokens=1023"]
+            + ["train.tokens_per_micro_batch=1088"],
+            "train.tokens_per_micro_batch",
+            "1092",
+        ),
+        (["parallel.pp=3", "parallel.vpp=2", "sync.probe_sequences=9"], "train.prompts_per_step", "252"),
+        (["parallel.pp=4", "parallel.vpp=2", "sync.probe_sequences=6"], "sync.probe_sequences", "8"),
+        (
+            ["parallel.pp=4", "parallel.vpp=2", "warmup.data=x.jsonl", "warmup.sequences_per_step=6"],
+            "warmup.sequences_per_step",
+            "8",
+        ),
+        (["parallel.pp=2", "parallel.vpp=2", "train.packing=false"], "train.packing", "true"),
+        (["parallel.vpp=2"], "parallel.vpp", "1"),
+        (["parallel.ep=4", "parallel.dp=3", "parallel.cp=2", "train.prompts_per_step=12"], "parallel.ep", "3"),
         (["optimizer.lr=1e-6", "optimizer.min_lr=1e-5"], "optimizer.min_lr", "1e-7"),
+        (["model.layers=te"], "model.layers", "local"),
+        (["model.fp8={}"], "model.fp8", "null"),
+        (["model.fp8={}", "model.dtype=bf16", "model.layers=local"], "model.fp8", "null"),
+        (["parallel.tp=2", "parallel.sequence_parallel=true"], "parallel.sequence_parallel", "false"),
+        (
+            ["parallel.tp=2", "parallel.sequence_parallel=true", "model.dtype=bf16", "model.layers=local"],
+            "parallel.sequence_parallel",
+            "false",
+        ),
+        (
+            ["model.dtype=bf16", "model.fp8.param_gather=true", "optimizer.distributed=false"],
+            "model.fp8.param_gather",
+            "false",
+        ),
         (["vstar.samples_used=9"], "vstar.samples_used", "8"),
         (["vstar.samples_used=65", "vstar.adaptive.stderr=0.1"], "vstar.samples_used", "64"),
         (["vstar.adaptive.most=6", "vstar.adaptive.all_wrong=0"], "vstar.adaptive.most", "8"),
@@ -91,6 +122,28 @@ def test_combinations_that_cannot_work(overrides: list[str], key: str, fix: str)
     (problem,) = problems_of({}, *PATHS, *overrides)
     assert problem.startswith(f"{key}: ")
     build_recipe({}, [*PATHS, *overrides, f"{key}={fix}"])  # what the message asks for is enough
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.dtype=bf16", "model.fp8={}", "model.layers=te"],
+        ["model.dtype=bf16", "model.fp8={}"],
+        ["model.dtype=bf16", "model.layers=te", "parallel.tp=2", "parallel.sequence_parallel=true"],
+        ["parallel.ep=4", "parallel.dp=2", "parallel.cp=2"],
+        ["parallel.pp=2", "parallel.vpp=2"],
+    ],
+)
+def test_combinations_that_work_are_taken(overrides: list[str]) -> None:
+    build_recipe({}, [*PATHS, *overrides])
+
+
+def test_delayed_scaling_is_refused_with_the_reason() -> None:
+    (problem,) = problems_of({}, *PATHS, "model.dtype=bf16", "model.fp8.recipe=delayed")
+    assert problem.startswith("model.fp8.recipe: 'delayed' is not allowed; use 'tensorwise', 'blockwise' or 'mxfp8': ")
+    assert "the reference has none" in problem
+    (typo,) = problems_of({}, *PATHS, "model.dtype=bf16", "model.fp8.recipe=blockwize")
+    assert typo == "model.fp8.recipe: 'blockwize' is not allowed; use 'tensorwise', 'blockwise' or 'mxfp8'"
 
 
 def test_the_callers_tree_is_left_alone() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 from megatron_apo.model import cpu_compat
@@ -26,6 +27,7 @@ def source_of(module: str) -> str:
     cpu_compat.CUDA_LITERALS
     + cpu_compat.CUDA_FUNCTIONS
     + cpu_compat.CUDA_STREAMS
+    + cpu_compat.CUDA_RANDOM_STATE
     + cpu_compat.CUDA_TYPE_NAMES
     + cpu_compat.MISSING_NAMES,
 )
@@ -35,7 +37,8 @@ def test_upstream_still_needs_the_patch(module, text):
 
 @pytest.mark.parametrize("module", [module for module, _ in cpu_compat.CUDA_LITERALS])
 def test_every_factory_that_names_the_device_is_patched(module):
-    factories = set(re.findall(r"torch\.(\w+)\([^()]*(?:\(.*?\))?[^()]*device=['\"]cuda['\"]", source_of(module)))
+    answered = r"(?:device=['\"]cuda['\"]|pin_memory=True)"
+    factories = set(re.findall(r"torch\.(\w+)\([^()]*(?:\(.*?\))?[^()]*" + answered, source_of(module)))
     assert factories and factories <= set(cpu_compat._TorchOnCPU._FACTORIES)
 
 
@@ -48,6 +51,8 @@ def installed(monkeypatch):
     for module in [*modules, token_dispatcher]:
         monkeypatch.setattr(module, "torch", torch)
     monkeypatch.setattr(token_dispatcher, "maybe_move_tensor_to_cpu", moe_utils.maybe_move_tensor_to_cpu)
+    for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
+        monkeypatch.setattr(random, name, getattr(random, name))
     monkeypatch.delattr(torch.Tensor.cuda, "_on_cpu", raising=False)
     cpu_compat.install()
     return modules
@@ -88,6 +93,18 @@ def test_a_dispatcher_of_experts_has_its_counts(installed):
     assert kept is counts
     assert token_dispatcher.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
     assert cuda.is_available is torch.cuda.is_available and token_dispatcher.torch.Tensor is torch.Tensor
+
+
+@without_gpu
+def test_activations_are_computed_again(installed):
+    calls, x = [], torch.tensor([3.0], requires_grad=True)
+
+    def square(x):
+        calls.append(torch.is_grad_enabled())
+        return x * x
+
+    random.checkpoint(square, False, x).backward()
+    assert calls == [False, True] and x.grad.item() == 6
 
 
 def test_a_router_without_transformer_engine_has_the_name_it_asks_for(installed):

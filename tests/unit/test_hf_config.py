@@ -16,6 +16,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_apo.config import ParallelConfig
 from megatron_apo.model import cpu_compat
 from megatron_apo.model.hf_config import (
     FAMILIES,
@@ -25,8 +26,9 @@ from megatron_apo.model.hf_config import (
     check_layout,
     check_served,
     read_hf_config,
-    transformer_config,
 )
+from megatron_apo.model.megatron_config import transformer_config
+from megatron_apo.model.precision import Precision
 from tests.models import VARIANTS, make_model
 
 BASE = {
@@ -159,7 +161,7 @@ def megatron_yarn(folder, scaling) -> tuple[torch.Tensor, float]:
     cpu_compat.install()
     changes = {"head_dim": 64, "max_position_embeddings": 131072, "rope_theta": 1e6, "rope_scaling": scaling}
     spec = read(folder, model_type="qwen3", **changes)
-    config = transformer_config(spec, tp=1, pp=1, ep=1, dtype="fp32")
+    config = transformer_config(spec, ParallelConfig(), Precision())
     rotary = YarnRotaryEmbedding(
         spec.head_dim,
         rotary_base=spec.rope.theta,
@@ -269,31 +271,35 @@ def test_layouts(tmp_path):
     spec = read(tmp_path)
     # 12 heads: 1, 2, 3, 4, 6, 12. 4 groups: a divisor or a multiple. 20 * 6 rows of query, key and value: by 12, too.
     for tp in (1, 2, 4, 12):
-        check_layout(spec, tp=tp, pp=3)
+        check_layout(spec, ParallelConfig(tp=tp, pp=3))
     for tp in (3, 5, 6, 8, 24):
         with pytest.raises(ModelConfigError, match=rf"parallel.tp: {tp} .*12 heads in 4 .*use one of \[1, 2, 4, 12\]"):
-            check_layout(spec, tp=tp, pp=1)
+            check_layout(spec, ParallelConfig(tp=tp, pp=1))
     with pytest.raises(ModelConfigError, match=r"use one of \[1, 2, 4\]"):  # 100 rows do not split over 12
-        check_layout(replace(spec, head_dim=5), tp=12, pp=1)
+        check_layout(replace(spec, head_dim=5), ParallelConfig(tp=12, pp=1))
     with pytest.raises(ModelConfigError, match=r"use one of \[1, 2\]"):  # the feed-forward size does not
-        check_layout(replace(spec, ffn_size=98), tp=4, pp=1)
+        check_layout(replace(spec, ffn_size=98), ParallelConfig(tp=4, pp=1))
     for pp in (4, 5, 12):
         with pytest.raises(ModelConfigError, match=rf"parallel.pp: {pp} .*6 layers; use one of \[1, 2, 3, 6\]"):
-            check_layout(spec, tp=1, pp=pp)
+            check_layout(spec, ParallelConfig(tp=1, pp=pp))
 
 
 def test_layouts_of_experts(tmp_path):
     spec = read(tmp_path, **MOE)
     for ep in (1, 2, 4, 8):
-        check_layout(spec, tp=1, pp=2, ep=ep)
+        check_layout(spec, ParallelConfig(tp=1, pp=2, ep=ep))
     with pytest.raises(ModelConfigError, match=r"parallel.ep: 3 .*8 experts; use one of \[1, 2, 4, 8\]"):
-        check_layout(spec, tp=1, pp=1, ep=3)
-    with pytest.raises(ModelConfigError, match="parallel.tp: 2 .*one tensor rank only; use 1, and parallel.ep"):
-        check_layout(spec, tp=2, pp=1)
+        check_layout(spec, ParallelConfig(tp=1, pp=1, ep=3))
+    with pytest.raises(ModelConfigError, match="parallel.tp: 2, .* set parallel.sequence_parallel to true, or use 1"):
+        check_layout(spec, ParallelConfig(tp=2, pp=1))
+    split = ParallelConfig(tp=2, ep=4, dp=4, sequence_parallel=True)
+    check_layout(replace(spec, ffn_size=99), split)  # a dense layer's size, which experts do not have
+    with pytest.raises(ModelConfigError, match=r"parallel.tp: 2 does not fit"):
+        check_layout(replace(spec, expert_ffn_size=33), split)
     with pytest.raises(ModelConfigError, match="parallel.ep: 2, but llama has no experts; use 1"):
-        check_layout(read(tmp_path), tp=1, pp=1, ep=2)
+        check_layout(read(tmp_path), ParallelConfig(tp=1, pp=1, ep=2))
     with pytest.raises(ModelConfigError) as error:
-        check_layout(spec, tp=2, pp=4, ep=3)
+        check_layout(spec, ParallelConfig(tp=2, pp=4, ep=3))
     assert len(str(error.value).splitlines()) == 3
 
 

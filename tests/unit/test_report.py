@@ -42,6 +42,10 @@ def make_run(folder: Path, steps: int = 60) -> Path:
             {"step": step, "time": 1e9 + step, "reward/mean": 0.58 + 0.26 * rise + rng.normal(0, 0.02)}
             | {"kl/per_token": 0.01 * rise, "kl/per_sequence": 0.25 * rise, "grad_norm_reinforce": rng.uniform(1, 3)}
             | {"response/mean_tokens": 25 + rng.normal(0, 0.3), "response/truncated": 0.02 * (1 - rise)}
+            | {"response/p50_tokens": 24, "response/p95_tokens": 31, "response/max_tokens": 32}
+            | {"rollout/slowest_share": rng.uniform(0.1, 0.2), "mfu/train": 0.4, "tflops_per_rank/train": 395.6}
+            | {"tokens_per_s/train": 8e3 + step, "gpu/rank0/power_w": 300, "gpu/rank1/power_w": 500}
+            | {"gpu/rank0/energy_j": 250, "gpu/rank1/energy_j": 1000, "gpu/rank1/xid_events": step == 7}
             | {"mismatch/max": 10 ** rng.uniform(-5.5, -4.8), "mismatch/mean": 10 ** rng.uniform(-7, -6.5)}
             | {"advantage/mean": -0.1 + 0.2 * rise, "advantage/second_moment": 0.2, "tokens_per_s/generate": 1e4}
             | time_s
@@ -62,6 +66,7 @@ def make_run(folder: Path, steps: int = 60) -> Path:
         "sync": {"seconds_mean": 0.07, "bytes": 3_300_000},
         "max_log_prob_difference": 1.3e-5,
         "peak_memory_bytes": {"rank 0": 700_000_000, "vllm server": 2_400_000_000},
+        "peak_phase_bytes": {"generate": 610_000_000, "train": 690_000_000},
         "versions": {"torch": "2.13.0+cpu"},
     }
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -112,8 +117,26 @@ def test_finished_run_shows_its_results(tmp_path: Path) -> None:
     assert "6 min 31 s3 phases" in found.text
     assert "256 prompts, 8 samples of each" in found.text
     assert "2.40 GB" in found.text and "2.13.0+cpu" in found.text and "prompts_per_step: 256" in found.text
+    assert "generate610.0 MB" in found.text and "train690.0 MB" in found.text
     assert "not there" not in found.text and "nothing in" not in found.text
-    assert page.count("<svg") == 11
+    assert page.count("<svg") == 14
+
+
+def test_rates_and_gpus_are_means_and_sums_of_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    text = outline(write_report(run).read_text()).text
+    assert "parttokens/sTFLOP/s of a rankMFUgenerate10,000train8,03039640.0%" in text  # steps 1 to 60
+    assert "GPU power, W, by rank" in text and "lowest" in text and "highest" in text
+    assert "015.0" in text and "160.01" in text  # rank 0: 60 x 250 J; rank 1: 60 x 1 kJ, one Xid
+
+
+def test_a_run_without_gpus_says_nothing_of_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [{name: row[name] for name in row if not name.startswith(("gpu/", "mfu/"))} for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    text = outline(write_report(run).read_text()).text
+    assert "GPU" not in text.replace("GPU only", "") and "MFU" not in text and "Rates, mean over steps" in text
 
 
 def test_vstar_is_shown_as_it_was_trained_on(tmp_path: Path) -> None:

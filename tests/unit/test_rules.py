@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from megatron_apo.config import ParallelConfig
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import ModelSpec, Rope, read_hf_config
+from megatron_apo.model.precision import Precision
 from megatron_apo.parallel.topology import alone
 from megatron_apo.weights.families import EMBEDDING, EXPERT_ROWS, layer_rows, model_entries, tied_head_entry
 from megatron_apo.weights.rules import QKV, Copy, GatedMLP, Vocabulary
@@ -164,7 +165,7 @@ def test_a_model_on_the_meta_device_has_exactly_the_rows(variant, tmp_path):
     """Names, and shapes as the rules split them; no parameter takes memory."""
     spec = read_hf_config(make_model(variant, tmp_path))
     with alone() as topology, torch.device("meta"):
-        model = build_model(spec, ParallelConfig(), topology, dtype="bf16")
+        (model,) = build_model(spec, ParallelConfig(), topology, Precision("bf16"))
     assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     expected = {}
     for entry in model_entries(spec, pp=1):
@@ -210,21 +211,24 @@ def test_expert_ranks_hold_every_expert_once(ep):
     assert all(entry.ep_rank is None for entry in entries if entry not in experts)
 
 
-@pytest.mark.parametrize("pp", [1, 2, 4])
+@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (4, 1), (2, 2)])
 @pytest.mark.parametrize("tied", [False, True])
-def test_stages_hold_every_layer_once(pp, tied):
+def test_stages_hold_every_layer_once(pp, vpp, tied):
     spec = make_spec(tied=tied)
-    entries = model_entries(spec, pp)
+    entries = model_entries(spec, pp, vpp=vpp)
     whole = model_entries(spec, 1)
     assert [entry.hf for entry in entries] == [entry.hf for entry in whole]
     for entry in entries:
         if entry.layer is not None:
-            assert entry.pp_rank == entry.layer // (4 // pp)
-            assert f"layers.{entry.layer % (4 // pp)}." in entry.megatron and f"layers.{entry.layer}." in entry.hf[0]
-    ends = [entry.pp_rank for entry in entries if entry.layer is None]
-    assert ends == ([0, pp - 1] if tied else [0, pp - 1, pp - 1])
-    head = tied_head_entry(spec, pp)
+            per_chunk = 4 // (pp * vpp)
+            assert entry.chunk * pp + entry.pp_rank == entry.layer // per_chunk
+            assert f"layers.{entry.layer % per_chunk}." in entry.megatron and f"layers.{entry.layer}." in entry.hf[0]
+    ends = [(entry.pp_rank, entry.chunk) for entry in entries if entry.layer is None]
+    last = (pp - 1, vpp - 1)
+    assert ends == ([(0, 0), last] if tied else [(0, 0), last, last])
+    head = tied_head_entry(spec, pp, vpp)
     if tied and pp > 1:
-        assert (head.megatron, head.hf, head.pp_rank) == ("output_layer.weight", EMBEDDING.hf, pp - 1)
+        assert (head.megatron, head.hf) == ("output_layer.weight", EMBEDDING.hf)
+        assert (head.pp_rank, head.chunk) == last
     else:
         assert head is None

@@ -1,21 +1,25 @@
-"""Metrics on disk, seconds by phase, and private memory of real processes."""
+"""Metrics on disk and on their way to W&B, seconds and memory by phase, and private memory of real processes."""
 
 from __future__ import annotations
 
 import json
+import mmap
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_apo.telemetry.memory import MemorySampler, private_bytes, tree_private_bytes
-from megatron_apo.telemetry.metrics import MetricsWriter, read_metrics
+from megatron_apo.telemetry.memory import MemorySampler, pop_private_peak_bytes, private_bytes, tree_private_bytes
+from megatron_apo.telemetry.metrics import MetricsWriter, read_metrics, wandb_problems
 from megatron_apo.telemetry.summary import RunSummary, read_summary
 from megatron_apo.telemetry.timers import PhaseTimer
 
@@ -59,13 +63,72 @@ def test_a_resumed_run_goes_on_after_a_line_cut_short(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=False) as metrics:
         metrics.log(1, {"loss": 1.0})
         metrics.log(1, {"eval/greedy": 0.1})
-        metrics.log(2, {"loss": 2.0})
+        metrics.log(2, {"loss": 2.0, "gpu/rank0/xid": 79})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     with MetricsWriter(tmp_path, tensorboard=False) as metrics:  # resumed at step 2
         metrics.log(2, {"loss": 2.5})
     rows = [{name: value for name, value in row.items() if name != "time"} for row in read_metrics(tmp_path)]
     assert rows == [{"step": 1, "loss": 1.0}, {"step": 1, "eval/greedy": 0.1}, {"step": 2, "loss": 2.5}]
+
+
+class WandB(ModuleType):
+    """The part of Weights & Biases that is used. `reachable`: whether a run can be started online."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, reachable: bool):
+        super().__init__("wandb")
+        self.reachable = reachable
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.modes: list[str | None] = []
+        self.finished = 0
+
+    def init(self, *, mode: str | None = None, **settings: Any) -> SimpleNamespace:
+        self.modes.append(mode)
+        self.settings = settings
+        if mode is None and not self.reachable:
+            raise self.Error("api_key not configured\n(no-tty)")
+        return SimpleNamespace(log=lambda row, step: self.rows.append((step, row)), finish=self._finish)
+
+    def _finish(self, exit_code: int = 0) -> None:
+        self.finished += 1
+        self.exit_code = exit_code
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_wandb_gets_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reachable: bool
+) -> None:
+    wandb = WandB(reachable)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run_dir = tmp_path / "run7"
+    with MetricsWriter(run_dir, tensorboard=False, wandb="apo", config={"run": {"seed": 3}}) as metrics:
+        metrics.log(1, {"reward/mean": np.float32(0.5)})
+        metrics.log(2, {"reward/mean": 0.75})
+        assert wandb.finished == 0
+    assert wandb.rows == [(1, {"reward/mean": 0.5}), (2, {"reward/mean": 0.75})] and wandb.finished == 1
+    told = {name: wandb.settings[name] for name in ("project", "group", "config", "dir")}
+    assert told == {"project": "apo", "group": "run7", "config": {"run": {"seed": 3}}, "dir": str(run_dir)}
+    assert wandb.modes == ([None] if reachable else [None, "offline"])
+    line = (
+        f"telemetry.wandb: offline, in {run_dir / 'wandb'}, to be sent by `wandb sync`: api_key not configured (no-tty)"
+    )
+    assert capsys.readouterr().out == ("" if reachable else f"{line}\n")
+    assert len(lines_of(run_dir)) == 2 and wandb.exit_code == 0
+
+
+def test_a_missing_wandb_is_said_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert wandb_problems(None) == []
+    (line,) = wandb_problems("apo")
+    assert line.startswith("telemetry.wandb: apo needs") and "megatron-apo[wandb]" in line and "\n" not in line
+    monkeypatch.setattr(metadata, "version", lambda name: "0.31.0")
+    assert wandb_problems("apo") == []
 
 
 def test_phases_add_up_and_count_when_they_raise() -> None:
@@ -76,10 +139,47 @@ def test_phases_add_up_and_count_when_they_raise() -> None:
     with pytest.raises(KeyError), timer.phase("train"):
         time.sleep(0.05)
         raise KeyError
-    seconds = timer.pop()
-    assert list(seconds) == ["generate", "train"]
-    assert 0.1 <= seconds["generate"] < 0.3 and 0.05 <= seconds["train"] < 0.2
+    phases = timer.pop()
+    assert list(phases) == ["generate", "train"]
+    assert phases["generate"].seconds >= 0.1 and phases["train"].seconds >= 0.05  # a loaded machine sleeps longer
     assert timer.pop() == {}
+
+
+def test_a_phase_has_the_peak_that_fell_into_it() -> None:
+    """To a tenth of the largest block: other threads of this process allocate too."""
+    timer = PhaseTimer()
+    with timer.phase("step"):
+        block = b"x" * 300 * MB
+        del block
+        with timer.phase("generate"):
+            pass
+        for size in (200 * MB, 100 * MB):
+            with timer.phase("train"):
+                block = b"x" * size
+                del block
+    first = {name: phase.peak_bytes for name, phase in timer.pop().items()}
+    with timer.phase("train"):
+        pass
+    base = timer.pop()["train"].peak_bytes
+    above = {name: (peak - base) / MB for name, peak in first.items()}
+    assert above == {
+        "step": pytest.approx(300, abs=30),
+        "generate": pytest.approx(0, abs=30),
+        "train": pytest.approx(200, abs=30),
+    }
+
+
+def test_private_peak_has_no_mapped_file(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"x" * 200 * MB)
+    pop_private_peak_bytes()
+    base = pop_private_peak_bytes()
+    with (tmp_path / "weights").open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        sum(mapped[::4096])
+        block = b"x" * 50 * MB
+        assert abs(pop_private_peak_bytes() - base - len(block)) < 10 * MB
+        del block
+    pop_private_peak_bytes()
+    assert abs(pop_private_peak_bytes() - base) < 10 * MB
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+"""Does a recipe fit this machine, and do the models that it names fit the recipe? Light, and starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_apo.config import Recipe, RecipeError
+from megatron_apo.model.gpus import Capability
+from megatron_apo.model.hf_config import ModelConfigError, check_layout, check_served, read_hf_config
+from megatron_apo.model.precision import check_precision, layer_kind, optimizer_problems
+from megatron_apo.parallel.launch import is_rank
+from megatron_apo.rollout.server import engine_problems, served_length
+from megatron_apo.telemetry.metrics import wandb_problems
+
+
+def misfits(recipe: Recipe, models: Mapping[str, Path], gpus: Sequence[Capability]) -> list[str]:
+    """What keeps a valid recipe from running on these GPUs (none: on the CPU), one line each.
+
+    models: key of the recipe -> the Hugging Face folder there, of which only config.json is read.
+    """
+    parallel, found = recipe.parallel, []
+    capability = min(gpus, default=None)
+    try:
+        layer_kind(recipe.model, parallel, capability)
+    except RecipeError as error:
+        found += error.problems
+    found += optimizer_problems(recipe.optimizer, capability)
+    found += engine_problems(recipe.rollout)
+    if gpus and parallel.world_size > len(gpus) and not is_rank():  # a rank of several machines sees its own alone
+        found.append(
+            f"parallel.dp: tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} x dp={parallel.dp} is "
+            f"{parallel.world_size} ranks, and here are {len(gpus)} GPUs; use a smaller layout, or start the ranks on "
+            "several machines with torchrun or srun"
+        )
+    for key, folder in models.items():
+        found += [f"{line} ({key})" for line in _of_model(recipe, folder) if not any(line in other for other in found)]
+    return found + wandb_problems(recipe.telemetry.wandb)
+
+
+def _of_model(recipe: Recipe, folder: Path) -> list[str]:
+    found = []
+    try:
+        spec = read_hf_config(folder)
+    except ModelConfigError as error:
+        return str(error).splitlines()
+    for check in (
+        lambda: check_served(spec),
+        lambda: check_layout(spec, recipe.parallel),
+        lambda: check_precision(spec, recipe.parallel, recipe.model.fp8),
+        lambda: served_length(recipe.rollout, folder, recipe.max_sequence_tokens),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            found += str(error).splitlines()
+    return found

@@ -1,0 +1,136 @@
+"""What leaves the GPU comes back bit for bit: the reference in every mode, and what the optimizer holds.
+
+    python -m tests.gpu.placement [--tiny]
+
+A small dense model and a mixture of experts learn for two steps. The reference's log-probs must then be what they were
+before, and the same in each mode; the policy's weights and the optimizer's state must be the same after the reference
+was active, and after `Trainable.parked`. `held` is allocated between steps, `parked` within that; at least nine tenths
+of what should leave must have left. A minute on one GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_apo.config import RecipeError
+from megatron_apo.model.hf_config import ModelSpec
+from megatron_apo.model.placement import Reference
+from megatron_apo.objectives import build_objective
+from megatron_apo.parallel.pipeline import forward_log_probs
+from megatron_apo.parallel.topology import Topology
+from megatron_apo.stages import train as stage
+from megatron_apo.telemetry.timers import PhaseTimer
+from megatron_apo.telemetry.units import data_size
+from tests.gpu.common import Verdict, free_memory, job, parse, prepared, random_rollouts, recipe_of, spec_of
+from tests.gpu.parity import COMMON, FAMILIES
+
+_LENGTHS = [(9, 30), (20, 3), (3, 60), (7, 11)]
+_STEPS = 2
+_LEFT = 0.9  # of the bytes that should leave; the allocator rounds
+
+
+def main() -> None:
+    args = parse(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
+    verdict = Verdict()
+    with job() as topology:
+        print(f"{'':32}{'held':>11}{'parked':>11}")
+        for family in ["qwen3"] if args.tiny else ["qwen3", "qwen3_moe"]:
+            spec = spec_of(COMMON | {"model_type": family} | FAMILIES[family])
+            for dtype, layers in (("fp32", "local"), ("bf16", "local"), ("bf16", "te")):
+                compare(spec, dtype, layers, topology, verdict)
+    verdict.finish()
+
+
+def compare(spec: ModelSpec, dtype: str, layers: str, topology: Topology, verdict: Verdict) -> None:
+    """A row for each mode."""
+    resident: Found | None = None
+    for mode in ("resident", "offload", "swap"):
+        name = f"{spec.family} {dtype} {layers} {mode}"
+        try:
+            found = run(
+                spec, topology, f"model.dtype={dtype}", f"model.layers={layers}", f"model.reference_mode={mode}"
+            )
+        except RecipeError as error:
+            print(f"{name:<32}not run: {error}", flush=True)
+            return
+        finally:
+            free_memory()
+        figures = {name: (float(changed), 0.0) for name, changed in found.changed.items()}
+        resident = resident or found
+        figures["other than resident"] = (float(differ(found.log_probs, resident.log_probs)), 0.0)
+        if topology.device.type == "cuda":
+            figures["parked"] = (found.parked, found.held - _LEFT * found.optimizer_bytes)
+            if mode != "resident":
+                figures["held"] = (found.held, resident.held - _LEFT * found.weight_bytes)
+        cells = f"{data_size(found.held):>11}{data_size(found.parked):>11}"
+        print(f"{name:<32}{cells}  {verdict.of(name, **figures)}", flush=True)
+
+
+@dataclass(frozen=True)
+class Found:
+    log_probs: list[Tensor]  # the reference's
+    changed: dict[str, bool]  # what must not have
+    held: int  # bytes, as the following
+    parked: int
+    weight_bytes: int
+    optimizer_bytes: int  # gradients included
+
+
+def run(spec: ModelSpec, topology: Topology, *overrides: str) -> Found:
+    """Two steps, the reference before and after them, and the optimizer parked."""
+    # A rate that bf16 weights can follow.
+    recipe = recipe_of([*overrides, f"train.prompts_per_step={len(_LENGTHS)}", "optimizer.lr=0.01"])
+    policy, trainable, reference = prepared(recipe, spec, topology, total_steps=2 * _STEPS)
+    batch = random_rollouts(spec, _LENGTHS)
+    micro = [piece for minibatch in stage._lay_out(recipe, topology, batch) for piece in minibatch]
+
+    def log_probs(model: Reference) -> list[Tensor]:
+        with model.active() as chunks:
+            return forward_log_probs(chunks, micro)
+
+    def state() -> list[Tensor]:
+        weights = [parameter.data for chunk in policy for parameter in chunk.parameters()]
+        return [tensor.clone() for tensor in [*weights, *trainable._own_tensors()]]
+
+    first, start = log_probs(reference), log_probs(Reference(policy))
+    objective, values = build_objective(recipe.objective), {rollout.prompt_id: 0.0 for rollout in batch}
+    for _ in range(_STEPS):
+        stage._learn(recipe, topology, objective, trainable, reference, batch, values, PhaseTimer())
+    learned, before = log_probs(Reference(policy)), state()
+    changed = {
+        "another reference": differ(log_probs(reference), first),
+        "another policy at first": differ(start, first),
+        "nothing learned": not differ(learned, start),
+        "the reference's traces": differ(state(), before),
+    }
+    weights = [parameter for chunk in policy for parameter in chunk.parameters()]
+    optimizer_bytes = sum(4 * weight.numel() for weight in weights) + size(trainable._own_tensors())
+    before = [tensor.cpu() for tensor in before]
+    held = allocated()
+    with trainable.parked():
+        parked = allocated()
+    changed["the parking's traces"] = differ(state(), before)
+    changed["another policy"] = differ(log_probs(Reference(policy)), learned)
+    return Found(first, changed, held, parked, size(weights), optimizer_bytes)
+
+
+def differ(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:
+    """In any bit but a zero's sign; NaN does."""
+    return not all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(ours, theirs, strict=True))
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+if __name__ == "__main__":
+    main()

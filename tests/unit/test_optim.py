@@ -1,0 +1,43 @@
+"""The recipe's optimizer in Megatron-Core's words, as far as they can be said without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import optimizer_config
+
+from megatron_apo.config import OptimizerConfig, RecipeError
+from megatron_apo.optim import _adam_arguments, make_trainable
+
+MODEL = SimpleNamespace(bf16=True, params_dtype=torch.bfloat16, fp8=None, fp8_recipe="delayed", fp8_param=False)
+
+
+def test_the_offloaded_optimizer_keeps_its_main_weights_on_the_cpu(monkeypatch):
+    """Megatron-Core 0.16 does so on its precision-aware path alone, and says itself when it takes that."""
+    monkeypatch.setattr(optimizer_config, "is_te_min_version", lambda version: True)  # it asks, whatever is installed
+    config = MegatronOptimizerConfig(**_adam_arguments(OptimizerConfig(cpu_offload=0.75), MODEL))
+    assert config.optimizer_cpu_offload and config.optimizer_offload_fraction == 0.75
+    assert config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and config.exp_avg_dtype == torch.float32
+    usual = MegatronOptimizerConfig(**_adam_arguments(OptimizerConfig(), MODEL))
+    assert not usual.optimizer_cpu_offload and not usual.use_precision_aware_optimizer
+    assert usual.bf16 and usual.params_dtype == torch.bfloat16 and usual.use_distributed_optimizer
+
+
+def test_moments_in_bf16_leave_main_weights_and_gradients_in_fp32():
+    arguments = _adam_arguments(OptimizerConfig(moments="bf16"), MODEL)
+    assert arguments.keys() <= {field.name for field in fields(MegatronOptimizerConfig)}
+    assert arguments["use_precision_aware_optimizer"] and not arguments["optimizer_cpu_offload"]
+    assert arguments["exp_avg_dtype"] == arguments["exp_avg_sq_dtype"] == torch.bfloat16
+    assert not arguments.keys() & {"main_params_dtype", "main_grads_dtype"}
+    assert MegatronOptimizerConfig.main_params_dtype == MegatronOptimizerConfig.main_grads_dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU refuses")
+def test_a_model_is_not_wrapped_for_an_optimizer_that_cannot_be():
+    for config in (OptimizerConfig(cpu_offload=1.0), OptimizerConfig(moments="bf16")):
+        with pytest.raises(RecipeError, match="optimizer.(cpu_offload: 1.0|moments: bf16)"):
+            make_trainable([torch.nn.Linear(1, 1)], config, total_steps=1)

@@ -1,0 +1,177 @@
+"""What is written of a training step and of a run, from numbers that a person can follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_apo.config import Recipe, build_recipe
+from megatron_apo.data.rollout import Rollout
+from megatron_apo.objectives import Stats
+from megatron_apo.parallel.topology import Topology
+from megatron_apo.rollout.evaluation import Evaluation
+from megatron_apo.rollout.weight_sync import SyncReport
+from megatron_apo.telemetry.diagnostics import StepRecord
+from megatron_apo.telemetry.recorder import Recorder, machine_metrics
+from megatron_apo.telemetry.responses import response_metrics
+from megatron_apo.telemetry.timers import Phase
+
+# Forward of a prompt of 3 and a response of 2: see test_flops.py.
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 3,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 10,
+}
+FORWARD = 15_104
+
+
+@pytest.fixture
+def topology() -> Iterator[Topology]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Topology(
+            rank=0,
+            world_size=1,
+            tp_rank=0,
+            pp_rank=0,
+            dp_rank=0,
+            tp=1,
+            pp=1,
+            dp=1,
+            tp_group=None,
+            pp_group=None,
+            dp_group=None,
+            device=torch.device("cpu"),
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def make_recipe(folder: Path, *overrides: str) -> Recipe:
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    tree = {
+        "run": {"dir": str(folder / "run")},
+        "model": {"path": str(folder)},
+        "data": {"train": "train.jsonl"},
+        "vstar": {"dir": "vstar"},
+        "telemetry": {"tensorboard": False},
+    }
+    return build_recipe(tree, overrides)
+
+
+def rollout(response_tokens: int = 2, seconds: float = 1.0, finish_reason: str = "stop") -> Rollout:
+    response = (1,) * response_tokens
+    return Rollout("p", (1, 1, 1), response, (-1.0,) * response_tokens, finish_reason, 0, 1.0, seconds)
+
+
+def record(topology: Topology) -> StepRecord:
+    found = StepRecord(2e-3)
+    sums = {name: torch.tensor(1.0) for name in ("loss", "count", "tokens", "log_ratio", "mismatch")}
+    maxima = {name: torch.tensor(1.0) for name in ("log_ratio", "mismatch")}
+    found.add([Stats(sums, maxima)], grad_norm=1.0)
+    return found.gather(topology)
+
+
+def write_run(recipe: Recipe, topology: Topology, steps: int) -> tuple[list[dict], dict]:
+    """(rows, summary) of a run whose steps take 8 s; memory of the phase "train" grows by 1 GB a step."""
+    times = {"generate": 5.0, "reference": 0.5, "train": 1.0, "optimizer": 0.5, "sync": 1.0, "step": 8.0}
+    with Recorder(recipe, topology, lambda: None) as recorder:
+        recorder.synced(SyncReport(0, 0.1, 100, {}))
+        recorder.proved(1e-6)
+        for step in range(1, steps + 1):
+            phases = {name: Phase(value, 10**9 * (step if name == "train" else 1)) for name, value in times.items()}
+            recorder.log(step, record(topology), [rollout(), rollout()], {"p": 0.25}, phases, lr=1e-6)
+        recorder.evaluated(steps, Evaluation(0.5, None, 0.5, None, 1, 1, 0.0))
+        recorder.finish({})
+    rows = [json.loads(line) for line in (recipe.run.dir / "metrics.jsonl").read_text().splitlines()]
+    return rows, json.loads((recipe.run.dir / "summary.json").read_text())
+
+
+def test_step_and_summary_have_rates_and_memory(tmp_path: Path, topology: Topology) -> None:
+    rows, summary = write_run(make_recipe(tmp_path, "telemetry.peak_tflops=1e-6"), topology, steps=4)
+    flops = 2 * 4 * FORWARD  # two sequences; the reference's forward, and three for forward and backward
+    assert rows[0]["mfu/train"] == pytest.approx(flops / 2.0 / 1e6)
+    assert rows[0]["tflops_per_rank/reference"] == pytest.approx(2 * FORWARD / 0.5 / 1e12)
+    assert rows[0]["tokens_per_s/train"] == 10 / 2.0 and rows[0]["tokens_per_s/generate"] == 4 / 5.0
+    assert rows[0]["advantage/mean"] == 0.75 and rows[0]["time/step_s"] == 8.0
+    assert [row["memory/train_bytes"] for row in rows[:4]] == [10**9, 2 * 10**9, 3 * 10**9, 4 * 10**9]
+    assert summary["peak_phase_bytes"]["train"] == 4 * 10**9 and summary["peak_phase_bytes"]["generate"] == 10**9
+    assert summary["mfu"]["train"] == pytest.approx(flops / 2.0 / 1e6)
+    assert set(summary["tflops_per_rank"]) == {"reference", "forward_backward", "train"}
+    assert summary["peak_memory_bytes"]["trainer rank 0"] > 10**6
+
+
+def test_no_mfu_on_a_device_whose_peak_nobody_gave(tmp_path: Path, topology: Topology) -> None:
+    rows, summary = write_run(make_recipe(tmp_path), topology, steps=1)
+    assert not [name for row in rows for name in row if name.startswith(("mfu/", "gpu/"))]
+    assert summary["mfu"] == {} and summary["tflops_per_rank"]["train"] > 0
+
+
+def test_every_ranks_gpu_and_the_largest_peak() -> None:
+    ranks = [({"train": 5, "step": 7}, {"power_w": 300.0}), ({"train": 6, "step": 6}, {"power_w": 400.0, "xid": 79})]
+    assert machine_metrics(ranks) == {
+        "memory/train_bytes": 6,
+        "memory/step_bytes": 7,
+        "gpu/rank0/power_w": 300.0,
+        "gpu/rank1/power_w": 400.0,
+        "gpu/rank1/xid": 79,
+    }
+
+
+def test_the_driver_alone_writes_and_has_what_every_rank_sent(
+    tmp_path: Path, topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, one after the other: what `gather_object` is asked for is noted, and given to the driver."""
+    sent: list[Any] = []
+
+    def gather(value: Any, found: list[Any] | None) -> None:
+        if found is None:
+            sent.append(value)
+        else:
+            assert found == [None, None]
+            found[:] = [value, sent.pop(0)]
+
+    monkeypatch.setattr(dist, "gather_object", gather)
+    recipe = make_recipe(tmp_path)
+    for rank, peak in ((1, 7), (0, 5)):
+        phases = {name: Phase(1.0, peak) for name in ("generate", "reference", "train", "optimizer", "sync", "step")}
+        with Recorder(recipe, replace(topology, rank=rank, world_size=2), lambda: None) as recorder:
+            recorder.synced(SyncReport(0, 0.1, 100, {}))
+            recorder.proved(1e-6)
+            recorder.log(1, record(topology), [rollout(), rollout()], {"p": 0.25}, phases, lr=1e-6)
+            recorder.evaluated(1, Evaluation(0.5, None, 0.5, None, 1, 1, 0.0))
+            recorder.finish({})
+        assert len(sent) == 2 * rank and (tmp_path / "run").exists() == (rank == 0)
+    row, _ = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert row["memory/train_bytes"] == 7
+    assert row["tflops_per_rank/reference"] == pytest.approx(2 * FORWARD / 2 / 1e12)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"trainer rank 0", "trainer rank 1"} <= summary["peak_memory_bytes"].keys()
+
+
+def test_lengths_truncation_and_the_slowest() -> None:
+    batch = [rollout(length, seconds=length / 10) for length in range(1, 201)]
+    batch[0] = rollout(1, seconds=24.0, finish_reason="length")  # the last to arrive; before it that of 20.0 s
+    found = response_metrics(batch, step_s=50.0)
+    assert found == {
+        "response/mean_tokens": 100.5,
+        "response/p50_tokens": 100.5,
+        "response/p95_tokens": pytest.approx(190.05),
+        "response/max_tokens": 200,
+        "response/truncated": 1 / 200,
+        # The slowest 1 % are two of 200: from the arrival at 19.9 s to that at 24.0 s.
+        "rollout/slowest_share": pytest.approx(4.1 / 50),
+    }
+    assert response_metrics(batch[:2], 48.0)["rollout/slowest_share"] == pytest.approx((24.0 - 0.2) / 48)
+    assert response_metrics([rollout(seconds=3.0)], 4.0)["rollout/slowest_share"] == 0.75

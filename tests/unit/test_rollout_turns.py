@@ -1,0 +1,194 @@
+"""Trainer and vLLM by turns: what a server is asked for and in which order, read off a server without an engine."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megatron_apo.config import build_recipe
+from megatron_apo.data.prompts import Prompt
+from megatron_apo.inputs import Inputs
+from megatron_apo.parallel.topology import Topology
+from megatron_apo.rollout import rollouts as rollouts_file
+from megatron_apo.rollout.payload import weights_path, write_loaded
+from megatron_apo.rollout.rollouts import Rollouts
+from megatron_apo.rollout.weight_sync import SyncError
+from megatron_apo.weights.safetensors_file import checksum
+
+PROMPT = Prompt(prompt_id="p", text="1+2=", text_hash="h", token_ids=(5, 6), answer="3", row=0)
+WEIGHT = torch.arange(6.0).reshape(2, 3)
+MEETING = ["/init_weight_transfer_engine", "/get_world_size"]
+UPDATE = ["/pause?mode=wait&clear_cache=true", "/start_weight_update", "/update_weights", "/finish_weight_update"]
+UPDATE += ["/resume"]
+GENERATE = "/inference/v1/generate"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as vLLM does, with a log-prob of 0 everywhere."""
+
+    server: Any
+
+    def do_GET(self) -> None:
+        self.server.events.append(self.path)
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+        path = urlsplit(self.path).path
+        answer: Any = {}
+        status = 200
+        if path == "/get_world_size":
+            answer = {"world_size": 1}
+        elif path == "/update_weights":
+            folder = Path(body["update_info"]["folder"])
+            write_loaded(folder, 0, {name: checksum(value) for name, value in load_file(weights_path(folder)).items()})
+        elif path == "/finish_weight_update":
+            self.server.version = body["weight_version"]
+        elif path == GENERATE and self.server.deaths:
+            self.server.deaths -= 1
+            status, answer = 503, {"error": "the engine is dead"}
+        elif path == GENERATE and "prompt_logprobs" in body["sampling_params"]:
+            answer = {"prompt_logprobs": [None, *({str(token): {"logprob": 0.0}} for token in body["token_ids"][1:])]}
+        elif path == GENERATE:
+            choice = {"token_ids": [7, 1], "finish_reason": "stop"}
+            choice |= {"weight_versions": [{"version": self.server.version}]}
+            answer = {"choices": [choice | {"logprobs": {"content": [{"logprob": 0.0}] * 2}}]}
+        text = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def http() -> Iterator[Any]:
+    """The server; `events`: what happened. `deaths`: generations to be answered as a dead engine's."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.events, server.version, server.deaths = [], "default", 0
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def one_rank() -> Topology:
+    place = dict.fromkeys(("rank", "tp_rank", "pp_rank", "dp_rank"), 0) | dict.fromkeys(("world_size", "tp", "pp"), 1)
+    groups = dict.fromkeys(("tp_group", "pp_group", "dp_group"))
+    return Topology(**place, **groups, dp=1, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes Rollouts of a recipe's overrides whose server is `http` and whose parking is an event."""
+
+    class Server(SimpleNamespace):
+        process = None
+        token = ""
+
+        def start(self) -> None:
+            self.url, self.payload_dir = f"http://127.0.0.1:{http.server_port}", tmp_path
+            http.events.append("start")
+
+        def stop(self) -> None:
+            pass
+
+        def log_tail(self) -> str:
+            return ""
+
+    class Stream(list):
+        def metadata(self) -> list[Any]:
+            return [SimpleNamespace(name="w", dtype=WEIGHT.dtype, shape=WEIGHT.shape)]
+
+    @contextmanager
+    def parked() -> Iterator[None]:
+        http.events.append("parked")
+        try:
+            yield
+        finally:
+            http.events.append("back")
+
+    def make(*overrides: str) -> Rollouts:
+        paths = ["model.path=m", "data.train=t", "vstar.dir=v", "reward.name=arithmetic", "eval.samples=1"]
+        inputs = Inputs(
+            tokenizer=SimpleNamespace(decode=lambda ids, **_: "3"),  # type: ignore[arg-type]
+            renderer=None,  # type: ignore[arg-type]
+            training=None,  # type: ignore[arg-type]
+            evaluation=[PROMPT],
+            stop_token_ids=(1,),
+        )
+        recipe = build_recipe({}, [*paths, *overrides])
+        return Rollouts(recipe, one_rank(), [], None, inputs, parked)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rollouts_file, "VLLMServer", lambda *_, **__: Server())
+    monkeypatch.setattr(rollouts_file, "WeightStream", lambda *_: Stream([("w", WEIGHT)]))
+    monkeypatch.setattr(Rollouts, "_own_log_probs", lambda self, found: [[0.0] * (len(s) - 1) for s in found])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield make
+    dist.destroy_process_group()
+
+
+def test_vllm_sleeps_whenever_the_trainers_memory_is_back(start: Any, http: Any) -> None:
+    def happened() -> list[str]:
+        events, http.events = http.events, []
+        return events
+
+    def turn(*work: str) -> list[str]:
+        return ["parked", "/wake_up", *work, "/sleep?level=1", "back"]
+
+    with start("rollout.sleep_while_training=true") as rollouts:
+        assert happened() == ["parked", "start", "/sleep?level=1", "back", *MEETING]
+        rollouts.sync(0)
+        assert happened() == ["/wake_up?tags=weights", *UPDATE]
+        assert rollouts.evaluate(0).num_prompts == 1
+        assert happened() == turn(GENERATE, GENERATE)  # sampled, greedy
+        assert [rollout.response_ids for rollout in rollouts.sample([PROMPT], 1)] == [(7, 1)]
+        assert happened() == turn(GENERATE)
+        rollouts.prove([(5,)], [(6, 7)])
+        assert happened() == turn(GENERATE)
+
+
+def test_without_sleep_nothing_is_asked_but_parking_is_the_same(start: Any, http: Any) -> None:
+    with start() as rollouts:
+        rollouts.sync(0)
+        rollouts.sample([PROMPT], 1)
+    assert http.events == ["parked", "start", "back", *MEETING, *UPDATE, "parked", GENERATE, "back"]
+
+
+def test_a_server_that_died_starts_again_where_there_is_room(start: Any, http: Any) -> None:
+    with start("rollout.sleep_while_training=true") as rollouts:
+        rollouts.sync(0)
+        http.events, http.deaths = [], 1
+        rollouts.sample([PROMPT], 1)
+    assert http.events == [
+        *("parked", "/wake_up", GENERATE, "back"),  # a dead server is not put to sleep
+        *("parked", "start", "/sleep?level=1", "back", *MEETING),
+        *("/wake_up?tags=weights", *UPDATE),
+        *("parked", "/wake_up", GENERATE, "/sleep?level=1", "back"),
+    ]
+
+
+def test_the_proof_is_held_to_its_precision(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rollouts, "_own_log_probs", lambda self, found: [[-0.3, -0.3] for _ in found])
+    with start("model.dtype=bf16", "rollout.dtype=bfloat16") as rollouts:
+        rollouts.sync(0)
+        assert rollouts.prove([(5,)], [(6, 7)]) == pytest.approx(0.3)
+    with start() as rollouts:
+        rollouts.sync(0)
+        with pytest.raises(SyncError, match=r"by 0\.3 \(allowed: 0\.0001\)"):
+            rollouts.prove([(5,)], [(6, 7)])

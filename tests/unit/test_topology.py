@@ -1,0 +1,54 @@
+"""Whose GPU a rank takes, and a model that is whole on its device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_apo.config import ParallelConfig
+from megatron_apo.model.build import build_model
+from megatron_apo.model.precision import Precision
+from megatron_apo.parallel.topology import _device_index, alone
+from tests.unit.test_precision import EXPERTS, SPEC
+
+
+@pytest.mark.parametrize(
+    ("said", "rank", "num_gpus", "index"),
+    [
+        ({"LOCAL_RANK": "1"}, 9, 8, 1),
+        ({"LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, 9, 8, 1),  # ranks that one task of SLURM's started
+        ({"SLURM_LOCALID": "3"}, 11, 8, 3),
+        ({"SLURM_LOCALID": "3"}, 11, 1, 0),  # --gpus-per-task
+        ({}, 11, 8, 3),
+        ({}, 0, 1, 0),
+    ],
+)
+def test_the_gpu_of_a_rank(said, rank, num_gpus, index, monkeypatch):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert _device_index(rank, num_gpus) == index
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_more_ranks_than_gpus(name, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match="^rank 10 is number 2 on its machine, .* sees 2 GPUs; "):
+        _device_index(10, 2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("spec", [SPEC, EXPERTS], ids=["dense", "experts"])
+def test_a_model_is_whole_on_its_rank_device(spec, dtype):
+    """ "meta" stands for a GPU: what torch and Megatron-Core make on the CPU would stay there."""
+    with alone() as topology:
+        there = replace(topology, device=torch.device("meta"))
+        (model,) = build_model(replace(spec, num_layers=1), ParallelConfig(), there, Precision(dtype))
+        assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+        with torch.device("meta"):
+            (model,) = build_model(replace(spec, num_layers=1), ParallelConfig(), topology, Precision(dtype))
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
