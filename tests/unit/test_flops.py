@@ -10,11 +10,12 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_apo.model.hf_config import ModelSpec, Rope, read_hf_config
+from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.telemetry.flops import forward_flops, training_rates
 from tests.models import make_model
+from tests.specs import model_spec
 
-DENSE = ModelSpec(
+DENSE = model_spec(
     family="llama",
     num_layers=3,
     hidden_size=8,
@@ -23,15 +24,6 @@ DENSE = ModelSpec(
     num_query_groups=1,
     head_dim=4,
     vocab_size=10,
-    max_positions=64,
-    norm_eps=1e-6,
-    rope=Rope(1e4),
-    tied=False,
-    qkv_bias=False,
-    output_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    initializer_range=0.02,
 )
 MIXTURE = replace(DENSE, num_experts=4, experts_per_token=2, expert_ffn_size=6)
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_apo.config import FP8Config, ModelConfig, ParallelConfig, Recipe, RecipeError, TrainConfig
 from megatron_apo.config import OptimizerConfig as OptimizerSection
-from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, Rope
+from megatron_apo.model.hf_config import ModelConfigError
 from megatron_apo.model.layer_spec import block_spec
 from megatron_apo.model.megatron_config import transformer_config
 from megatron_apo.model.precision import (
@@ -35,8 +35,9 @@ from megatron_apo.model.precision import (
     plain,
 )
 from megatron_apo.parallel.topology import alone
+from tests.specs import model_spec
 
-SPEC = ModelSpec(
+SPEC = model_spec(
     family="qwen3",
     num_layers=8,
     hidden_size=64,
@@ -45,15 +46,7 @@ SPEC = ModelSpec(
     num_query_groups=2,
     head_dim=16,
     vocab_size=32,
-    max_positions=64,
-    norm_eps=1e-6,
-    rope=Rope(1e4),
-    tied=False,
-    qkv_bias=False,
-    output_bias=False,
-    mlp_bias=False,
     qk_norm=True,
-    initializer_range=0.02,
 )
 EXPERTS = replace(SPEC, family="qwen3_moe", num_experts=4, experts_per_token=2, expert_ffn_size=48)
 HOPPER, BLACKWELL = (9, 0), (10, 0)

@@ -12,35 +12,18 @@ from safetensors.torch import load_file
 
 from megatron_apo.config import ParallelConfig
 from megatron_apo.model.build import build_model
-from megatron_apo.model.hf_config import ModelSpec, Rope, read_hf_config
+from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.model.precision import Precision
 from megatron_apo.parallel.topology import alone
 from megatron_apo.weights.families import EMBEDDING, EXPERT_ROWS, layer_rows, model_entries, tied_head_entry
 from megatron_apo.weights.rules import QKV, Copy, GatedMLP, Vocabulary
 from tests.models import VARIANTS, make_model
+from tests.specs import model_spec
 
 
 def make_spec(**changes) -> ModelSpec:
-    values = dict(
-        family="qwen3",
-        num_layers=4,
-        hidden_size=8,
-        ffn_size=8,
-        num_heads=4,
-        num_query_groups=2,
-        head_dim=6,
-        vocab_size=11,
-        max_positions=64,
-        norm_eps=1e-6,
-        rope=Rope(1e4),
-        tied=False,
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        qk_norm=True,
-        initializer_range=0.02,
-    )
-    return ModelSpec(**(values | changes))
+    sizes = dict(num_layers=4, hidden_size=8, ffn_size=8, num_heads=4, num_query_groups=2, head_dim=6, vocab_size=11)
+    return model_spec(**(dict(family="qwen3", qk_norm=True) | sizes | changes))
 
 
 ALL_RULES = [
