@@ -277,7 +277,7 @@ class TrainConfig(Section):
     minibatches: int = Field(2, ge=1, description="optimizer steps per rollout batch; divides prompts_per_step")
     packing: bool = Field(True, description="pack sequences; false: pad to the longest of a micro-batch")
     tokens_per_micro_batch: int = Field(4096, ge=1, description="token budget of one micro-batch (padding included)")
-    log_prob_chunk_tokens: int = Field(1024, ge=1, description="tokens whose logits exist at once")
+    log_prob_chunk_tokens: int = Field(2048, ge=1, description="tokens whose logits exist at once")
     entropy: bool = Field(False, description="also measure the policy's entropy, from the logits of the training pass")
     first_log_ratio_tolerance: float = Field(0.0, ge=0, description="largest |log pi/pi_ref| on the first batch")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only the final HF export")

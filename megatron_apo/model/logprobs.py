@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SLAB_ROWS = 8192  # vocabulary rows of a tile: with 1024 tokens, 32 MiB of logits, which stay in a cache
+SLAB_ROWS = 4096  # vocabulary rows of a tile: with 2048 tokens, 32 MiB of logits, which stay in a cache
 
 
 class _TiledLogProbs(torch.autograd.Function):

@@ -6,6 +6,7 @@ One small quickstart (four ranks, TP 2 x PP 2) makes the model and the V* store 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import socket
@@ -257,6 +258,25 @@ def test_untied_model_with_two_vllm_workers(quickstart: Path, command, tmp_path:
     )
     assert all((before[name] != after[name]).any() for name in before)
     assert run.processes() == []
+
+
+@pytest.mark.parametrize("layout", [("parallel.pp=1", "parallel.cp=2"), ("parallel.pp=2", "parallel.vpp=2")])
+def test_other_layouts_and_placements_train_alike(
+    layout: tuple[str, ...], quickstart: Path, command, tmp_path: Path
+) -> None:
+    """Against the quickstart's TP 2 x PP 2: moments and master weights survive their way to host memory and back."""
+    placement = ["model.reference_mode=swap", "train.offload_while_sampling=true", "train.entropy=true"]
+    arguments = train_arguments(quickstart, tmp_path / "run", *layout, *placement, "train.steps=3")
+    run = command(*arguments)
+    assert run.wait() == 0, run.output
+    assert run.processes() == []
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["max_log_prob_difference"] <= 1e-4
+    expected, found = ([row for row in rows(folder) if "loss" in row] for folder in (quickstart, tmp_path / "run"))
+    assert len(found) == 3
+    for name in ("reward/mean", "loss", "kl/per_token", "grad_norm", "grad_norm_reinforce"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in expected], rel=1e-3, abs=1e-6), name
+    assert found[0]["kl/per_token"] == 0.0
+    assert all(0 < row["entropy/per_token"] < math.log(18) for row in found)  # 18 tokens in the vocabulary
 
 
 STALE = "model.layers.1.mlp.down_proj.weight"

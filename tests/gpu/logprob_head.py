@@ -1,6 +1,6 @@
 """The tiled log-prob head beside the naive one on a GPU: time, peak memory, and how far the numbers are apart.
 
-    python -m tests.gpu.logprob_head [--tiny] [--tokens 16384] [--vocabulary 151936] [--rounds 3] [--chunk 1024]
+    python -m tests.gpu.logprob_head [--tiny] [--tokens 16384] [--vocabulary 151936] [--rounds 3] [--chunk 2048]
 
 Forward and backward of sum(upstream x log-prob) at hidden sizes of 1,536 and 3,584; the variants are those of
 `tests/benchmarks/logprob_head.py`. Memory is what is allocated beyond the inputs and the weight's own gradient.
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--chunk", type=int, default=2048)
     args = parse(parser)
     if args.tiny:
         args.tokens, args.vocabulary = 256, 10000
