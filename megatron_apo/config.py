@@ -209,7 +209,9 @@ class SamplingConfig(Section):
     top_p: float = Field(1.0, ge=1, le=1, description="1 only: truncated sampling changes the policy that is sampled")
     top_k: Literal[-1] = Field(-1, description="-1 only: truncated sampling changes the policy that is sampled")
     max_response_tokens: int = Field(1024, ge=1, description="length cap of a response; part of V*'s provenance")
-    stop_token_ids: list[int] | None = Field(None, description="ids that end a response; none: the model's EOS ids")
+    stop_token_ids: list[int] | None = Field(
+        None, description="ids that end a response; null: the model's EOS ids; []: nothing does but the length cap"
+    )
 
 
 class RewardConfig(Section):

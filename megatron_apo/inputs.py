@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_apo.config import Recipe, SamplingConfig
 from megatron_apo.data.prompts import LoadedPrompts, Prompt, PromptRenderer, load_prompts
+from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.rewards import GradeRequest, get_reward
 from megatron_apo.rollout.client import Sampling, eos_token_ids
 from megatron_apo.values.fingerprint import Fingerprint
@@ -71,8 +72,18 @@ def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
 
 
 def stop_token_ids(recipe: Recipe, folder: Path) -> tuple[int, ...]:
-    """The ids that end a response: the recipe's, else the EOS ids of the model in `folder`."""
-    return tuple(recipe.sampling.stop_token_ids or eos_token_ids(folder))
+    """The ids that end a response: the recipe's, else the EOS ids of the model in `folder`.
+
+    Raises `ValueError` for an id that the model does not have.
+    """
+    chosen = recipe.sampling.stop_token_ids
+    if chosen is None:
+        return eos_token_ids(folder)
+    if chosen:
+        last = read_hf_config(folder).vocab_size - 1
+        if min(chosen) < 0 or max(chosen) > last:
+            raise ValueError(f"sampling.stop_token_ids: {chosen} does not fit {folder}, whose ids are 0 to {last}")
+    return tuple(chosen)
 
 
 def store_fingerprint(recipe: Recipe, inputs: Inputs) -> Fingerprint:

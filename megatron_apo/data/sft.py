@@ -24,7 +24,9 @@ def read_examples(recipe: Recipe) -> Examples:
     data, warmup = recipe.data, recipe.warmup
     assert warmup.data is not None and warmup.start is not None
     tokenizer = load_tokenizer(warmup.start, "warmup.start")
-    stop = stop_token_ids(recipe, warmup.start)[0]
+    stop = stop_token_ids(recipe, warmup.start)
+    if not stop:
+        raise ValueError("sampling.stop_token_ids: [] gives warmup.data's responses no end; name an id, or null")
     columns, key = row_format(data).prompts, column_key(data, "prompt_column")
     prompts, responses = [], []
     for index, row in enumerate(read_rows(warmup.data, "warmup.data")):
@@ -34,7 +36,7 @@ def read_examples(recipe: Recipe) -> Examples:
         raise ValueError(f"warmup.data: {warmup.data} has no rows; give another file")
     rendered = PromptRenderer(tokenizer, data).render_all(prompts)
     targets = tokenizer(responses, add_special_tokens=False)["input_ids"]
-    examples = Examples([list(ids) for _, ids in rendered], [[*ids, stop] for ids in targets])
+    examples = Examples([list(ids) for _, ids in rendered], [[*ids, stop[0]] for ids in targets])
     pairs = zip(examples.prompts, examples.responses, strict=True)
     longest = max(len(prompt) + len(response) for prompt, response in pairs)
     budget, least = recipe.train.tokens_per_micro_batch, aligned(longest, recipe.micro_batch_alignment)

@@ -26,7 +26,6 @@ from megatron_apo.data.arithmetic import build_tokenizer, write_model, write_tas
 from megatron_apo.telemetry.metrics import read_metrics
 from megatron_apo.telemetry.summary import read_summary
 
-_NEVER = 1 << 20  # no token's id: nothing ends a response but the cap
 _BLOCK = 128  # tokens of a block of vLLM's KV cache on a CPU
 
 
@@ -64,7 +63,7 @@ def write_run(out: Path, tokens: int, prompts: int, overrides: list[str]) -> Pat
         "data.template=raw",
         "data.max_prompt_tokens=16",
         f"sampling.max_response_tokens={tokens}",
-        f"sampling.stop_token_ids=[{_NEVER}]",
+        "sampling.stop_token_ids=[]",
         "reward.name=arithmetic",
         f"vstar.dir={out / 'vstar'}",
         "vstar.samples_per_prompt=1",

@@ -304,6 +304,7 @@ def test_warm_start_pairs_are_shown_in_the_same_way(tokenizer, tmp_path):
     from megatron_apo.data.sft import read_examples
 
     tokenizer.save_pretrained(tmp_path / "start")
+    (tmp_path / "start" / "generation_config.json").write_text('{"eos_token_id": 0}')
     pairs = write(tmp_path / "pairs.jsonl", [{"question": "2+2?", "response": "#### 4"}])
     sets = [
         "model.path=m",
@@ -312,7 +313,7 @@ def test_warm_start_pairs_are_shown_in_the_same_way(tokenizer, tmp_path):
         f"warmup.start={tmp_path}/start",
         f"warmup.data={pairs}",
     ]
-    sets += ["sampling.stop_token_ids=[0]", "data.preset=gsm8k", "data.system=Count."]
+    sets += ["data.preset=gsm8k", "data.system=Count."]
     recipe = build_recipe({}, sets)
     examples = read_examples(recipe)
     shown = row_format(recipe.data).show("2+2?")
