@@ -63,6 +63,8 @@ FREE = {
     "rollout.python",
     "rollout.threads",
     "rollout.kv_cache_gib",
+    "rollout.gpu_memory_utilization",
+    "rollout.sleep_while_training",
     "rollout.start_timeout_s",
     "rollout.request_timeout_s",
     # What only looks on, or is over.

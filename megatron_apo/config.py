@@ -133,7 +133,9 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(
         False, description="split what lies between tensor-parallel layers over their ranks; Transformer Engine only"
     )
-    threads_per_rank: int = Field(1, ge=1, description="CPU threads of each trainer rank")
+    threads_per_rank: int = Field(
+        1, ge=1, description="CPU threads of each trainer rank; optimizer.cpu_offload updates by them"
+    )
     timeout_s: float = Field(1800, gt=0, description="how long a collective may wait before the run is stopped")
 
     @property
@@ -360,7 +362,9 @@ class RolloutConfig(Section):
     tp: int = Field(1, ge=1, description="vLLM's tensor-parallel size")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="vLLM's compute type")
     max_num_seqs: int = Field(256, ge=1, description="sequences vLLM decodes at once")
-    max_num_batched_tokens: int = Field(16384, ge=64, description="tokens of one vLLM step; holds a whole sequence")
+    max_num_batched_tokens: int = Field(
+        16384, ge=64, description="tokens of one vLLM step; without a GPU it holds a whole sequence"
+    )
     kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on each of the engine's tp GPUs (CPU: workers), GiB")
     kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="fp8 halves the KV cache; GPU only")
     quantization: Literal["fp8"] | None = Field(None, description="vLLM's weights in FP8; GPU only")
@@ -479,13 +483,10 @@ class Recipe(Section):
                 + (f", padded to a multiple of {multiple}" if multiple > 1 else "")
                 + f"; use at least {padded}"
             )
-        # vLLM's own conditions without chunked prefill; scoring a sequence generates one token more.
-        least = max(self.max_sequence_tokens + 1, self.rollout.max_num_seqs)
-        if self.rollout.max_num_batched_tokens < least:
+        if self.rollout.max_num_batched_tokens < self.rollout.max_num_seqs:  # vLLM's own condition
             found.append(
-                f"rollout.max_num_batched_tokens: {self.rollout.max_num_batched_tokens} is less than a whole sequence "
-                f"({self.max_sequence_tokens} + 1 tokens) or rollout.max_num_seqs={self.rollout.max_num_seqs}; "
-                f"use at least {least}"
+                f"rollout.max_num_batched_tokens: {self.rollout.max_num_batched_tokens} is below rollout.max_num_seqs="
+                f"{self.rollout.max_num_seqs}; use at least that"
             )
         found += self._adaptive_problems()
         most = self.vstar.adaptive.most if self.vstar.adaptive else self.vstar.samples_per_prompt

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_apo.config import Recipe, RecipeError
 from megatron_apo.model.gpus import Capability
-from megatron_apo.model.hf_config import ModelConfigError, check_layout, check_served, read_hf_config
+from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, check_layout, check_served, read_hf_config
 from megatron_apo.model.precision import check_precision, layer_kind, optimizer_problems
 from megatron_apo.parallel.launch import is_rank
 from megatron_apo.rollout.server import engine_problems, served_length
@@ -31,7 +31,12 @@ def misfits(recipe: Recipe, models: Mapping[str, Path], gpus: Sequence[Capabilit
         found.append(
             f"parallel.dp: tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} x dp={parallel.dp} is "
             f"{parallel.world_size} ranks, and here are {len(gpus)} GPUs; use a smaller layout, or start the ranks on "
-            "several machines with torchrun or srun"
+            "several machines with torchrun"
+        )
+    if gpus and recipe.rollout.tp > len(gpus):
+        found.append(
+            f"rollout.tp: {recipe.rollout.tp} workers, and here are {len(gpus)} GPUs; use at most as many, or name "
+            "more in CUDA_VISIBLE_DEVICES"
         )
     for key, folder in models.items():
         found += [f"{line} ({key})" for line in _of_model(recipe, folder) if not any(line in other for other in found)]
@@ -48,6 +53,7 @@ def _of_model(recipe: Recipe, folder: Path) -> list[str]:
         lambda: check_served(spec),
         lambda: check_layout(spec, recipe.parallel),
         lambda: check_precision(spec, recipe.parallel, recipe.model.fp8),
+        lambda: _check_engine(spec, recipe.rollout.tp),
         lambda: served_length(recipe.rollout, folder, recipe.max_sequence_tokens),
     ):
         try:
@@ -55,3 +61,8 @@ def _of_model(recipe: Recipe, folder: Path) -> list[str]:
         except ValueError as error:
             found += str(error).splitlines()
     return found
+
+
+def _check_engine(spec: ModelSpec, tp: int) -> None:
+    if spec.num_heads % tp:
+        raise ValueError(f"rollout.tp: {tp} does not divide the model's {spec.num_heads} heads; use a divisor")

@@ -19,7 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_apo.config import OptimizerConfig, RecipeError
 from megatron_apo.model.cpu_compat import cuda_type_names
 from megatron_apo.model.gpus import visible_gpus
-from megatron_apo.model.placement import HostCopy
+from megatron_apo.model.placement import HostCopy, drop_quantized
 from megatron_apo.model.precision import ddp_arguments, optimizer_arguments, optimizer_problems
 from megatron_apo.weights.torch_dist import LAYOUT, sharded_state
 
@@ -79,6 +79,7 @@ class Trainable:
             yield
             return
         self.optimizer.zero_grad()
+        drop_quantized(self.chunks)
         state = HostCopy(self._own_tensors())
         try:
             state.free()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run the tests: unit, dist (gloo ranks) and e2e (vLLM). Arguments go to pytest.
 #   --full   the whole of every matrix, where the default is its corners
-# The other tiers run when they are named: bash tests/run.sh tests/slurm
+# The checks for a GPU run when they are named: bash tests/run.sh tests/gpu
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/launch/setup.sh"

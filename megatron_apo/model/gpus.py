@@ -18,8 +18,11 @@ Capability = tuple[int, int]  # of a GPU: (9, 0) is Hopper
 
 def visible_gpus() -> list[Capability]:
     """Capability of each GPU that CUDA_VISIBLE_DEVICES leaves; none where torch was built without CUDA."""
-    if not _torch_has_cuda():
-        return []
+    return drivers_gpus() if _torch_has_cuda() else []
+
+
+def drivers_gpus() -> list[Capability]:
+    """`visible_gpus` of another interpreter, whose torch is not looked at."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

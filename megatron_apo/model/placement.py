@@ -55,6 +55,12 @@ class HostCopy:
                 part.copy_(piece, non_blocking=True)
 
 
+def drop_quantized(chunks: Chunks) -> None:
+    """Free Transformer Engine's FP8 copies of weights, up to 2 bytes a parameter: the next batch makes them anew."""
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        getattr(module, "_fp8_workspaces", {}).clear()
+
+
 class Reference:
     """pi_ref, always on the device. Memory: its weights once more beside the policy's."""
 
@@ -64,7 +70,10 @@ class Reference:
     @contextmanager
     def active(self) -> Iterator[Chunks]:
         """Within: the model chunks with the reference's weights, for forward passes without gradient."""
-        yield self._chunks
+        try:
+            yield self._chunks
+        finally:
+            drop_quantized(self._chunks)
 
 
 class OffloadedReference(Reference):
@@ -86,8 +95,7 @@ class OffloadedReference(Reference):
             yield self._chunks
         finally:
             self._weights.free()  # they did not change: what the host has stays true
-            for module in (module for chunk in self._chunks for module in chunk.modules()):
-                getattr(module, "_fp8_workspaces", {}).clear()  # Transformer Engine's quantized copies
+            drop_quantized(self._chunks)
 
 
 class SwappedReference(Reference):

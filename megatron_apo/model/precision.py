@@ -11,7 +11,10 @@ residuals, embedding and head stay bf16. Importing this module is light.
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_apo.config import FP8Config, ModelConfig, OptimizerConfig, ParallelConfig, RecipeError
@@ -85,7 +88,21 @@ def fp8_recipes(capability: Capability) -> list[str]:
 
 
 def has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None
+    """Whether it is installed and can be loaded: one built for another torch cannot."""
+    return _has_package("transformer_engine") and _import_error("transformer_engine.pytorch") is None
+
+
+def _has_package(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+@cache
+def _import_error(module: str) -> str | None:
+    """Last line of what importing it here says; in a process of its own, which a broken library may end."""
+    found = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
+    if not found.returncode:
+        return None
+    return next(reversed(found.stderr.strip().splitlines()), f"status {found.returncode}")
 
 
 def has_fused_gradients() -> bool:
@@ -112,7 +129,11 @@ def _missing(capability: Capability | None) -> str | None:
     """What keeps Transformer Engine from running on a GPU of `capability`."""
     if capability is None:
         return "here is no GPU"
-    return None if has_transformer_engine() else "it is not installed here"
+    if has_transformer_engine():
+        return None
+    if _has_package("transformer_engine"):
+        return f"importing it fails here ({_import_error('transformer_engine.pytorch')})"
+    return "it is not installed here"
 
 
 def check_precision(spec: ModelSpec, parallel: ParallelConfig, fp8: FP8Config | None) -> None:

@@ -1,7 +1,7 @@
 """Starts this machine's trainer ranks, watches them, and leaves none behind.
 
-A stage's command run by hand starts the ranks itself; under `torchrun` or `srun`, where RANK and WORLD_SIZE are set,
-the same command is a rank. Rank 0 writes to the terminal, the others to RUN/logs/rank<k>.log.
+A stage's command run by hand starts the ranks itself; under `torchrun`, where RANK and WORLD_SIZE are set, the same
+command is a rank. Rank 0 writes to the terminal, the others to RUN/logs/rank<k>.log.
 """
 
 from __future__ import annotations
@@ -42,7 +42,15 @@ def is_rank() -> bool:
 
 
 def spawn_stage(command: str, recipe: Recipe) -> None:
-    """Run `megatron-apo COMMAND` with this recipe as the recipe's ranks on this machine."""
+    """Run `megatron-apo COMMAND` with this recipe as the recipe's ranks on this machine.
+
+    Raises `ValueError` as one of several tasks of a SLURM step: each would start a run of its own in the same folder.
+    """
+    if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
+        raise ValueError(
+            f"srun --ntasks={tasks}: {command} starts its ranks itself, one task a machine; use --ntasks=1, or run "
+            f"`torchrun ... -m megatron_apo.cli {command} ...` in one task on each machine"
+        )
     spawn(stage_arguments(command, recipe), world_size=recipe.parallel.world_size, log_dir=recipe.run.dir / "logs")
 
 

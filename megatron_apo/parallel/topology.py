@@ -43,6 +43,7 @@ class Topology:
     cp_rank: int = 0
     cp_group: Any = None
     vpp: int = 1
+    host_group: Any = None  # all ranks, over gloo whatever the device; none: the default group
 
     @property
     def ep_rank(self) -> int:
@@ -74,10 +75,17 @@ class Topology:
         return [first + tp_rank for tp_rank in range(self.tp)]
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
-        """The object of global rank `src`, on every rank."""
+        """The object of global rank `src`, on every rank, which waits for it on the host and as long as it takes.
+
+        Rank 0 works alone for hours, by limits of its own (rollout.request_timeout_s and others); a group's timeout
+        would end that, and waiting by NCCL would keep busy the GPUs on which vLLM generates.
+        """
         box = [value]
-        dist.broadcast_object_list(box, src=src)
+        dist.broadcast_object_list(box, src=src, group=self.host_group)
         return box[0]
+
+
+_PATIENCE = datetime.timedelta(days=7)  # of `host_group`: a rank that dies ends the others without it
 
 
 class RankLost(RuntimeError):
@@ -128,12 +136,12 @@ def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.St
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(_device_index(rank, torch.cuda.device_count()))
-    else:
-        torch.set_num_threads(parallel.threads_per_rank)
+    torch.set_num_threads(parallel.threads_per_rank)
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", timeout=timeout, store=store, rank=rank, world_size=world_size
     )
+    done = False
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,
@@ -161,13 +169,18 @@ def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.St
             cp_rank=parallel_state.get_context_parallel_rank(),
             cp_group=parallel_state.get_context_parallel_group(),
             vpp=parallel.vpp,
+            host_group=dist.new_group(backend="gloo", timeout=_PATIENCE),
         )
         assert topology.ep_rank == parallel_state.get_expert_model_parallel_rank(), "Megatron-Core's rank order changed"
         yield topology
+        done = True
     except RuntimeError as error:
         if any(text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")):
             raise RankLost(f"rank {rank}: the connection to another rank was lost; see what that rank said") from error
         raise
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        # NCCL's shutdown waits for collectives, in which the others may be stuck: a rank that failed leaves it to the
+        # end of its process, and says why first.
+        if done or not on_gpu:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()

@@ -42,7 +42,8 @@ from megatron_apo.weights.stream import WeightStream
 
 class Rollouts:
     """Use as a context manager. `policy`: this rank's model chunks; `inputs` is None except on the driver; `parked()`:
-    a context within which this rank's device has room for vLLM."""
+    a context within which this rank's device has room for vLLM; `phase(name)`: measures "generate" and "evaluate",
+    which are vLLM's work alone, and "offload", in which the two change places."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Rollouts:
         spec: ModelSpec,
         inputs: Inputs | None,
         parked: Callable[[], AbstractContextManager[None]] = nullcontext,
+        phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
     ):
         self._recipe = recipe
         self._topology = topology
@@ -59,6 +61,7 @@ class Rollouts:
         self._stream = WeightStream(policy, spec, topology)
         self._inputs = inputs
         self._parked = parked
+        self._phase = phase
         self._stack = ExitStack()
         self._server: VLLMServer | None = None
         self._client: RolloutClient | None = None
@@ -135,7 +138,7 @@ class Rollouts:
     def sample(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """One graded response for each prompt (given on the driver), in their order."""
         self._moment = f"step {step}"
-        return self._surviving(lambda: self._on_turn(lambda: self._sample(prompts, step)))
+        return self._surviving(lambda: self._on_turn("generate", lambda: self._sample(prompts, step)))
 
     def evaluate(self, step: int) -> Evaluation:
         """avg@k and greedy of the weights that the server holds, on the recipe's held-out prompts."""
@@ -145,7 +148,7 @@ class Rollouts:
             assert self._client and self._inputs
             return evaluate_policy(self._recipe, self._inputs, self._client, self.pool)
 
-        return self._surviving(lambda: self._on_turn(work))
+        return self._surviving(lambda: self._on_turn("evaluate", work))
 
     def _sample(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         assert self._client and self._inputs
@@ -208,13 +211,17 @@ class Rollouts:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """vLLM's: it is awake within, and the trainer's memory comes back only when it sleeps again."""
-        with self._parked():
-            self._wake()
+        with ExitStack() as stack:
+            with self._phase("offload"):
+                stack.enter_context(self._parked())
+                self._wake()
             yield
-            self._sleep()
+            with self._phase("offload"):
+                self._sleep()
+                stack.close()
 
-    def _on_turn(self, work: Callable[[], Answer]) -> Answer:
-        with self._turn():
+    def _on_turn(self, phase: str, work: Callable[[], Answer]) -> Answer:
+        with self._turn(), self._phase(phase):
             return on_driver(self._topology, work)
 
     def _wake(self, *tags: str) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from megatron_apo import guard
 from megatron_apo.config import RolloutConfig
+from megatron_apo.model.gpus import drivers_gpus, visible_gpus
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.ports import free_port, try_port
 from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
@@ -207,6 +208,7 @@ class VLLMServer:
 
 def engine_options(rollout: RolloutConfig) -> dict[str, Any]:
     """Arguments of vLLM's engine that both stages give it, by vLLM's names."""
+    on_gpu = _has_gpu(rollout)
     options: dict[str, Any] = {
         "dtype": rollout.dtype,
         "max_num_seqs": rollout.max_num_seqs,
@@ -214,15 +216,15 @@ def engine_options(rollout: RolloutConfig) -> dict[str, Any]:
         "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
         "tensor_parallel_size": rollout.tp,
         "generation_config": "vllm",  # no sampling default from the model's folder
-        "enable_chunked_prefill": _has_gpu(),  # a seeded request prefilled in two pieces kills the CPU engine
-        "enforce_eager": not _has_gpu(),  # compiling costs more than it gains on a CPU
+        "enable_chunked_prefill": on_gpu,  # a seeded request prefilled in two pieces kills the CPU engine
+        "enforce_eager": not on_gpu,  # compiling costs more than it gains on a CPU
         "kv_cache_dtype": rollout.kv_cache_dtype,
     }
     if problems := engine_problems(rollout):
         raise ValueError("\n".join(problems))
     if rollout.quantization:
         options["quantization"] = rollout.quantization
-    if _has_gpu():
+    if on_gpu:
         # With kv_cache_memory_bytes it is only what must be free at the start (v1/worker/utils.py, `request_memory`);
         # vLLM's own 0.92 leaves no room for a trainer.
         options["gpu_memory_utilization"] = rollout.gpu_memory_utilization
@@ -235,13 +237,13 @@ def engine_problems(rollout: RolloutConfig) -> list[str]:
     return [
         f"rollout.{name}: {str(value).lower()} needs a GPU, and this machine has none; leave it out"
         for name, value in wanted.items()
-        if getattr(rollout, name) == value and not _has_gpu()
+        if getattr(rollout, name) == value and not _has_gpu(rollout)
     ]
 
 
 def device_name() -> str:
-    """What vLLM runs on here, e.g. "NVIDIA H200" or "CPU"."""
-    if not _has_gpu():
+    """What vLLM runs on in this interpreter, e.g. "NVIDIA H200" or "CPU"."""
+    if not visible_gpus():
         return "CPU"
     import pynvml
 
@@ -257,7 +259,7 @@ def engine_environment(inherited: Mapping[str, str], rollout: RolloutConfig) -> 
     environment = {name: value for name, value in inherited.items() if name not in LAUNCHER_VARIABLES}
     environment.pop("VLLM_RPC_BASE_PATH", None)  # so that its sockets lie in TMPDIR
     environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return environment if _has_gpu() else environment | _cpu_environment(rollout.tp, rollout.threads)
+    return environment if _has_gpu(rollout) else environment | _cpu_environment(rollout.tp, rollout.threads)
 
 
 def _cpu_environment(tp: int, threads: int | None) -> dict[str, str]:
@@ -275,13 +277,19 @@ def _cpu_environment(tp: int, threads: int | None) -> dict[str, str]:
     return shared | {"VLLM_CPU_OMP_THREADS_BIND": bind}
 
 
-def _has_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+def _has_gpu(rollout: RolloutConfig) -> bool:
+    return bool(drivers_gpus() if rollout.python else visible_gpus())
 
 
 def served_length(rollout: RolloutConfig, model: Path, max_model_len: int) -> int:
     """`longest_request`. Raises `ValueError` also where the KV cache cannot hold one, with what can."""
     longest = longest_request(model, max_model_len)
+    if not _has_gpu(rollout) and rollout.max_num_batched_tokens < longest:  # prefills are whole there
+        raise ValueError(
+            f"rollout.max_num_batched_tokens: {rollout.max_num_batched_tokens} is less than a whole sequence of "
+            f"data.max_prompt_tokens + sampling.max_response_tokens, and without a GPU a prefill is whole; use at "
+            f"least {longest}"
+        )
     least = _least_kv_cache_bytes(rollout, read_hf_config(model), longest)
     if rollout.kv_cache_gib * 2**30 < least:
         raise ValueError(

@@ -3,7 +3,7 @@
     hf_to_megatron(HF, OUT)      OUT: a checkpoint folder (see checkpoint.py) that any TP x PP x EP loads
     megatron_to_hf(FOLDER, OUT)  FOLDER: what `hf_to_megatron` wrote, or a checkpoint of training
 
-The command checks everything, then starts its ranks (under torchrun or srun it is one). They work on the CPU, a
+The command checks everything, then starts its ranks (under torchrun it is one). They work on the CPU, a
 parameter at a time, whatever GPUs are there. OUT appears whole or not at all; OUT/conversion.json says what it was
 made of.
 """

@@ -63,7 +63,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
     inputs = curriculum.inputs if curriculum else None
     parked = partial(trainable.parked, recipe.train.offload_while_sampling)
     with (
-        Rollouts(recipe, topology, policy, spec, inputs, parked) as rollouts,
+        Rollouts(recipe, topology, policy, spec, inputs, parked, timer.phase) as rollouts,
         Recorder(recipe, topology, lambda: rollouts.server_pid) as recorder,
         Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress,
         long_lived(),
@@ -75,10 +75,10 @@ def train(recipe: Recipe, topology: Topology) -> None:
             recorder.resumed(start)
         task = progress.add_task("A*-PO", total=recipe.train.steps, completed=start)
         for step in range(start, recipe.train.steps):
+            timer.pop()  # an evaluation's phases are no step's
             with timer.phase("step"):
-                with timer.phase("generate"):
-                    batch = rollouts.sample(_next_prompts(recipe, objective, curriculum, step), step)
-                    values = topology.broadcast(curriculum.values(batch) if curriculum else None)
+                batch = rollouts.sample(_next_prompts(recipe, objective, curriculum, step), step)
+                values = topology.broadcast(curriculum.values(batch) if curriculum else None)
                 if step == start:
                     recorder.proved(_prove(recipe, rollouts, batch))
                 record = _learn(recipe, topology, objective, trainable, reference, batch, values, timer)

@@ -150,10 +150,6 @@ class Recorder:
         peaks = self._gathered(self._memory.peaks())
         if not self._topology.is_driver:
             return
-        split = {
-            phase: self._mean(f"time/{phase}_s")
-            for phase in ("generate", "reference", "train", "optimizer", "sync", "step")
-        }
         RunSummary(self._recipe.run.dir).add(
             {
                 "pass_at_1": {"after": asdict(self._evaluated)},
@@ -173,7 +169,7 @@ class Recorder:
                 },
                 "tflops_per_rank": self._means("tflops_per_rank/"),
                 "mfu": self._means("mfu/"),
-                "step_split_s": split,
+                "step_split_s": {name.removesuffix("_s"): mean for name, mean in self._means("time/").items()},
                 "grader_failures": dict(grader_failures),
                 "peak_memory_bytes": {label: peak for rank in peaks for label, peak in rank.items()},
                 "peak_phase_bytes": {

@@ -132,7 +132,10 @@ def _responses(rows: Rows) -> str:
         _lines(rows, "response length, tokens", lengths)
         + _lines(rows, "responses cut at the length cap", ["response/truncated"], percent=True)
         + _lines(
-            rows, "share of the step with the slowest 1 % of responses alone", ["rollout/slowest_share"], percent=True
+            rows,
+            "share of the step with the slowest response, the slowest 1 % of responses alone",
+            ["rollout/slowest_share", "rollout/slowest_1pct_share"],
+            percent=True,
         )
     )
 

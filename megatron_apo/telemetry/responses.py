@@ -14,17 +14,22 @@ from megatron_apo.data.rollout import Rollout
 def response_metrics(batch: Sequence[Rollout], step_s: float) -> dict[str, float]:
     """By the names of metrics.jsonl; `step_s`: seconds of the whole step.
 
-    `rollout/slowest_share`: the share of the step in which only the slowest 1 % of the responses (at least one) were
-    still running, from the arrival of the last one before them to that of the very last.
+    `rollout/slowest_share` is the share of the step in which only the slowest response was still running,
+    `rollout/slowest_1pct_share` that in which only the slowest 1 % (at least one) were.
     """
     lengths = [len(rollout.response_ids) for rollout in batch]
     arrivals = sorted(rollout.seconds for rollout in batch)
-    before = arrivals[-1 - math.ceil(len(batch) / 100)] if len(batch) > 1 else 0.0
+
+    def share(num_slowest: int) -> float:
+        before = arrivals[-1 - num_slowest] if len(arrivals) > num_slowest else 0.0
+        return (arrivals[-1] - before) / step_s
+
     return {
         "response/mean_tokens": fmean(lengths),
         "response/p50_tokens": float(np.percentile(lengths, 50)),
         "response/p95_tokens": float(np.percentile(lengths, 95)),
         "response/max_tokens": max(lengths),
         "response/truncated": fmean(rollout.finish_reason == "length" for rollout in batch),
-        "rollout/slowest_share": (arrivals[-1] - before) / step_s,
+        "rollout/slowest_share": share(1),
+        "rollout/slowest_1pct_share": share(math.ceil(len(batch) / 100)),
     }

@@ -55,12 +55,14 @@ def main() -> None:
         return
     print(f"vocabulary {args.vocabulary:,}, hidden {args.hidden:,}, {args.threads} threads, {args.chunk} tokens a tile")
     with tempfile.TemporaryDirectory(prefix="logprob-head-") as folder:
-        compare(args, Path(folder))
-        at_length(args, Path(folder))
+        met = [*compare(args, Path(folder)), *at_length(args, Path(folder))]
+    if not all(met):
+        sys.exit(1)
 
 
-def compare(args: argparse.Namespace, folder: Path) -> None:
-    """Every variant at --shared-tokens."""
+def compare(args: argparse.Namespace, folder: Path) -> list[bool]:
+    """Every variant at --shared-tokens; whether each target was met."""
+    targets = []
     names = ["naive", "tiled"] + (["torch"] if hasattr(functional, "linear_cross_entropy") else [])
     variants = [(name, dtype) for dtype in args.dtypes for name in names]
     found = defaultdict(list)
@@ -77,16 +79,19 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         memory = max(run["memory"] for run in found[name, dtype])
         ours = torch.load(folder / f"{name}-{dtype}")
         differences = [float((ours[key] - exact[key]).abs().max() / exact[key].abs().max()) for key in exact]
-        met = [] if name != "tiled" else [verdict(seconds / naive, TIME_RATIO)]
+        judged = [(seconds / naive, TIME_RATIO)] if name == "tiled" else []
         if (name, dtype) == ("tiled", "fp32"):
-            met.append(verdict(max(differences), DIFFERENCE))
+            judged.append((max(differences), DIFFERENCE))
+        targets += [value <= target for value, target in judged]
         cells = "".join(f"{difference:11.1e}" for difference in differences)
         row = f"{seconds:8.2f}{seconds / naive:9.2f}{data_size(memory):>10}{cells}"
-        print(f"  {f'{name} {dtype}':12}{row}  {' '.join(met)}", flush=True)
+        print(f"  {f'{name} {dtype}':12}{row}  {' '.join(verdict(*pair) for pair in judged)}", flush=True)
+    return targets
 
 
-def at_length(args: argparse.Namespace, folder: Path) -> None:
-    """The tiled head at --tokens."""
+def at_length(args: argparse.Namespace, folder: Path) -> list[bool]:
+    """The tiled head at --tokens; whether its memory is as small as it is to be."""
+    targets = []
     naive = 3 * args.tokens * args.vocabulary * 4
     print(f"{args.tokens:,} tokens: naive takes {data_size(naive)} by its formula")
     for dtype in args.dtypes:
@@ -97,6 +102,8 @@ def at_length(args: argparse.Namespace, folder: Path) -> None:
             f"{verdict(memory / naive, MEMORY_SHARE)}",
             flush=True,
         )
+        targets.append(memory / naive <= MEMORY_SHARE)
+    return targets
 
 
 def verdict(value: float, target: float) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from heapq import heappop, heappush
@@ -62,6 +63,8 @@ def main() -> None:
     for size, batches in minibatches.items():
         shares = [spread(lengths, args.dp) for spread in SPREADS.values() for lengths in batches[:1]]
         print(f"{size:>9}" + "".join(f"{100 * share:>30.3f} %" for pair in shares for share in pair))
+    if missed:
+        sys.exit(1)
 
 
 def measure(

@@ -42,6 +42,8 @@ FULL_LAYOUTS = [
     "cp4",
     "tp2-cp2",
     "cp2-dp2-ep4",
+    "tp2-pp2-vpp2",
+    "pp2-vpp2-dp2",
 ]
 ALL_LAYOUTS = LAYOUTS + [pytest.param(layout, marks=pytest.mark.full) for layout in FULL_LAYOUTS]
 OTHER_LAYOUTS = ALL_LAYOUTS[1:]

@@ -210,6 +210,7 @@ class Errors:
     bias: float  # |mean difference|: what a long sequence's sum does not average out
     largest: float
     gradient: float  # of the whole model
+    scale: float  # |1 - its length along the true one, as a share of that|, in which noise averages out
     worst_gradient: float  # of one tensor
     worst_tensor: str
 
@@ -218,6 +219,7 @@ def errors(ours: Measured, truth: Measured) -> Errors:
     difference_R = ours.log_prob_R - truth.log_prob_R
     squares = {name: (gradient - truth.gradients[name]).norm() ** 2 for name, gradient in ours.gradients.items()}
     norms = {name: truth.gradients[name].norm() ** 2 for name in squares}
+    along = sum((gradient * truth.gradients[name]).sum() for name, gradient in ours.gradients.items())
     shares = {name: float((squares[name] / norms[name].clamp_min(1e-30)).sqrt()) for name in squares}
     worst = max(shares, key=lambda name: (shares[name] != shares[name], shares[name]))  # NaN first
     return Errors(
@@ -225,6 +227,7 @@ def errors(ours: Measured, truth: Measured) -> Errors:
         bias=float(difference_R.mean().abs()),
         largest=float(difference_R.abs().max()),
         gradient=float((sum(squares.values()) / sum(norms.values())) ** 0.5),
+        scale=float((1 - along / sum(norms.values())).abs()),
         worst_gradient=shares[worst],
         worst_tensor=worst,
     )

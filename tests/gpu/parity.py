@@ -136,13 +136,17 @@ def limits(kind: str, spec: ModelSpec, num_tokens: int) -> dict[str, float]:
     # A normed hidden state is sqrt(hidden size) long, hence this deviation of a logit.
     logit = spec.initializer_range * spec.hidden_size**0.5
     error = logit * ((_MARGIN * hidden) ** 2 + switched * 0.79**2) ** 0.5
+    gradient = (_MARGIN**2 * (hidden**2 + backward**2) + switched * 0.79**2) ** 0.5
     return {
         # sqrt(2 / pi): of a normal variable's deviation, the mean of its absolute value.
         "mean": (2 / pi) ** 0.5 * logit * (_MARGIN * hidden + min(1.0, switched) * 0.79),
         # A mean has an error's deviation over sqrt(tokens), and four times that once in 16,000 cases. And noise raises
         # the log of a sum of exponentials by half its variance.
         "bias": 4 * error / num_tokens**0.5 + error**2 / 2,
-        "gradient": (_MARGIN**2 * (hidden**2 + backward**2) + switched * 0.79**2) ** 0.5,
+        "gradient": gradient,
+        # Noise has next to nothing along the gradient. Where a part gives way to another of its size, as tokens that go
+        # to another expert do, half of the error's square is missing there. Sums in fp32 have errors of their own.
+        "scale": gradient**2 / 2 + 1e-5,
     }
 
 

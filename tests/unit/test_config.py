@@ -71,11 +71,6 @@ def test_a_problem_names_key_value_allowed_and_fix() -> None:
         (["train.prompts_per_step=6", "train.minibatches=2", "parallel.dp=2"], "train.prompts_per_step", "8"),
         (["data.max_prompt_tokens=5000"], "train.tokens_per_micro_batch", "6024"),  # 5000 + 1024
         (
-            ["data.max_prompt_tokens=100", "sampling.max_response_tokens=300", "rollout.max_num_batched_tokens=400"],
-            "rollout.max_num_batched_tokens",
-            "401",
-        ),
-        (
             ["rollout.max_num_seqs=5000", "rollout.max_num_batched_tokens=4000"],
             "rollout.max_num_batched_tokens",
             "5000",

@@ -68,6 +68,13 @@ def test_a_rank_does_not_count_the_gpus(misfits, monkeypatch):
     assert misfits([HOPPER], "parallel.tp=2") == []
 
 
+def test_an_engine_that_does_not_fit(misfits):
+    (line,) = misfits([HOPPER] * 2, "rollout.tp=4")
+    assert line.startswith("rollout.tp: 4 workers, and here are 2 GPUs;")
+    (line,) = misfits([], "rollout.tp=3")
+    assert line == "rollout.tp: 3 does not divide the model's 4 heads; use a divisor (model.path)"
+
+
 def test_a_folder_that_is_no_model(misfits):
     (line,) = misfits([], model_type="bert")
     assert "model_type 'bert' is not supported" in line and line.endswith(" (model.path)")
@@ -126,7 +133,7 @@ def test_what_cuda_would_show(nvml, monkeypatch, visible, found):
 
 def test_no_gpu_without_a_driver_or_without_cuda_in_torch(nvml, monkeypatch):
     monkeypatch.setattr(gpus, "_torch_has_cuda", lambda: False)
-    assert gpus.visible_gpus() == []
+    assert gpus.visible_gpus() == [] and len(gpus.drivers_gpus()) == 3
     monkeypatch.setattr(gpus, "_torch_has_cuda", lambda: True)
 
     def absent():

@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 import megatron_apo
+from megatron_apo.config import build_recipe
 from megatron_apo.parallel import launch
-from megatron_apo.parallel.launch import RankFailed, is_rank, run_command, spawn
+from megatron_apo.parallel.launch import RankFailed, is_rank, run_command, spawn, spawn_stage
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,14 @@ def test_a_failed_rank_ends_the_job(tmp_path):
     with pytest.raises(RankFailed) as error:  # rank 0 has said why
         spawn(["no-such-command"], world_size=2, log_dir=tmp_path)
     assert error.value.exit_code == 2
+
+
+def test_several_tasks_of_a_slurm_step_start_no_run_each(tmp_path, monkeypatch):
+    recipe = build_recipe({}, ["model.path=m", "data.train=t.jsonl", "vstar.dir=v", f"run.dir={tmp_path / 'run'}"])
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(ValueError, match="^srun --ntasks=8: train starts its ranks itself"):
+        spawn_stage("train", recipe)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_rank_is_told(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_apo.config import FP8Config, ModelConfig, ParallelConfig, Recipe, RecipeError, TrainConfig
 from megatron_apo.config import OptimizerConfig as OptimizerSection
+from megatron_apo.model import precision
 from megatron_apo.model.hf_config import ModelConfigError
 from megatron_apo.model.layer_spec import block_spec
 from megatron_apo.model.megatron_config import transformer_config
@@ -59,10 +60,18 @@ def model(**changes: Any) -> ModelConfig:
 
 @pytest.fixture
 def with_te(tmp_path, monkeypatch) -> None:
-    """Transformer Engine can be found here, though not used."""
-    (tmp_path / "transformer_engine").mkdir()
-    (tmp_path / "transformer_engine" / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
+    """Transformer Engine can be imported here, though not used."""
+    install_te(tmp_path, monkeypatch)
+
+
+def install_te(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str = "") -> None:
+    """A package of that name, whose torch extension is `code`."""
+    (folder / "transformer_engine").mkdir()
+    (folder / "transformer_engine" / "__init__.py").touch()
+    (folder / "transformer_engine" / "pytorch.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(precision, "_import_error", precision._import_error.__wrapped__)
 
 
 @pytest.fixture
@@ -97,6 +106,13 @@ def test_layers_where_transformer_engine_is_not(without_te):
         keys, fixes = ("model.layers", "model.fp8", "parallel.sequence_parallel"), ("local", "null", "false")
         for line, key, fix in zip(error.value.problems, keys, fixes, strict=True):
             assert line.startswith(f"{key}: ") and missing in line and line.endswith(fix)
+
+
+def test_a_transformer_engine_that_does_not_load_is_none(tmp_path, monkeypatch):
+    install_te(tmp_path, monkeypatch, "raise ImportError('undefined symbol: _ZN3c10')")
+    assert layer_kind(model(dtype="bf16"), ParallelConfig(), HOPPER) == "local"
+    with pytest.raises(RecipeError, match=r"importing it fails here \(ImportError: undefined symbol: _ZN3c10\)"):
+        layer_kind(model(dtype="bf16", layers="te"), ParallelConfig(), HOPPER)
 
 
 @pytest.mark.parametrize(

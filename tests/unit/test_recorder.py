@@ -170,8 +170,9 @@ def test_lengths_truncation_and_the_slowest() -> None:
         "response/p95_tokens": pytest.approx(190.05),
         "response/max_tokens": 200,
         "response/truncated": 1 / 200,
+        "rollout/slowest_share": pytest.approx((24.0 - 20.0) / 50),
         # The slowest 1 % are two of 200: from the arrival at 19.9 s to that at 24.0 s.
-        "rollout/slowest_share": pytest.approx(4.1 / 50),
+        "rollout/slowest_1pct_share": pytest.approx(4.1 / 50),
     }
     assert response_metrics(batch[:2], 48.0)["rollout/slowest_share"] == pytest.approx((24.0 - 0.2) / 48)
     assert response_metrics([rollout(seconds=3.0)], 4.0)["rollout/slowest_share"] == 0.75

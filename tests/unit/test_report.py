@@ -43,7 +43,12 @@ def make_run(folder: Path, steps: int = 60) -> Path:
             | {"kl/per_token": 0.01 * rise, "kl/per_sequence": 0.25 * rise, "grad_norm_reinforce": rng.uniform(1, 3)}
             | {"response/mean_tokens": 25 + rng.normal(0, 0.3), "response/truncated": 0.02 * (1 - rise)}
             | {"response/p50_tokens": 24, "response/p95_tokens": 31, "response/max_tokens": 32}
-            | {"rollout/slowest_share": rng.uniform(0.1, 0.2), "mfu/train": 0.4, "tflops_per_rank/train": 395.6}
+            | {
+                "rollout/slowest_share": 0.05,
+                "rollout/slowest_1pct_share": rng.uniform(0.1, 0.2),
+                "mfu/train": 0.4,
+                "tflops_per_rank/train": 395.6,
+            }
             | {"tokens_per_s/train": 8e3 + step, "gpu/rank0/power_w": 300, "gpu/rank1/power_w": 500}
             | {"gpu/rank0/energy_j": 250, "gpu/rank1/energy_j": 1000, "gpu/rank1/xid_events": step == 7}
             | {"mismatch/max": 10 ** rng.uniform(-5.5, -4.8), "mismatch/mean": 10 ** rng.uniform(-7, -6.5)}

@@ -32,12 +32,12 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(server_file, "_has_gpu", lambda: request.param)
+    monkeypatch.setattr(server_file, "_has_gpu", lambda _: request.param)
     return request.param
 
 
 def command(model: Path, **options: object) -> list[str]:
-    rollout = RolloutConfig(kv_cache_gib=2, **options)
+    rollout = RolloutConfig(kv_cache_gib=2, max_num_batched_tokens=LONG + 1, **options)
     return VLLMServer(rollout, model, log_path=model / "log", seed=0, max_model_len=LONG)._command(1)
 
 
@@ -79,10 +79,23 @@ def test_what_needs_a_gpu_is_refused_without_one(gpu: bool) -> None:
 )
 def test_a_cache_below_one_sequence_is_refused(model: Path, rollout: dict, bytes_per_token: int, least: str) -> None:
     gib = 17_664 * bytes_per_token / 2**30
+
+    def cache(gib: float) -> RolloutConfig:
+        return RolloutConfig(**rollout, kv_cache_gib=gib, max_num_batched_tokens=LONG + 1)
+
     for enough in (float(least), gib):
-        assert served_length(RolloutConfig(**rollout, kv_cache_gib=enough), model, LONG) == LONG + 1
+        assert served_length(cache(enough), model, LONG) == LONG + 1
     with pytest.raises(ValueError, match=rf"^rollout.kv_cache_gib: .* \({LONG}\); use at least {least}$"):
-        served_length(RolloutConfig(**rollout, kv_cache_gib=gib - 1e-6), model, LONG)
+        served_length(cache(gib - 1e-6), model, LONG)
+
+
+def test_a_step_below_one_sequence_is_refused_where_prefills_are_whole(model: Path, gpu: bool) -> None:
+    short = RolloutConfig(kv_cache_gib=2, max_num_batched_tokens=LONG)  # scoring generates one token more
+    if gpu:
+        assert served_length(short, model, LONG) == LONG + 1
+    else:
+        with pytest.raises(ValueError, match=rf"^rollout.max_num_batched_tokens: {LONG} .* at least {LONG + 1}$"):
+            served_length(short, model, LONG)
 
 
 def test_a_sequence_beyond_the_models_positions_is_refused(model: Path) -> None:
