@@ -260,7 +260,11 @@ def test_untied_model_with_two_vllm_workers(quickstart: Path, command, tmp_path:
     assert run.processes() == []
 
 
-@pytest.mark.parametrize("layout", [("parallel.pp=1", "parallel.cp=2"), ("parallel.pp=2", "parallel.vpp=2")])
+@pytest.mark.parametrize(
+    "layout",
+    [("parallel.pp=2", "parallel.vpp=2"), pytest.param(("parallel.pp=1", "parallel.cp=2"), marks=pytest.mark.full)],
+    ids=["vpp", "cp"],
+)
 def test_other_layouts_and_placements_train_alike(
     layout: tuple[str, ...], quickstart: Path, command, tmp_path: Path
 ) -> None:
