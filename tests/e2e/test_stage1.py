@@ -234,7 +234,8 @@ def test_merge_and_check(work, undisturbed, tmp_path: Path) -> None:
             ["sampling.max_response_tokens=497", "train.tokens_per_micro_batch=999"],
             "sampling.max_response_tokens: 513, but ",
         ),
-        (["rollout.kv_cache_gib=0.0001"], "vLLM did not start: ValueError: "),
+        (["rollout.kv_cache_gib=0.0001"], "rollout.kv_cache_gib: 0.0001 cannot hold one sequence"),
+        (["rollout.kv_cache_gib=1e6"], "vLLM did not start: "),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], says: str, work) -> None:
