@@ -119,7 +119,7 @@ def test_interruption_unwinds_and_has_its_code(number: signal.Signals, code: int
 
 
 def test_vstar_summarizes_a_store(tmp_path: Path) -> None:
-    from test_report import write_store
+    from tests.unit.test_report import write_store
 
     write_store(tmp_path / "v", np.array([[1, 1], [0, 0], [0, 1], [1, 1]]))
     lines = [line.split() for line in megatron_apo("vstar", str(tmp_path / "v")).stdout.splitlines()]
