@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 
 LIMIT_S = 600
+ENGINE = "EngineCore"  # vLLM's engine, by the name that it gives itself
 
 
 class Command:
@@ -53,22 +55,22 @@ class Command:
                 continue
         return found
 
-    def wait_for(self, what: Callable[[], bool]) -> None:
+    def wait_for(self, what: Callable[[], object]) -> None:
         end = time.monotonic() + LIMIT_S
         while not what():
             assert self.process.poll() is None, self.output
             assert time.monotonic() < end, f"nothing happened:\n{self.output}"
             time.sleep(0.1)
 
-    def kill_engine(self) -> bool:
-        """kill -9 of vLLM's engine, if there is one."""
-        for process in self.processes():
-            if "EngineCore" in process.name() or any("EngineCore" in word for word in process.cmdline()):
+    def kill(self, *words: str) -> bool:
+        """kill -9 of what `processes` finds and is still there by now; whether anything was."""
+        killed = False
+        for process in self.processes(*words):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-                return True
-        return False
+                killed = True
+        return killed
 
     def stop(self) -> None:
-        for process in self.processes():
-            process.kill()
+        self.kill()
         self.process.wait()

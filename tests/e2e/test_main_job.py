@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_apo.values.store import VStarStore
-from tests.e2e.command import Command
+from tests.e2e.command import ENGINE, Command
 
 SMALL = [
     "data.max_prompts=256",
@@ -170,7 +170,7 @@ def test_port_in_use_is_one_line(quickstart: Path, command, tmp_path: Path) -> N
 def test_a_dead_server_is_restarted_once(quickstart: Path, command, tmp_path: Path) -> None:
     run = command(*train_arguments(quickstart, tmp_path / "run"))
     run.wait_for(lambda: steps_done(tmp_path / "run") >= 2)
-    assert run.kill_engine()
+    assert run.kill(ENGINE)
     assert run.wait() == 0, run.output
     assert run.output.count("restarting it once") == 1
     training = [row for row in rows(tmp_path / "run") if "loss" in row]
@@ -183,7 +183,7 @@ def test_a_second_death_in_a_step_stops_the_run(quickstart: Path, command, tmp_p
     run = command(*train_arguments(quickstart, tmp_path / "run"))
     run.wait_for(lambda: steps_done(tmp_path / "run") >= 1)
     while run.process.poll() is None:
-        run.kill_engine()
+        run.kill(ENGINE)
         time.sleep(0.2)
     assert run.process.returncode == 1
     assert "restarting it once" in run.output
@@ -209,7 +209,7 @@ def test_ended_quickstart_leaves_nothing(number: signal.Signals, command, tmp_pa
     shared = {path.name for path in Path("/dev/shm").iterdir()}
     small = [*SMALL, "warmup.steps=1", "vstar.samples_per_prompt=64", "rollout.tp=2"]
     run = command("quickstart", "--out", str(tmp_path / "run"), *small)
-    run.wait_for(lambda: any("Worker_TP" in process.name() for process in run.processes()))
+    run.wait_for(lambda: run.processes("Worker_TP"))
     time.sleep(3)  # until their shared memory is there
     run.process.send_signal(number)
     assert run.wait() == {signal.SIGINT: 130, signal.SIGKILL: -9}[number], run.output

@@ -182,8 +182,9 @@ def test_a_dead_hosts_claim_expires_and_its_shards_are_sampled(work, undisturbed
     run = work("vstar.claim_expires_s=60", "data.max_prompts=16")
     run.wait_for(lambda: "waiting for 1 shards" in run.output)
     assert set(shards(tmp_path / "vstar")) == {"shard-00001.parquet"}
-    started_with = [env for process in run.processes() if "MEGATRON_APO_GUARDED" in (env := process.environ())]
-    assert {(env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"]) for env in started_with} == {("1", "PASSIVE")}
+    environments = [process.environ() for process in run.processes("megatron_apo.cli")]  # the command and its worker
+    started_with = [environment for environment in environments if "MEGATRON_APO_GUARDED" in environment]
+    assert [(env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"]) for env in started_with] == [("1", "PASSIVE")]
     old = time.time() - 61
     os.utime(claims / "shard-00000.0", (old, old))
     assert run.wait() == 0, run.output
