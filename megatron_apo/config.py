@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from megatron_apo.data.packing import aligned
 from megatron_apo.values import EstimatorName
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -100,6 +101,12 @@ class ModelConfig(Section):
     @property
     def reference_path(self) -> Path:
         return self.reference or self.path
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The Hugging Face folders by their keys in a recipe; the reference's where it is another."""
+        reference = {} if self.reference_path == self.path else {"model.reference": self.reference_path}
+        return {"model.path": self.path} | reference
 
     def problems(self) -> list[str]:
         """Combinations that cannot work, one line each."""
@@ -475,7 +482,7 @@ class Recipe(Section):
         found += self.model.problems()
         found += self._interleaving_problems()
         multiple = self.micro_batch_alignment
-        padded = -(-self.max_sequence_tokens // multiple) * multiple
+        padded = aligned(self.max_sequence_tokens, multiple)
         if padded > train.tokens_per_micro_batch:
             found.append(
                 f"train.tokens_per_micro_batch: {train.tokens_per_micro_batch} cannot hold one sequence of "

@@ -133,8 +133,7 @@ def feature_findings(capability: Capability | None) -> list[Finding]:
 
 def recipe_problems(recipe: Recipe, gpus: Sequence[Capability]) -> list[str]:
     """What keeps a valid recipe from running on this machine with these GPUs, one line each."""
-    models = {"model.path": recipe.model.path, "model.reference": recipe.model.reference_path}
-    problems = misfits(recipe, models, gpus)
+    problems = misfits(recipe, recipe.model.folders, gpus)
     for key, source in {"data.train": recipe.data.train, "data.eval": recipe.data.eval}.items():
         if source and Path(source).suffix in (".jsonl", ".parquet") and not Path(source).is_file():
             problems.append(f"{key}: {source} is not there")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_apo.config import Recipe, RecipeError
@@ -43,24 +43,32 @@ def misfits(recipe: Recipe, models: Mapping[str, Path], gpus: Sequence[Capabilit
     return found + wandb_problems(recipe.telemetry.wandb)
 
 
+def refusals(checks: Iterable[Callable[[], object]], known: Sequence[str] = ()) -> list[str]:
+    """What the checks raise `ValueError` for, one line each, without what is within a line of `known` or before."""
+    found: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            lines = str(error).splitlines()
+            found += [line for line in lines if not any(line in other for other in (*known, *found))]
+    return found
+
+
 def _of_model(recipe: Recipe, folder: Path) -> list[str]:
-    found = []
     try:
         spec = read_hf_config(folder)
     except ModelConfigError as error:
         return str(error).splitlines()
-    for check in (
-        lambda: check_served(spec),
-        lambda: check_layout(spec, recipe.parallel),
-        lambda: check_precision(spec, recipe.parallel, recipe.model.fp8),
-        lambda: _check_engine(spec, recipe.rollout.tp),
-        lambda: served_length(recipe.rollout, folder, recipe.max_sequence_tokens),
-    ):
-        try:
-            check()
-        except ValueError as error:
-            found += str(error).splitlines()
-    return found
+    return refusals(
+        (
+            lambda: check_served(spec),
+            lambda: check_layout(spec, recipe.parallel),
+            lambda: check_precision(spec, recipe.parallel, recipe.model.fp8),
+            lambda: _check_engine(spec, recipe.rollout.tp),
+            lambda: served_length(recipe.rollout, folder, recipe.max_sequence_tokens),
+        )
+    )
 
 
 def _check_engine(spec: ModelSpec, tp: int) -> None:

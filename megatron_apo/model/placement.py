@@ -92,10 +92,10 @@ class OffloadedReference(Reference):
     def active(self) -> Iterator[Chunks]:
         try:
             self._weights.refill()
-            yield self._chunks
+            with super().active() as chunks:
+                yield chunks
         finally:
             self._weights.free()  # they did not change: what the host has stays true
-            drop_quantized(self._chunks)
 
 
 class SwappedReference(Reference):

@@ -107,7 +107,7 @@ def _import_error(module: str) -> str | None:
 
 def has_fused_gradients() -> bool:
     """Whether NVIDIA's Apex was built with the extension that adds a layer's gradient to fp32 as it is computed."""
-    return importlib.util.find_spec(APEX_EXTENSION) is not None
+    return _has_package(APEX_EXTENSION)
 
 
 def optimizer_problems(config: OptimizerConfig, capability: Capability | None) -> list[str]:

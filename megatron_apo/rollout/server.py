@@ -233,11 +233,13 @@ def engine_options(rollout: RolloutConfig) -> dict[str, Any]:
 
 def engine_problems(rollout: RolloutConfig) -> list[str]:
     """Settings that this machine has no GPU for, one line each."""
+    if _has_gpu(rollout):
+        return []
     wanted = {"quantization": "fp8", "kv_cache_dtype": "fp8", "sleep_while_training": True}
     return [
         f"rollout.{name}: {str(value).lower()} needs a GPU, and this machine has none; leave it out"
         for name, value in wanted.items()
-        if getattr(rollout, name) == value and not _has_gpu(rollout)
+        if getattr(rollout, name) == value
     ]
 
 

@@ -55,12 +55,9 @@ def open_curriculum(recipe: Recipe) -> Curriculum:
 
 def _check_models(recipe: Recipe) -> None:
     """Policy, reference, the run's folder and what is written there: every problem at once."""
-    models = {"model.path": recipe.model.path}
-    if recipe.model.reference_path != recipe.model.path:
-        models["model.reference"] = recipe.model.reference_path
-    problems = misfits(recipe, models, visible_gpus())
+    problems = misfits(recipe, recipe.model.folders, visible_gpus())
     specs: list[dict[str, Any]] = []
-    for folder in models.values():
+    for folder in recipe.model.folders.values():
         try:
             spec = read_hf_config(folder)
             specs.append(asdict(spec))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from megatron_apo.config import Recipe, RecipeError
-from megatron_apo.fit import misfits
+from megatron_apo.fit import misfits, refusals
 from megatron_apo.model.gpus import visible_gpus
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel import launch
@@ -68,14 +68,11 @@ def _check_warmup(recipe: Recipe) -> None:
         raise ValueError("warmup.data and warmup.start: both are needed for a warm start; set them in the recipe")
     start = recipe.warmup.start
     problems = misfits(recipe, {"warmup.start": start}, visible_gpus())
-    for check in (
+    checks = (
         lambda: HFReader(start).check(read_hf_config(start)),
         lambda: check_empty(recipe.model.path, "model.path (the warm start writes it)"),
         lambda: read_examples(recipe),
-    ):
-        try:
-            check()
-        except ValueError as error:
-            problems += [line for line in str(error).splitlines() if not any(line in other for other in problems)]
+    )
+    problems += refusals(checks, known=problems)
     if problems:
         raise RecipeError(problems)
