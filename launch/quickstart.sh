@@ -5,4 +5,5 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/launch/setup.sh"
 . "$root/.venv/bin/activate"
+unset PYTHONDONTWRITEBYTECODE # containers set it; every process would then compile torch and Megatron-Core anew
 exec megatron-apo quickstart "$@"

@@ -6,6 +6,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/launch/setup.sh"
 . "$root/.venv/bin/activate"
+unset PYTHONDONTWRITEBYTECODE # containers set it; every process would then compile torch and Megatron-Core anew
 
 arguments=()
 for argument in "$@"; do

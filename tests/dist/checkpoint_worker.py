@@ -1,6 +1,6 @@
 """One rank of the checkpoint tests: trains on fixed batches. Started by test_checkpoint.py.
 
-    RANK=.. WORLD_SIZE=.. python -m tests.dist.checkpoint_worker WORK LAYOUT RUN... [KEY=VALUE...]
+    main(WORK, LAYOUT, RUN... [KEY=VALUE...])
 
 Each RUN is FROM:TO:EVERY:NAME: take up run folder WORK/FROM if it has a checkpoint, train to step TO saving every EVERY
 steps, and write WORK/NAME.pt: {"start", "losses", "lr", "weights", "save_s", "load_s"}.
@@ -8,7 +8,6 @@ steps, and write WORK/NAME.pt: {"start", "losses", "lr", "weights", "save_s", "l
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -98,8 +97,7 @@ def learn(recipe: Recipe, trainable: Trainable, topology: Topology, step: int) -
     return total.item()
 
 
-def main() -> None:
-    work, layout, *arguments = sys.argv[1:]
+def main(work: str, layout: str, *arguments: str) -> None:
     parallel = parallel_of(layout)
     with distributed(parallel) as topology:
         overrides = [argument for argument in arguments if "=" in argument]
@@ -110,7 +108,3 @@ def main() -> None:
             found = train(recipe, topology, int(steps))
             if topology.is_driver:
                 torch.save(found, Path(work) / f"{name}.pt")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,12 @@
 """One rank of the conversion tests: loads converted models in its layout. Started by test_convert.py.
 
-    RANK=.. WORLD_SIZE=.. python -m tests.dist.convert_worker WORK LAYOUT NAME...
+    main(WORK, LAYOUT, NAME...)
 
 Rank 0 writes WORK/loaded-LAYOUT.pt: {NAME: {Hugging Face name: tensor}} of each WORK/megatron/NAME.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -21,8 +20,7 @@ from megatron_apo.weights.stream import WeightStream
 from tests.dist.ranks import parallel_of
 
 
-def main() -> None:
-    work, layout, *names = sys.argv[1:]
+def main(work: str, layout: str, *names: str) -> None:
     parallel = parallel_of(layout)
     found = {}
     with distributed(parallel) as topology:
@@ -34,7 +32,3 @@ def main() -> None:
             found[name] = dict(WeightStream(chunks, spec, topology))
         if topology.is_driver:
             torch.save(found, Path(work) / f"loaded-{layout}.pt")
-
-
-if __name__ == "__main__":
-    main()

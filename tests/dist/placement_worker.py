@@ -1,13 +1,12 @@
 """One rank of the placement tests: the training loop's steps under every placement. Started by test_placement.py.
 
-    RANK=.. WORLD_SIZE=.. python -m tests.dist.placement_worker WORK LAYOUT
+    main(WORK, LAYOUT)
 
 Rank 0 writes WORK/LAYOUT.pt: {case: {run: {"reference", "norms", "weights", "restored", "bytes"}}}; bytes are its own.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,8 +173,8 @@ def broken_refill() -> Iterator[None]:
         HostCopy.refill = usual  # type: ignore[method-assign]
 
 
-def main() -> None:
-    work, layout = Path(sys.argv[1]), sys.argv[2]
+def main(folder: str, layout: str) -> None:
+    work = Path(folder)
     results: dict = {}
     with distributed(parallel_of(layout)) as topology:
         for case in (case for case, (variant, *_) in CASES.items() if variant in variants_of(layout)):
@@ -187,7 +186,3 @@ def main() -> None:
             results[case] = found
         if topology.is_driver:
             torch.save(results, work / f"{layout}.pt")
-
-
-if __name__ == "__main__":
-    main()

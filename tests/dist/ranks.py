@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
 import re
 import socket
-import subprocess
 import sys
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
@@ -16,6 +22,7 @@ from tests.models import EXPERTS, VARIANTS
 
 ROOT = Path(__file__).parents[2]
 ONE_RANK = "tp1"
+LIMIT_S = 300
 
 
 def parallel_of(layout: str) -> ParallelConfig:
@@ -31,30 +38,45 @@ def variants_of(layout: str) -> list[str]:
 
 
 def start_ranks(module: str, work: Path, layout: str, *arguments: str) -> None:
-    """Run `python -m MODULE WORK LAYOUT [ARGUMENTS]` as the layout's ranks; fails with the log of a rank that fails."""
+    """Run MODULE's main with `WORK LAYOUT [ARGUMENTS]` as the layout's ranks; fails with the log of one that fails."""
     world_size = parallel_of(layout).world_size
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-W", "ignore", "-m", module, str(work), layout, *arguments]
-    logs = [open(work / f"rank{rank}.log", "w+") for rank in range(world_size)]
-    ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=environment | {"RANK": str(rank)}, stdout=logs[rank], stderr=logs[rank])
-        for rank in range(world_size)
-    ]
+    environment = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told = (module, (str(work), layout, *arguments), environment)
+    logs = [work / f"rank{rank}.log" for rank in range(world_size)]
+    ranks = [forks().Process(target=_be_rank, args=(*told, rank, log)) for rank, log in enumerate(logs)]
     try:
-        for rank, process in enumerate(ranks):
-            if process.wait(timeout=300):
-                logs[rank].seek(0)
-                pytest.fail(f"rank {rank} of {layout} failed:\n{logs[rank].read()[-3000:]}")
-    finally:
+        for process in ranks:
+            process.start()
         for process, log in zip(ranks, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
+            process.join(LIMIT_S)
+            if process.exitcode != 0:
+                why = "took too long" if process.exitcode is None else "failed"
+                pytest.fail(f"{log.stem} of {layout} {why}:\n{log.read_text()[-3000:]}")
+    finally:
+        for process in ranks:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+
+@cache
+def forks() -> BaseContext:
+    """Forks ranks from a process that has imported what they need: torch and Megatron-Core take each many seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.dist.placement_worker", "tests.dist.checkpoint_worker"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # torch reads it as it is imported
+        forkserver.ensure_running()
+    return context
+
+
+def _be_rank(module: str, arguments: Sequence[str], environment: dict[str, str], rank: int, log: Path) -> None:
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ.update(environment, RANK=str(rank))
+    warnings.simplefilter("ignore")
+    importlib.import_module(module).main(*arguments)

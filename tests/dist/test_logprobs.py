@@ -11,6 +11,7 @@ import torch.multiprocessing
 
 from megatron_apo.model import logprobs
 from megatron_apo.model.logprobs import vocab_parallel_log_probs
+from tests.dist.ranks import forks
 
 H, TEMPERATURE = 8, 0.7
 CASES = [(19, 37), (19, 4), (0, 37)]  # (tokens, vocabulary): 3 ranks of 13, 13, 11 rows and of 2, 2, none
@@ -18,7 +19,6 @@ CASES = [(19, 37), (19, 4), (0, 37)]  # (tokens, vocabulary): 3 ranks of 13, 13,
 
 def measure(rank: int, world: int, work: Path) -> None:
     """One rank: every case, saved to WORK/rank<k>.pt."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{work / 'store'}", rank=rank, world_size=world)
     logprobs.SLAB_ROWS = 5
     found = []
@@ -60,7 +60,8 @@ def run(hidden, weight, target, upstream, first_row, num_rows, group) -> dict[st
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, torch.Tensor]]]:
     work = tmp_path_factory.mktemp("logprobs")
-    torch.multiprocessing.spawn(measure, (3, work), nprocs=3)
+    forks()
+    torch.multiprocessing.start_processes(measure, (3, work), nprocs=3, start_method="forkserver")
     return [torch.load(work / f"rank{rank}.pt", weights_only=True) for rank in range(3)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -18,11 +17,6 @@ def work() -> str:
     return "done"
 
 
-def main() -> None:
-    folder, layout = Path(sys.argv[1]), sys.argv[2]
+def main(folder: str, layout: str) -> None:
     with distributed(parallel_of(layout).model_copy(update={"timeout_s": TIMEOUT_S})) as topology:
-        (folder / f"told{topology.rank}").write_text(on_driver(topology, work))
-
-
-if __name__ == "__main__":
-    main()
+        (Path(folder) / f"told{topology.rank}").write_text(on_driver(topology, work))

@@ -1,13 +1,12 @@
 """One rank of the layout tests: measures everything about one layout and saves it. Started by test_layouts.py.
 
-    RANK=.. WORLD_SIZE=.. python -m tests.dist.worker WORK_DIR LAYOUT VARIANT ..
+    main(WORK_DIR, LAYOUT, VARIANT ..)
 
 Rank 0 writes WORK_DIR/LAYOUT.pt: {variant: {"log_probs": {...}, "export": {...}, "cases": {..}}}.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -205,8 +204,7 @@ def by_sequence(
     return {index: values for part in everyone for index, values in part.items()}
 
 
-def main() -> None:
-    work, layout, *variants = sys.argv[1:]
+def main(work: str, layout: str, *variants: str) -> None:
     parallel = parallel_of(layout)
     results = {}
     with distributed(parallel) as topology:
@@ -214,7 +212,3 @@ def main() -> None:
             results[name] = measure(Path(work) / "models" / name, parallel, topology)
         if topology.is_driver:
             torch.save(results, Path(work) / f"{layout}.pt")
-
-
-if __name__ == "__main__":
-    main()
