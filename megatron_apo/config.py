@@ -269,7 +269,9 @@ class VStarConfig(Section):
     claim_expires_s: float = Field(
         300, ge=5, description="a worker silent for longer is dead, its shards go to others; well above NFS's caching"
     )
-    prompts_per_shard: int = Field(1024, ge=1, description="rows of one Parquet shard")
+    prompts_per_shard: int = Field(
+        64, ge=1, description="rows of one Parquet shard: what a worker takes at a time, and a killed one loses"
+    )
     seed: int = Field(
         0, ge=0, lt=2**31, description="seeds the samples of pi_ref; runs of any run.seed can share a store"
     )
@@ -504,6 +506,11 @@ class Recipe(Section):
         low, high = self.vstar.success_rate
         if not 0 <= low <= high <= 1:
             found.append(f"vstar.success_rate: [{low}, {high}] is no range within 0 and 1; use 0 <= low <= high <= 1")
+        if (low, high) != (0, 1) and self.vstar.filter != "success_rate":
+            found.append(
+                f"vstar.success_rate: [{low}, {high}] is for vstar.filter=success_rate, and this one is "
+                f"{self.vstar.filter}; set that, or leave the range out"
+            )
         found += self.optimizer.problems(self.model)
         found += train.problems(self.model)
         return found
@@ -547,6 +554,11 @@ class Recipe(Section):
         low, high = adaptive.reward_range
         if low >= high:
             found.append(f"vstar.adaptive.reward_range: [{low}, {high}] is empty; give the lowest and highest reward")
+        elif not low <= self.reward.failure_reward <= high:
+            found.append(
+                f"reward.failure_reward: {self.reward.failure_reward} is outside vstar.adaptive.reward_range="
+                f"[{low}, {high}]; widen that"
+            )
         return found
 
     @property

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_apo.config import Recipe, RecipeError
 from megatron_apo.model.gpus import Capability
-from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, check_layout, check_served, read_hf_config
+from megatron_apo.model.hf_config import ModelSpec, check_layout, check_served, read_hf_config
 from megatron_apo.model.precision import check_precision, layer_kind, optimizer_problems
 from megatron_apo.parallel.launch import is_rank
 from megatron_apo.rollout.server import engine_problems, served_length
@@ -26,21 +27,35 @@ def misfits(recipe: Recipe, models: Mapping[str, Path], gpus: Sequence[Capabilit
     except RecipeError as error:
         found += error.problems
     found += optimizer_problems(recipe.optimizer, capability)
-    found += engine_problems(recipe.rollout)
     if gpus and parallel.world_size > len(gpus) and not is_rank():  # a rank of several machines sees its own alone
         found.append(
             f"parallel.dp: tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} x dp={parallel.dp} is "
             f"{parallel.world_size} ranks, and here are {len(gpus)} GPUs; use a smaller layout, or start the ranks on "
             "several machines with torchrun"
         )
-    if gpus and recipe.rollout.tp > len(gpus):
+    found += engine_misfits(recipe, models, gpus)
+    checks = (
+        lambda spec, _: check_layout(spec, parallel),
+        lambda spec, _: check_precision(spec, parallel, recipe.model.fp8),
+    )
+    return found + _of_models(models, checks, known=found) + wandb_problems(recipe.telemetry.wandb)
+
+
+def engine_misfits(recipe: Recipe, models: Mapping[str, Path], gpus: Sequence[Capability]) -> list[str]:
+    """`misfits` of vLLM alone, which is all that stage 1 starts."""
+    rollout = recipe.rollout
+    found = engine_problems(rollout)
+    if gpus and rollout.tp > len(gpus):
         found.append(
-            f"rollout.tp: {recipe.rollout.tp} workers, and here are {len(gpus)} GPUs; use at most as many, or name "
+            f"rollout.tp: {rollout.tp} workers, and here are {len(gpus)} GPUs; use at most as many, or name "
             "more in CUDA_VISIBLE_DEVICES"
         )
-    for key, folder in models.items():
-        found += [f"{line} ({key})" for line in _of_model(recipe, folder) if not any(line in other for other in found)]
-    return found + wandb_problems(recipe.telemetry.wandb)
+    checks = (
+        lambda spec, _: check_served(spec),
+        lambda spec, _: _check_engine(spec, rollout.tp),
+        lambda _, folder: served_length(rollout, folder, recipe.max_sequence_tokens),
+    )
+    return found + _of_models(models, checks, known=found)
 
 
 def refusals(checks: Iterable[Callable[[], object]], known: Sequence[str] = ()) -> list[str]:
@@ -55,20 +70,20 @@ def refusals(checks: Iterable[Callable[[], object]], known: Sequence[str] = ()) 
     return found
 
 
-def _of_model(recipe: Recipe, folder: Path) -> list[str]:
-    try:
-        spec = read_hf_config(folder)
-    except ModelConfigError as error:
-        return str(error).splitlines()
-    return refusals(
-        (
-            lambda: check_served(spec),
-            lambda: check_layout(spec, recipe.parallel),
-            lambda: check_precision(spec, recipe.parallel, recipe.model.fp8),
-            lambda: _check_engine(spec, recipe.rollout.tp),
-            lambda: served_length(recipe.rollout, folder, recipe.max_sequence_tokens),
-        )
-    )
+def _of_models(
+    models: Mapping[str, Path], checks: Sequence[Callable[[ModelSpec, Path], object]], known: Sequence[str]
+) -> list[str]:
+    """What the checks refuse of each model that can be read, or why it cannot, with the key that names it."""
+    found: list[str] = []
+    for key, folder in models.items():
+
+        def check_all(folder: Path = folder) -> None:
+            spec = read_hf_config(folder)
+            if lines := refusals(partial(check, spec, folder) for check in checks):
+                raise ValueError("\n".join(lines))
+
+        found += [f"{line} ({key})" for line in refusals([check_all], known=[*known, *found])]
+    return found
 
 
 def _check_engine(spec: ModelSpec, tp: int) -> None:

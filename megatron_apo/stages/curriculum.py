@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_apo.checkpoint import check_resume
-from megatron_apo.config import Recipe
+from megatron_apo.config import Recipe, RecipeError
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
 from megatron_apo.fit import misfits
@@ -35,7 +35,7 @@ class Curriculum:
 def open_curriculum(recipe: Recipe) -> Curriculum:
     """Check everything that training reads: models, layout, prompts, and the V* store against this run.
 
-    Raises a ValueError of one line per problem.
+    Raises `RecipeError` for what the recipe asks of machine and models, else a ValueError, of one line per problem.
     """
     _check_models(recipe)
     inputs = load_inputs(recipe)
@@ -78,4 +78,4 @@ def _check_models(recipe: Recipe) -> None:
     if recipe.data.eval is None:
         problems.append("data.eval: missing; training reports on held-out prompts")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise RecipeError(problems)

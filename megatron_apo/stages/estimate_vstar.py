@@ -24,10 +24,9 @@ from megatron_apo.config import Recipe
 from megatron_apo.data.order import sample_seed
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.inputs import Inputs, load_inputs, store_fingerprint
-from megatron_apo.model.hf_config import check_served, read_hf_config
 from megatron_apo.rewards.pool import UNFINISHED, Grade, InlineRewardPool
 from megatron_apo.rollout.offline import OfflineEngine, Sample
-from megatron_apo.rollout.server import device_name, engine_options, served_length
+from megatron_apo.rollout.server import device_name
 from megatron_apo.telemetry.memory import long_lived
 from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.values.claims import Claims
@@ -69,8 +68,6 @@ class Job:
 
     @classmethod
     def open(cls, recipe: Recipe) -> Job:
-        check_served(read_hf_config(recipe.model.reference_path))
-        served_length(recipe.rollout, recipe.model.reference_path, recipe.max_sequence_tokens)
         inputs = load_inputs(recipe)
         num_shards = -(-len(inputs.training.prompts) // recipe.vstar.prompts_per_shard)
         made = {key: attrgetter(key)(recipe) for key in _MADE}
@@ -91,13 +88,12 @@ class Job:
 
 def run(recipe: Recipe, worker: Worker) -> None:
     """Work on `recipe.vstar.dir` until it is finished, alone or with other workers."""
-    for name in ("python", "extra_args"):
-        if value := getattr(recipe.rollout, name):
-            raise ValueError(
-                f"rollout.{name}: {value!r} is for a server, and stage 1 has vLLM in its own process; leave it out"
-            )
-    engine_options(recipe.rollout)
     job = Job.open(recipe)
+    if (shards := job.writer.num_shards) < worker.count and worker.index == 0:
+        print(
+            f"vstar.prompts_per_shard: {recipe.vstar.prompts_per_shard} makes {shards} shards, so that "
+            f"{worker.count - shards} of {worker.count} workers have nothing to do; a new store could have smaller ones"
+        )
     with job.claims(worker) as claims, RunSummary(recipe.run.dir).phase("estimate_vstar") as summary:
         left_out = job.inputs.training.left_out
         if any(left_out.values()):
@@ -229,6 +225,7 @@ class Sampler:
         self._sampling = job.inputs.sampling(job.recipe.sampling)
         self._enough = 2 * job.recipe.rollout.max_num_seqs
         self._shards: dict[int, list[_Open]] = {}
+        self._num_ungraded = 0
         self._graded: deque[_Open] = deque()  # once for each grade
         self._unfinished: dict[int, int] = {}  # prompts of each open shard
         self._device = device_name()
@@ -246,8 +243,9 @@ class Sampler:
 
     @property
     def wants_more(self) -> bool:
-        """Fewer samples are open than would keep the engine full to the end of the shards it has."""
-        return self._engine.num_samples_open < self._enough
+        """Fewer samples are open than would keep the engine full to the end of the shards it has, and the graders keep
+        up: with slow ones, the engine would run away with all shards and finish none."""
+        return self._engine.num_samples_open < self._enough and self._num_ungraded < self._enough
 
     def open(self, index: int) -> None:
         """Begin shard `index`."""
@@ -275,11 +273,13 @@ class Sampler:
         self._pool.turn(wait_s=0.0 if self._engine.num_samples_open or self._graded else _WAIT_S)
         while self._graded:
             one = self._graded.popleft()
+            self._num_ungraded -= 1
             one.num_ungraded -= 1
             if not one.num_ungraded:
                 self._continue(one)
 
     def _grade(self, one: _Open, samples: list[Sample]) -> None:
+        self._num_ungraded += len(samples)
         one.num_ungraded += len(samples)
         for sample in samples:
             one.lengths.append(len(sample.token_ids))

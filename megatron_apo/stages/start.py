@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from megatron_apo.config import Recipe, RecipeError
-from megatron_apo.fit import misfits, refusals
+from megatron_apo.fit import engine_misfits, misfits, refusals
 from megatron_apo.model.gpus import visible_gpus
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel import launch
@@ -38,6 +38,7 @@ def estimate_vstar(recipe: Recipe, index: int = 0, count: int = 1) -> None:
     if launch.is_guarded():
         stage.run(recipe, worker)
     else:
+        _check_stage_1(recipe)
         arguments = launch.stage_arguments("estimate-vstar", recipe, worker.suffix)
         arguments += ["--worker", str(index), "--workers", str(count)]
         launch.run_guarded(arguments, engine_environment(os.environ, recipe.rollout))
@@ -57,6 +58,17 @@ def train(recipe: Recipe) -> None:
     open_curriculum(recipe)
     with RunSummary(recipe.run.dir).phase("train"):
         launch.spawn_stage("train", recipe)
+
+
+def _check_stage_1(recipe: Recipe) -> None:
+    problems = [
+        f"rollout.{name}: {value!r} is for a server, and stage 1 has vLLM in its own process; leave it out"
+        for name in ("python", "extra_args")
+        if (value := getattr(recipe.rollout, name))
+    ]
+    problems += engine_misfits(recipe, {"model.reference": recipe.model.reference_path}, visible_gpus())
+    if problems:
+        raise RecipeError(problems)
 
 
 def _check_warmup(recipe: Recipe) -> None:

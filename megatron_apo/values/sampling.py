@@ -19,11 +19,20 @@ def more_samples(rewards: Sequence[float], first: int, adaptive: AdaptiveConfig 
 
     first: of the first round. After it, rounds of `adaptive.step` follow until V*'s standard error (`standard_error`,
     smoothed) is at most `adaptive.stderr`, and an all-wrong prompt has `adaptive.all_wrong` samples. None has more than
-    `adaptive.most`.
+    `adaptive.most`. Raises `ValueError` for a reward outside `adaptive.reward_range`, whose standard error would be
+    too small.
     """
     if not rewards:
         return first
-    if adaptive is None or len(rewards) >= adaptive.most:
+    if adaptive is None:
+        return 0
+    low, high = adaptive.reward_range
+    if min(rewards) < low or max(rewards) > high:
+        raise ValueError(
+            f"vstar.adaptive.reward_range: [{low:g}, {high:g}], and here is a reward of "
+            f"{min(rewards) if min(rewards) < low else max(rewards):g}; give the lowest and highest that there can be"
+        )
+    if len(rewards) >= adaptive.most:
         return 0
     rewards_1N = np.array([rewards], dtype=np.float64)
     error = standard_error(rewards_1N, adaptive.beta1, adaptive.reward_range)[0]

@@ -12,6 +12,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -111,57 +112,82 @@ def write_table(path: Path, table: pa.Table, footer: Footer) -> bool:
             os.fsync(file.fileno())
         try:
             os.link(partial, path)  # unlike a rename, never over another worker's
-        except OSError:
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
             if path.exists():
                 return False
-            os.replace(partial, path)  # a file system without links
+            os.replace(partial, path)
         sync_folder(path.parent)
         return True
     finally:
         partial.unlink(missing_ok=True)
 
 
+class OtherStoreError(StoreError):
+    """A file of another store, or of another version of this program."""
+
+
+@contextmanager
+def naming_damage(path: Path, damage: str | None = None) -> Iterator[None]:
+    """Within: what a library makes of damaged bytes (Parquet, UTF-8, JSON, pydantic) is a `StoreError` that names the
+    file. damage: what is known of it already."""
+    try:
+        yield
+    except (StoreError, FileNotFoundError):
+        raise
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path}: {damage or f'damaged ({one_line(error)})'}; delete it and {AGAIN}") from None
+
+
 def open_shard(path: Path) -> pq.ParquetFile:
     """Raises `StoreError` for a file that is not whole."""
-    try:
+    with naming_damage(path):
         return pq.ParquetFile(pa.OSFile(str(path)))
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path}: not a whole Parquet file ({one_line(error)}); delete it and {AGAIN}") from None
 
 
 def read_footer(file: pq.ParquetFile, path: Path) -> Footer:
-    """Raises `StoreError` for a file of something else, or of another schema version."""
-    record = (file.schema_arrow.metadata or {}).get(_FOOTER_KEY)
-    if record is None:
-        raise StoreError(f"{path}: not a shard of a V* store; move it elsewhere")
-    try:
+    """Raises `StoreError` for a file of something else, of another schema version, or with other columns."""
+    with naming_damage(path):
+        schema = file.schema_arrow
+        record = (schema.metadata or {}).get(_FOOTER_KEY)
+        if record is None:
+            raise StoreError(f"{path}: not a shard of a V* store; move it elsewhere")
         tree = json.loads(record)
         check_version(path, tree["fingerprint"])
-        return Footer(**tree | {"fingerprint": Fingerprint.model_validate(tree["fingerprint"])})
-    except StoreError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:  # of pydantic, JSON and UTF-8 too
-        raise StoreError(f"{path}: damaged ({one_line(error)}); delete it and {AGAIN}") from None
+        footer = Footer(**tree | {"fingerprint": Fingerprint.model_validate(tree["fingerprint"])})
+        if not any(schema.equals(found) for found in (SCHEMA, SCHEMA.append(RESPONSES))):
+            raise ValueError("it has other columns than a shard")
+        return footer
 
 
 def check_version(path: Path, record: Any) -> None:
-    """Raise `StoreError` unless `record`, which holds a schema version, has this program's."""
+    """Raise `OtherStoreError` unless `record`, which holds a schema version, has this program's."""
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
-        raise StoreError(
+        raise OtherStoreError(
             f"{path}: schema version {version!r}, this program reads {SCHEMA_VERSION}; "
             "use the version of this program that wrote it, or estimate V* again"
         )
 
 
 def check_same_store(
-    path: Path, footer: Footer, fingerprint: Fingerprint, num_shards: int, made: Mapping[str, Any]
+    path: Path,
+    footer: Footer,
+    fingerprint: Fingerprint,
+    num_shards: int,
+    made: Mapping[str, Any],
+    damage: str | None = None,
 ) -> None:
-    """Raise `StoreError` for a shard of another store, one that was made otherwise, or one under another's name."""
+    """Raise `StoreError` for a shard of another store, one that was made otherwise, or one under another's name.
+
+    damage: what is known to be wrong with the file, which may be all that makes it look like another store's.
+    """
     if footer.fingerprint != fingerprint:
         differences = footer.fingerprint.differences(fingerprint)
+        what = "a shard of another V* store" + (f", or {damage}" if damage else "")
         fix = "use another vstar.dir, or delete it"
-        raise StoreError("\n".join([f"{path}: a shard of another V* store; {fix}", *differences]))
+        raise OtherStoreError("\n".join([f"{path}: {what}; {fix}", *differences]))
     if footer.num_shards != num_shards:
         raise StoreError(
             f"{path}: one of {footer.num_shards} shards where this store has {num_shards}; "
@@ -201,13 +227,10 @@ def read_rewards(
 def check_whole(path: Path) -> tuple[int, int]:
     """Rows and rewards of a shard, every page read and its checksum compared. Raises `StoreError`."""
     num_rows = num_rewards = 0
-    try:
-        with pq.ParquetFile(pa.OSFile(str(path)), page_checksum_verification=True) as file:
-            for batch in file.iter_batches(_READ_ROWS):
-                num_rows += len(batch)
-                num_rewards += len(batch["rewards"].flatten())
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path}: damaged ({one_line(error)}); delete it and {AGAIN}") from None
+    with naming_damage(path), pq.ParquetFile(pa.OSFile(str(path)), page_checksum_verification=True) as file:
+        for batch in file.iter_batches(_READ_ROWS):
+            num_rows += len(batch)
+            num_rewards += len(batch["rewards"].flatten())
     return num_rows, num_rewards
 
 

@@ -31,11 +31,12 @@ from megatron_apo.values.samples import SampledRewards, all_wrong
 from megatron_apo.values.shards import (
     AGAIN,
     Footer,
+    OtherStoreError,
     StoreRow,
     check_same_store,
     check_version,
     check_whole,
-    one_line,
+    naming_damage,
     open_shard,
     read_footer,
     read_rewards,
@@ -49,6 +50,7 @@ from megatron_apo.values.shards import (
 
 MANIFEST = "manifest.json"
 _READERS = 2  # shards read at once: waiting for files, hashing and decoding release the interpreter
+_MOST_TOLD = 8  # shards that an error names
 _RUN = 32  # shards that a reader takes at once: handing over a small one takes longer than reading it
 
 
@@ -78,8 +80,17 @@ class StoreWriter:
         return {index for index in map(shard_index, os.listdir(self.folder)) if index is not None}
 
     def reopen(self) -> None:
-        """Forget the manifest of a store that has lost a shard."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        """Strike the shards that are gone from the manifest of a finished store, so that they can be sampled again.
+
+        What it says of the others still holds: raises `StoreError`, one line for each, for those that are not what it
+        signed.
+        """
+        signed = self._signed()
+        kept = [shard for shard in signed if (self.folder / shard["file"]).exists()]
+        if len(kept) == len(signed):
+            return
+        _raise_all([_damage_of(self.folder, shard) for shard in kept])
+        self._write_manifest(kept)
 
     def write_shard(self, index: int, rows: Sequence[StoreRow], seconds: float = 0.0, device: str = "") -> Path:
         """Write shard `index` for good; one that is there already stays as it is.
@@ -94,7 +105,8 @@ class StoreWriter:
 
     def finish(self) -> VStarStore:
         """Check every shard's content, write the manifest if there is none, and return the store opened."""
-        store = VStarStore.open(self.folder) if (self.folder / MANIFEST).exists() else self._close()
+        is_signed = (self.folder / MANIFEST).exists() and len(self._signed()) == self.num_shards
+        store = VStarStore.open(self.folder) if is_signed else self._close()
         for leftover in self.folder.glob(".*.partial"):
             leftover.unlink(missing_ok=True)
         return store
@@ -105,27 +117,44 @@ class StoreWriter:
             raise StoreError(
                 f"{self.folder}: {len(missing)} of {self.num_shards} shards missing, {missing[:8]}; {AGAIN}"
             )
-        shards = []
-        for index in range(self.num_shards):
-            path = self.folder / shard_name(index)
+        shards = {shard["file"]: shard for shard in self._signed()}
+        for path in (self.folder / shard_name(index) for index in range(self.num_shards)):
+            if path.name in shards:
+                continue
             num_rows, num_rewards = check_whole(path)
             size = path.stat().st_size
             with open(path, "rb") as file:
                 digest = sha256(file)
-            shards.append(
-                {"file": path.name, "rows": num_rows, "rewards": num_rewards, "bytes": size, "sha256": digest}
-            )
-        manifest = {
+            shards[path.name] = {
+                "file": path.name,
+                "rows": num_rows,
+                "rewards": num_rewards,
+                "bytes": size,
+                "sha256": digest,
+            }
+        listed = [shards[shard_name(index)] for index in range(self.num_shards)]
+        store = VStarStore(self.folder, self._manifest(listed))
+        self._write_manifest(listed)
+        return store
+
+    def _signed(self) -> list[dict[str, Any]]:
+        """What the manifest says of shards; nothing where there is none yet."""
+        path = self.folder / MANIFEST
+        return list(_parse_manifest(path)["shards"]) if path.exists() else []
+
+    def _manifest(self, shards: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": self.fingerprint.model_dump(mode="json"),
             "num_shards": self.num_shards,
             "made": dict(self.made),
             "shards": shards,
         }
-        store = VStarStore(self.folder, manifest)
+
+    def _write_manifest(self, shards: list[dict[str, Any]]) -> None:
         partial = self.folder / f".{MANIFEST}.{uuid.uuid4().hex}.partial"
         with open(partial, "w") as file:
-            json.dump(manifest, file, indent=1)
+            json.dump(self._manifest(shards), file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -133,7 +162,6 @@ class StoreWriter:
         except FileNotFoundError:
             pass  # swept away by another worker, which has closed the store
         sync_folder(self.folder)
-        return store
 
 
 class PromptValues:
@@ -171,8 +199,7 @@ class VStarStore:
         self.rewards = SampledRewards(np.empty(self._reward_starts[-1]), np.empty(num_prompts, dtype=np.int64))
         runs = [range(self.num_shards)[start : start + _RUN] for start in range(0, self.num_shards, _RUN)]
         with ThreadPoolExecutor(_READERS) as readers:
-            for _ in readers.map(self._load_shards, runs):
-                pass
+            _raise_all([problem for problems in readers.map(self._load_shards, runs) for problem in problems])
         if samples_used is not None:
             self.rewards = self.rewards.first(samples_used)
         self._rows = RowsById(self.ids)
@@ -188,11 +215,7 @@ class VStarStore:
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise StoreError(f"{path}: not there; run estimate-vstar, or point vstar.dir at a finished store")
-        try:
-            manifest = json.loads(path.read_text())
-        except ValueError as error:
-            raise StoreError(f"{path}: damaged ({one_line(error)}); delete it and {AGAIN}") from None
-        return cls(Path(folder), manifest, samples_used)
+        return cls(Path(folder), _parse_manifest(path), samples_used)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -258,34 +281,39 @@ class VStarStore:
             found[footer.device] = found.get(footer.device, 0.0) + footer.seconds / 3600
         return found
 
-    def _load_shards(self, indices: range) -> None:
+    def _load_shards(self, indices: range) -> list[StoreError]:
+        """What is wrong with those that cannot be taken."""
+        problems = []
         for index in indices:
-            self._load_shard(index)
+            try:
+                self._load_shard(index)
+            except StoreError as error:
+                problems.append(error)
+        return problems
 
     def _load_shard(self, index: int) -> None:
         """Check shard `index` and read it into its place."""
         shard = self._shards[index]
         path = self.folder / shard["file"]
-        again = f"delete it and {AGAIN}"
         damage = None
         try:
             num_bytes = path.stat().st_size
-            with source_of(path, num_bytes) as source:
-                if num_bytes != shard["bytes"]:
-                    damage = f"truncated or changed, {num_bytes} bytes where the manifest has {shard['bytes']}"
-                elif (digest := sha256(source)) != shard["sha256"]:
-                    damage = f"damaged, its sha256 is {digest} where the manifest has {shard['sha256']}"
+            with naming_damage(path), source_of(path, num_bytes) as source:
+                damage = _difference(shard, num_bytes, source)
                 source.seek(0)
                 file = pq.ParquetFile(source)
-                # Before the checksum: a shard of another store is told apart from a damaged one.
-                check_same_store(path, read_footer(file, path), self.fingerprint, self.num_shards, self.made)
-                if damage:
-                    raise StoreError(f"{path}: {damage}; {again}")
-                self._fill(index, file, path)
+                check_same_store(path, read_footer(file, path), self.fingerprint, self.num_shards, self.made, damage)
+                if not damage:
+                    self._fill(index, file, path)
         except FileNotFoundError:
             raise StoreError(f"{path}: missing; {AGAIN}") from None
-        except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{path}: {damage or one_line(error)}; {again}") from None
+        except OtherStoreError:
+            raise
+        except StoreError:
+            if not damage:
+                raise
+        if damage:
+            raise StoreError(f"{path}: {damage}; delete it and {AGAIN}")
 
     def _fill(self, index: int, file: pq.ParquetFile, path: Path) -> None:
         shard, again = self._shards[index], f"delete it and {AGAIN}"
@@ -314,9 +342,44 @@ class VStarStore:
             )
 
 
+def _raise_all(problems: Sequence[StoreError | None]) -> None:
+    """Raise the first few of what there is, a line each, as one `StoreError`."""
+    found = [str(problem) for problem in problems if problem]
+    if len(found) > _MOST_TOLD:
+        found[_MOST_TOLD:] = [f"and {len(found) - _MOST_TOLD} other shards"]
+    if found:
+        raise StoreError("\n".join(found))
+
+
+def _damage_of(folder: Path, shard: Mapping[str, Any]) -> StoreError | None:
+    """What is wrong with a shard that a manifest lists."""
+    path = folder / shard["file"]
+    with open(path, "rb") as file:
+        damage = _difference(shard, path.stat().st_size, file)
+    return StoreError(f"{path}: {damage}; delete it and {AGAIN}") if damage else None
+
+
+def _difference(shard: Mapping[str, Any], num_bytes: int, source: Any) -> str | None:
+    """In what a file is not the shard that a manifest lists."""
+    if num_bytes != shard["bytes"]:
+        return f"truncated or changed, {num_bytes} bytes where the manifest has {shard['bytes']}"
+    if (digest := sha256(source)) != shard["sha256"]:
+        return f"damaged, its sha256 is {digest} where the manifest has {shard['sha256']}"
+    return None
+
+
+def _parse_manifest(path: Path) -> dict[str, Any]:
+    with naming_damage(path):
+        manifest = json.loads(path.read_text())
+        check_version(path, manifest)
+        if not isinstance(manifest["shards"], list):
+            raise TypeError("it lists no shards")
+        return manifest
+
+
 def _read_manifest(path: Path, manifest: Any) -> tuple[Fingerprint, int, dict[str, Any], list[dict[str, Any]]]:
     check_version(path, manifest)
-    try:
+    with naming_damage(path):
         fingerprint = Fingerprint.model_validate(manifest["fingerprint"])
         num_shards, made, shards = int(manifest["num_shards"]), dict(manifest.get("made", {})), manifest["shards"]
         for shard in shards:
@@ -324,8 +387,6 @@ def _read_manifest(path: Path, manifest: Any) -> tuple[Fingerprint, int, dict[st
             if min(shard["rows"], shard["rewards"]) < 0:
                 raise ValueError(f"{shard['file']} has a negative size")
         listed = [(shard["file"], shard["sha256"])[0] for shard in shards]
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path}: damaged ({one_line(error)}); delete it and {AGAIN}") from None
     names = [shard_name(index) for index in range(num_shards)]
     if listed != names:
         absent = sorted(set(names) - set(listed))

@@ -53,9 +53,9 @@ def test_every_misfit_is_named_at_once_and_once(misfits):
         "optimizer.moments: bf16",
         "parallel.dp: tp=1 x pp=3",
         "attention_bias",
+        "data.max_prompt_tokens + sampling.max_response_tokens: 17408",
         "parallel.pp",
     ]
-    starts.append("data.max_prompt_tokens + sampling.max_response_tokens: 17408")
     assert [line[: len(start)] for line, start in zip(found, starts, strict=True)] == starts
     assert all(line.endswith(" (model.path)") for line in found[3:])
 
@@ -66,6 +66,16 @@ def test_a_rank_does_not_count_the_gpus(misfits, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     assert misfits([HOPPER], "parallel.tp=2") == []
+
+
+def test_stage_1_asks_for_what_its_engine_needs_alone(misfits, tmp_path):
+    misfits([])
+    overrides = ["parallel.tp=3", "model.dtype=bf16", "model.layers=te", "rollout.tp=3"]
+    recipe = build_recipe({}, [f"model.path={tmp_path}", "data.train=d.jsonl", "vstar.dir=v", *overrides])
+    assert fit.engine_misfits(recipe, {"model.reference": tmp_path}, [HOPPER]) == [
+        "rollout.tp: 3 workers, and here are 1 GPUs; use at most as many, or name more in CUDA_VISIBLE_DEVICES",
+        "rollout.tp: 3 does not divide the model's 4 heads; use a divisor (model.reference)",
+    ]
 
 
 def test_an_engine_that_does_not_fit(misfits):

@@ -139,9 +139,11 @@ def test_adaptive_sampling_is_off_and_switched_on_by_any_of_its_keys() -> None:
         (["vstar.adaptive.most=12"], "vstar.adaptive.all_wrong", "12"),
         (["vstar.adaptive.reward_range=[1, 1]"], "vstar.adaptive.reward_range", "[0, 1]"),
         (["vstar.adaptive.reward_range=[1, -1]"], "vstar.adaptive.reward_range", "[-1, 1]"),
-        (["vstar.success_rate=[0.8, 0.2]"], "vstar.success_rate", "[0.2, 0.8]"),
+        (["vstar.adaptive.reward_range=[-1, 0]", "reward.failure_reward=-2"], "reward.failure_reward", "-1"),
+        (["vstar.filter=success_rate", "vstar.success_rate=[0.8, 0.2]"], "vstar.success_rate", "[0.2, 0.8]"),
         (["vstar.success_rate=[0, 1.5]"], "vstar.success_rate", "[0, 1]"),
-        (["vstar.success_rate=[-0.1, 1]"], "vstar.success_rate", "[0.1, 0.1]"),
+        (["vstar.filter=success_rate", "vstar.success_rate=[-0.1, 1]"], "vstar.success_rate", "[0.1, 0.1]"),
+        (["vstar.success_rate=[0.1, 0.9]"], "vstar.success_rate", "[0, 1]"),
     ],
 )
 def test_combinations_that_cannot_work(overrides: list[str], key: str, fix: str) -> None:

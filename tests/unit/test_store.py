@@ -316,20 +316,49 @@ def test_a_flipped_byte_is_refused(folder, position):
     assert "shard-00001.parquet" in message and "sha256" in message
 
 
-@pytest.mark.parametrize("bit", [0x01, 0x80], ids=["lowest bit", "highest bit"])  # 0x80: no longer UTF-8
-def test_every_flipped_byte_of_a_shard_is_refused(folder, bit):
-    path = folder / "shard-00002.parquet"
+def flips(path: Path, stride: int):
+    """The file with one bit flipped, at every `stride`-th byte: each of the eight bits in turn."""
     data = path.read_bytes()
-    for position in range(0, len(data), 97):
-        path.write_bytes(data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :])
-        with pytest.raises(StoreError, match="shard-00002"):
+    for place, position in enumerate(range(0, len(data), stride)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << place % 8]) + data[position + 1 :])
+        yield position
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_is_refused(folder):
+    """Also in the names of columns, which are no longer UTF-8 then, and in the seed of the footer's fingerprint."""
+    for position in flips(folder / "shard-00002.parquet", stride=7):
+        with pytest.raises(
+            StoreError, match=r"shard-00002.*(where the manifest has|another V|schema version)"
+        ):
             VStarStore.open(folder)
+            pytest.fail(f"byte {position}")
+
+
+def test_a_flipped_bit_before_the_store_is_signed_changes_nothing_or_is_refused(pristine, folder):
+    """Parquet's own checksums are of pages; of the metadata around them only what is read matters."""
+    (folder / "manifest.json").unlink()
+    expected, num_refused = VStarStore.open(pristine), 0
+    for position in flips(folder / "shard-00002.parquet", stride=11):
+        try:
+            found = StoreWriter(folder, FINGERPRINT, 3).finish()
+        except StoreError as error:
+            assert "shard-00002.parquet" in str(error)
+            num_refused += 1
+            continue
+        (folder / "manifest.json").unlink()
+        assert found.prompt_ids == expected.prompt_ids and rows_of(found.rewards) == rows_of(expected.rewards), position
+        for name in ("lengths", "finish_reasons", "num_failures", "num_unfinished"):
+            assert found.column(name).to_pylist() == expected.column(name).to_pylist(), (name, position)
+    assert num_refused > 100
 
 
 @pytest.mark.parametrize("footer", [b"\xff", b"{", b"[]", b"{}", b'{"fingerprint": {"schema_version": 2}}'])
 def test_a_damaged_footer_is_refused(folder, footer):
     path = folder / "shard-00001.parquet"
     pq.write_table(pq.read_table(path).replace_schema_metadata({b"megatron_apo": footer}), path)
+    assert "shard-00001.parquet: truncated or changed" in refusal(folder)
+    accept_changed_shard(folder, 1)
     assert "shard-00001.parquet: damaged (" in refusal(folder)
     with pytest.raises(StoreError, match="shard-00001.parquet: damaged"):
         StoreWriter(folder, FINGERPRINT, 3)
@@ -344,7 +373,7 @@ def test_a_truncated_file_is_refused(folder):
     for size in (0, 3, 500):
         path.write_bytes(path.read_bytes()[:size])
         assert "shard-00000.parquet: truncated" in refusal(folder)
-        with pytest.raises(StoreError, match="shard-00000.parquet: not a whole Parquet file"):
+        with pytest.raises(StoreError, match=r"shard-00000.parquet: damaged \(Parquet"):
             StoreWriter(folder, FINGERPRINT, 3)
 
 
@@ -569,8 +598,42 @@ def test_a_finished_store_is_not_signed_again(folder):
     with pytest.raises(StoreError, match="where the manifest has"):
         writer.finish()
     assert (folder / "manifest.json").read_bytes() == before
+    writer.reopen()  # nothing is missing
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_sampling_a_lost_shard_again_leaves_the_others_signatures(folder):
+    """Shard 0 is lost and shard 1 was exchanged: what the manifest said of it still counts."""
+    good = (folder / "shard-00001.parquet").read_bytes()
+    (folder / "shard-00001.parquet").unlink()
+    writer = StoreWriter(folder, FINGERPRINT, 3)
+    writer.write_shard(1, rows(4, 8, rewards=[1.0, 1.0]))
+    (folder / "shard-00000.parquet").unlink()
+    with pytest.raises(StoreError, match="shard-00001.parquet: truncated or changed"):
+        writer.reopen()
+    (folder / "shard-00001.parquet").write_bytes(good)
     writer.reopen()
-    assert rows_of(writer.finish().rewards)[4:8] == [[1.0, 1.0]] * 4
+    assert "lists 2 shards, not 0 to 2; absent: ['shard-00000.parquet']" in refusal(folder)
+    writer.write_shard(0, rows(0, 4, rewards=[1.0, 1.0]))
+    (folder / "shard-00002.parquet").write_bytes(good[:-1])  # after it was reopened
+    with pytest.raises(StoreError, match="shard-00002.parquet: "):
+        writer.finish()
+    (folder / "shard-00002.parquet").unlink()
+    writer.reopen()
+    writer.write_shard(2, rows(8, 10))
+    assert rows_of(writer.finish().rewards)[:5] == [[1.0, 1.0]] * 4 + [[1.0, 0.0]]
+    StoreWriter(folder, FINGERPRINT, 3).reopen()
+    assert len(VStarStore.open(folder)) == 10
+
+
+def test_all_damaged_shards_are_named(folder):
+    for index in (0, 2):
+        (folder / f"shard-0000{index}.parquet").write_bytes(b"nothing")
+    with pytest.raises(StoreError) as caught:
+        VStarStore.open(folder)
+    lines = str(caught.value).splitlines()
+    assert ["shard-00000.parquet: truncated" in lines[0], "shard-00002.parquet: truncated" in lines[1]] == [True, True]
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize("missing", [False, True], ids=["more prompts", "other prompts"])
