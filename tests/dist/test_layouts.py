@@ -1,11 +1,14 @@
 """Every layout computes the same thing: log-probs against transformers; gradients, norm and update against one rank.
 
 One rank set per layout measures everything (worker.py); the tests below compare. Gradients are compared before the
-optimizer, which would hide a scaled or a wrong one; `test_comparison_notices` breaks them on purpose.
+optimizer, which would hide a scaled or a wrong one; `test_comparison_notices` breaks what is compared on purpose.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -13,45 +16,73 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.dist.ranks import ONE_RANK, start_ranks, variants_of
+from megatron_apo.config import ModelConfig, ParallelConfig
+from megatron_apo.model.hf_config import ModelConfigError, check_layout, read_hf_config
+from tests.dist.ranks import ONE_RANK, parallel_of, start_ranks, variants_of
 from tests.dist.worker import (
+    ALONE,
     BETA2,
     CASES,
     EVERY_CASE,
     HALF,
+    LR,
     MUTATIONS,
     NUM_MINIBATCHES,
+    RECOMPUTED_IN,
     TEMPERATURE,
     anchors,
     batch,
 )
 from tests.models import VARIANTS, as_saved, hf_log_probs, make_model
 
-# ep ranks share the experts within cp x dp
-LAYOUTS = ["tp1", "dp2", "tp2-pp2", "pp2-dp2-ep2", "pp2-vpp2", "cp2", "pp2-vpp2-cp2-ep2"]
-FULL_LAYOUTS = [
-    "tp2",
-    "pp2",
-    "tp4",
-    "pp4",
-    "tp2-dp2",
-    "pp2-dp2",
-    "dp2-ep2",
-    "dp4-ep2",
-    "dp4-ep4",
-    "cp4",
-    "tp2-cp2",
-    "cp2-dp2-ep4",
-    "tp2-pp2-vpp2",
-    "pp2-vpp2-dp2",
-]
+SIZES = ("tp", "pp", "vpp", "cp", "dp", "ep")  # ep ranks share the experts within cp x dp
+# By default one or two ranks hold every variant and four hold one (so do eight); every pair of sizes is in a layout.
+SMALL = [ONE_RANK, "tp2", "pp2", "cp2", "dp2-ep2"]
+FOUR_RANKS = ["tp2-pp2-vpp2", "tp2-cp2", "tp2-dp2", "cp2-dp2", "pp2-vpp2-cp2", "pp2-vpp2-dp2", "pp2-vpp2-cp2-ep2"]
+EIGHT_RANKS = ["tp2-pp2-cp2", "tp2-cp2-dp2", "tp2-pp2-vpp2-dp2", "pp2-vpp2-cp2-dp2-ep2"]
+LARGER = ["tp4", "pp4", "cp4", "dp4-ep2", "dp4-ep4", "cp2-dp2-ep4"]
+LAYOUTS = SMALL + FOUR_RANKS
+TYPICAL = ("qwen3-tied", "qwen3_moe")  # the one is the first of these that fits
+
+
+def matrix(most_ranks: int = 4) -> list[str]:
+    """Every layout of sizes 1 and 2 that some variant fits, smallest first."""
+    found = []
+    for sizes in product((1, 2), repeat=len(SIZES)):
+        layout = "-".join(f"{name}{size}" for name, size in zip(SIZES, sizes, strict=True) if size > 1) or ONE_RANK
+        parallel = parallel_of(layout)
+        valid = not parallel.problems(ModelConfig(path=Path("unused"))) and variants_of(layout)
+        if valid and parallel.world_size <= most_ranks:
+            found.append(layout)
+    return sorted(found, key=lambda layout: parallel_of(layout).world_size)
+
+
+FULL_LAYOUTS = [layout for layout in matrix() if layout not in LAYOUTS] + LARGER + EIGHT_RANKS
 ALL_LAYOUTS = LAYOUTS + [pytest.param(layout, marks=pytest.mark.full) for layout in FULL_LAYOUTS]
 OTHER_LAYOUTS = ALL_LAYOUTS[1:]
 
 
+def measured_variants(layout: str) -> list[str]:
+    names = variants_of(layout)
+    return [next(name for name in TYPICAL if name in names)] if layout in FOUR_RANKS + EIGHT_RANKS else names
+
+
+def pairs(layouts: Iterable[str]) -> set[tuple[tuple[str, int], tuple[str, int]]]:
+    """Any two sizes that are in a layout together."""
+    each = [[(name, getattr(parallel_of(layout), name)) for name in SIZES] for layout in layouts]
+    return {pair for sizes in each for pair in combinations(sizes, 2)}
+
+
+def test_every_pair_of_sizes_is_in_a_default_layout():
+    """Those of a dense model and those with ep: a layout of spread experts holds no dense model."""
+    dense, default = ([one for one in layouts if parallel_of(one).ep == 1] for layouts in (matrix(), LAYOUTS))
+    assert pairs(dense) == pairs(default)
+    assert {pair for pair in pairs(matrix()) - pairs(LAYOUTS) if ("ep", 2) in pair} == set()
+
+
 def run_ranks(work: Path, layout: str) -> dict:
     """Measure a layout with real ranks; returns what rank 0 saved."""
-    start_ranks("tests.dist.worker", work, layout, *variants_of(layout))
+    start_ranks("tests.dist.worker", work, layout, *measured_variants(layout))
     return torch.load(work / f"{layout}.pt", weights_only=True)
 
 
@@ -75,21 +106,59 @@ def measured(work: Path):
     return get
 
 
+@pytest.fixture(scope="module")
+def expected_log_probs(work: Path) -> Callable[[str], list[torch.Tensor]]:
+    prompts, responses, _ = batch()
+    return cache(lambda name: hf_log_probs(work / "models" / name, prompts, responses, TEMPERATURE))
+
+
+def test_variants_of_a_layout_are_those_that_fit(work):
+    for layout in matrix() + LARGER + EIGHT_RANKS:
+        assert variants_of(layout) == [name for name in VARIANTS if fits(work / "models" / name, parallel_of(layout))]
+
+
+def fits(folder: Path, parallel: ParallelConfig) -> bool:
+    try:
+        check_layout(read_hf_config(folder), parallel)
+    except ModelConfigError:
+        return False
+    return True
+
+
 def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """|ours - theirs| / |theirs| in the 2-norm."""
-    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+    """|ours - theirs| / |theirs| in the 2-norm; infinite where ours is not finite."""
+    difference = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+    return difference if difference == difference else float("inf")
 
 
-def worst_gradient(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
-    assert ours.keys() == theirs.keys()
-    return max((relative_difference(ours[name], theirs[name]), name) for name in theirs)
+# Of any tensor. A change is Adam's, which turns the rounding of a small gradient into a step.
+TOLERANCE = {"loss": 1e-5, "norm": 1e-5, "gradients": 1e-5, "change": 1e-3}
+
+
+def worst_differences(found: dict, reference: dict) -> dict[str, tuple[float, str]]:
+    """{quantity: (its largest relative difference, of which tensor)}, of what was measured of a case."""
+    worst = {}
+    for quantity in TOLERANCE:
+        ours, theirs = found.get(quantity), reference.get(quantity)
+        if ours is None or theirs is None:  # a sharded gradient, or not measured
+            continue
+        if not isinstance(ours, dict):  # numbers, one for each optimizer step
+            ours, theirs = (dict(enumerate(torch.tensor(value).reshape(-1, 1))) for value in (ours, theirs))
+        assert ours.keys() == theirs.keys(), quantity
+        worst[quantity] = max((relative_difference(ours[name], theirs[name]), str(name)) for name in theirs)
+    return worst
+
+
+def differing(found: dict, reference: dict) -> dict[str, tuple[float, str]]:
+    """`worst_differences` beyond the tolerance."""
+    worst = worst_differences(found, reference)
+    return {quantity: pair for quantity, pair in worst.items() if pair[0] > TOLERANCE[quantity]}
 
 
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)
-def test_log_probs_equal_transformers(layout, measured, work):
-    prompts, responses, _ = batch()
+def test_log_probs_equal_transformers(layout, measured, expected_log_probs):
     for name, results in measured(layout).items():
-        expected = hf_log_probs(work / "models" / name, prompts, responses, TEMPERATURE)
+        expected = expected_log_probs(name)
         for case, found in results["log_probs"].items():
             assert sorted(found) == list(range(len(expected)))
             worst = max(float((found[i] - expected[i]).abs().max()) for i in found)
@@ -111,14 +180,30 @@ def test_gradients_and_update_equal_one_rank(layout, measured):
         reference = measured(ONE_RANK)[name]["cases"]["packed"]
         for case, found in results["cases"].items():
             if case not in MUTATIONS:
-                check_case(found, reference, f"{name} {case}")
+                assert differing(found, reference) == {}, f"{name} {case}"
 
 
 def test_micro_batches_and_packing_change_nothing(measured):
     for name in EVERY_CASE:
         cases = measured(ONE_RANK)[name]["cases"]
         for case in CASES:
-            check_case(cases[case], cases["packed"], f"{name} {case}")
+            assert differing(cases[case], cases["packed"]) == {}, f"{name} {case}"
+
+
+@pytest.mark.parametrize("layout", RECOMPUTED_IN)
+def test_recomputation_changes_no_bit(layout, measured):
+    """With packing, main gradients, stages and log-probs; layers (full) or their feed-forward parts run twice."""
+    for name in set(TYPICAL) & set(measured(layout)):
+        cases = measured(layout)[name]["cases"]
+        kept = cases["packed-small"]
+        for recompute, layers in (("selective", 1), ("full", 2)):
+            found = cases[recompute]
+            assert found["calls"]["TransformerLayer"] == layers * kept["calls"]["TransformerLayer"], name
+            assert found["calls"]["MLP"] == 2 * kept["calls"]["MLP"], name
+            assert (found["loss"], found["norm"]) == (kept["loss"], kept["norm"]), f"{name} {recompute}"
+            assert found["gradients"].keys() == kept["gradients"].keys()
+            for tensor, gradient in kept["gradients"].items():
+                assert torch.equal(found["gradients"][tensor], gradient), f"{name} {recompute}: {tensor}"
 
 
 def test_gradients_equal_transformers(measured, work):
@@ -130,11 +215,9 @@ def test_gradients_equal_transformers(measured, work):
         loss.backward()
         expected = as_saved({key: parameter.grad for key, parameter in model.named_parameters()})
         case = measured(ONE_RANK)[name]["cases"]["packed"]
-        difference, tensor = worst_gradient(case["gradients"], expected)
-        assert difference <= 1e-5, f"{name}: gradient of {tensor} differs by {difference}"
-        assert case["loss"] / len(prompts) == pytest.approx(float(loss), rel=1e-5), name
         norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-        assert case["norm"] == pytest.approx(float(norm), rel=1e-5), name
+        formula = {"loss": float(loss) * len(prompts), "norm": float(norm), "gradients": expected}
+        assert differing(case, formula) == {}, name
 
 
 def hf_model(folder: Path) -> torch.nn.Module:
@@ -154,26 +237,12 @@ def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensors[name].float().flatten() for name in sorted(tensors)])
 
 
-def check_case(found: dict, reference: dict, label: str) -> None:
-    assert found["loss"] == pytest.approx(reference["loss"], rel=1e-5), label
-    assert found["norm"] == pytest.approx(reference["norm"], rel=1e-5), label
-    if found["gradients"] is not None:
-        difference, tensor = worst_gradient(found["gradients"], reference["gradients"])
-        assert difference <= 1e-5, f"{label}: gradient of {tensor} differs by {difference}"
-    difference, tensor = worst_gradient(found["change"], reference["change"])
-    assert difference <= 1e-3, f"{label}: update of {tensor} differs by {difference}"
-
-
 @pytest.mark.parametrize("layout", OTHER_LAYOUTS)
 def test_minibatches_are_exact_in_every_layout(layout, measured):
     """Two optimizer steps on one batch, each normalized by its own global count."""
     for name, results in measured(layout).items():
         if name in EVERY_CASE:
-            found, reference = results["minibatches"], measured(ONE_RANK)[name]["minibatches"]
-            assert found["losses"] == pytest.approx(reference["losses"], rel=1e-5), name
-            assert found["norms"] == pytest.approx(reference["norms"], rel=1e-5), name
-            difference, tensor = worst_gradient(found["change"], reference["change"])
-            assert difference <= 1e-3, f"{name}: update of {tensor} differs by {difference}"
+            assert differing(results["minibatches"], measured(ONE_RANK)[name]["minibatches"]) == {}, name
 
 
 def test_minibatches_equal_the_formula(measured, work):
@@ -181,7 +250,7 @@ def test_minibatches_equal_the_formula(measured, work):
     prompts, responses, advantage = batch()
     model = hf_model(work / "models" / "qwen3-tied")
     start = {key: value.detach().clone() for key, value in model.named_parameters()}
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    adam = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     size, losses, norms = len(prompts) // NUM_MINIBATCHES, [], []
     for first in range(0, len(prompts), size):
         rows = slice(first, first + size)
@@ -191,12 +260,9 @@ def test_minibatches_equal_the_formula(measured, work):
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)))
         adam.step()
         losses.append(float(loss) * size)
-    found = measured(ONE_RANK)["qwen3-tied"]["minibatches"]
-    assert found["losses"] == pytest.approx(losses, rel=1e-5)
-    assert found["norms"] == pytest.approx(norms, rel=1e-5)
-    expected = as_saved({key: value.detach() - start[key] for key, value in model.named_parameters()})
-    difference, tensor = worst_gradient(found["change"], expected)
-    assert difference <= 1e-3, f"update of {tensor} differs by {difference}"
+    change = as_saved({key: value.detach() - start[key] for key, value in model.named_parameters()})
+    formula = {"loss": losses, "norm": norms, "change": change}
+    assert differing(measured(ONE_RANK)["qwen3-tied"]["minibatches"], formula) == {}
 
 
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)
@@ -211,15 +277,26 @@ def test_bf16_is_within_its_error(layout, measured):
         assert 1e-4 < worst < 0.1, f"{name}: {worst}"
         gradients, expected = found["gradients"], exact["cases"]["packed"]["gradients"]
         difference = relative_difference(flat(gradients), flat(expected))
-        assert 1e-4 < difference < 0.03, f"{name}: gradient differs by {difference}"
+        assert 1e-4 < difference < 0.04, f"{name}: gradient differs by {difference}"
 
 
 @pytest.mark.parametrize("fault", MUTATIONS)
-def test_comparison_notices(fault, measured):
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if set(HALF) & set(measured_variants(layout))])
+def test_comparison_notices(layout, fault, measured):
     """The comparison fails when the gradient is doubled or negated, or a micro-batch is dropped."""
-    cases = measured(ONE_RANK)["qwen3-tied"]["cases"]
-    with pytest.raises(AssertionError):
-        check_case(cases[fault], cases["packed"], fault)
+    (name,) = HALF
+    found, reference = (measured(one)[name]["cases"] for one in (layout, ONE_RANK))
+    assert differing(found[fault], reference["packed"]).keys() == MUTATIONS[fault]
+
+
+@pytest.mark.parametrize("fault", ALONE)
+def test_each_quantity_is_compared(fault, measured):
+    """A fault in one quantity alone, or in one tensor's, is seen there and nowhere else."""
+    (name,) = HALF
+    cases = measured(ONE_RANK)[name]["cases"]
+    found = differing(cases[fault], cases["packed"])
+    assert found.keys() == ALONE[fault]
+    assert all(difference < 0.1 or fault == "skipped" for difference, _ in found.values()), "too large to show much"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

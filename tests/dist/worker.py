@@ -7,54 +7,98 @@ Rank 0 writes WORK_DIR/LAYOUT.pt: {variant: {"log_probs": {...}, "export": {...}
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_apo.config import OptimizerConfig, ParallelConfig, Recipe, TrainConfig, build_recipe
+from megatron_apo.config import FP8Config, OptimizerConfig, ParallelConfig, Recipe, TrainConfig, build_recipe
 from megatron_apo.data.batch import MicroBatch
 from megatron_apo.data.layout import lay_out, minibatches
 from megatron_apo.model.build import FP32, build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import APO, Samples
-from megatron_apo.objectives.base import LossTerm
+from megatron_apo.objectives.base import LossTerm, Stats
 from megatron_apo.optim import GradientError, Trainable, make_trainable
 from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream, load_weights
-from tests.dist.ranks import parallel_of
+from tests.dist.ranks import ONE_RANK, parallel_of
 
 NUM_SEQUENCES = 12
 TEMPERATURE = 0.7
 BETA2 = 0.05
-TRAIN = TrainConfig(log_prob_chunk_tokens=7)
-# name: (packing, budget of a micro-batch in tokens, sharded optimizer)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a batch is laid out, and what learns from it."""
+
+    packing: bool = True
+    budget: int = 60  # of a micro-batch, tokens
+    sharded: bool = False  # the optimizer; each rank then has its own part of the reduced gradient alone
+    fp8: bool = False  # laid out as FP8 wants it, though computed in fp32
+    recompute: str = "none"
+
+
 CASES = {
-    "packed": (True, 2000, False),
-    "packed-small": (True, 60, False),
-    "padded": (False, 2000, False),
-    "padded-small": (False, 60, True),
+    "packed": Case(budget=2000),
+    "packed-small": Case(),
+    "packed-filled": Case(budget=600, fp8=True),
+    "padded": Case(packing=False, budget=2000),
+    "padded-small": Case(packing=False, sharded=True),
 }
+# Bit for bit what "packed-small" is.
+RECOMPUTED = {"selective": Case(recompute="selective"), "full": Case(recompute="full")}
+RECOMPUTED_IN = (ONE_RANK, "cp2", "pp2", "dp2-ep2", "tp2-pp2-vpp2")
 # These variants go through all cases; what another adds shows in a packed and a padded one.
 EVERY_CASE = ("qwen2-tied-one-group", "qwen3-tied", "qwen3_moe")
 # Dense, since a small difference sends tokens to other experts.
 HALF = ("qwen3-tied",)
+MIXTURES = ("qwen3_moe",)
 NUM_MINIBATCHES = 2
-# Faults put into the gradient, which the comparison must notice.
-MUTATIONS = ("doubled", "negated", "dropped")
+# Faults in "packed-small", and what each must change of a case. Clipping and Adam undo the scale of a whole gradient.
+MUTATIONS = {
+    "doubled": {"norm", "gradients"},
+    "negated": {"gradients", "change"},
+    "dropped": {"norm", "gradients", "change"},  # a micro-batch
+}
+# On one rank: each changes one quantity by little more than is allowed, or one tensor's part in it.
+ALONE = {
+    "misreported": {"loss"},
+    "uncounted": {"norm"},  # one tensor
+    "scaled": {"gradients"},  # one tensor's
+    "hurried": {"change"},  # by the learning rate
+    "skipped": {"change"},  # one tensor's
+}
+LR = 1e-3
+FAULTY = "decoder.final_layernorm.weight"  # the one tensor: small beside the others, and on the last stage alone
 
 
-def cases_of(variant: str, parallel: ParallelConfig) -> list[str]:
+def cases_of(variant: str, layout: str) -> dict[str, Case]:
     names = CASES if variant in EVERY_CASE else ("packed", "padded-small")
-    return [name for name in names if CASES[name][0] or parallel.vpp == 1]
+    cases = {name: CASES[name] for name in names if CASES[name].packing or parallel_of(layout).vpp == 1}
+    return cases | (RECOMPUTED if variant in HALF + MIXTURES and layout in RECOMPUTED_IN else {})
 
 
-def recipe_of(parallel: ParallelConfig, packing: bool, budget: int) -> Recipe:
+def faults_of(variant: str, layout: str) -> list[str]:
+    if variant not in HALF:
+        return []
+    return [*MUTATIONS, *(ALONE if layout == ONE_RANK else ())]
+
+
+def recipe_of(parallel: ParallelConfig, packing: bool, budget: int, fp8: bool = False) -> Recipe:
     recipe = build_recipe({}, ["model.path=unused", "data.train=unused.jsonl", "vstar.dir=unused"])
     recipe.parallel, recipe.train.packing, recipe.train.tokens_per_micro_batch = parallel, packing, budget
+    recipe.model.fp8 = FP8Config(recipe="blockwise") if fp8 else None
     return recipe
 
 
@@ -77,32 +121,42 @@ def anchors(responses: list[list[int]]) -> list[list[float]]:
     return [[-4.0 + 0.01 * (token % 7) for token in response] for response in responses]
 
 
-def measure(folder: Path, parallel: ParallelConfig, topology: Topology) -> dict:
+def measure(folder: Path, layout: str, topology: Topology) -> dict:
     """Log-probs, export, gradients and one update of one model in this layout."""
-    spec = read_hf_config(folder)
+    spec, parallel = read_hf_config(folder), parallel_of(layout)
     reader = HFReader(folder)
     reader.check(spec)
     prompts, responses, _ = batch()
     found: dict = {"log_probs": {}, "cases": {}}
-    runs: list[tuple[str, str | None]] = [(name, None) for name in cases_of(folder.name, parallel)]
-    if folder.name == "qwen3-tied":
-        runs += [("packed-small", fault) for fault in MUTATIONS]
-    for name, fault in runs:
-        packing, budget, sharded = CASES[name]
-        trainable = make_policy(spec, parallel, topology, reader, sharded=sharded)
+    runs: list[tuple[str, Case, str | None]] = [
+        (name, case, None) for name, case in cases_of(folder.name, layout).items()
+    ]
+    runs += [(fault, CASES["packed-small"], fault) for fault in faults_of(folder.name, layout)]
+    for name, case, fault in runs:
+        lr = LR * (1.01 if fault == "hurried" else 1)
+        trainable = make_policy(spec, parallel, topology, reader, sharded=case.sharded, recompute=case.recompute, lr=lr)
         chunks = modules_of(trainable)
-        micro = lay_out(recipe_of(parallel, packing, budget), topology, prompts, responses)
+        micro = lay_out(recipe_of(parallel, case.packing, case.budget, case.fp8), topology, prompts, responses)
         before = dict(WeightStream(chunks, spec, topology))
         if fault is None:
             found["log_probs"][name] = by_sequence(forward_log_probs(chunks, micro), micro, responses, topology)
             found["export"] = before
+        calls = count_calls(chunks)
         total = backward(trainable, micro, topology, fault)
-        # A sharded optimizer leaves each rank its own part of the reduced gradient only.
-        gathered = topology.dp * topology.cp == 1 or not sharded
+        damaged = damage(chunks, fault)
+        gathered = topology.dp * topology.cp == 1 or not case.sharded
         gradients = dict(WeightStream(chunks, spec, topology, tensor_of=lambda p: p.main_grad)) if gathered else None
         norm = trainable.step()
+        for parameter, value in damaged:
+            parameter.data.copy_(value)
         change = change_since(before, chunks, spec, topology)
-        found["cases"][fault or name] = {"loss": total, "norm": norm, "gradients": gradients, "change": change}
+        found["cases"][name] = {
+            "loss": total,
+            "norm": norm,
+            "gradients": gradients,
+            "change": change,
+            "calls": dict(calls),
+        }
     if folder.name in EVERY_CASE:
         found["nan"] = step_on_nan(make_policy(spec, parallel, topology, reader), topology)
         found["minibatches"] = each_minibatch(spec, parallel, topology, reader)
@@ -111,10 +165,42 @@ def measure(folder: Path, parallel: ParallelConfig, topology: Topology) -> dict:
     return found
 
 
-def make_policy(spec, parallel, topology, reader, *, sharded: bool = True, precision: Precision = FP32) -> Trainable:
-    chunks = build_model(spec, parallel, topology, precision, temperature=TEMPERATURE, train=TRAIN)
+def make_policy(
+    spec,
+    parallel,
+    topology,
+    reader,
+    *,
+    sharded: bool = True,
+    precision: Precision = FP32,
+    recompute: Any = "none",
+    lr: float = LR,
+) -> Trainable:
+    train = TrainConfig(log_prob_chunk_tokens=7, recompute=recompute)
+    chunks = build_model(spec, parallel, topology, precision, temperature=TEMPERATURE, train=train)
     load_weights(chunks, spec, topology, reader)
-    return make_trainable(chunks, OptimizerConfig(lr=1e-3, clip_grad=1e-3, distributed=sharded), total_steps=10)
+    return make_trainable(chunks, OptimizerConfig(lr=lr, clip_grad=1e-3, distributed=sharded), total_steps=10)
+
+
+def count_calls(chunks: list[torch.nn.Module]) -> Counter[str]:
+    """Counts, from here on, how often layers and feed-forward parts (or experts) of this rank are computed."""
+    calls: Counter[str] = Counter()
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        for kind in (TransformerLayer, MLP):
+            if isinstance(module, kind):
+                module.register_forward_pre_hook(lambda module, _, name=kind.__name__: calls.update([name]))
+    return calls
+
+
+def damage(chunks: list[torch.nn.Module], fault: str | None) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Put a fault into what follows the backward pass; returns what to undo after the step."""
+    damaged = [p for chunk in chunks for name, p in chunk.named_parameters() if name == FAULTY]
+    for parameter in damaged:
+        if fault == "scaled":
+            parameter.main_grad.mul_(1.0001)
+        elif fault == "uncounted":
+            parameter.shared = True  # as Megatron-Core marks what another stage counts
+    return [(parameter, parameter.detach().clone()) for parameter in damaged] if fault == "skipped" else []
 
 
 def modules_of(trainable: Trainable) -> list[torch.nn.Module]:
@@ -137,7 +223,7 @@ def change_since(before: dict[str, torch.Tensor], chunks, spec, topology: Topolo
 
 
 def each_minibatch(spec, parallel: ParallelConfig, topology: Topology, reader: HFReader) -> dict:
-    """Losses and norms of the optimizer steps of one batch, and what they changed together."""
+    """Loss and norm of each optimizer step of one batch, and what they changed together."""
     recipe = recipe_of(parallel, packing=True, budget=60)
     recipe.train.minibatches = NUM_MINIBATCHES
     prompts, responses, _ = batch()
@@ -148,7 +234,7 @@ def each_minibatch(spec, parallel: ParallelConfig, topology: Topology, reader: H
         losses.append(backward(trainable, lay_out(recipe, topology, prompts, responses, rows=rows), topology))
         norms.append(trainable.step())
     change = change_since(before, modules_of(trainable), spec, topology)
-    return {"losses": losses, "norms": norms, "change": change}
+    return {"loss": losses, "norm": norms, "change": change}
 
 
 def in_bf16(spec, parallel: ParallelConfig, topology: Topology, reader: HFReader) -> dict:
@@ -172,18 +258,20 @@ def make_loss(micro: list[MicroBatch], responses: list[list[int]], advantage: to
         one = micro[index]
         term = objective.loss(log_prob_R, one.gather(anchor), one.sequence_R, targets.select(one.indices))
         factor = {"doubled": 2.0, "negated": -1.0, "dropped": 0.0 if index == 0 else 1.0}.get(fault, 1.0)
-        return LossTerm(term.total * factor, term.count, term.stats)
+        stats = Stats({"loss": term.stats.sums["loss"] * 1.0001}) if fault == "misreported" else term.stats
+        return LossTerm(term.total * factor, term.count, stats)
 
     return loss
 
 
 def step_on_nan(trainable: Trainable, topology: Topology) -> str:
-    """What an optimizer step says of a gradient with a NaN on one rank."""
+    """What an optimizer step says of a gradient that has a NaN on one rank before the ranks add theirs up."""
     trainable.zero_grad()
     if topology.rank == topology.world_size - 1:
         # A weight that is split: of one held by several ranks, the norm counts a single copy.
         split = next(p for name, p in modules_of(trainable)[0].named_parameters() if name.endswith("linear_fc2.weight"))
         split.main_grad.fill_(float("nan"))
+    finalize_model_grads(trainable.chunks)
     try:
         trainable.step()
     except GradientError as error:
@@ -205,10 +293,9 @@ def by_sequence(
 
 
 def main(work: str, layout: str, *variants: str) -> None:
-    parallel = parallel_of(layout)
     results = {}
-    with distributed(parallel) as topology:
+    with distributed(parallel_of(layout)) as topology:
         for name in variants:  # tied and untied models one after another
-            results[name] = measure(Path(work) / "models" / name, parallel, topology)
+            results[name] = measure(Path(work) / "models" / name, layout, topology)
         if topology.is_driver:
             torch.save(results, Path(work) / f"{layout}.pt")
