@@ -58,12 +58,11 @@ CASES = {
 }
 # Bit for bit what "packed-small" is.
 RECOMPUTED = {"selective": Case(recompute="selective"), "full": Case(recompute="full")}
-RECOMPUTED_IN = (ONE_RANK, "cp2", "pp2", "dp2-ep2", "tp2-pp2-vpp2")
+RECOMPUTED_IN = ("pp2", "dp2-ep2", "tp2-pp2-vpp2", "cp2-dp2")
 # These variants go through all cases; what another adds shows in a packed and a padded one.
-EVERY_CASE = ("qwen2-tied-one-group", "qwen3-tied", "qwen3_moe")
+EVERY_CASE = ("qwen3-tied", "qwen3_moe")
 # Dense, since a small difference sends tokens to other experts.
 HALF = ("qwen3-tied",)
-MIXTURES = ("qwen3_moe",)
 NUM_MINIBATCHES = 2
 # Faults in "packed-small", and what each must change of a case. Clipping and Adam undo the scale of a whole gradient.
 MUTATIONS = {
@@ -86,7 +85,7 @@ FAULTY = "decoder.final_layernorm.weight"  # the one tensor: small beside the ot
 def cases_of(variant: str, layout: str) -> dict[str, Case]:
     names = CASES if variant in EVERY_CASE else ("packed", "padded-small")
     cases = {name: CASES[name] for name in names if CASES[name].packing or parallel_of(layout).vpp == 1}
-    return cases | (RECOMPUTED if variant in HALF + MIXTURES and layout in RECOMPUTED_IN else {})
+    return cases | (RECOMPUTED if variant in EVERY_CASE and layout in RECOMPUTED_IN else {})
 
 
 def faults_of(variant: str, layout: str) -> list[str]:
@@ -158,8 +157,9 @@ def measure(folder: Path, layout: str, topology: Topology) -> dict:
             "calls": dict(calls),
         }
     if folder.name in EVERY_CASE:
-        found["nan"] = step_on_nan(make_policy(spec, parallel, topology, reader), topology)
-        found["minibatches"] = each_minibatch(spec, parallel, topology, reader)
+        trainable = make_policy(spec, parallel, topology, reader)
+        found["minibatches"] = each_minibatch(trainable, spec, parallel, topology)
+        found["nan"] = step_on_nan(trainable, topology)
     if folder.name in HALF:
         found["bf16"] = in_bf16(spec, parallel, topology, reader)
     return found
@@ -222,12 +222,11 @@ def change_since(before: dict[str, torch.Tensor], chunks, spec, topology: Topolo
     return {key: after - before[key] for key, after in WeightStream(chunks, spec, topology)}
 
 
-def each_minibatch(spec, parallel: ParallelConfig, topology: Topology, reader: HFReader) -> dict:
+def each_minibatch(trainable: Trainable, spec, parallel: ParallelConfig, topology: Topology) -> dict:
     """Loss and norm of each optimizer step of one batch, and what they changed together."""
     recipe = recipe_of(parallel, packing=True, budget=60)
     recipe.train.minibatches = NUM_MINIBATCHES
     prompts, responses, _ = batch()
-    trainable = make_policy(spec, parallel, topology, reader)
     before = dict(WeightStream(modules_of(trainable), spec, topology))
     losses, norms = [], []
     for rows in minibatches(recipe, NUM_SEQUENCES):
