@@ -42,8 +42,9 @@ CUDA_STREAMS = (
     ("megatron.core.transformer.moe.token_dispatcher", "with torch.cuda.stream(self.cuda_dtoh_stream)"),
     ("megatron.core.transformer.moe.moe_utils", "if torch.is_tensor(tensor) and tensor.is_cuda:"),
 )
-# The GPU's random state, which recomputation puts back.
+# The GPU's random state, which recomputation puts back and sequence parallelism has copies of.
 CUDA_RANDOM_STATE = (
+    ("megatron.core.tensor_parallel.random", "orig_rng_state = torch.cuda.get_rng_state()"),
     ("megatron.core.tensor_parallel.random", "return torch.cuda.random.get_rng_state(device=device)"),
     ("megatron.core.tensor_parallel.random", "_lazy_call(cb)"),
 )
@@ -110,6 +111,11 @@ def _to_array(tensor: Any, as_numpy: bool = False, record_stream: bool = False) 
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _add_no_state(tracker: Any, name: str, seed: int) -> None:
+    """Megatron-Core's `CudaRNGStatesTracker.add` where the state has no bytes."""
+    tracker.set_states({**tracker.get_states(), name: torch.empty(0, dtype=torch.uint8)})
+
+
 def install() -> None:
     """Apply the patches for this process; does nothing the second time, and where a GPU is only names the missing."""
     for name, _ in MISSING_NAMES:
@@ -133,6 +139,7 @@ def install() -> None:
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0, dtype=torch.uint8)
     random._set_cuda_rng_state = lambda *args, **kwargs: None
+    random.CudaRNGStatesTracker.add = _add_no_state
 
 
 @contextlib.contextmanager

@@ -131,6 +131,7 @@ def _device_index(rank: int, num_gpus: int) -> int:
 @contextmanager
 def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.Store | None) -> Iterator[Topology]:
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     cpu_compat.install()
     on_gpu = torch.cuda.is_available()
@@ -151,6 +152,9 @@ def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.St
             expert_model_parallel_size=parallel.ep,
             distributed_timeout_minutes=max(1, int(parallel.timeout_s / 60)),
         )
+        # Under sequence parallelism Megatron-Core asks for its random states wherever there could be dropout. There is
+        # none, so that nothing draws from them.
+        model_parallel_cuda_manual_seed(0)
         topology = Topology(
             rank=rank,
             world_size=world_size,

@@ -53,6 +53,7 @@ def installed(monkeypatch):
     monkeypatch.setattr(token_dispatcher, "maybe_move_tensor_to_cpu", moe_utils.maybe_move_tensor_to_cpu)
     for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
         monkeypatch.setattr(random, name, getattr(random, name))
+    monkeypatch.setattr(random.CudaRNGStatesTracker, "add", random.CudaRNGStatesTracker.add)
     monkeypatch.delattr(torch.Tensor.cuda, "_on_cpu", raising=False)
     cpu_compat.install()
     return modules

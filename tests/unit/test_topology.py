@@ -7,8 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+
 from megatron_apo.config import ParallelConfig
 from megatron_apo.model.build import build_model
+from megatron_apo.model.megatron_config import transformer_config
 from megatron_apo.model.precision import Precision
 from megatron_apo.parallel.topology import _device_index, alone
 from tests.unit.test_precision import EXPERTS, SPEC
@@ -52,3 +55,15 @@ def test_a_model_is_whole_on_its_rank_device(spec, dtype):
         with torch.device("meta"):
             (model,) = build_model(replace(spec, num_layers=1), ParallelConfig(), topology, Precision(dtype))
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_sequence_parallelism_finds_its_random_state():
+    """Megatron-Core forks it around the embedding and the layers, and draws nothing from it."""
+    parallel = ParallelConfig(tp=2, sequence_parallel=True)
+    with alone():
+        config = transformer_config(SPEC, parallel, Precision("bf16", layers="te"))
+        embedding = LanguageModelEmbedding(config, SPEC.vocab_size, SPEC.max_positions, "rope")
+        before = torch.get_rng_state()
+        hidden_SBH = embedding(torch.zeros(1, 6, dtype=torch.long), None)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert hidden_SBH.shape == (6, 1, SPEC.hidden_size)
