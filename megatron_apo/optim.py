@@ -67,7 +67,7 @@ class Trainable:
         """Within, if `wanted`: nothing but the weights is on the device, whose memory is free for other processes.
 
         Main weights and Adam's moments wait in the host's (pinned) memory: 12 bytes for each parameter of this rank's
-        shard beside bf16 weights (less with moments in bf16, and not what optimizer.cpu_offload has there already), 8
+        shard beside bf16 weights (8 with moments in bf16, and not what optimizer.cpu_offload has there already), 8
         beside fp32 ones, which are the main weights themselves. Gradients are dropped and come back as zeros.
 
         Megatron-Core's own `offload_to_cpu` is not used for the optimizer: it copies to new, pageable memory every
@@ -166,7 +166,12 @@ def make_trainable(modules: Sequence[torch.nn.Module], config: OptimizerConfig, 
 
 
 def _adam_arguments(config: OptimizerConfig, model_config: Any) -> dict[str, Any]:
-    """Fields of Megatron-Core's `OptimizerConfig`, for a model of this `TransformerConfig`."""
+    """Fields of Megatron-Core's `OptimizerConfig`, for a model of this `TransformerConfig`.
+
+    Main weights are whole fp32 numbers with moments in bf16 too. Megatron-Core would keep the 16 bits that bf16 weights
+    lack, which saves 2 bytes a parameter of the shard, and put them into a checkpoint as if they were the weights
+    (distrib_optimizer.py, `get_parameter_state_dp_zero`).
+    """
     moments = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.moments]
     return {
         "optimizer": "adam",
@@ -182,6 +187,7 @@ def _adam_arguments(config: OptimizerConfig, model_config: Any) -> dict[str, Any
         "use_precision_aware_optimizer": config.cpu_offload > 0 or config.moments == "bf16",
         "exp_avg_dtype": moments,
         "exp_avg_sq_dtype": moments,
+        "store_param_remainders": False,
         "optimizer_cpu_offload": config.cpu_offload > 0,
         "optimizer_offload_fraction": config.cpu_offload,
         "overlap_cpu_optimizer_d2h_h2d": config.cpu_offload > 0,

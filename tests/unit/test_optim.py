@@ -32,6 +32,7 @@ def test_moments_in_bf16_leave_main_weights_and_gradients_in_fp32():
     assert arguments.keys() <= {field.name for field in fields(MegatronOptimizerConfig)}
     assert arguments["use_precision_aware_optimizer"] and not arguments["optimizer_cpu_offload"]
     assert arguments["exp_avg_dtype"] == arguments["exp_avg_sq_dtype"] == torch.bfloat16
+    assert arguments["store_param_remainders"] is False  # 16 bits of them, which a checkpoint takes for all
     assert not arguments.keys() & {"main_params_dtype", "main_grads_dtype"}
     assert MegatronOptimizerConfig.main_params_dtype == MegatronOptimizerConfig.main_grads_dtype == torch.float32
 
