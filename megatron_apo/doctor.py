@@ -19,7 +19,14 @@ from rich.table import Table
 from megatron_apo.config import Recipe, RecipeError, describe_fields
 from megatron_apo.fit import misfits
 from megatron_apo.model.gpus import Capability, visible_gpus
-from megatron_apo.model.precision import fp8_recipes, has_fused_gradients, has_transformer_engine, layer_kind
+from megatron_apo.model.precision import (
+    APEX_EXTENSION,
+    fp8_recipes,
+    has_fused_gradients,
+    has_transformer_engine,
+    layer_kind,
+    load_error,
+)
 from megatron_apo.telemetry.units import data_size
 
 Finding = tuple[str, str, str]
@@ -68,6 +75,9 @@ def package_findings() -> list[Finding]:
         rows.append((name, found[name] or "missing", purpose))
     # The distribution of that name on the registry is another project's.
     rows.append(("apex (NVIDIA's)", "built" if has_fused_gradients() else "missing", "fused gradient accumulation"))
+    for package, name in (("transformer_engine", "transformer-engine"), (APEX_EXTENSION, "apex (NVIDIA's)")):
+        if error := load_error(package):
+            rows = [(name, "does not load", error) if row[0] == name else row for row in rows]
     return rows
 
 
@@ -117,6 +127,7 @@ def feature_findings(capability: Capability | None) -> list[Finding]:
             ("FP8", recipes or "no", "model.fp8.recipe" if recipes else "needs a GPU of capability 8.9 or higher"),
             ("sequence parallelism", "yes", "parallel.sequence_parallel"),
             ("context parallelism", "by Transformer Engine", "parallel.cp"),
+            ("optimizer offload, bf16 moments", "yes", "optimizer.cpu_offload, optimizer.moments"),
         ]
     else:
         lost = "needs a GPU and Transformer Engine"
@@ -125,6 +136,7 @@ def feature_findings(capability: Capability | None) -> list[Finding]:
             ("FP8", "no", lost),
             ("sequence parallelism", "no", lost),
             ("context parallelism", "by gathering keys and values", f"sharing attention's work out {lost}"),
+            ("optimizer offload, bf16 moments", "no", lost),
         ]
     if capability and has_fused_gradients():
         return [*rows, ("fused gradient accumulation", "in bf16", "by NVIDIA's Apex")]

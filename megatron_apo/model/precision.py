@@ -11,10 +11,12 @@ residuals, embedding and head stay bf16. Importing this module is light.
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_apo.config import FP8Config, ModelConfig, OptimizerConfig, ParallelConfig, RecipeError
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 # Of Apex only this extension matters. Transformer Engine's layers have a fused gradient of their own, but Megatron-Core
 # has one switch, under which its output layer asks for Apex's (tensor_parallel/layers.py): Apex decides for both.
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
+# What shows whether an installed package loads: each has a library that was built for one version of torch.
+_IMPORTS = {"transformer_engine": "transformer_engine.pytorch", APEX_EXTENSION: f"torch, {APEX_EXTENSION}"}
 
 Layers = Literal["te", "local"]
 
@@ -39,6 +43,10 @@ _HARDWARE: dict[str, tuple[Capability, Capability, str]] = {
     "blockwise": ((9, 0), _NO_END, "Hopper or later"),
     "mxfp8": ((10, 0), (12, 0), "Blackwell (10.x)"),
 }
+# The first Transformer Engine with which Megatron-Core has a recipe (fp8_utils.py, `get_fp8_recipe`), and the first
+# whose Adam does not copy both moments to fp32 at every step, for all parameters at once (optimizers/fused_adam.py).
+_RECIPE_SINCE = {"tensorwise": (2, 2), "blockwise": (2, 3), "mxfp8": (2, 1)}
+_MOMENTS_SINCE = (2, 13)
 
 
 @dataclass(frozen=True)
@@ -71,25 +79,33 @@ def layer_kind(model: ModelConfig, parallel: ParallelConfig, capability: Capabil
         needs.append("parallel.sequence_parallel: true needs Transformer Engine on a GPU, and {}; use false")
     if missing and needs:
         raise RecipeError([need.format(missing) for need in needs])
-    if model.fp8 and capability and model.fp8.recipe not in fp8_recipes(capability):
+    if model.fp8 and capability and model.fp8.recipe not in (found := fp8_recipes(capability)):
+        first, end, hardware = _HARDWARE[model.fp8.recipe]
+        needs_te = _too_old(_RECIPE_SINCE[model.fp8.recipe]) if first <= capability < end else None
+        needed = needs_te or f"{hardware}, and the GPU here has capability {capability[0]}.{capability[1]}"
         raise RecipeError(
-            [
-                f"model.fp8.recipe: {model.fp8.recipe} needs {_HARDWARE[model.fp8.recipe][2]}, and the GPU here has "
-                f"capability {capability[0]}.{capability[1]}; use "
-                f"{' or '.join(fp8_recipes(capability)) or 'model.fp8=null'}"
-            ]
+            [f"model.fp8.recipe: {model.fp8.recipe} needs {needed}; use {' or '.join(found) or 'model.fp8=null'}"]
         )
     return "local" if missing or model.layers == "local" or model.dtype == "fp32" else "te"
 
 
 def fp8_recipes(capability: Capability) -> list[str]:
-    """Values of `model.fp8.recipe` that such a GPU computes in."""
-    return [name for name, (first, end, _) in _HARDWARE.items() if first <= capability < end]
+    """Values of `model.fp8.recipe` that such a GPU computes in, with the Transformer Engine that is here."""
+    return [
+        name
+        for name, (first, end, _) in _HARDWARE.items()
+        if first <= capability < end and not _too_old(_RECIPE_SINCE[name])
+    ]
 
 
 def has_transformer_engine() -> bool:
     """Whether it is installed and can be loaded: one built for another torch cannot."""
-    return _has_package("transformer_engine") and _import_error("transformer_engine.pytorch") is None
+    return _has_package("transformer_engine") and load_error("transformer_engine") is None
+
+
+def load_error(package: str) -> str | None:
+    """Why Transformer Engine or Apex's extension, which is installed, cannot be loaded; None where it can."""
+    return _import_error(_IMPORTS[package]) if _has_package(package) else None
 
 
 def _has_package(name: str) -> bool:
@@ -97,17 +113,37 @@ def _has_package(name: str) -> bool:
 
 
 @cache
-def _import_error(module: str) -> str | None:
-    """Last line of what importing it here says; in a process of its own, which a broken library may end."""
-    found = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
+def _import_error(modules: str) -> str | None:
+    """Last line of what importing them here says; in a process of its own, which a broken library may end."""
+    found = subprocess.run([sys.executable, "-c", f"import {modules}"], capture_output=True, text=True)
     if not found.returncode:
         return None
     return next(reversed(found.stderr.strip().splitlines()), f"status {found.returncode}")
 
 
 def has_fused_gradients() -> bool:
-    """Whether NVIDIA's Apex was built with the extension that adds a layer's gradient to fp32 as it is computed."""
-    return _has_package(APEX_EXTENSION)
+    """Whether NVIDIA's Apex was built with the extension that adds a layer's gradient to fp32 as it is computed.
+
+    It is never required: one that was built for another torch counts as none.
+    """
+    return _has_package(APEX_EXTENSION) and load_error(APEX_EXTENSION) is None
+
+
+def _too_old(since: tuple[int, int]) -> str | None:
+    """That Transformer Engine `since` is needed, where an older one is installed."""
+    here = _te_version()
+    if here is None or here >= since:
+        return None
+    return f"Transformer Engine {since[0]}.{since[1]} or later, and here is {here[0]}.{here[1]}"
+
+
+def _te_version() -> tuple[int, int] | None:
+    """(2, 13) for Transformer Engine 2.13.0, or for a build on the way to it; None where nothing says."""
+    try:
+        found = re.match(r"(\d+)\.(\d+)", metadata.version("transformer-engine"))
+    except metadata.PackageNotFoundError:
+        return None
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def optimizer_problems(config: OptimizerConfig, capability: Capability | None) -> list[str]:
@@ -118,6 +154,8 @@ def optimizer_problems(config: OptimizerConfig, capability: Capability | None) -
     """
     settings = {"cpu_offload": (config.cpu_offload, 0), "moments": (config.moments, "fp32")}
     missing = _missing(capability)
+    if not missing and config.moments == "bf16" and (needed := _too_old(_MOMENTS_SINCE)):
+        return [f"optimizer.moments: bf16 needs {needed}, whose Adam copies both moments to fp32; use fp32"]
     return [
         f"optimizer.{key}: {value} needs Transformer Engine on a GPU, and {missing}; use {usual}"
         for key, (value, usual) in settings.items()
@@ -131,8 +169,8 @@ def _missing(capability: Capability | None) -> str | None:
         return "here is no GPU"
     if has_transformer_engine():
         return None
-    if _has_package("transformer_engine"):
-        return f"importing it fails here ({_import_error('transformer_engine.pytorch')})"
+    if error := load_error("transformer_engine"):
+        return f"importing it fails here ({error})"
     return "it is not installed here"
 
 

@@ -33,7 +33,7 @@ def test_what_is_lost_without_a_part(installed):
     whole = features(HOPPER)
     assert whole["layers"].startswith("Transformer Engine's layers in bf16") and whole["FP8"] == "tensorwise, blockwise"
     assert (whole["sequence parallelism"], whole["context parallelism"]) == ("yes", "by Transformer Engine")
-    assert whole["fused gradient accumulation"] == "in bf16"
+    assert whole["fused gradient accumulation"] == "in bf16" and whole["optimizer offload, bf16 moments"] == "yes"
 
     installed(te=True, apex=False)
     assert features(HOPPER) == whole | {"fused gradient accumulation": "no"}
@@ -41,11 +41,22 @@ def test_what_is_lost_without_a_part(installed):
 
     installed(te=False, apex=True)
     lost = {"layers": "Megatron-Core's local layers", "FP8": "no", "sequence parallelism": "no"}
-    lost["context parallelism"] = "by gathering keys and values"
+    lost |= {"context parallelism": "by gathering keys and values", "optimizer offload, bf16 moments": "no"}
     assert features(HOPPER) == whole | lost
 
     installed(te=True, apex=True)  # neither works without a GPU
     assert features(None) == whole | lost | {"device": "CPU, gloo", "fused gradient accumulation": "no"}
+
+
+def test_what_is_installed_and_does_not_load(installed, monkeypatch):
+    installed(te=False, apex=False)
+    monkeypatch.setattr("megatron_apo.doctor.load_error", lambda package: None)
+    names = ("transformer-engine", "apex (NVIDIA's)")
+    assert [row[1] for row in doctor.package_findings() if row[0] in names] == ["missing", "missing"]
+    monkeypatch.setattr("megatron_apo.doctor.load_error", lambda package: f"ImportError: {package}")
+    rows = [row for row in doctor.package_findings() if row[0] in names]
+    assert [row[:2] for row in rows] == [(name, "does not load") for name in names]
+    assert rows[1][2] == "ImportError: fused_weight_gradient_mlp_cuda"
 
 
 def test_a_recipe_that_needs_what_is_not_here(installed, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from megatron_apo.model.hf_config import ModelConfigError
 from megatron_apo.model.layer_spec import block_spec
 from megatron_apo.model.megatron_config import transformer_config
 from megatron_apo.model.precision import (
+    APEX_EXTENSION,
     Precision,
     assign,
     check_precision,
     ddp_arguments,
     fp8_recipes,
+    has_fused_gradients,
     layer_kind,
+    load_error,
     optimizer_arguments,
     optimizer_problems,
     plain,
@@ -150,6 +154,53 @@ def test_optimizers_of_the_machine(capability, te, missing, monkeypatch):
     assert len(found) == (2 if missing else 0)
     for line, (asked, usual) in zip(found, (("cpu_offload: 0.5", "0"), ("moments: bf16", "fp32")), strict=False):
         assert line.startswith(f"optimizer.{asked} needs Transformer Engine") and f"{missing}; use {usual}" in line
+
+
+@pytest.mark.parametrize(
+    ("version", "recipes"),
+    [
+        (None, RECIPES),
+        ("2.1.0", ("mxfp8",)),
+        ("2.2.1", ("tensorwise", "mxfp8")),
+        ("2.3.0.dev0+5fdd7bb", RECIPES),
+        ("2.13.0", RECIPES),
+    ],
+)
+def test_what_an_old_transformer_engine_lacks(with_te, monkeypatch, version, recipes):
+    """As Megatron-Core's `get_fp8_recipe` asks, and the bf16 moments of TE's own Adam."""
+
+    def installed(distribution: str) -> str:
+        if distribution != "transformer-engine" or version is None:
+            raise metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(metadata, "version", installed)
+    assert set(fp8_recipes(BLACKWELL)) == set(recipes)
+    for recipe in RECIPES:
+        asked = model(dtype="bf16", fp8={"recipe": recipe})
+        if recipe in recipes:
+            assert layer_kind(asked, ParallelConfig(), BLACKWELL) == "te"
+        else:
+            here = ".".join(version.split(".")[:2])
+            line = rf"^model.fp8.recipe: {recipe} needs Transformer Engine 2.\d or later, and here is {here}; use "
+            with pytest.raises(RecipeError, match=line + " or ".join(fp8_recipes(BLACKWELL))):
+                layer_kind(asked, ParallelConfig(), BLACKWELL)
+    found = optimizer_problems(OptimizerSection(moments="bf16"), HOPPER)
+    assert len(found) == (version not in (None, "2.13.0"))
+    assert all(line.startswith("optimizer.moments: bf16 needs Transformer Engine 2.13 or later, and") for line in found)
+
+
+def test_an_apex_that_does_not_load_is_none(tmp_path, monkeypatch):
+    """It needs torch to be loaded, as it is wherever it is used."""
+    monkeypatch.setattr(precision, "_import_error", precision._import_error.__wrapped__)
+    assert not has_fused_gradients() and load_error(APEX_EXTENSION) is None
+    extension = tmp_path / f"{APEX_EXTENSION}.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    extension.write_text("import sys\nif 'torch' not in sys.modules: raise ImportError('libc10.so')")
+    assert has_fused_gradients()
+    extension.write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    assert not has_fused_gradients() and load_error(APEX_EXTENSION) == "ImportError: undefined symbol: _ZN3c10"
 
 
 def alignments(recipe: str | None, tp: int, cp: int, sequence_parallel: bool, packing: bool = True) -> tuple[int, int]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 
 from megatron_apo.config import ParallelConfig
