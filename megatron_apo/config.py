@@ -333,7 +333,8 @@ class OptimizerConfig(Section):
         description="share of main weights and moments that live and are updated on the CPU; Transformer Engine only",
     )
     moments: Literal["fp32", "bf16"] = Field(
-        "fp32", description="precision in which Adam's moments are kept; bf16 with Transformer Engine 2.13 or later only"
+        "fp32",
+        description="precision of Adam's moments; bf16 with Transformer Engine 2.13 or later only",
     )
 
     def problems(self, model: ModelConfig) -> list[str]:
