@@ -247,7 +247,8 @@ class Rollouts:
 
     def _meet(self) -> None:
         folder = self._server.payload_dir if self._server else None
-        self._sync = WeightSync(self._stream, client=self._client, folder=folder, rank=self._topology.rank)
+        rank, group = self._topology.rank, self._topology.host_group
+        self._sync = WeightSync(self._stream, client=self._client, folder=folder, rank=rank, group=group)
         self._sync.init()
 
     def _surviving(self, work: Callable[[], Answer]) -> Answer:

@@ -66,7 +66,8 @@ class WeightSync:
         group: dist.ProcessGroup | None = None,
     ):
         """`client` and `folder` (where payloads are written, readable by vLLM's workers) are rank 0's. `rank` is in
-        `group`, the default group for None; without torch.distributed there is rank 0 alone."""
+        `group`, in which the others wait for rank 0 (see `Topology.broadcast`), the default group for None; without
+        torch.distributed there is rank 0 alone."""
         assert (rank == 0) == (client is not None) == (folder is not None), "rank 0 alone talks to the server"
         self.source = source
         self.client = client
@@ -97,6 +98,7 @@ class WeightSync:
         update = _Update(self.client, self.folder, metadata, self.num_workers) if self.rank == 0 else None
         try:
             error = update.attempt(update.begin) if update else None
+            self._raise_together(error)  # so that the server is waited for here, and no gathering begins before
             # The iteration is a collective: once begun, rank 0 goes through all of it, whatever has failed meanwhile.
             try:
                 for name, tensor in self.source:

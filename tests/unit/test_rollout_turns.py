@@ -90,7 +90,7 @@ def http() -> Iterator[Any]:
 def one_rank() -> Topology:
     place = dict.fromkeys(("rank", "tp_rank", "pp_rank", "dp_rank"), 0) | dict.fromkeys(("world_size", "tp", "pp"), 1)
     groups = dict.fromkeys(("tp_group", "pp_group", "dp_group"))
-    return Topology(**place, **groups, dp=1, device=torch.device("cpu"))
+    return Topology(**place, **groups, dp=1, device=torch.device("cpu"), host_group=dist.new_group())
 
 
 @pytest.fixture
@@ -167,6 +167,7 @@ def test_without_sleep_nothing_is_asked_but_parking_is_the_same(start: Any, http
     with start() as rollouts:
         rollouts.sync(0)
         rollouts.sample([PROMPT], 1)
+        assert rollouts._sync.group is rollouts._topology.host_group  # its GPUs would wait in the default one
     assert http.events == ["parked", "start", "back", *MEETING, *UPDATE, "parked", GENERATE, "back"]
 
 
