@@ -41,7 +41,7 @@ class CheckpointError(RuntimeError):
 
 def sharded_state(model: torch.nn.Module) -> dict[str, Any]:
     """The model's parameters as Megatron-Core describes them to a checkpoint, by parameter name."""
-    return model.sharded_state_dict(metadata=LAYOUT)
+    return model.sharded_state_dict(metadata=dict(LAYOUT))  # into which it writes a group
 
 
 def write(

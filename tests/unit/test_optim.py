@@ -10,8 +10,12 @@ import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import optimizer_config
 
-from megatron_apo.config import OptimizerConfig, RecipeError
-from megatron_apo.optim import _adam_arguments, make_trainable
+from megatron_apo.config import OptimizerConfig, ParallelConfig, RecipeError
+from megatron_apo.model.build import build_model
+from megatron_apo.optim import _RESHARDABLE, _adam_arguments, make_trainable
+from megatron_apo.parallel.topology import alone
+from megatron_apo.weights.torch_dist import LAYOUT
+from tests.unit.test_precision import SPEC
 
 MODEL = SimpleNamespace(bf16=True, params_dtype=torch.bfloat16, fp8=None, fp8_recipe="delayed", fp8_param=False)
 
@@ -42,3 +46,15 @@ def test_a_model_is_not_wrapped_for_an_optimizer_that_cannot_be():
     for config in (OptimizerConfig(cpu_offload=1.0), OptimizerConfig(moments="bf16")):
         with pytest.raises(RecipeError, match="optimizer.(cpu_offload: 1.0|moments: bf16)"):
             make_trainable([torch.nn.Linear(1, 1)], config, total_steps=1)
+
+
+def test_what_checkpoints_are_described_by_stays_as_it_is():
+    """Megatron-Core keeps a process group in it (transformer/utils.py, `ensure_metadata_has_dp_cp_group`)."""
+    with alone() as topology:
+        trainable = make_trainable(build_model(SPEC, ParallelConfig(), topology), OptimizerConfig(), total_steps=1)
+        trainable.sharded_state(is_loading=True)
+    assert LAYOUT == {"singleton_local_shards": True}
+    assert _RESHARDABLE.keys() - LAYOUT.keys() == {
+        "distrib_optim_sharding_type",
+        "distrib_optim_fully_reshardable_mem_efficient",
+    }
