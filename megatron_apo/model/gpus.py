@@ -9,7 +9,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import runpy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pynvml
 
@@ -23,10 +26,30 @@ def visible_gpus() -> list[Capability]:
 
 def drivers_gpus() -> list[Capability]:
     """`visible_gpus` of another interpreter, whose torch is not looked at."""
+    with _handles() as gpus:
+        return [tuple(pynvml.nvmlDeviceGetCudaComputeCapability(gpu)) for gpu in gpus]
+
+
+def gpu_names() -> list[str]:
+    """The name of each of `drivers_gpus`."""
+    with _handles() as gpus:
+        return [pynvml.nvmlDeviceGetName(gpu) for gpu in gpus]
+
+
+def gpu_memory_bytes() -> list[int]:
+    """The whole memory of each of `drivers_gpus`; of a MIG slice, its GPU's."""
+    with _handles() as gpus:
+        return [pynvml.nvmlDeviceGetMemoryInfo(gpu).total for gpu in gpus]
+
+
+@contextmanager
+def _handles() -> Iterator[list[Any]]:
+    """NVML's handles of what CUDA_VISIBLE_DEVICES leaves, in its order; they hold within."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return []
+        yield []
+        return
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
@@ -35,9 +58,8 @@ def drivers_gpus() -> list[Capability]:
             index = _index(name.strip(), uuids)
             if index is None:
                 break  # as CUDA does: what follows a name that it does not know is not there either
-            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handles[index])
-            found.append((major, minor))
-        return found
+            found.append(handles[index])
+        yield found
     finally:
         pynvml.nvmlShutdown()
 

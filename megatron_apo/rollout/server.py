@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_apo import guard
 from megatron_apo.config import RolloutConfig
-from megatron_apo.model.gpus import drivers_gpus, visible_gpus
+from megatron_apo.model.gpus import drivers_gpus, gpu_names, visible_gpus
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.ports import free_port, try_port
 from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
@@ -245,15 +245,7 @@ def engine_problems(rollout: RolloutConfig) -> list[str]:
 
 def device_name() -> str:
     """What vLLM runs on in this interpreter, e.g. "NVIDIA H200" or "CPU"."""
-    if not visible_gpus():
-        return "CPU"
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        return pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
-    finally:
-        pynvml.nvmlShutdown()
+    return gpu_names()[0] if visible_gpus() else "CPU"
 
 
 def engine_environment(inherited: Mapping[str, str], rollout: RolloutConfig) -> dict[str, str]:

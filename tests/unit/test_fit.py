@@ -11,8 +11,10 @@ import pytest
 from megatron_apo import fit
 from megatron_apo.config import build_recipe
 from megatron_apo.model import gpus
+from megatron_apo.rollout.server import device_name
 
 HOPPER = (9, 0)
+GIB = 2**30
 CONFIG = {"model_type": "qwen3", "num_attention_heads": 4, "num_hidden_layers": 4, "hidden_size": 128}
 CONFIG |= {"intermediate_size": 256, "vocab_size": 32, "num_key_value_heads": 2, "head_dim": 32}
 
@@ -112,7 +114,9 @@ def nvml(monkeypatch):
         nvmlDeviceGetHandleByUUID=by_uuid,
         nvmlDeviceGetDeviceHandleFromMigDeviceHandle=lambda slice_: "GPU-ab22",
         nvmlDeviceGetUUID=lambda handle: handle,
-        nvmlDeviceGetCudaComputeCapability=lambda handle: CAPABILITIES[handle],
+        nvmlDeviceGetCudaComputeCapability=lambda handle: list(CAPABILITIES[handle]),
+        nvmlDeviceGetName=lambda handle: f"name of {handle}",
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=GIB * (80 + uuids.index(handle))),
     )
     monkeypatch.setattr(gpus, "pynvml", fake)
     monkeypatch.setattr(gpus, "_torch_has_cuda", lambda: True)
@@ -139,6 +143,14 @@ def test_what_cuda_would_show(nvml, monkeypatch, visible, found):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpus.visible_gpus() == found
+
+
+def test_what_is_said_of_a_gpu_is_of_the_visible_one(nvml, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    assert device_name() == "name of GPU-cc33" and gpus.gpu_names()[1] == "name of GPU-aa11"
+    assert gpus.gpu_memory_bytes() == [82 * GIB, 80 * GIB]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device_name() == "CPU" and gpus.gpu_memory_bytes() == []
 
 
 def test_no_gpu_without_a_driver_or_without_cuda_in_torch(nvml, monkeypatch):
