@@ -301,13 +301,19 @@ class TrainConfig(Section):
         False, description="gradients, main weights and optimizer state leave the GPU while vLLM generates"
     )
 
-    def problems(self, model: ModelConfig) -> list[str]:
+    def problems(self, model: ModelConfig, optimizer: OptimizerConfig) -> list[str]:
         """Combinations that cannot work, one line each."""
+        found = []
+        if self.save_every and optimizer.cpu_offload:  # Megatron-Core can; no checkpoint of it was ever read back
+            found.append(
+                f"train.save_every: {self.save_every} is untested with optimizer.cpu_offload={optimizer.cpu_offload}; "
+                "use 0, or optimizer.cpu_offload=0"
+            )
         if not (model.fp8 and model.fp8.param_gather):
-            return []
+            return found
         # Both take weights for plain bytes.
         settings = {"save_every": (self.save_every, 0), "offload_while_sampling": (self.offload_while_sampling, False)}
-        return [
+        return found + [
             f"train.{key}: {value} does not take the FP8 weights that model.fp8.param_gather makes; use {usual}, or "
             "model.fp8.param_gather=false"
             for key, (value, usual) in settings.items()
@@ -394,6 +400,21 @@ class RolloutConfig(Section):
     extra_args: list[str] = Field(default_factory=list, description="appended to the server's command line as they are")
     start_timeout_s: float = Field(600, gt=0, description="how long a server may take to answer")
     request_timeout_s: float = Field(3600, gt=0, description="how long one rollout batch may take")
+
+    def problems(self) -> list[str]:
+        """Combinations that cannot work, by vLLM's own conditions, one line each."""
+        found = []
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            found.append(
+                f"rollout.max_num_batched_tokens: {self.max_num_batched_tokens} is below rollout.max_num_seqs="
+                f"{self.max_num_seqs}; use at least that"
+            )
+        if self.quantization == "fp8" and self.dtype == "float32":
+            found.append(
+                "rollout.quantization: fp8, but what is not in FP8 is 16-bit, and rollout.dtype is float32; set that "
+                "to bfloat16"
+            )
+        return found
 
 
 class SyncConfig(Section):
@@ -493,11 +514,7 @@ class Recipe(Section):
                 + (f", padded to a multiple of {multiple}" if multiple > 1 else "")
                 + f"; use at least {padded}"
             )
-        if self.rollout.max_num_batched_tokens < self.rollout.max_num_seqs:  # vLLM's own condition
-            found.append(
-                f"rollout.max_num_batched_tokens: {self.rollout.max_num_batched_tokens} is below rollout.max_num_seqs="
-                f"{self.rollout.max_num_seqs}; use at least that"
-            )
+        found += self.rollout.problems()
         found += self._adaptive_problems()
         most = self.vstar.adaptive.most if self.vstar.adaptive else self.vstar.samples_per_prompt
         if (self.vstar.samples_used or 0) > most:
@@ -513,7 +530,7 @@ class Recipe(Section):
                 f"{self.vstar.filter}; set that, or leave the range out"
             )
         found += self.optimizer.problems(self.model)
-        found += train.problems(self.model)
+        found += train.problems(self.model, self.optimizer)
         return found
 
     def _interleaving_problems(self) -> list[str]:

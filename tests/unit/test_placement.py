@@ -157,6 +157,8 @@ def test_combinations_that_megatron_core_has_not():
         (["optimizer.cpu_offload=1"], "optimizer.cpu_offload: 1.0 is for bf16 weights"),
         (["optimizer.moments=bf16"], "optimizer.moments: bf16 is for bf16 weights"),
         ([bf16, "optimizer.moments=bf16", "optimizer.cpu_offload=1"], "optimizer.moments: bf16, but"),
+        ([bf16, "train.save_every=50", "optimizer.cpu_offload=1"], "train.save_every: 50 is untested with optimizer.c"),
+        (["rollout.quantization=fp8"], "rollout.quantization: fp8, but what is not in FP8 is 16-bit"),
         (["optimizer.lr=1e-6", "optimizer.min_lr=1e-5"], "optimizer.min_lr: 1e-05 is above"),
     ]
     for overrides, start in refused:
@@ -170,4 +172,4 @@ def test_combinations_that_megatron_core_has_not():
         (problem,) = problems_of(*fp8_weights, override)
         assert problem.startswith(override.split("=")[0]) and "model.fp8.param_gather" in problem
         assert problems_of(bf16, override) == problems_of(bf16, "model.fp8.recipe=blockwise", override) == []
-    assert problems_of(*fp8_weights) == []
+    assert problems_of(*fp8_weights) == problems_of("rollout.quantization=fp8", "rollout.dtype=float16") == []
