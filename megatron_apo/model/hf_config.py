@@ -107,6 +107,19 @@ class ModelSpec:
     norm_topk_prob: bool = False  # the weights of a token's experts add up to 1
     fp8_blocks: bool = False  # the folder's linear weights are FP8 with a scale for each 128 x 128 block
 
+    @property
+    def num_weights(self) -> int:
+        """Numbers in the model's matrices, to which norms and biases add next to nothing."""
+        attention = 2 * (self.num_heads + self.num_query_groups) * self.head_dim * self.hidden_size
+        feed_forward = self.hidden_size * (self.num_experts or 3 * self.ffn_size)  # of a mixture, the router
+        vocabulary = (1 if self.tied else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * (attention + feed_forward) + vocabulary + self.num_expert_weights
+
+    @property
+    def num_expert_weights(self) -> int:
+        """Those of `num_weights` that expert-parallel ranks share out."""
+        return self.num_layers * self.num_experts * 3 * self.expert_ffn_size * self.hidden_size
+
 
 def read_hf_config(folder: Path) -> ModelSpec:
     """Read `folder/config.json`. Raises `ModelConfigError` with one line per problem."""

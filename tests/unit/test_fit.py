@@ -87,6 +87,77 @@ def test_an_engine_that_does_not_fit(misfits):
     assert line == "rollout.tp: 3 does not divide the model's 4 heads; use a divisor (model.path)"
 
 
+@pytest.mark.parametrize(("tp", "fits"), [(1, True), (2, True), (4, False), (12, True), (3, True)])
+def test_workers_share_kv_heads_evenly(misfits, tp, fits):
+    """12 heads in 6 groups: 4 workers would have one and a half each. 12 have half of one, which both hold."""
+    found = misfits([], f"rollout.tp={tp}", num_attention_heads=12, num_key_value_heads=6, hidden_size=384)
+    line = "rollout.tp: 4 and the model's 6 KV heads do not divide; use one of [1, 2, 3, 6, 12] (model.path)"
+    assert found == ([] if fits else [line])
+
+
+QWEN_7B = {"model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944}
+QWEN_7B |= {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "head_dim": 128}
+WEIGHTS, STATE = 15.23, 12 / 2 * 15.23  # GB of bf16 weights; of fp32 main weights and moments
+
+
+@pytest.mark.parametrize(
+    ("overrides", "most"),
+    [
+        (["rollout.dtype=bfloat16", "rollout.kv_cache_gib=65"], None),
+        (["rollout.dtype=bfloat16", "rollout.kv_cache_gib=66"], 65.81),
+        (["rollout.dtype=bfloat16", "rollout.tp=2", "rollout.kv_cache_gib=72"], None),
+        (["rollout.dtype=bfloat16", "rollout.tp=2", "rollout.kv_cache_gib=73"], 72.9),
+        (["rollout.dtype=bfloat16", "rollout.quantization=fp8", "rollout.kv_cache_gib=72"], None),
+        (["rollout.kv_cache_gib=52"], 51.63),
+    ],
+)
+def test_an_engine_that_a_gpu_cannot_hold(misfits, monkeypatch, overrides, most):
+    monkeypatch.setattr(fit, "gpu_memory_bytes", lambda: [80 * GIB, 90 * GIB, 1])
+    monkeypatch.setattr(fit, "engine_problems", lambda _: [])
+    found = misfits([HOPPER] * 3, *overrides, **QWEN_7B)
+    assert len(found) == (most is not None)
+    assert all(line.startswith("rollout.kv_cache_gib: ") and f"use less than {most}, or" in line for line in found)
+    assert misfits([], *overrides[-1:], **QWEN_7B) == []  # the host's memory is another matter
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        (["train.offload_while_sampling=true"], STATE),
+        (["train.offload_while_sampling=true", "parallel.dp=2"], STATE),  # sharded
+        (["train.offload_while_sampling=true", "parallel.dp=2", "optimizer.distributed=false"], 2 * STATE),
+        (["train.offload_while_sampling=true", "model.dtype=fp32"], 8 / 2 * WEIGHTS),
+        (["model.reference_mode=offload", "parallel.dp=2", "parallel.tp=2"], 2 * WEIGHTS),
+        (["model.reference_mode=swap"], 2 * WEIGHTS),
+        (["model.reference_mode=offload", "train.offload_while_sampling=true"], STATE + WEIGHTS),
+        (["rollout.sleep_while_training=true", "rollout.dtype=bfloat16"], WEIGHTS),
+    ],
+)
+def test_what_waits_in_host_memory_fits_it(misfits, monkeypatch, overrides, needed):
+    monkeypatch.setattr(fit, "engine_misfits", lambda *_: [])
+    memory = SimpleNamespace(available=needed * 1.001e9)
+    monkeypatch.setattr(fit.psutil, "virtual_memory", lambda: memory)
+    assert misfits([HOPPER] * 4, "model.dtype=bf16", *overrides, **QWEN_7B) == []
+    memory.available = needed * 0.999e9
+    (line,) = misfits([HOPPER] * 4, "model.dtype=bf16", *overrides, **QWEN_7B)
+    assert overrides[0].replace("=", ": ") in line and "would wait in this machine's memory" in line
+    assert misfits([], "model.dtype=bf16", *overrides, **QWEN_7B) == []
+
+
+def test_a_machine_holds_what_its_own_ranks_park(misfits, monkeypatch):
+    monkeypatch.setattr(fit, "engine_misfits", lambda *_: [])
+    monkeypatch.setattr(fit.psutil, "virtual_memory", lambda: SimpleNamespace(available=1.5 * WEIGHTS * 1e9))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    asked = ["model.dtype=bf16", "model.reference_mode=offload", "parallel.dp=2"]
+    assert misfits([HOPPER] * 2, *asked, **QWEN_7B) == []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    (line,) = misfits([HOPPER] * 2, *asked, **QWEN_7B)
+    assert line.startswith(
+        "model.reference_mode: offload (30.46 GB) would wait in this machine's memory, of which 22.8"
+    )
+
+
 def test_a_folder_that_is_no_model(misfits):
     (line,) = misfits([], model_type="bert")
     assert "model_type 'bert' is not supported" in line and line.endswith(" (model.path)")

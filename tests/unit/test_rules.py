@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from math import prod
 
 import pytest
 import torch
@@ -141,6 +142,9 @@ def test_names_and_shapes_are_those_of_the_folder(variant, tmp_path):
     assert len(set(names)) == len(names)
     wanted = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
     assert dict(zip(names, shapes, strict=True)) == wanted
+    assert spec.num_weights == sum(prod(shape) for shape in shapes if len(shape) == 2)
+    experts = [shape for name, shape in wanted.items() if ".experts." in name]
+    assert spec.num_expert_weights == sum(map(prod, experts))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
