@@ -51,6 +51,9 @@ FREE = {
     # The same numbers elsewhere, or computed twice.
     "model.reference_mode",
     "train.recompute",
+    "train.recompute_modules",
+    "train.recompute_method",
+    "train.recompute_layers",
     "train.offload_while_sampling",
     "train.entropy",
     # Where things are and how long they may take.

@@ -284,6 +284,10 @@ class ObjectiveConfig(Section):
     loss_scale: Literal["paper", "unit"] = Field("paper", description="unit divides by 2*b2 (REINFORCE's units)")
 
 
+# Megatron-Core's (transformer_config.py, `__post_init__`); what layers have of them: model/recompute.py.
+RecomputeModule = Literal["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"]
+
+
 class TrainConfig(Section):
     steps: int = Field(200, ge=1, description="rollout batches")
     prompts_per_step: int = Field(256, ge=1, description="prompts of one rollout batch")
@@ -295,8 +299,17 @@ class TrainConfig(Section):
     first_log_ratio_tolerance: float = Field(0.0, ge=0, description="largest |log pi/pi_ref| on the first batch")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only the final HF export")
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="what backward computes again: selective: feed-forward parts' inside; full: layers' inside"
+        "none",
+        description="what backward computes again: selective: parts of layers, by default feed-forward ones; "
+        "full: layers' inside",
     )
+    recompute_modules: list[RecomputeModule] | None = Field(
+        None, min_length=1, description="parts that selective recomputes; null: mlp, or moe where there are experts"
+    )
+    recompute_method: Literal["uniform", "block"] = Field(
+        "uniform", description="full: all layers, recompute_layers at a time, or only the first recompute_layers"
+    )
+    recompute_layers: int = Field(1, ge=1, description="layers of recompute_method; of each model chunk")
     offload_while_sampling: bool = Field(
         False, description="gradients, main weights and optimizer state leave the GPU while vLLM generates"
     )
@@ -304,6 +317,17 @@ class TrainConfig(Section):
     def problems(self, model: ModelConfig, optimizer: OptimizerConfig) -> list[str]:
         """Combinations that cannot work, one line each."""
         found = []
+        default = TrainConfig.model_fields
+        for key, kind in (
+            ("recompute_modules", "selective"),
+            ("recompute_method", "full"),
+            ("recompute_layers", "full"),
+        ):
+            if (value := getattr(self, key)) != default[key].default and self.recompute != kind:
+                found.append(
+                    f"train.{key}: {value} is for train.recompute={kind}, and it is {self.recompute}; set that, or "
+                    "leave it out"
+                )
         if self.save_every and optimizer.cpu_offload:  # Megatron-Core can; no checkpoint of it was ever read back
             found.append(
                 f"train.save_every: {self.save_every} is untested with optimizer.cpu_offload={optimizer.cpu_offload}; "

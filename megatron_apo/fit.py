@@ -13,7 +13,8 @@ import psutil
 from megatron_apo.config import Recipe, RecipeError, RolloutConfig
 from megatron_apo.model.gpus import Capability, gpu_memory_bytes
 from megatron_apo.model.hf_config import ModelSpec, check_layout, check_served, read_hf_config
-from megatron_apo.model.precision import check_precision, layer_kind, optimizer_problems
+from megatron_apo.model.precision import Layers, check_precision, layer_kind, optimizer_problems
+from megatron_apo.model.recompute import check_recompute
 from megatron_apo.parallel.launch import is_rank
 from megatron_apo.rollout.server import engine_problems, served_length
 from megatron_apo.telemetry.metrics import wandb_problems
@@ -29,8 +30,9 @@ def misfits(recipe: Recipe, models: Mapping[str, Path], gpus: Sequence[Capabilit
     """
     parallel, found = recipe.parallel, []
     capability = min(gpus, default=None)
+    layers: Layers = "local"
     try:
-        layer_kind(recipe.model, parallel, capability)
+        layers = layer_kind(recipe.model, parallel, capability)
     except RecipeError as error:
         found += error.problems
     found += optimizer_problems(recipe.optimizer, capability)
@@ -44,6 +46,7 @@ def misfits(recipe: Recipe, models: Mapping[str, Path], gpus: Sequence[Capabilit
     checks = (
         lambda spec, _: check_layout(spec, parallel),
         lambda spec, _: check_precision(spec, parallel, recipe.model.fp8),
+        lambda spec, _: check_recompute(spec, parallel, recipe.train, layers),
         lambda spec, _: _check_host_memory(spec, recipe, len(gpus)),
     )
     return found + _of_models(models, checks, known=found) + wandb_problems(recipe.telemetry.wandb)

@@ -23,6 +23,7 @@ from megatron_apo.model.layer_spec import block_spec
 from megatron_apo.model.logprobs import vocab_parallel_log_probs
 from megatron_apo.model.megatron_config import transformer_config
 from megatron_apo.model.precision import Precision, check_precision
+from megatron_apo.model.recompute import check_recompute
 from megatron_apo.parallel.topology import Topology
 
 FP32 = Precision()
@@ -106,7 +107,8 @@ def build_model(
     check_layout(spec, parallel)
     check_precision(spec, parallel, precision.fp8)
     train = train or TrainConfig()
-    config = transformer_config(spec, parallel, precision, recompute=train.recompute)
+    check_recompute(spec, parallel, train, precision.layers)
+    config = transformer_config(spec, parallel, precision, train)
     chunks = []
     for chunk in range(parallel.vpp):
         model = LogProbModel(

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_apo.config import ParallelConfig
+from megatron_apo.config import ParallelConfig, TrainConfig
 from megatron_apo.model.hf_config import ModelSpec, Rope
 from megatron_apo.model.precision import Precision, has_fused_gradients, model_arguments
-
-Recompute = Literal["none", "selective", "full"]
+from megatron_apo.model.recompute import recompute_arguments
 
 
 def transformer_config(
-    spec: ModelSpec, parallel: ParallelConfig, precision: Precision, *, recompute: Recompute = "none"
+    spec: ModelSpec, parallel: ParallelConfig, precision: Precision, train: TrainConfig | None = None
 ) -> TransformerConfig:
     """Megatron-Core's configuration of this model. Fusions that change numerics stay off.
 
-    recompute: which activations backward computes again instead of keeping them (`_recompute_arguments`).
+    train: says which activations backward computes again instead of keeping them; none: none.
     """
     on_gpu = torch.cuda.is_available() and torch.get_default_device().type != "meta"
     config = TransformerConfig(
@@ -53,7 +52,7 @@ def transformer_config(
         **(_router_arguments(spec, precision) if spec.num_experts else {}),
         calculate_per_token_loss=True,  # the loss is a sum; gradients are divided by the global count
         **model_arguments(precision),
-        **_recompute_arguments(spec, recompute),
+        **(recompute_arguments(spec, train) if train else {}),
         attention_softmax_in_fp32=True,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -84,20 +83,6 @@ def _router_arguments(spec: ModelSpec, precision: Precision) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": precision.layers == "te",
     }
-
-
-def _recompute_arguments(spec: ModelSpec, recompute: Recompute) -> dict[str, Any]:
-    """full: only the input of each layer is kept. selective: the insides of its feed-forward part alone are not.
-
-    Those are four tensors of the feed-forward size, more than all else of a layer. Attention keeps O(s) with either
-    kind of layers, and at 16k tokens is the slowest part to compute twice.
-    """
-    if recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if recompute == "selective":
-        modules = ["moe" if spec.num_experts else "mlp"]
-        return {"recompute_granularity": "selective", "recompute_modules": modules}
-    return {}
 
 
 def _set_yarn(config: Any, rope: Rope) -> None:

@@ -45,6 +45,8 @@ def test_every_misfit_is_named_at_once_and_once(misfits):
         "model.layers=te",
         "optimizer.moments=bf16",
         "parallel.pp=3",
+        "train.recompute=selective",
+        "train.recompute_modules=[moe]",
         "sampling.max_response_tokens=16384",
         "train.tokens_per_micro_batch=20000",
         "rollout.max_num_batched_tokens=20000",
@@ -57,6 +59,7 @@ def test_every_misfit_is_named_at_once_and_once(misfits):
         "attention_bias",
         "data.max_prompt_tokens + sampling.max_response_tokens: 17408",
         "parallel.pp",
+        "train.recompute_modules: moe",
     ]
     assert [line[: len(start)] for line, start in zip(found, starts, strict=True)] == starts
     assert all(line.endswith(" (model.path)") for line in found[3:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -14,16 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.fp8_utils import get_fp8_align_size, is_first_last_bf16_layer
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_apo.config import FP8Config, ModelConfig, ParallelConfig, Recipe, RecipeError, TrainConfig
 from megatron_apo.config import OptimizerConfig as OptimizerSection
 from megatron_apo.model import precision
 from megatron_apo.model.hf_config import ModelConfigError
-from megatron_apo.model.layer_spec import block_spec
 from megatron_apo.model.megatron_config import transformer_config
 from megatron_apo.model.precision import (
     APEX_EXTENSION,
@@ -39,7 +34,6 @@ from megatron_apo.model.precision import (
     optimizer_problems,
     plain,
 )
-from megatron_apo.parallel.topology import alone
 from tests.specs import model_spec
 
 SPEC = model_spec(
@@ -345,37 +339,3 @@ def test_the_master_of_an_fp8_weight_starts_from_what_was_loaded():
     kept = weight._high_precision_init_val = torch.full_like(weight.data, 7)  # as Transformer Engine attaches it
     assign(weight, value + 1)
     assert torch.equal(kept, (value + 1).bfloat16()) and torch.equal(weight.data, kept)
-
-
-@pytest.mark.parametrize("spec", [SPEC, EXPERTS], ids=["dense", "experts"])
-def test_recomputation_gives_the_same_gradients(spec):
-    spec = replace(spec, num_layers=2)
-
-    def backward(recompute: str) -> tuple[dict[str, torch.Tensor], Counter[type]]:
-        config = transformer_config(spec, ParallelConfig(), Precision(), recompute=recompute)
-        model = GPTModel(
-            config=config,
-            transformer_layer_spec=block_spec(spec, config, "local"),
-            vocab_size=spec.vocab_size,
-            max_sequence_length=spec.max_positions,
-            position_embedding_type="rope",
-        )
-        torch.manual_seed(0)
-        calls: Counter[type] = Counter()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-        for module in model.modules():
-            module.register_forward_pre_hook(lambda module, _: calls.update([type(module)]))
-        tokens_BS = torch.randint(spec.vocab_size, (2, 9))
-        model(tokens_BS, torch.arange(9).expand(2, 9), None, labels=tokens_BS.roll(-1, 1)).sum().backward()
-        return {name: parameter.grad for name, parameter in model.named_parameters()}, calls
-
-    with alone():
-        expected, once = backward("none")
-        for recompute, layer_calls, insides in (("selective", 1, 2), ("full", 2, 2)):
-            found, calls = backward(recompute)
-            assert calls[TransformerLayer] == layer_calls * once[TransformerLayer] == layer_calls * 2
-            assert calls[MLP] == insides * once[MLP] > 0  # a dense layer's feed-forward part, or an expert
-            assert found.keys() == expected.keys()
-            for name, gradient in found.items():
-                assert gradient.any() and torch.equal(gradient, expected[name]), (recompute, name)
