@@ -131,6 +131,7 @@ def test_a_run_saves_over_the_rest_of_a_killed_save(runs):
 def test_what_may_change_on_resume(runs):
     name = runs.half("pp2").name
     free = ["telemetry.progress=false", "eval.every=3", "rollout.port=1234", "parallel.dp=2", "reward.workers=2"]
+    free += ["train.recompute=full", "train.recompute_method=block", "train.recompute_layers=2"]
     check_resume(recipe_of(runs.work, name, 5, *free))
 
 
