@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_apo.config import ParallelConfig, TrainConfig
@@ -130,6 +132,7 @@ def build_model(
             vp_stage=chunk if parallel.vpp > 1 else None,
         )
         _mark_tensor_parallel(model)
+        _add_experts_in_order(model)
         if precision.layers == "local":
             model.to(config.params_dtype)  # torch makes the norms in fp32; Transformer Engine asks for the type
         if torch.get_default_device().type != "meta":
@@ -151,3 +154,30 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
         dim = next((dim for kind, dim in split_dim.items() if isinstance(module, kind)), None)
         if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+
+
+def _add_experts_in_order(model: torch.nn.Module) -> None:
+    """Have a token's experts added up in one order, so that policy and reference agree in every bit.
+
+    On a GPU Megatron-Core leaves the order to chance, which tells from three experts on, unless torch is asked for
+    deterministic algorithms (moe_utils.py, `unpermute`). It is asked there alone: elsewhere it would cost time, and an
+    error where it has none. Here it costs a sort of the tokens by expert, and for a moment a copy of what the experts
+    gave. Transformer Engine's fused sum needs neither, but local layers do not have it.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            dispatcher = module.token_dispatcher
+            dispatcher.combine_postprocess = _deterministic(dispatcher.combine_postprocess)
+
+
+def _deterministic(work: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    @wraps(work)
+    def ordered(tokens: Tensor) -> Tensor:
+        usual = torch.get_deterministic_debug_mode()
+        torch.set_deterministic_debug_mode("error")
+        try:
+            return work(tokens)
+        finally:
+            torch.set_deterministic_debug_mode(usual)
+
+    return ordered

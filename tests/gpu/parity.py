@@ -44,7 +44,8 @@ COMMON = {
 }
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}
 _LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+# Four experts a token: a sum of two is the same in any order.
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 256, "norm_topk_prob": True}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "rope_parameters": _LLAMA3},
     "mistral": {"sliding_window": None},
@@ -58,6 +59,8 @@ BITS = {"fp32": (24, 24), "bf16": (8, 8), "fp8": (4, 3)}  # FP8: E4M3, and E5M2 
 # attention, projection, sum; norm, gate, up, activation, their product, down, sum. FP8: the inputs and the weights of
 # four products, beside which bf16's are small. fp32: a sum's every term; 16- and 8-bit products are added in fp32.
 _ROUNDINGS = {"bf16": 15, "fp8": 8}
+# By how much another expert in the place of the last of a token's four changes their sum (`limits`).
+_OTHER_EXPERT = 0.39
 # What the estimate leaves out: softmax and gate multiply errors by the size of their inputs.
 _MARGIN = 1.5
 
@@ -129,17 +132,18 @@ def limits(kind: str, spec: ModelSpec, num_tokens: int) -> dict[str, float]:
     # Half of what backward's products take are gradients, the other half forward's inputs and weights.
     backward = (hidden**2 / 2 + 2.0 ** (-2 * backward_bits) * count / 6) ** 0.5
     # A router sends a token elsewhere where the last expert it takes and the first that it does not are closer than
-    # their errors: with 2 of 8, 0.38 deviations of a score apart on average, about 1.5 x the error of its input, which
-    # averages 2/3 of the last layer's. The second of two experts is 0.4 of a sum of weights 0.6 and 0.4, and another
-    # in its place changes the sum by sqrt(2) x 0.4 / |(0.6, 0.4)| = 0.79 of its norm. In fp32 this hardly happens.
-    switched = spec.num_layers * hidden if spec.num_experts and kind != "fp32" else 0.0
+    # their errors: with 4 of 8, 0.305 deviations of a score apart on average, 1.85 x the error of its input, which
+    # averages 2/3 of the last layer's. The fourth expert is 0.15 of a sum of weights 0.41, 0.26, 0.19 and 0.15, and
+    # another in its place changes the sum by sqrt(2) x 0.15 / |(0.41, 0.26, 0.19, 0.15)| = 0.39 of its norm. In fp32
+    # this hardly happens.
+    switched = 1.23 * spec.num_layers * hidden if spec.num_experts and kind != "fp32" else 0.0
     # A normed hidden state is sqrt(hidden size) long, hence this deviation of a logit.
     logit = spec.initializer_range * spec.hidden_size**0.5
-    error = logit * ((_MARGIN * hidden) ** 2 + switched * 0.79**2) ** 0.5
-    gradient = (_MARGIN**2 * (hidden**2 + backward**2) + switched * 0.79**2) ** 0.5
+    error = logit * ((_MARGIN * hidden) ** 2 + switched * _OTHER_EXPERT**2) ** 0.5
+    gradient = (_MARGIN**2 * (hidden**2 + backward**2) + switched * _OTHER_EXPERT**2) ** 0.5
     return {
         # sqrt(2 / pi): of a normal variable's deviation, the mean of its absolute value.
-        "mean": (2 / pi) ** 0.5 * logit * (_MARGIN * hidden + min(1.0, switched) * 0.79),
+        "mean": (2 / pi) ** 0.5 * logit * (_MARGIN * hidden + min(1.0, switched) * _OTHER_EXPERT),
         # A mean has an error's deviation over sqrt(tokens), and four times that once in 16,000 cases. And noise raises
         # the log of a sum of exponentials by half its variance.
         "bias": 4 * error / num_tokens**0.5 + error**2 / 2,
