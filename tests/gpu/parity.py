@@ -53,6 +53,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
     "qwen3_moe": _EXPERTS,
 }
+# What else FP8 can be asked for, none of which rounds more; packed, with scales by tensor.
+_FP8_SETTINGS = ("model.fp8.param_gather=true", "model.fp8.bf16_first_layers=1", "model.fp8.bf16_last_layers=1")
+_FP8_SETTINGS += ("train.recompute=selective", "train.recompute=full")
 # Bits of a significand, the leading one among them: of what enters a product going forward, and coming backward.
 BITS = {"fp32": (24, 24), "bf16": (8, 8), "fp8": (4, 3)}  # FP8: E4M3, and E5M2 for gradients
 # Values of a layer that are rounded on a path through it. bf16: norm, QKV, norm and rotation of Q or K, probabilities,
@@ -71,7 +74,7 @@ def main() -> None:
     verdict = Verdict()
     with job() as topology:
         columns = f"{'mean':>9}{'bias':>9}{'largest':>9}{'gradient':>10}{'worst':>9}{'log-ratio':>11}"
-        print(f"{'':44}{'log-prob, nats':>20}{'':7}{'gradient, share of its norm':>28}\n{'':44}{columns}")
+        print(f"{'':53}{'log-prob, nats':>20}{'':7}{'gradient, share of its norm':>28}\n{'':53}{columns}")
         for family in ["qwen3"] if args.tiny else FAMILIES:
             compare(family, spec_of(COMMON | {"model_type": family} | FAMILIES[family]), lengths, topology, verdict)
     verdict.finish()
@@ -84,21 +87,21 @@ def compare(family: str, spec: ModelSpec, lengths: list[tuple[int, int]], topolo
     common.append("optimizer.clip_grad=0")
 
     def row(kind: str, packing: bool, truth: Measured | None, *overrides: str) -> Measured | None:
-        name = (
-            f"{family} {' '.join(override.split('=')[1] for override in overrides)} {'packed' if packing else 'padded'}"
-        )
+        precision = [override.split("=")[1] for override in overrides[:2]]
+        rest = [override.partition(".")[2].removeprefix("fp8.") for override in overrides[2:]]
+        name = " ".join([family, *precision, *rest, "packed" if packing else "padded"])
         try:
             recipe = recipe_of([*common, *overrides, f"train.packing={packing}", "train.tokens_per_micro_batch=16384"])
             found = measure(recipe, spec, topology, batch)
         except RecipeError as error:
-            print(f"{name:<44}not run: {error}", flush=True)
+            print(f"{name:<53}not run: {error}", flush=True)
             return None
         if truth is not None:
             e = errors(found, truth)
             figures = judged(kind, spec, e, found)
             cells = f"{e.mean:9.1e}{e.bias:9.1e}{e.largest:9.1e}{e.gradient:10.1e}{e.worst_gradient:9.1e}"
             met = verdict.of(name, **figures)
-            print(f"{name:<44}{cells}{found.first_log_ratio:11.1e}  {e.worst_tensor}  {met}", flush=True)
+            print(f"{name:<53}{cells}{found.first_log_ratio:11.1e}  {e.worst_tensor}  {met}", flush=True)
         return found
 
     truth = row("fp32", False, None, "model.dtype=fp32", "model.layers=local")
@@ -108,6 +111,8 @@ def compare(family: str, spec: ModelSpec, lengths: list[tuple[int, int]], topolo
             row("bf16", packing, truth, "model.dtype=bf16", f"model.layers={layers}")
         for fp8 in FP8_RECIPES:
             row("fp8", packing, truth, "model.dtype=bf16", f"model.fp8.recipe={fp8}")
+    for setting in _FP8_SETTINGS:
+        row("fp8", True, truth, "model.dtype=bf16", "model.fp8.recipe=tensorwise", setting)
     free_memory()
 
 
