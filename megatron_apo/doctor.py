@@ -16,7 +16,7 @@ import pynvml
 from rich.console import Console
 from rich.table import Table
 
-from megatron_apo.config import Recipe, RecipeError, describe_fields
+from megatron_apo.config import OptimizerConfig, Recipe, RecipeError, describe_fields
 from megatron_apo.fit import misfits
 from megatron_apo.model.gpus import Capability, visible_gpus
 from megatron_apo.model.precision import (
@@ -26,6 +26,7 @@ from megatron_apo.model.precision import (
     has_transformer_engine,
     layer_kind,
     load_error,
+    optimizer_problems,
 )
 from megatron_apo.telemetry.units import data_size
 
@@ -127,7 +128,7 @@ def feature_findings(capability: Capability | None) -> list[Finding]:
             ("FP8", recipes or "no", "model.fp8.recipe" if recipes else "needs a GPU of capability 8.9 or higher"),
             ("sequence parallelism", "yes", "parallel.sequence_parallel"),
             ("context parallelism", "by Transformer Engine", "parallel.cp"),
-            ("optimizer offload, bf16 moments", "yes", "optimizer.cpu_offload, optimizer.moments"),
+            ("optimizer offload, bf16 moments", *_optimizers(capability)),
         ]
     else:
         lost = "needs a GPU and Transformer Engine"
@@ -141,6 +142,11 @@ def feature_findings(capability: Capability | None) -> list[Finding]:
     if capability and has_fused_gradients():
         return [*rows, ("fused gradient accumulation", "in bf16", "by NVIDIA's Apex")]
     return [*rows, ("fused gradient accumulation", "no", "needs a GPU and NVIDIA's Apex")]
+
+
+def _optimizers(capability: Capability) -> tuple[str, str]:
+    problems = optimizer_problems(OptimizerConfig(moments="bf16"), capability)
+    return ("offload alone", problems[0]) if problems else ("yes", "optimizer.cpu_offload, optimizer.moments")
 
 
 def recipe_problems(recipe: Recipe, gpus: Sequence[Capability]) -> list[str]:

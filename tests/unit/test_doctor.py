@@ -28,12 +28,16 @@ def features(capability) -> dict[str, str]:
     return {feature: here for feature, here, _ in doctor.feature_findings(capability)}
 
 
-def test_what_is_lost_without_a_part(installed):
+def test_what_is_lost_without_a_part(installed, monkeypatch):
     installed(te=True, apex=True)
     whole = features(HOPPER)
     assert whole["layers"].startswith("Transformer Engine's layers in bf16") and whole["FP8"] == "tensorwise, blockwise"
     assert (whole["sequence parallelism"], whole["context parallelism"]) == ("yes", "by Transformer Engine")
     assert whole["fused gradient accumulation"] == "in bf16" and whole["optimizer offload, bf16 moments"] == "yes"
+
+    with monkeypatch.context() as old:
+        old.setattr("megatron_apo.model.precision._te_version", lambda: (2, 12))
+        assert features(HOPPER) == whole | {"optimizer offload, bf16 moments": "offload alone"}
 
     installed(te=True, apex=False)
     assert features(HOPPER) == whole | {"fused gradient accumulation": "no"}
