@@ -198,9 +198,11 @@ def vstar(
     beta1s = list(dict.fromkeys(beta1 or (0.25, 0.5, 1.0)))
     for value in beta1s:
         if not 0 < value < float("inf"):
-            raise ValueError(f"--beta1: {value:g} is not a finite number above 0; give one, such as 0.5")
+            raise typer.BadParameter(
+                f"{value:g} is not a finite number above 0; give one, such as 0.5", param_hint="--beta1"
+            )
     if page and diff:
-        raise ValueError("--page, --diff: the page is of one store; give one of them")
+        raise typer.BadParameter("the page is of one store; give one of them", param_hint="--page, --diff")
     import json
     from dataclasses import asdict
 

@@ -33,7 +33,7 @@ class Inputs:
         if token_ids and token_ids[-1] in self.stop_token_ids:
             token_ids = token_ids[:-1]
         response = self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
-        return GradeRequest(prompt.text, response, prompt.answer, finish_reason)
+        return GradeRequest(prompt.text, response, prompt.answer, finish_reason, self.renderer.asks_to_think)
 
     def sampling(self, config: SamplingConfig, *, greedy: bool = False) -> Sampling:
         """The recipe's sampling as a request's parameters; `greedy` keeps its cap and stop ids."""

@@ -12,11 +12,11 @@ A preset asks the model for the form of answer that its reward looks for.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_apo.config import DataConfig
+from megatron_apo.rewards.text import boxed_answer
 
 _BOXED = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
 _MARKED = "{prompt}\nPlease reason step by step, and put your final answer, a number, after #### on the last line."
@@ -58,22 +58,6 @@ def row_format(data: DataConfig) -> RowFormat:
 def column_key(data: DataConfig, name: str) -> str:
     """A column's key in the recipe, for messages: `data.<name>`, with the preset if that is what gives the column."""
     return f"data.{name}" + (f" (data.preset: {data.preset})" if data.preset and getattr(data, name) is None else "")
-
-
-def boxed_answer(solution: str) -> str | None:
-    """What the last \\boxed{...} or \\fbox{...} of a solution holds, also the 5 of `\\boxed 5$`."""
-    openings = list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", solution))
-    if not openings:
-        return None
-    rest = solution[openings[-1].end() :]
-    if not rest.startswith("{"):
-        return re.split(r"[\s$]", rest, maxsplit=1)[0] or None
-    depth = 0
-    for token in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # an escaped brace neither opens nor closes
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if depth == 0 and token[0] == "}":
-            return rest[1 : token.start()].strip() or None
-    return None
 
 
 def _stated(answer: str) -> str | None:

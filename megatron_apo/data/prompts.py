@@ -82,6 +82,11 @@ class PromptRenderer:
         ids = self._tokenizer(texts, add_special_tokens=not chat)["input_ids"]
         return [(text, tuple(tokens)) for text, tokens in zip(texts, ids, strict=True)]
 
+    @property
+    def asks_to_think(self) -> bool:
+        """data.thinking is on: a response without a closing think tag has not come to its answer."""
+        return self._data.thinking is True
+
     def fingerprint(self) -> dict[str, str]:
         """What a rendered prompt depends on, by the names of the V* store's fingerprint."""
         thinking = {None: "default", True: "on", False: "off"}[self._data.thinking]
@@ -183,7 +188,8 @@ def read_rows(source: str, key: str, split: str = "train", subset: str | None = 
         datasets.disable_progress_bars()
         try:
             yield from datasets.load_dataset(source, subset, split=split)
-        except (OSError, ValueError) as error:  # offline, unknown name, subset or split
+        # Offline, unknown name, subset or split; a script, which `datasets` runs no more; files that cannot be read.
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"{key}: cannot load {source!r} (subset {subset!r}, split {split!r}) from the hub ({reason}); "

@@ -7,12 +7,14 @@ A reward is one object for both stages; its name, version and options are part o
         name, version = "my_reward", "1"
         def __call__(self, request: GradeRequest) -> float: ...
 
-Importing this package is light; a reward's own imports happen in the grader processes (see `pool.py`).
+Importing this package is light. A reward is imported where it grades, in processes of its own (`pool.py`), and once in
+each command that has to know its version.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -26,6 +28,7 @@ class GradeRequest:
     response: str
     answer: str  # the dataset's answer column
     finish_reason: str  # "stop" | "length"
+    asks_to_think: bool = False  # data.thinking: the answer follows a closing think tag
 
 
 @runtime_checkable
@@ -62,17 +65,28 @@ def reward_target(name: str) -> str:
 
 
 def get_reward(name: str, options: Mapping[str, Any]) -> Reward:
-    """Build a reward. Raises `ValueError` naming the key for an unknown name, a failed import or bad options."""
+    """Build a reward. Raises `ValueError` naming the key for an unknown name, bad options, or code that fails."""
     target = reward_target(name)
     module, _, attribute = target.partition(":")
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward.name: cannot load {target} ({error}); is it importable from here?") from error
+    except Exception as error:  # a user's module may raise anything
+        raise ValueError(
+            f"reward.name: cannot load {target} ({describe(error)}); is it importable from here?"
+        ) from error
     try:
-        reward = factory(**options)
+        inspect.signature(factory).bind(**options)
     except TypeError as error:
         raise ValueError(f"reward.options: {dict(options)!r} do not fit {target} ({error})") from error
+    try:
+        reward = factory(**options)
+    except Exception as error:
+        raise ValueError(f"reward.name: {target} cannot be made ({describe(error)}); mend it") from error
     if not isinstance(reward, Reward):
         raise ValueError(f"reward.name: {target} does not make a reward; it must be callable and have name and version")
     return reward
+
+
+def describe(error: BaseException) -> str:
+    """What a user's code raised, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

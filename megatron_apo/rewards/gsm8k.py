@@ -9,8 +9,11 @@ from megatron_apo.rewards import GradeRequest
 from megatron_apo.rewards.text import answer_part
 
 _MARK = "####"
-# 18, -5, $1,800, 3.50 and the 18 of "18."; not the 1 of 1/2, nor a part of 1,80 or 1e9.
-_NUMBER = re.compile(r"(?<![\w.,/])(-?)\s*\$?\s*(-?)(\d{1,3}(?:,\d{3})+|\d+)((?:\.\d+)?)(?![\d/^]|[,.]\d|[eE][-+]?\d)")
+# 18, -5, $1,800, 3.50, .5 and the 18 of "18."; not the 1 of 1/2, nor a part of 1,80 or 1e9.
+_NUMBER = re.compile(
+    r"(?<![\w.,/])(-?)\s*\$?\s*(-?)(\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))((?:\.\d+)?)(?![\d/^]|[,.]\d|[eE][-+]?\d)"
+)
+_DECORATION = re.compile(r"[\s*_`~$\\({\[]*(?:boxed|text)?[\s*_`~$({\[]*")  # of markdown and LaTeX
 
 
 class Gsm8kReward:
@@ -22,7 +25,7 @@ class Gsm8kReward:
     """
 
     name = "gsm8k"
-    version = "1"
+    version = "2"
 
     def __init__(self, strict: bool = True, thinking: bool = False):
         self.strict, self.thinking = strict, thinking
@@ -41,8 +44,8 @@ class Gsm8kReward:
 
 def _first_number(text: str) -> Decimal | None:
     """The number that begins the first line of `text`, decoration (spaces, markdown, $) aside."""
-    lines = text.strip().splitlines()
-    match = _NUMBER.search(lines[0]) if lines else None
+    line = text.strip().partition("\n")[0]
+    match = _NUMBER.match(_DECORATION.sub("", line, count=1))
     return _value(match) if match else None
 
 

@@ -135,7 +135,7 @@ class InlineRewardPool:
         self.close()
 
     def _response_failure(self, request: GradeRequest) -> str | None:
-        if thinking_is_unfinished(request.prompt, request.response):
+        if thinking_is_unfinished(request):
             return UNFINISHED
         return TRUNCATED if self._config.truncated == "fail" and request.finish_reason == "length" else None
 

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_apo import guard
-from megatron_apo.rewards import GradeRequest, Reward, get_reward
+from megatron_apo.rewards import GradeRequest, Reward, describe, get_reward
 
 _PROGRESS = struct.Struct("@Qd")  # native: each is written at once
 
@@ -112,9 +112,8 @@ def _serve(channel: Connection, progress: Progress) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (spec.memory_limit_bytes, spec.memory_limit_bytes))
     try:
         reward = get_reward(spec.reward, spec.options)
-    except Exception as error:  # the user's module may raise anything; the pool reports it
-        known = isinstance(error, ValueError) and str(error).startswith("reward.")
-        channel.send(Refused(str(error) if known else f"reward.name: {spec.reward}: {_describe(error)}"))
+    except ValueError as error:
+        channel.send(Refused(str(error)))
         return
     channel.send(Ready(reward.name, reward.version))
     while True:
@@ -130,16 +129,12 @@ def _grade(reward: Reward, request: GradeRequest) -> Answer:
     try:
         value = reward(request)
     except (Exception, SystemExit) as error:  # whatever a grader raises fails its own sample only
-        return Answer(math.nan, _describe(error))
+        return Answer(math.nan, describe(error))
     if not isinstance(value, numbers.Real):
         return Answer(math.nan, f"returned a {type(value).__name__}, not a number")
     if not math.isfinite(value):
         return Answer(math.nan, f"returned {float(value)}")
     return Answer(float(value))
-
-
-def _describe(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 if __name__ == "__main__":

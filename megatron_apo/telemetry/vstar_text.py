@@ -15,6 +15,7 @@ from megatron_apo.values.summary import Bars, Comparison, Summary
 NOT_BINARY = "Some rewards are not 0 or 1: Pass@k counts those of at least 1 as right."
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _COLUMNS = 20  # of a histogram in a line
+_EVERY_K = 16  # up to which Pass@k has a line for each k
 
 
 def print_summary(found: Summary) -> None:
@@ -34,7 +35,7 @@ def print_summary(found: Summary) -> None:
         ("truncated", f"{responses.truncated:.2%} of responses"),
         ("unfinished thinking", f"{number(responses.num_unfinished)} responses"),
         ("grader failures", f"{number(responses.num_failures)} responses"),
-        ("hours", ", ".join(f"{hours:.2f} {device}" for device, hours in found.hours.items())),
+        ("hours of its engines", ", ".join(f"{hours:.2f} {device}" for device, hours in found.hours.items())),
     ]
     _facts(console, f"V* store {found.folder}", facts)
     _pass_at_k(console, found)
@@ -60,6 +61,9 @@ def print_comparison(found: Comparison) -> None:
             facts.append((f"only in the {name}", ", ".join(ids) + (" ..." if num > len(ids) else "")))
     if found.reward:
         facts.append(("mean reward", " | ".join(with_error(mean.mean, mean.stderr) for mean in found.reward)))
+    if found.responses:
+        facts.append(("response tokens", " | ".join(f"{side.mean_tokens:.1f}" for side in found.responses)))
+        facts.append(("truncated", " | ".join(f"{side.truncated:.2%}" for side in found.responses)))
     changed = f"{number(found.num_rewards)} samples of {number(found.num_changed)} prompts"
     facts.append(("other rewards", changed if found.num_changed else "none"))
     facts.append(("the same rewards", "yes" if found.same_rewards else "no"))
@@ -80,13 +84,14 @@ def print_comparison(found: Comparison) -> None:
         _table(console, "prompts that differ most", ("prompt", "V* differs", "mean rewards", "other rewards"), rows)
     if found.fingerprint:
         fields = [(name, f"{mine} | {theirs}") for name, (mine, theirs) in found.fingerprint.items()]
-        _facts(console, "fingerprints differ", fields)
+        _facts(console, "provenance differs", fields)
 
 
 def _pass_at_k(console: Console, found: Summary) -> None:
-    """At powers of two and at the last k."""
+    """At every k up to 16, then at powers of two and at the last k."""
     last = max(found.pass_at_k)
-    shown = {k: at for k, at in found.pass_at_k.items() if k & (k - 1) == 0 or k in (found.first_round, last)}
+    listed = {k for k in found.pass_at_k if k <= _EVERY_K or k & (k - 1) == 0} | {found.first_round, last}
+    shown = {k: at for k, at in found.pass_at_k.items() if k in listed}
     rows = [[str(k), with_error(at.mean, at.stderr), number(at.num_prompts)] for k, at in shown.items()]
     _table(console, "Pass@k", ("k", "Pass@k", "prompts"), rows)
     if last > found.first_round:

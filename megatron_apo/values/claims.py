@@ -179,5 +179,5 @@ def _read_owner(path: Path) -> _Owner | None:
     """None: its maker has not written it yet, or died before it could."""
     try:
         return _Owner(**json.loads(path.read_text()))
-    except ValueError:
+    except (ValueError, TypeError):
         return None

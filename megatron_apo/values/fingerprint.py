@@ -39,7 +39,7 @@ class StoreError(ValueError):
 
 
 class Fingerprint(BaseModel):
-    """Everything that the rewards of a store depend on."""
+    """Everything that the rewards of a store depend on, but for the limits of graders, whose failures are counted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 

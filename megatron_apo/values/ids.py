@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 HASH_BYTES = 16  # ids and text hashes are 128 bit
-_BLOCK_ROWS = 1 << 16  # rows handled at once: bounds the temporaries of a large store
+BLOCK_ROWS = 1 << 16  # rows handled at once: bounds the temporaries of a large store
 Ids = NDArray[np.uint64]  # [.., 2] halves, the first one leading
 
 
@@ -23,8 +23,8 @@ class RowsById:
         self._ids_P2 = ids_P2
         self._row_bits = np.uint64((1 << max(len(ids_P2) - 1, 1).bit_length()) - 1)
         self._sorted_P = np.empty(len(ids_P2), dtype=np.uint64)
-        for start in range(0, len(ids_P2), _BLOCK_ROWS):
-            block = slice(start, min(start + _BLOCK_ROWS, len(ids_P2)))
+        for start in range(0, len(ids_P2), BLOCK_ROWS):
+            block = slice(start, min(start + BLOCK_ROWS, len(ids_P2)))
             self._sorted_P[block] = ids_P2[block, 0] & ~self._row_bits | np.arange(start, block.stop, dtype=np.uint64)
         self._sorted_P.sort()
 
@@ -45,7 +45,7 @@ class RowsById:
 
     def repeated(self) -> NDArray[np.intp]:
         """[R, 2] pairs of rows that have the same id."""
-        blocks = range(0, len(self._sorted_P), _BLOCK_ROWS)
+        blocks = range(0, len(self._sorted_P), BLOCK_ROWS)
         near = np.concatenate([np.empty(0, dtype=np.intp), *(self._near(start) for start in blocks)])
         rows = self._rows(self._sorted_P[np.union1d(near, near + 1)])
         rows = rows[np.lexsort((rows, self._ids_P2[rows, 1], self._ids_P2[rows, 0]))]
@@ -54,7 +54,7 @@ class RowsById:
 
     def _near(self, start: int) -> NDArray[np.intp]:
         """Places in a block from `start` whose id shares its leading bits with the next one's."""
-        block = self._sorted_P[start : start + _BLOCK_ROWS + 1]
+        block = self._sorted_P[start : start + BLOCK_ROWS + 1]
         return start + np.flatnonzero((block[1:] ^ block[:-1]) <= self._row_bits)
 
     def _rows(self, entries: NDArray[np.uint64]) -> NDArray[np.intp]:

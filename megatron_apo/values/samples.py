@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_apo.values.ids import BLOCK_ROWS
+
 Array = NDArray[np.float64]
-_BLOCK_ROWS = 1 << 16  # rows handled at once: bounds the temporaries of a large store
 _PART_ROWS = 1 << 20  # rows of one thread's turn
 _THREADS = 4
 
@@ -65,14 +66,14 @@ class SampledRewards:
             return
         if self.counts_P.min() == self.counts_P.max():  # views, no copy
             matrix = self.flat.reshape(len(self), -1)
-            for start in range(0, len(self), _BLOCK_ROWS):
-                yield slice(start, start + _BLOCK_ROWS), matrix[start : start + _BLOCK_ROWS]
+            for start in range(0, len(self), BLOCK_ROWS):
+                yield slice(start, start + BLOCK_ROWS), matrix[start : start + BLOCK_ROWS]
             return
         starts_P = np.cumsum(self.counts_P) - self.counts_P
         for n in np.flatnonzero(np.bincount(self.counts_P)).tolist():
             same = np.flatnonzero(self.counts_P == n)
-            for start in range(0, len(same), _BLOCK_ROWS):
-                rows = same[start : start + _BLOCK_ROWS]
+            for start in range(0, len(same), BLOCK_ROWS):
+                rows = same[start : start + BLOCK_ROWS]
                 yield rows, self.flat[starts_P[rows][:, None] + np.arange(n)]
 
     def per_prompt(self, function: Callable[[Array], NDArray], dtype: type = np.float64) -> NDArray:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_apo.values.estimators import ESTIMATORS
 from megatron_apo.values.fingerprint import Fingerprint, StoreError
-from megatron_apo.values.ids import RowsById, hex_of_ids
+from megatron_apo.values.ids import BLOCK_ROWS, RowsById, hex_of_ids
 from megatron_apo.values.samples import Array, SampledRewards, SamplesPerPrompt
 from megatron_apo.values.shards import open_shard, shard_name
 from megatron_apo.values.store import VStarStore
@@ -26,7 +26,6 @@ FILTERS = ("all_wrong", "all_right", "both")
 _MOST_VALUES = 65  # bars where no more values occur: all of 64 samples of 0 or 1
 _NUM_BINS = 40  # else
 _NUM_LISTED = 10  # prompts named in a comparison
-_BLOCK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -151,9 +150,11 @@ class Comparison:
     """In what two stores differ; pairs are (one, other).
 
     same_rewards: both hold the same rewards for the same prompts.
-    fingerprint: fields that differ, with both values. num_only, only: prompts of one store alone, and the first ids.
+    fingerprint: fields that differ, and settings that the stores were made with, with both values. num_only, only:
+    prompts of one store alone, and the first ids.
     num_common: prompts of both, which all that follows is of. num_changed: prompts of which any sample has another
-    reward, or is in one store alone; num_rewards: how many such samples. most: the prompts whose V* differs most.
+    reward, or is in one store alone; num_rewards: how many such samples. responses: all of each store's. most: the
+    prompts whose V* differs most.
     """
 
     folders: tuple[str, str]
@@ -165,6 +166,7 @@ class Comparison:
     num_changed: int
     num_rewards: int
     reward: tuple[Mean, Mean] | None
+    responses: tuple[Responses, Responses] | None
     estimator: str
     values: list[ValueDifference]
     most: list[PromptDifference]
@@ -191,7 +193,7 @@ def summarize(store: VStarStore, beta1s: Sequence[float], estimator: str) -> Sum
         left_out={name: LeftOut(count, count / len(store)) for name, count in left_out.items()},
         responses=_responses(store),
         hours={device or "unknown device": hours for device, hours in store.hours().items()},
-        fingerprint=store.fingerprint.model_dump(mode="json") | store.made,
+        fingerprint=_provenance(store),
     )
 
 
@@ -275,8 +277,8 @@ def compare(one: VStarStore, other: VStarStore, beta1s: Sequence[float], estimat
         same_rewards=not (changed_C.any() or len(only[0]) or len(only[1])),
         fingerprint={
             name: (mine, theirs)
-            for name in Fingerprint.model_fields
-            if (mine := getattr(one.fingerprint, name)) != (theirs := getattr(other.fingerprint, name))
+            for name in [*Fingerprint.model_fields, *sorted(one.made.keys() | other.made.keys())]
+            if (mine := _provenance(one).get(name)) != (theirs := _provenance(other).get(name))
         },
         num_common=len(rows_C),
         num_only=(len(only[0]), len(only[1])),
@@ -284,6 +286,7 @@ def compare(one: VStarStore, other: VStarStore, beta1s: Sequence[float], estimat
         num_changed=int((changed_C > 0).sum()),
         num_rewards=int(changed_C.sum()),
         reward=(_first_round(one, rows_C), _first_round(other, other_rows_C)) if len(rows_C) else None,
+        responses=(_responses(one), _responses(other)) if len(one) and len(other) else None,
         estimator=estimator,
         values=values,
         most=most,
@@ -291,6 +294,10 @@ def compare(one: VStarStore, other: VStarStore, beta1s: Sequence[float], estimat
 
 
 # ---- one store
+
+
+def _provenance(store: VStarStore) -> dict[str, Any]:
+    return store.fingerprint.model_dump(mode="json") | store.made
 
 
 def _means(rewards: SampledRewards) -> Array:
@@ -363,7 +370,7 @@ def _groups(values: Array) -> tuple[Array, NDArray[np.intp]]:
     """(centres, [len(values)] which of them): each value that occurs where they are few, else equal bins."""
     step = float(np.abs(values).max()) * 2**-30 or 1.0  # equal values differ by rounding errors: their rewards' order
     values = np.rint(values / step) * step
-    if len(np.unique(values[:_BLOCK_ROWS])) <= _MOST_VALUES and len(distinct := np.unique(values)) <= _MOST_VALUES:
+    if len(np.unique(values[:BLOCK_ROWS])) <= _MOST_VALUES and len(distinct := np.unique(values)) <= _MOST_VALUES:
         return distinct, np.searchsorted(distinct, values)
     edges = np.linspace(values.min(), values.max(), _NUM_BINS + 1)
     return (edges[:-1] + edges[1:]) / 2, np.searchsorted(edges[1:-1], values, side="right")
@@ -387,8 +394,8 @@ def _num_changed(
     """[C] samples whose rewards differ, or that one of the two has alone."""
     changed_C = np.zeros(len(rows_C), dtype=np.int64)
     starts_P, other_starts_P = (np.cumsum(side.counts_P) - side.counts_P for side in (rewards, other))
-    for start in range(0, len(rows_C), _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
+    for start in range(0, len(rows_C), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
         rows, other_rows = rows_C[block], other_rows_C[block]
         width = max(rewards.counts_P[rows].max(), other.counts_P[other_rows].max())
         mine_RN = _padded(rewards.flat, starts_P[rows], rewards.counts_P[rows], width)

@@ -88,6 +88,8 @@ def measure(folder: Path, model: Path, num_prompts: int, num_samples: int, round
     ratio = throughput(graded, bare)
     print(f"target: stage 1 has at least {TARGET:.0%} of bare throughput: {'met' if ratio >= TARGET else 'missed'}")
     print(f"grading adds {1 / throughput(graded, ungraded) - 1:+.1%}")
+    if ratio < TARGET:
+        sys.exit(1)
 
 
 def throughput(times: list[float], others: list[float]) -> float:

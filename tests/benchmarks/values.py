@@ -7,11 +7,11 @@ Errors: 0/1 rewards of known success rate p, N samples. Bias and RMSE are exact 
 order in 1/N for log_mean_exp (`closed form`). beta_smoothed looks at the whole store: at 100,000 prompts whose success
 rates come from a profile, U(0,1), Beta(.4,.4) or Beta(.3,1.2). Then the same over the prompts of each profile.
 
-Adaptive: `more_samples` decides on simulated prompts, b1 = 0.5, after a first round of 4. dropped: prompts, all with
-p > 0, that the filter all_wrong leaves out. share: bias of the share of right samples. Then bias and RMSE of V*. saved:
-1 - mean N / the fixed N of the same RMSE (interpolated), negative where adaptive N loses. With --store, prompts of real
-stores (0/1 rewards) are resampled: the k of n of one of them, then its success rate from Beta(k + a, n - k + b), the
-posterior under the store's prior.
+Adaptive: `more_samples` decides on simulated prompts, b1 = 0.5, after a first round of 4 or 8, the default. dropped:
+prompts, all with p > 0, that the filter all_wrong leaves out. share: bias of the share of right samples. Then bias and
+RMSE of V*. saved: 1 - mean N / the fixed N of the same RMSE (interpolated), negative where adaptive N loses. Under
+--store the samples are those of real stores of 0/1 rewards with at least 64 for each prompt, in 16 random orders, and
+V* of all 64 is what it ought to be: how near would fewer samples have come?
 
 Store: random ids, N = 8, written under a temporary folder in FOLDER; opened and estimated by a process of its own, with
 the files in the page cache. Peak resident memory is its VmHWM. Targets: 10 s and 2 GiB for 10 million prompts.
@@ -37,7 +37,7 @@ from rich.table import Table
 
 from megatron_apo.config import AdaptiveConfig
 from megatron_apo.telemetry.units import data_size, number
-from megatron_apo.values.estimators import ESTIMATORS, binary_value, fit_beta_prior
+from megatron_apo.values.estimators import ESTIMATORS, binary_value
 from megatron_apo.values.ids import HASH_BYTES
 from megatron_apo.values.samples import Array, SampledRewards
 from megatron_apo.values.sampling import more_samples
@@ -57,6 +57,8 @@ SAMPLES = (4, 8, 32)
 BETAS = (0.25, 0.5, 1.0)
 NUM_PROMPTS = 100_000
 FIXED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+MOST = FIXED[-1]
+ORDERS = 16  # in which a real store's samples are taken
 SHOWN = ("log_mean_exp", "beta_smoothed")
 OPEN = """
 import sys, time
@@ -76,7 +78,7 @@ print(len(values), opened[0] - start[0], ended[0] - opened[0], ended[1] - start[
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", choices=["errors", "adaptive", "store"])
-    parser.add_argument("--store", type=Path, nargs="*", default=[], help="real V* stores to resample")
+    parser.add_argument("--store", type=Path, nargs="*", default=[], help="real V* stores, N 64")
     parser.add_argument("--prompts", type=int, default=10_000_000)
     parser.add_argument("--prompts-per-shard", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
@@ -85,8 +87,11 @@ def main() -> None:
     if args.only in (None, "errors"):
         show_errors()
     if args.only in (None, "adaptive"):
-        for name, draw in (PROFILES | {str(folder): resampled(folder) for folder in args.store}).items():
-            show_adaptive(name, draw)
+        for name, draw in PROFILES.items():
+            rates_P = draw(np.random.default_rng(1), NUM_PROMPTS)
+            show_adaptive(f"simulated, success rates of {name}", simulated(rates_P), rates_P, FIXED)
+        for folder in args.store:
+            show_adaptive(f"samples of {folder}", *of_store(folder), [n for n in FIXED if n <= MOST // 2])
     if args.only in (None, "store"):
         with tempfile.TemporaryDirectory(dir=args.dir, prefix="vstar-") as folder:
             show_store(Path(folder), args.prompts, args.prompts_per_shard, args.rounds)
@@ -138,31 +143,30 @@ def mean_and_rms(errors: Array) -> str:
 # --- adaptive N
 
 
-def show_adaptive(name: str, draw: Draw) -> None:
-    rng = np.random.default_rng(1)
-    rates_P = draw(rng, NUM_PROMPTS)
-    rewards_PM = (rng.random((NUM_PROMPTS, FIXED[-1])) < rates_P[:, None]).astype(float)
-    fixed: dict[str, list[float]] = {estimator: [] for estimator in SHOWN}  # RMSE of each of `FIXED`
+def show_adaptive(title: str, rewards_PM: Array, rates_P: Array, fixed_n: Sequence[int]) -> None:
+    """[P, MOST] rewards of prompts, of which success rates [P] are the truth."""
+    fixed: dict[str, list[float]] = {estimator: [] for estimator in SHOWN}  # RMSE of each of `fixed_n`
     rules = [AdaptiveConfig(stderr=stderr, all_wrong=least) for stderr in (0.15, 0.1, 0.075) for least in (0, 32)]
     rows = []
-    for first, rule in [*((n, None) for n in FIXED), *((4, rule) for rule in rules)]:
+    for first, rule in [*((n, None) for n in fixed_n), *((first, rule) for first in (4, 8) for rule in rules)]:
         counts_P = counts_of(rewards_PM, first, rule)
-        taken = SampledRewards(rewards_PM[np.arange(FIXED[-1]) < counts_P[:, None]], counts_P)
+        taken = SampledRewards(rewards_PM[np.arange(MOST) < counts_P[:, None]], counts_P)
         share_P, mean = taken.num_right() / counts_P, counts_P.mean()
-        row = [f"stderr {rule.stderr:g}, all_wrong {rule.all_wrong}" if rule else f"fixed {first}", f"{mean:.1f}"]
+        adaptive = f", then to stderr {rule.stderr:g}, all_wrong {rule.all_wrong}" if rule else ""
+        row = [f"{first}{adaptive}", f"{mean:.1f}"]
         row += [f"{(share_P == 0).mean():.1%}", f"{(share_P - rates_P).mean():+.3f}"]
         for estimator in SHOWN:
             errors_P = ESTIMATORS[estimator](taken, 0.5) - binary_value(rates_P, 0.5)
             rmse = float(np.sqrt(np.mean(errors_P**2)))
             if rule:  # RMSE falls with N, nearly as a power of it
-                same = np.exp(np.interp(-np.log(rmse), -np.log(fixed[estimator]), np.log(FIXED)))
+                same = np.exp(np.interp(-np.log(rmse), -np.log(fixed[estimator]), np.log(fixed_n)))
                 row += [mean_and_rms(errors_P), f"{1 - mean / same:+.0%}"]
             else:
                 fixed[estimator].append(rmse)
                 row += [mean_and_rms(errors_P), ""]
         rows.append(row)
     columns = [column for estimator in SHOWN for column in (estimator, "saved")]
-    show(f"Adaptive N, success rates of {name}", ["samples", "mean N", "dropped", "share", *columns], rows)
+    show(f"Adaptive N, {title}", ["samples", "mean N", "dropped", "share", *columns], rows)
 
 
 def counts_of(rewards_PM: Array, first: int, rule: AdaptiveConfig | None) -> NDArray[np.int64]:
@@ -178,18 +182,17 @@ def counts_of(rewards_PM: Array, first: int, rule: AdaptiveConfig | None) -> NDA
     return counts_P
 
 
-def resampled(folder: Path) -> Draw:
-    rewards = VStarStore.open(folder).rewards
-    if not rewards.are_binary():
-        raise SystemExit(f"--store: {folder} has rewards other than 0 and 1")
-    right_P, counts_P = rewards.num_right(), rewards.counts_P
-    a, b = fit_beta_prior(right_P, counts_P)
+def simulated(rates_P: Array) -> Array:
+    return (np.random.default_rng(2).random((len(rates_P), MOST)) < rates_P[:, None]).astype(float)
 
-    def draw(rng: np.random.Generator, size: int) -> Array:
-        row = rng.integers(len(rewards), size=size)
-        return rng.beta(right_P[row] + a, counts_P[row] - right_P[row] + b)
 
-    return draw
+def of_store(folder: Path) -> tuple[Array, Array]:
+    """Its rewards in several orders, and of each row the share that is right."""
+    rewards = VStarStore.open(folder, samples_used=MOST).rewards
+    if not rewards.are_binary() or rewards.samples.fewest < MOST:
+        raise SystemExit(f"--store: {folder} has not {MOST} rewards of 0 and 1 for every prompt")
+    rewards_PM = np.repeat(rewards.flat.reshape(-1, MOST), ORDERS, axis=0)
+    return np.random.default_rng(3).permuted(rewards_PM, axis=1), rewards_PM.mean(axis=1)
 
 
 # --- a large store

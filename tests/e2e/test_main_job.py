@@ -152,7 +152,7 @@ def test_other_template_is_refused(quickstart: Path, command, tmp_path: Path) ->
 
 def test_missing_model_is_one_line(quickstart: Path, command, tmp_path: Path) -> None:
     run = command(*train_arguments(quickstart, tmp_path / "run", "model.path=/nowhere/model"))
-    assert run.wait() == 1
+    assert run.wait() == 2
     assert run.output.count("\n") == 1 and "/nowhere/model" in run.output
 
 

@@ -23,13 +23,14 @@ NUM_PROMPTS, NUM_SAMPLES, SHARD = 192, 4, 8
 NUM_ROWS = 1280  # for --full
 # An untrained model's length is as good as random, so every sample has a say. Each that is asked for leaves a line.
 LENGTH = """
-import os
+import os, time
 class Length:
     name, version = "length", "1"
     def __call__(self, request):
         if "ASKED" in os.environ:
             with open(os.environ["ASKED"], "a") as file:
                 file.write(f"{os.environ['WORKER']} {request.prompt}\\n")
+        time.sleep(float(os.environ.get("SECONDS_EACH", 0)))
         return len(request.response) % 7 / 6
 """
 
@@ -93,8 +94,14 @@ def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 def rewards(folder: Path) -> dict[str, list[float]]:
     """By prompt id."""
+    return {prompt: found[0] for prompt, found in samples(folder).items()}
+
+
+def samples(folder: Path) -> dict[str, tuple[list, ...]]:
+    """Rewards, lengths and finish reasons by prompt id."""
     store = VStarStore.open(folder)
-    return dict(zip(store.prompt_ids, store.column("rewards").to_pylist(), strict=True))
+    columns = [store.column(name).to_pylist() for name in ("rewards", "lengths", "finish_reasons")]
+    return dict(zip(store.prompt_ids, zip(*columns, strict=True), strict=True))
 
 
 def shards(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -166,10 +173,10 @@ def test_killed_workers_lose_and_repeat_nothing(kills, num_prompts, work, undist
         assert worker.processes() == []
     assert written.items() <= shards(folder).items(), "a finished shard changed"
     assert asked.by_prompt_of(written) == done, "a finished shard was sampled again"
-    found, expected = rewards(folder), rewards(undisturbed(num_prompts))
+    found, expected = samples(folder), samples(undisturbed(num_prompts))
     assert len(found) == num_prompts and set(found) == set(expected)
     different = [prompt for prompt in found if found[prompt] != expected[prompt]]
-    assert not different, f"{len(different)} of {num_prompts} prompts have other rewards than undisturbed"
+    assert not different, f"{len(different)} of {num_prompts} prompts have other samples than undisturbed"
     assert not list(folder.glob(".*")) and not (folder / "claims").exists()
     print(f"{kills} kills, {len(written)} of {num_prompts // SHARD} shards written before the last of them")
 
@@ -184,12 +191,20 @@ def test_a_dead_hosts_claim_expires_and_its_shards_are_sampled(work, undisturbed
     assert set(shards(tmp_path / "vstar")) == {"shard-00001.parquet"}
     environments = [process.environ() for process in run.processes("megatron_apo.cli")]  # the command and its worker
     started_with = [environment for environment in environments if "MEGATRON_APO_GUARDED" in environment]
-    assert [(env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"]) for env in started_with] == [("1", "PASSIVE")]
+    assert {(env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"]) for env in started_with} == {("1", "PASSIVE")}
     old = time.time() - 61
     os.utime(claims / "shard-00000.0", (old, old))
     assert run.wait() == 0, run.output
     assert not any(Path(env["TMPDIR"]).exists() for env in started_with)
     assert rewards(tmp_path / "vstar").items() <= rewards(undisturbed(NUM_PROMPTS)).items()
+
+
+def test_slow_graders_hold_no_more_shards_than_keep_the_engine_busy(work, tmp_path: Path) -> None:
+    """A worker that went on sampling would claim all 24 shards, which others then wait for, and a kill would lose."""
+    run = work(SECONDS_EACH="0.3")
+    run.wait_for(lambda: shards(tmp_path / "vstar"))
+    # Samples that the engine has or wants, and as many ungraded, are two shards; one is begun before there are enough.
+    assert len(list((tmp_path / "vstar" / "claims").glob("shard-*"))) <= 4
 
 
 def test_adaptive_sampling_extends_the_same_samples(work, tmp_path: Path) -> None:
@@ -227,19 +242,23 @@ def test_merge_and_check(work, undisturbed, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "code", "says"),
     [
-        (["rollout.quantization=fp8"], "rollout.quantization: fp8 needs a GPU"),
-        (["rollout.extra_args=[--seed]"], "rollout.extra_args: ['--seed'] is for a server"),
         (
-            ["sampling.max_response_tokens=497", "train.tokens_per_micro_batch=999"],
-            "sampling.max_response_tokens: 513, but ",
+            ["rollout.quantization=fp8", "rollout.extra_args=[--seed]", "sampling.max_response_tokens=497"]
+            + ["train.tokens_per_micro_batch=999", "rollout.kv_cache_gib=0.0001"],
+            2,
+            [
+                "rollout.extra_args: ['--seed'] is for a server",
+                "rollout.quantization: fp8 needs a GPU",
+                "sampling.max_response_tokens: 513, but ",
+            ],
         ),
-        (["rollout.kv_cache_gib=0.0001"], "rollout.kv_cache_gib: 0.0001 cannot hold one sequence"),
-        (["rollout.kv_cache_gib=1e6"], "vLLM did not start: "),
+        (["rollout.kv_cache_gib=0.0001"], 2, ["rollout.kv_cache_gib: 0.0001 cannot hold one sequence"]),
+        (["rollout.kv_cache_gib=1e6"], 1, ["vLLM did not start: "]),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], says: str, work) -> None:
+def test_each_mistake_is_one_line(arguments: list[str], code: int, says: list[str], work) -> None:
     run = work(*arguments)
-    assert run.wait() == 1
-    assert says in run.output and len(run.output.splitlines()) == 1, run.output
+    assert run.wait() == code
+    assert [line in text for line, text in zip(says, run.output.splitlines(), strict=True)] == [True] * len(says)

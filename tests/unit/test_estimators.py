@@ -276,7 +276,7 @@ def test_first_samples(rows, num_samples):
     "rows", [RAGGED * 9, [[0.0, 1.0, 1.0, 0.0]] * 50, REAL_REWARDS * 9], ids=["ragged", "even", "real"]
 )
 def test_blocks_hold_every_prompt_once(rows, monkeypatch):
-    monkeypatch.setattr("megatron_apo.values.samples._BLOCK_ROWS", 4)
+    monkeypatch.setattr("megatron_apo.values.samples.BLOCK_ROWS", 4)
     rewards = SampledRewards.of_rows(rows)
     found = {}
     for places, block_RN in rewards.blocks():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,16 @@ def grade(name: str, response: str, answer: str, finish_reason: str = "stop", pr
     ],
 )
 def test_thinking_is_unfinished(prompt, response, unfinished):
-    assert thinking_is_unfinished(prompt, response) == unfinished
+    assert thinking_is_unfinished(request(response, prompt=prompt)) == unfinished
+
+
+@pytest.mark.parametrize(
+    ("response", "unfinished"),
+    [("3", True), ("a</think>3", False), ("<think>a</think>3", False), ("<think>a", True), ("</think><think>3", True)],
+)
+def test_thinking_that_was_asked_for_must_end(response, unfinished):
+    """Where data.thinking is on and the template leaves the opening tag to the model."""
+    assert thinking_is_unfinished(replace(request(response), asks_to_think=True)) == unfinished
 
 
 @pytest.mark.parametrize(
@@ -138,6 +148,13 @@ SOLUTION = "Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### "
         ("#### $-5", "-5", 1),
         ("#### 18 dollars", "18", 1),
         ("#### **18**", "18", 1),
+        ("#### 18 + 2 = 20", "18", 1),
+        ("#### $\\boxed{18}$", "18", 1),
+        ("#### __18__", "18", 1),
+        ("#### .5", "0.5", 1),
+        ("#### -.5", "-0.50", 1),
+        ("#### x1 18", "18", 0),
+        ("#### the answer is 18", "18", 0),
         ("#### 17\nno, wait\n#### 18", "18", 1),
         ("#### 18\n#### 17", "18", 0),
         ("the answer is 18", "18", 0),
@@ -183,6 +200,11 @@ def test_gsm8k_options():
         (r"\boxed{\sqrt{8}}", r"2\sqrt{2}", 1),
         (r"\boxed{}", "3", 0),
         (r"\boxed{", "3", 0),
+        (r"\boxed{} the answer is 3", "3", 0),
+        (r"\boxed{ and so 3", "3", 0),
+        (r"\boxed{4} the answer is $3$", "3", 0),
+        (r"so $\boxed 3$, as asked", "3", 1),
+        (r"\fbox{3}", "3", 1),
         ("the answer is 3", "3", 0),
         (r"<think>\boxed{3}</think>the answer is 3", "3", 0),
         (r"<think>\boxed{4}</think>\boxed{3}", "3", 1),
@@ -230,6 +252,18 @@ def test_names_that_are_no_rewards():
         get_reward("json:Reward", {})
     with pytest.raises(ValueError, match="reward.options: {'colour': 1} do not fit"):
         get_reward("math", {"colour": 1})
+
+
+def test_code_that_fails_is_one_line(misbehaving, tmp_path):
+    misbehaving()
+    with pytest.raises(ValueError, match=r"^reward.name: misbehaving:RaisesInTheMaking cannot be made \(RuntimeError"):
+        get_reward("misbehaving:RaisesInTheMaking", {})
+    (tmp_path / "raising.py").write_text("raise KeyError('a licence\\nfor it')")
+    with pytest.raises(
+        ValueError, match=r"^reward.name: cannot load raising:Thing \(KeyError: .*\); is it importable"
+    ) as e:
+        get_reward("raising:Thing", {})
+    assert "\n" not in str(e.value)
 
 
 def test_register_reward():
@@ -391,7 +425,7 @@ def test_workers_stay_light_and_end_with_the_pool(misbehaving, tmp_path):
         ({"options": {"colour": 1}}, "reward.options: {'colour': 1} do not fit misbehaving:Misbehaving"),
         ({"name": "misbehaving:Nameless"}, "misbehaving:Nameless does not make a reward"),
         ({"name": "misbehaving:DiesInTheMaking"}, "the grader process died while it started"),
-        ({"name": "misbehaving:RaisesInTheMaking"}, "misbehaving:RaisesInTheMaking: RuntimeError: no licence"),
+        ({"name": "misbehaving:RaisesInTheMaking"}, r"RaisesInTheMaking cannot be made \(RuntimeError: no licence\)"),
     ],
 )
 def test_a_reward_that_cannot_be_built_stops_the_pool(misbehaving, changes, message):

@@ -127,7 +127,7 @@ def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         paths = ["model.path=m", "data.train=t", "vstar.dir=v", "reward.name=arithmetic", "eval.samples=1"]
         inputs = Inputs(
             tokenizer=SimpleNamespace(decode=lambda ids, **_: "3"),  # type: ignore[arg-type]
-            renderer=None,  # type: ignore[arg-type]
+            renderer=SimpleNamespace(asks_to_think=False),  # type: ignore[arg-type]
             training=None,  # type: ignore[arg-type]
             evaluation=[PROMPT],
             stop_token_ids=(1,),

@@ -26,28 +26,8 @@ from megatron_apo.values.fingerprint import SCHEMA_VERSION, Fingerprint, StoreEr
 from megatron_apo.values.ids import RowsById, hex_of_ids, ids_of_hex
 from megatron_apo.values.samples import SampledRewards
 from megatron_apo.values.store import StoreRow, StoreWriter, VStarStore
+from tests.stores import FINGERPRINT
 
-FINGERPRINT = Fingerprint(
-    model_hash="ab" * 32,
-    tokenizer_hash="cd" * 32,
-    template_hash="ef" * 32,
-    template="chat",
-    thinking="on",
-    temperature=1.0,
-    top_p=1.0,
-    top_k=-1,
-    max_response_tokens=32,
-    stop_token_ids=[1, 2],
-    reward_name="arithmetic",
-    reward_version="1",
-    reward_options={"strict": True},
-    failure_reward=0.0,
-    truncated="grade",
-    dataset_hash="01" * 32,
-    max_prompt_tokens=16,
-    samples_per_prompt=2,
-    seed=3,
-)
 ADAPTIVE = FINGERPRINT.model_copy(update={"adaptive": {"stderr": 0.1, "step": 1, "most": 5}})  # 2 to 5 samples
 RAGGED = [[0.0, 0.0], [1.0, 1.0], [0.0, 1.0, 0.0, 0.0], [0.0] * 5, [1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]]
 
@@ -328,9 +308,7 @@ def flips(path: Path, stride: int):
 def test_a_flipped_bit_anywhere_in_a_shard_is_refused(folder):
     """Also in the names of columns, which are no longer UTF-8 then, and in the seed of the footer's fingerprint."""
     for position in flips(folder / "shard-00002.parquet", stride=7):
-        with pytest.raises(
-            StoreError, match=r"shard-00002.*(where the manifest has|another V|schema version)"
-        ):
+        with pytest.raises(StoreError, match=r"shard-00002.*(where the manifest has|another V|schema version)"):
             VStarStore.open(folder)
             pytest.fail(f"byte {position}")
 

@@ -26,14 +26,21 @@ def prompt_id(number: int) -> str:
     return f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}{number:016x}"
 
 
-def make_store(folder: Path, rewards: dict[int, list[float]], num_shards: int = 1, **changes) -> VStarStore:
-    """Rewards by the number of a prompt; lengths count up from 1 through the whole store, every fourth is cut."""
+def make_store(
+    folder: Path,
+    rewards: dict[int, list[float]],
+    num_shards: int = 1,
+    made: dict[str, str] | None = None,
+    every_cut: bool = False,
+    **changes,
+) -> VStarStore:
+    """Rewards by the number of a prompt; lengths count up from 1 through the whole store, every fourth or all cut."""
     changes = {"samples_per_prompt": len(next(iter(rewards.values()), [0])), **changes}
-    writer = StoreWriter(folder, FINGERPRINT.model_copy(update=changes), num_shards)
+    writer = StoreWriter(folder, FINGERPRINT.model_copy(update=changes), num_shards, made)
     rows, length = [], 0
     for number, of in rewards.items():
         lengths = list(range(length + 1, length + len(of) + 1))
-        reasons = ["length" if tokens % 4 == 0 else "stop" for tokens in lengths]
+        reasons = ["length" if every_cut or tokens % 4 == 0 else "stop" for tokens in lengths]
         rows.append(StoreRow(prompt_id(number), "0" * 32, of, lengths, reasons, None, number % 2, number % 3))
         length += len(of)
     size = -(-len(rows) // num_shards)
@@ -288,7 +295,7 @@ def vstar(*arguments: object) -> tuple[int, str]:
     result = CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, ["vstar", *map(str, arguments)])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.exit_code, result.stdout
+    return result.exit_code, result.output
 
 
 def test_the_command_prints_a_summary_that_fits_a_terminal(tmp_path: Path) -> None:
@@ -321,8 +328,13 @@ def test_the_command_compares(tmp_path: Path) -> None:
     make_store(tmp_path / "a", {1: [1.0, 0.0], 2: [1.0, 1.0]})
     make_store(tmp_path / "b", {1: [1.0, 0.0], 2: [1.0, 1.0]}, seed=4)
     make_store(tmp_path / "c", {1: [1.0, 0.0], 2: [1.0, 0.0]})
+    make_store(tmp_path / "d", {2: [1.0, 1.0], 1: [1.0, 0.0]}, made={"rollout.dtype": "bfloat16"}, every_cut=True)
     code, text = vstar(tmp_path / "a", "--diff", tmp_path / "b")
     assert code == 0 and re.search(r"^seed +3 \| 4$", text, re.M)
+    code, text = vstar(tmp_path / "a", "--diff", tmp_path / "d")
+    assert code == 0 and re.search(r"^rollout.dtype +None \| bfloat16$", text, re.M)
+    assert re.search(r"^response tokens +2.5 \| 2.5$", text, re.M)
+    assert re.search(r"^truncated +25.00% \| 100.00%$", text, re.M)
     code, text = vstar(tmp_path / "a", "--diff", tmp_path / "c")
     assert code == 1 and prompt_id(2) in text and prompt_id(1) not in text
     code, text = vstar(tmp_path / "a", "--diff", tmp_path / "c", "--json")
@@ -368,5 +380,5 @@ def test_hours_of_different_devices_are_not_added_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["--beta1", "0"], ["--beta1", "nan"], ["--page", "p.html", "--diff", "x"]])
 def test_the_commands_mistakes_name_the_option(tmp_path: Path, arguments: list[str]) -> None:
-    with pytest.raises(ValueError, match=arguments[0]):
-        vstar(tmp_path, *arguments)
+    code, output = vstar(tmp_path, *arguments)
+    assert code == 2 and f"Invalid value for {arguments[0]}" in output
