@@ -223,7 +223,7 @@ def test_adaptive_sampling_extends_the_same_samples(work, tmp_path: Path) -> Non
 
 def test_merge_and_check(work, undisturbed, tmp_path: Path) -> None:
     folder = tmp_path / "vstar"
-    merge = work("--merge", "rollout.quantization=fp8")  # it needs no GPU to close a store
+    merge = work("--merge", "rollout.quantization=fp8", "rollout.dtype=bfloat16")  # it needs no GPU to close a store
     assert merge.wait() == 1 and "24 of 24 shards missing" in merge.output, merge.output
     assert not folder.exists()
     shutil.copytree(undisturbed(NUM_PROMPTS), folder)
@@ -245,8 +245,8 @@ def test_merge_and_check(work, undisturbed, tmp_path: Path) -> None:
     ("arguments", "code", "says"),
     [
         (
-            ["rollout.quantization=fp8", "rollout.extra_args=[--seed]", "sampling.max_response_tokens=497"]
-            + ["train.tokens_per_micro_batch=999", "rollout.kv_cache_gib=0.0001"],
+            ["rollout.quantization=fp8", "rollout.dtype=bfloat16", "rollout.extra_args=[--seed]"]
+            + ["sampling.max_response_tokens=497", "train.tokens_per_micro_batch=999", "rollout.kv_cache_gib=0.0001"],
             2,
             [
                 "rollout.extra_args: ['--seed'] is for a server",
