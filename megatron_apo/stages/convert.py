@@ -22,8 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from megatron_apo.checkpoint import MODEL, Dtype, Record, read_record, torch_dtype
 from megatron_apo.config import ParallelConfig
+from megatron_apo.learner.checkpoint import MODEL, Dtype, Record, read_record, torch_dtype
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.parallel import launch
 from megatron_apo.telemetry.summary import versions

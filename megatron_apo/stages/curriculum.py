@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_apo.checkpoint import check_resume
 from megatron_apo.config import Recipe, RecipeError
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
 from megatron_apo.fit import misfits
 from megatron_apo.inputs import Inputs, load_inputs, store_fingerprint
+from megatron_apo.learner.checkpoint import check_resume
 from megatron_apo.model.gpus import visible_gpus
 from megatron_apo.model.hf_config import ModelConfigError, read_hf_config
 from megatron_apo.values.store import PromptValues, VStarStore

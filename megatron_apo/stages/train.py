@@ -14,25 +14,25 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from megatron_apo.checkpoint import Checkpoints
 from megatron_apo.config import Recipe
 from megatron_apo.data.batch import MicroBatch
 from megatron_apo.data.layout import lay_out, minibatches
 from megatron_apo.data.order import step_prompts
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollout import Rollout
+from megatron_apo.learner.checkpoint import Checkpoints
+from megatron_apo.learner.diagnostics import StepRecord, diagnose
+from megatron_apo.learner.optim import Trainable, make_trainable
 from megatron_apo.model.build import LogProbModel, build_model
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.model.placement import Reference, place_reference
 from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import Objective, Samples, build_objective
-from megatron_apo.optim import Trainable, make_trainable
 from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
 from megatron_apo.parallel.topology import Topology
 from megatron_apo.rollout.failures import kept_on_driver
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.stages.curriculum import Curriculum, open_curriculum
-from megatron_apo.telemetry.diagnostics import StepRecord, diagnose
 from megatron_apo.telemetry.memory import long_lived
 from megatron_apo.telemetry.recorder import Recorder
 from megatron_apo.telemetry.timers import PhaseTimer

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
-from megatron_apo.checkpoint import MODEL, read_record, torch_dtype
 from megatron_apo.config import ParallelConfig
+from megatron_apo.learner.checkpoint import MODEL, read_record, torch_dtype
 from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, check_layout, read_hf_config
 from megatron_apo.parallel import launch
 from megatron_apo.stages.convert import run_ranks, streamed_conversion

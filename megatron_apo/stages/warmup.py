@@ -9,11 +9,11 @@ from megatron_apo.config import OptimizerConfig, Recipe
 from megatron_apo.data.layout import lay_out
 from megatron_apo.data.order import step_prompts
 from megatron_apo.data.sft import Examples, read_examples
+from megatron_apo.learner.optim import make_trainable
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import SFT, MicroTargets
-from megatron_apo.optim import make_trainable
 from megatron_apo.parallel.pipeline import forward_backward
 from megatron_apo.parallel.topology import Topology
 from megatron_apo.weights.hf_io import HFReader

@@ -21,12 +21,12 @@ import torch.distributed as dist
 from megatron_apo.config import Recipe
 from megatron_apo.data.layout import balance_metrics
 from megatron_apo.data.rollout import Rollout
+from megatron_apo.learner.diagnostics import StepRecord
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.objectives import build_objective
 from megatron_apo.parallel.topology import Topology
 from megatron_apo.rollout.evaluation import Evaluation
 from megatron_apo.rollout.weight_sync import SyncReport
-from megatron_apo.telemetry.diagnostics import StepRecord
 from megatron_apo.telemetry.flops import training_rates
 from megatron_apo.telemetry.gpu import GpuMonitor, gpu_uuid, peak_tflops
 from megatron_apo.telemetry.memory import MemorySampler

@@ -58,10 +58,10 @@ def main() -> None:
 
 def measure(recipe: Recipe, rounds: int) -> None:
     """On every rank."""
+    from megatron_apo.learner.optim import make_trainable
     from megatron_apo.model.hf_config import read_hf_config
     from megatron_apo.model.placement import Reference
     from megatron_apo.objectives import build_objective
-    from megatron_apo.optim import make_trainable
     from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
     from megatron_apo.parallel.topology import distributed
     from megatron_apo.rollout.rollouts import Rollouts

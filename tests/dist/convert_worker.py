@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_apo.checkpoint import MODEL
+from megatron_apo.learner.checkpoint import MODEL
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.topology import distributed

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from megatron_apo.config import OptimizerConfig
 from megatron_apo.data.layout import lay_out
+from megatron_apo.learner.optim import Trainable, make_trainable
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.model.placement import HostCopy, place_reference
 from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import APO, Samples
-from megatron_apo.optim import Trainable, make_trainable
 from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.weights.hf_io import HFReader

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_apo.checkpoint import RECORD, check_resume, latest, read_record
 from megatron_apo.config import RecipeError
+from megatron_apo.learner.checkpoint import RECORD, check_resume, latest, read_record
 from tests.dist.checkpoint_worker import recipe_of
 from tests.dist.ranks import start_ranks
 from tests.models import make_model

@@ -21,12 +21,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_apo.config import FP8Config, OptimizerConfig, ParallelConfig, Recipe, TrainConfig, build_recipe
 from megatron_apo.data.batch import MicroBatch
 from megatron_apo.data.layout import lay_out, minibatches
+from megatron_apo.learner.optim import GradientError, Trainable, make_trainable
 from megatron_apo.model.build import FP32, build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import APO, Samples
 from megatron_apo.objectives.base import LossTerm, Stats
-from megatron_apo.optim import GradientError, Trainable, make_trainable
 from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.weights.hf_io import HFReader

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.data.rollout import Rollout
+from megatron_apo.learner.optim import Trainable, make_trainable
 from megatron_apo.model.build import LogProbModel
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.model.placement import Reference, place_reference
 from megatron_apo.objectives import build_objective
-from megatron_apo.optim import Trainable, make_trainable
 from megatron_apo.parallel.pipeline import forward_log_probs
 from megatron_apo.parallel.topology import Topology, alone
 from megatron_apo.stages import train as stage

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_apo.learner.diagnostics import LogRatioError, StepRecord, _Totals, diagnose
 from megatron_apo.objectives import LossTerm, Stats
 from megatron_apo.parallel.topology import Topology
-from megatron_apo.telemetry.diagnostics import LogRatioError, StepRecord, _Totals, diagnose
 
 
 def micro_batch(loss, count, log_prob, anchor, sampler):

@@ -11,8 +11,8 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import optimizer_config
 
 from megatron_apo.config import OptimizerConfig, ParallelConfig, RecipeError
+from megatron_apo.learner.optim import _RESHARDABLE, _adam_arguments, make_trainable
 from megatron_apo.model.build import build_model
-from megatron_apo.optim import _RESHARDABLE, _adam_arguments, make_trainable
 from megatron_apo.parallel.topology import alone
 from megatron_apo.weights.torch_dist import LAYOUT
 from tests.unit.test_precision import SPEC

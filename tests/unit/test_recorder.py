@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.data.rollout import Rollout
+from megatron_apo.learner.diagnostics import StepRecord
 from megatron_apo.objectives import Stats
 from megatron_apo.parallel.topology import Topology
 from megatron_apo.rollout.evaluation import Evaluation
 from megatron_apo.rollout.weight_sync import SyncReport
-from megatron_apo.telemetry.diagnostics import StepRecord
 from megatron_apo.telemetry.recorder import Recorder, machine_metrics
 from megatron_apo.telemetry.responses import response_metrics
 from megatron_apo.telemetry.timers import Phase

@@ -28,7 +28,7 @@ from megatron_apo.values.store import MANIFEST
 if TYPE_CHECKING:
     import torch
 
-    from megatron_apo.optim import Trainable
+    from megatron_apo.learner.optim import Trainable
     from megatron_apo.parallel.topology import Topology
 
 Dtype = Literal["fp32", "bf16", "fp16"]
