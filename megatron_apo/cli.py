@@ -111,9 +111,17 @@ def estimate_vstar(
 
 
 @app.command()
-def train(recipe: RecipeOption, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipeOption,
+    overrides: Overrides = None,
+    record: Annotated[bool, typer.Option("--record", help="keep each step's batch in RUN/rollouts")] = False,
+    replay: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="train on recorded batches, without vLLM")
+    ] = None,
+) -> None:
     """Stage 2: train the policy against a V* store."""
-    loaded = _load(recipe, overrides)
+    overrides = [*(overrides or []), *(["train.record=true"] if record else [])]
+    loaded = _load(recipe, overrides + ([f"train.replay={replay}"] if replay else []))
     from megatron_apo.stages import start
 
     start.train(loaded)

@@ -17,8 +17,8 @@ from megatron_apo.model.precision import Layers, check_precision, layer_kind, op
 from megatron_apo.model.recompute import check_recompute
 from megatron_apo.parallel.launch import is_rank
 from megatron_apo.rollout.server import engine_problems, served_length
-from megatron_apo.telemetry.metrics import wandb_problems
 from megatron_apo.telemetry.units import data_size
+from megatron_apo.telemetry.weights_and_biases import wandb_problems
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2}  # of a number, as recipes name its type
 

@@ -87,12 +87,12 @@ def stop_token_ids(recipe: Recipe, folder: Path) -> tuple[int, ...]:
 
 
 def store_fingerprint(recipe: Recipe, inputs: Inputs) -> Fingerprint:
-    """Everything that V* under this recipe depends on. Reads the reference's weights, for their hash."""
-    from megatron_apo.weights.hf_io import model_hash
+    """Everything that V* under this recipe depends on. Reads the reference's weights once a run, for their hash."""
+    from megatron_apo.weights.hf_io import known_model_hash
 
     reward = get_reward(recipe.reward.name, recipe.reward.options)
     return Fingerprint(
-        model_hash=model_hash(recipe.model.reference_path),
+        model_hash=known_model_hash(recipe.model.reference_path, recipe.run.dir / "reference_hash.json"),
         **inputs.renderer.fingerprint(),
         temperature=recipe.sampling.temperature,
         top_p=recipe.sampling.top_p,

@@ -6,13 +6,14 @@ Shapes: B sequences, S padded length, T tokens of a packed micro-batch, R respon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_apo.data.packing import laid_out
+from megatron_apo.data.sequences import Sequences
 from megatron_apo.model.attention import PackedLayout
 from megatron_apo.model.build import IGNORE
 
@@ -33,11 +34,6 @@ class MicroBatch:
         """Positions of the sequences that lie one after the other in a row, padding included."""
         return self.layout.lengths if self.layout else (self.input_BS.shape[1],)
 
-    def gather(self, values: Sequence[Sequence[float]]) -> Tensor:
-        """[R] fp32: the per-response-token `values` of these sequences (indexed as the batch), concatenated."""
-        flat = [x for index in self.indices for x in values[index]]
-        return torch.tensor(flat, dtype=torch.float32, device=self.input_BS.device)
-
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`."""
         if device == self.input_BS.device:
@@ -49,42 +45,37 @@ class MicroBatch:
 
 def make_micro_batch(
     indices: list[int],
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    sequences: Sequences,
     packing: bool,
     multiple: int = 1,
     fill_to: int = 0,
     fill_multiple: int = 1,
 ) -> MicroBatch:
-    """Lay out the sequences `indices` of a batch. `prompts[i]` and `responses[i]` are token ids, neither empty.
+    """Lay out the rows `indices` of a batch, which must be held. No prompt and no response is empty.
 
-    A sequence's last token is only a label, so sequence i has len(prompt) + len(response) - 1 positions, which
-    `laid_out` rounds up and fills up. Padding comes after its sequence, where causality keeps it from every token
-    before, and has no label: it is in no sum.
+    A sequence's last token is only a label, so that it takes one position fewer than it has tokens, which `laid_out`
+    rounds up and fills up. Padding comes after its sequence, where causality keeps it from every token before, and has
+    no label: it is in no sum.
     """
-    inputs, labels = [], []
-    for index in indices:
-        inputs.append([*prompts[index], *responses[index]][:-1])
-        labels.append([IGNORE] * (len(prompts[index]) - 1) + list(responses[index]))
+    rows = [sequences.row(index) for index in indices]
+    prompt_lengths = [int(sequences.prompt_lengths_B[index]) for index in indices]
     widths = laid_out(
-        list(map(len, inputs)), packing=packing, multiple=multiple, fill_to=fill_to, fill_multiple=fill_multiple
+        [len(row) - 1 for row in rows], packing=packing, multiple=multiple, fill_to=fill_to, fill_multiple=fill_multiple
     )
+    input_T, label_T = np.zeros(sum(widths), dtype=np.int64), np.full(sum(widths), IGNORE, dtype=np.int64)
+    start = 0
+    for row, prompt_length, width in zip(rows, prompt_lengths, widths, strict=False):  # further widths are padding
+        end = start + len(row) - 1
+        input_T[start:end] = row[:-1]
+        label_T[start + prompt_length - 1 : end] = row[prompt_length:]
+        start += width
     shape = (1 if packing else len(widths), -1)
-    counts = torch.tensor([len(responses[index]) for index in indices])
+    counts = torch.from_numpy(sequences.response_lengths_B[indices].astype(np.int64))
     return MicroBatch(
         indices=indices,
-        input_BS=_rows(inputs, widths, 0).view(shape),
+        input_BS=torch.from_numpy(input_T).view(shape),
         position_BS=torch.cat([torch.arange(width) for width in widths]).view(shape),
-        label_BS=_rows(labels, widths, IGNORE).view(shape),
+        label_BS=torch.from_numpy(label_T).view(shape),
         sequence_R=torch.repeat_interleave(torch.arange(len(indices)), counts),
         layout=PackedLayout.from_lengths(widths) if packing else None,
     )
-
-
-def _rows(rows: list[list[int]], widths: list[int], fill: int) -> Tensor:
-    """`rows` one after the other, each filled up to its width; further widths have no row."""
-    found, start = torch.full((sum(widths),), fill), 0
-    for row, width in zip(rows, widths, strict=False):
-        found[start : start + len(row)] = torch.tensor(row)
-        start += width
-    return found

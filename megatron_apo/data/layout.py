@@ -3,64 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_apo.config import Recipe
 from megatron_apo.data.batch import MicroBatch, make_micro_batch
 from megatron_apo.data.packing import Plan, balance, laid_out, plan_micro_batches
-from megatron_apo.parallel.topology import Topology
+from megatron_apo.data.sequences import Sequences
 
 
-def lay_out(
-    recipe: Recipe,
-    topology: Topology,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    *,
-    rows: range | None = None,
-    spread: bool = True,
-) -> list[MicroBatch]:
-    """This rank's micro-batches of the sequences `rows`, one of `minibatches` (none: all of them), on its device.
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which micro-batch of which data-parallel replica each sequence is in; a function of lengths alone.
 
-    spread: over the data-parallel replicas; otherwise each has all of them. The micro-batches' `indices` count from the
-    first of `prompts`, whatever `rows` is. Raises `ValueError` as `plan_micro_batches` does.
+    plans: of each minibatch, [replica][micro-batch] = rows of the batch. rules: how `make_micro_batch` lays them out.
     """
-    # The last token is a label alone.
-    lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True)]
-    dp = topology.dp if spread else 1
-    batch = [range(len(lengths))] if rows is None else minibatches(recipe, len(lengths))
-    plan = _plan(recipe, lengths, batch[0] if rows is None else rows, dp)
-    rules = _rules(recipe, lengths, batch, dp)
-    own = plan[topology.dp_rank if spread else 0]
-    return [make_micro_batch(indices, prompts, responses, **rules).to(topology.device) for indices in own]
+
+    lengths: Sequence[int]  # positions that each sequence takes in the model
+    plans: Sequence[Plan]
+    rules: dict[str, Any]
+
+    def rows_of(self, replica: int) -> list[int]:
+        """The sequences that a replica computes, ascending."""
+        return sorted(row for plan in self.plans for members in plan[replica] for row in members)
+
+    def micro_batches(self, sequences: Sequences, replica: int) -> list[list[MicroBatch]]:
+        """A replica's micro-batches of each minibatch, in host memory; `sequences` must hold the replica's rows."""
+        return [
+            [make_micro_batch(members, sequences, **self.rules) for members in plan[replica]] for plan in self.plans
+        ]
+
+    def metrics(self) -> dict[str, float]:
+        """How evenly the work is spread, of the minibatch for which that is worst (see `Balance`)."""
+        found = [balance(plan, self.lengths, **self.rules) for plan in self.plans]
+        return {
+            "layout/micro_batches": max(one.micro_batches for one in found),
+            "layout/padding": max(one.padding for one in found),
+            "layout/token_imbalance": max(one.tokens for one in found),
+            "layout/micro_batch_imbalance": max(one.micro_batch_tokens for one in found),
+            "layout/attention_imbalance": max(one.attention for one in found),
+        }
 
 
-def minibatches(recipe: Recipe, num_sequences: int) -> list[range]:
-    """Which of a rollout batch's sequences each optimizer step is made of."""
-    size, rest = divmod(num_sequences, recipe.train.minibatches)
-    assert not rest, f"{num_sequences} sequences do not divide into train.minibatches={recipe.train.minibatches}"
-    return [range(first, first + size) for first in range(0, num_sequences, size)]
+def plan_batch(recipe: Recipe, sequences: Sequences, *, num_minibatches: int = 1, dp: int = 1) -> BatchPlan:
+    """Plan a batch for so many minibatches and replicas. Raises `ValueError` as `plan_micro_batches` does.
 
-
-def balance_metrics(recipe: Recipe, lengths: Sequence[int]) -> dict[str, float]:
-    """How evenly the work of a rollout batch is spread, of the minibatch for which that is worst (see `Balance`).
-
-    lengths: positions of its sequences in the model.
+    Minibatches are equal parts of the batch, in its order. The interleaved schedule takes micro-batches of one length,
+    and runs the reference on those of all minibatches at once: all are filled up to the longest one's.
     """
-    batch, dp = minibatches(recipe, len(lengths)), recipe.parallel.dp
-    rules = _rules(recipe, lengths, batch, dp)
-    found = [balance(_plan(recipe, lengths, rows, dp), lengths, **rules) for rows in batch]
-    return {
-        "layout/micro_batches": max(one.micro_batches for one in found),
-        "layout/padding": max(one.padding for one in found),
-        "layout/token_imbalance": max(one.tokens for one in found),
-        "layout/micro_batch_imbalance": max(one.micro_batch_tokens for one in found),
-        "layout/attention_imbalance": max(one.attention for one in found),
+    lengths = sequences.positions_B.tolist()
+    size, rest = divmod(len(lengths), num_minibatches)
+    assert not rest, f"{len(lengths)} sequences do not divide into {num_minibatches} minibatches"
+    parts = [range(index * size, (index + 1) * size) for index in range(num_minibatches)]
+    plans = [_plan(recipe, lengths, rows, dp) for rows in parts]
+    rules: dict[str, Any] = {
+        "packing": recipe.train.packing,
+        "multiple": recipe.alignment,
+        "fill_multiple": recipe.micro_batch_alignment,
     }
+    if recipe.parallel.vpp > 1:
+        micro = [members for plan in plans for rank in plan for members in rank]
+        rules["fill_to"] = max(sum(laid_out([lengths[row] for row in members], **rules)) for members in micro)
+    return BatchPlan(lengths, plans, rules)
+
+
+def lay_out(recipe: Recipe, sequences: Sequences, *, dp: int = 1, replica: int = 0) -> list[MicroBatch]:
+    """The micro-batches of a batch that is one minibatch; by default each replica computes all of it."""
+    (micro_batches,) = plan_batch(recipe, sequences, dp=dp).micro_batches(sequences, replica)
+    return micro_batches
 
 
 def _plan(recipe: Recipe, lengths: Sequence[int], rows: range, dp: int) -> Plan:
-    """By indices into `lengths`."""
+    """[replica][micro-batch] = rows of the batch."""
     train, multiple = recipe.train, recipe.micro_batch_alignment
     plan = plan_micro_batches(
         [lengths[row] for row in rows],
@@ -71,19 +85,3 @@ def _plan(recipe: Recipe, lengths: Sequence[int], rows: range, dp: int) -> Plan:
         count_multiple_of=recipe.parallel.micro_batch_group,
     )
     return [[[rows[index] for index in members] for members in rank] for rank in plan]
-
-
-def _rules(recipe: Recipe, lengths: Sequence[int], batch: Sequence[range], dp: int) -> dict[str, Any]:
-    """Arguments of `laid_out` for every micro-batch of `batch`, the parts of a batch that one schedule may run at once.
-
-    The interleaved schedule takes micro-batches of one length, the longest one's; it runs the anchor on all of them.
-    """
-    rules: dict[str, Any] = {
-        "packing": recipe.train.packing,
-        "multiple": recipe.alignment,
-        "fill_multiple": recipe.micro_batch_alignment,
-    }
-    if recipe.parallel.vpp > 1:
-        micro = [members for rows in batch for rank in _plan(recipe, lengths, rows, dp) for members in rank]
-        rules["fill_to"] = max(sum(laid_out([lengths[i] for i in members], **rules)) for members in micro)
-    return rules

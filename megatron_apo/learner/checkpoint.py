@@ -28,7 +28,7 @@ from megatron_apo.values.store import MANIFEST
 if TYPE_CHECKING:
     import torch
 
-    from megatron_apo.learner.optim import Trainable
+    from megatron_apo.learner.learner import Learner
     from megatron_apo.parallel.topology import Topology
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -42,6 +42,9 @@ FREE = {
     "run.dir",
     "train.steps",  # see `_changes`: with a schedule that decays it is not
     "train.save_every",
+    "train.max_skipped_steps",
+    "train.record",
+    "train.replay",
     "train.first_log_ratio_tolerance",
     # The same sums in another order.
     "parallel",
@@ -86,6 +89,7 @@ class RunState:
     step: int
     recipe: dict[str, Any]
     vstar_sha256: str  # of the V* store's manifest, which has the hash of every shard
+    skipped_in_a_row: int = 0  # see `Learner`
 
 
 @dataclass(frozen=True)
@@ -156,23 +160,26 @@ def check_resume(recipe: Recipe) -> None:
 class Checkpoints:
     """The run's checkpoints, on every rank."""
 
-    def __init__(self, recipe: Recipe, topology: Topology, trainable: Trainable):
+    def __init__(self, recipe: Recipe, topology: Topology, learner: Learner):
         self._recipe = recipe
         self._topology = topology
-        self._trainable = trainable
+        self._learner = learner
 
     def restore(self) -> int:
         """Load the newest checkpoint, if there is one. Returns the number of steps already taken. Collective."""
+        from megatron_apo.rollout.failures import on_all
         from megatron_apo.weights import torch_dist
 
         folder = self._topology.broadcast(latest(self._recipe.run.dir))
         if folder is None:
             return 0
-        step = self._topology.broadcast(_run_of(folder).step if self._topology.is_driver else None)
+        run = self._topology.broadcast(_run_of(folder) if self._topology.is_driver else None)
         if self._topology.is_driver:
             print(f"resuming from {folder}", flush=True)
-        self._trainable.load_state(torch_dist.read(folder, self._trainable.sharded_state(is_loading=True)))
-        return step
+        state = torch_dist.read(folder, self._learner.trainable.sharded_state(is_loading=True))
+        on_all(self._topology, lambda: self._learner.trainable.load_state(state, folder))
+        self._learner.skipped_in_a_row = run.skipped_in_a_row
+        return run.step
 
     def save_if_due(self, step: int) -> None:
         """Save after `step` steps if train.save_every says so. Collective."""
@@ -184,12 +191,13 @@ class Checkpoints:
             return
 
         def describe(folder: Path) -> None:
-            run = RunState(step, self._recipe.model_dump(mode="json"), _store_hash(self._recipe))
+            recipe, skipped = self._recipe.model_dump(mode="json"), self._learner.skipped_in_a_row
+            run = RunState(step, recipe, _store_hash(self._recipe), skipped)
             record = Record(self._recipe.model.dtype, run=run)
             on_driver(self._topology, lambda: record.write(folder, self._recipe.model.path))
 
         folder = self._recipe.run.dir / "checkpoints" / f"step-{step:06d}"
-        torch_dist.write(folder, self._topology, self._trainable.sharded_state(), describe)
+        torch_dist.write(folder, self._topology, self._learner.trainable.sharded_state(), describe)
 
 
 def _run_of(folder: Path) -> RunState:

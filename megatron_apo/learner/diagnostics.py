@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,13 +37,15 @@ class LogRatioError(RuntimeError):
 
 
 class StepRecord:
-    """Stats and gradient norms of a step's minibatches.
+    """Stats and gradient norms of a step's minibatches. Norms that are not finite are those of skipped optimizer steps.
 
     KL and mismatch are those of the first minibatch, which alone is evaluated at the weights that sampled it.
     """
 
-    def __init__(self, reinforce_scale: float):
+    def __init__(self, reinforce_scale: float, layout: Mapping[str, float] | None = None):
+        """`layout`: how evenly the batch's work was spread, by the names of metrics.jsonl."""
         self._reinforce_scale = reinforce_scale
+        self._layout = dict(layout or {})
         self._minibatches: list[Stats] = []
         self._gathered: list[_Totals] = []
         self._grad_norms: list[float] = []
@@ -82,7 +85,8 @@ class StepRecord:
     def metrics(self) -> dict[str, float]:
         """By the names of metrics.jsonl."""
         first, total_count = self._gathered[0], sum(totals.sums["count"] for totals in self._gathered)
-        grad_norm = sum(self._grad_norms) / len(self._grad_norms)
+        finite = [norm for norm in self._grad_norms if math.isfinite(norm)]
+        grad_norm = sum(finite) / len(finite) if finite else math.nan
         return {
             "loss": sum(totals.sums["loss"] for totals in self._gathered) / total_count,
             "kl/per_token": first.sums["log_ratio"] / first.sums["tokens"],
@@ -91,7 +95,9 @@ class StepRecord:
             "mismatch/mean": first.sums["mismatch"] / first.sums["tokens"],
             "grad_norm": grad_norm,
             "grad_norm_reinforce": grad_norm / self._reinforce_scale,
+            "skipped_steps": len(self._grad_norms) - len(finite),
             **({"entropy/per_token": first.sums["entropy"] / first.sums["tokens"]} if "entropy" in first.sums else {}),
+            **self._layout,
         }
 
 

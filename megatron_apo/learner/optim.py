@@ -6,32 +6,23 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_apo.config import OptimizerConfig, RecipeError
+from megatron_apo.learner import optimizer_state
 from megatron_apo.model.cpu_compat import cuda_type_names
 from megatron_apo.model.gpus import visible_gpus
 from megatron_apo.model.placement import HostCopy, drop_quantized
 from megatron_apo.model.precision import ddp_arguments, optimizer_arguments, optimizer_problems
-from megatron_apo.weights.torch_dist import LAYOUT, sharded_state
-
-_RESHARDABLE = LAYOUT | {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-}
-_NO_CLIPPING = 1e30  # Megatron computes the norm only when it clips
-
-
-class GradientError(RuntimeError):
-    """A gradient that is not finite."""
+from megatron_apo.weights.torch_dist import sharded_state
 
 
 @dataclass
@@ -47,16 +38,35 @@ class Trainable:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    @torch.no_grad()
     def step(self) -> float:
-        """Update the weights; returns the gradient norm over all ranks, before clipping."""
+        """Update the weights; returns the gradient's norm over all ranks, before clipping.
+
+        A norm that is not finite, which every rank then has, leaves weights, moments and schedule as they were.
+        Megatron-Core's own step would update first and tell afterwards (optimizer.py, `ChainedOptimizer.step`).
+        """
         with cuda_type_names():
-            updated, grad_norm, _ = self.optimizer.step()
-        if not updated or not math.isfinite(grad_norm):
-            raise GradientError(
-                f"the gradient's norm is {grad_norm}; the weights are lost, resume from the last checkpoint"
-            )
+            overflow = self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+            if overflow or not math.isfinite(grad_norm):
+                return math.inf if math.isfinite(grad_norm) else grad_norm
+            self._clip(grad_norm)
+            self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
-        return float(grad_norm)
+        return grad_norm
+
+    def _clip(self, grad_norm: float) -> None:
+        """Scale the gradients to the largest norm allowed."""
+        for part in self.optimizer.chained_optimizers:
+            if getattr(part, "is_stub_optimizer", False):  # this rank has no parameter of its kind
+                continue
+            if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
+                clip_grad_by_total_norm_fp32(
+                    parameters,
+                    max_norm=part.config.clip_grad,
+                    total_norm=grad_norm,
+                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
 
     @property
     def lr(self) -> float:
@@ -110,24 +120,24 @@ class Trainable:
 
     def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
         """Weights, optimizer and schedule as Megatron-Core's sharded state, to be saved or (`is_loading`) filled.
-
-        The optimizer's is in the parameters' own shapes, so that another layout can load it; for that, data-parallel
-        rank 0 gathers its shards in main memory when saving. Collective.
-        """
-        if is_loading:
-            _allocate(self.optimizer)
-        # By chunk, since each counts its layers from 0. In the checkpoint they are known by their place in the model.
-        model = {index: sharded_state(chunk.module) for index, chunk in enumerate(self.chunks)}
-        with _compact_index(self.optimizer):
-            optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_RESHARDABLE)
+        Collective."""
+        model = self._sharded_model()
+        optimizer = optimizer_state.sharded(self.optimizer, model, is_loading=is_loading)
         return {"model": model, "optimizer": optimizer, "schedule": self.scheduler.num_steps}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over a filled `sharded_state`; this object must be as `make_trainable` made it."""
+    def load_state(self, state: dict[str, Any], folder: Path) -> None:
+        """Take over a `sharded_state` filled from the checkpoint `folder`, and the rest of the optimizer from there.
+
+        This object must be as `make_trainable` made it. Raises `CheckpointError`, on the ranks concerned.
+        """
         for index, chunk in enumerate(self.chunks):
             chunk.module.load_state_dict(state["model"][index])
-        _load(self.optimizer, state["optimizer"])
+        optimizer_state.load(self.optimizer, state["optimizer"], self._sharded_model(), folder)
         self.scheduler.step(increment=state["schedule"])
+
+    def _sharded_model(self) -> dict[int, dict[str, Any]]:
+        """By chunk, since each counts its layers from 0. In a checkpoint they are known by their place in the model."""
+        return {index: sharded_state(chunk.module) for index, chunk in enumerate(self.chunks)}
 
 
 def make_trainable(modules: Sequence[torch.nn.Module], config: OptimizerConfig, *, total_steps: int) -> Trainable:
@@ -139,7 +149,7 @@ def make_trainable(modules: Sequence[torch.nn.Module], config: OptimizerConfig, 
     ddp_config = DistributedDataParallelConfig(
         overlap_grad_reduce=False,
         use_distributed_optimizer=config.distributed,
-        check_for_nan_in_grad=False,  # the norm is checked in `step`, on every rank
+        check_for_nan_in_grad=False,  # `step` looks at the norm, on every rank
         **ddp_arguments(model_config),
     )
     chunks = [DistributedDataParallel(config=model_config, ddp_config=ddp_config, module=module) for module in modules]
@@ -181,7 +191,7 @@ def _adam_arguments(config: OptimizerConfig, model_config: Any) -> dict[str, Any
         "adam_beta1": config.beta1,
         "adam_beta2": config.beta2,
         "adam_eps": config.eps,
-        "clip_grad": config.clip_grad or _NO_CLIPPING,
+        "clip_grad": config.clip_grad,
         "use_distributed_optimizer": config.distributed,
         # Offloading is made for the precision-aware optimizer: without it all main weights stay on the GPU as well.
         "use_precision_aware_optimizer": config.cpu_offload > 0 or config.moments == "bf16",
@@ -192,68 +202,3 @@ def _adam_arguments(config: OptimizerConfig, model_config: Any) -> dict[str, Any
         "optimizer_offload_fraction": config.cpu_offload,
         "overlap_cpu_optimizer_d2h_h2d": config.cpu_offload > 0,
     } | optimizer_arguments(model_config)
-
-
-def _allocate(optimizer: Any) -> None:
-    """Give a new optimizer the state that a checkpoint will fill, where Megatron-Core does not do so itself.
-
-    Where TE and Apex are not, it reads `step` (distrib_optimizer.py, `state_dict`) before there is one
-    (optimizer/__init__.py, `init_state_fn`).
-    """
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, HybridDeviceOptimizer):
-            part.optimizer.dummy_step()  # a real step on random gradients: the checkpoint's weights must follow
-        elif isinstance(part.optimizer, torch.optim.Adam):
-            part.init_state_fn(part.optimizer, part.config)
-            for parameter_state in part.optimizer.state.values():
-                parameter_state["step"] = torch.tensor(0.0)
-
-
-@contextmanager
-def _compact_index(optimizer: Any) -> Iterator[None]:
-    """Within: parameters are where the optimizer state that data-parallel rank 0 gathered has them.
-
-    Megatron-Core gathers buckets without the padding between them (distrib_optimizer.py, `get_parameter_state_dp_zero`)
-    and looks parameters up with it (`sharded_param_state_fully_reshardable`): all behind the first padded bucket would
-    be saved shifted. The last stage of a tied model has two buckets.
-    """
-    buffers = [
-        b for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer) for b in part.buffers
-    ]
-    padded = [buffer.param_index_map for buffer in buffers]
-    for buffer in buffers:
-        sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
-        shifts = [bucket.offset - sum(sizes[:index]) for index, bucket in enumerate(buffer.buckets)]
-        buffer.param_index_map = {
-            parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
-            for parameter, (start, end, bucket) in buffer.param_index_map.items()
-        }
-    try:
-        yield
-    finally:
-        for buffer, index in zip(buffers, padded, strict=True):
-            buffer.param_index_map = index
-
-
-def _load(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load a state that `sharded_state` asked for.
-
-    With torch's Adam the distributed optimizer needs a hand: it takes `step` for a tensor of the parameter's shape
-    (distrib_optimizer.py, `_set_main_param_and_optimizer_states`), and leaves all parameters one `step` object, which
-    each of them would count up (`load_state_dict`).
-    """
-    parts = optimizer.chained_optimizers  # experts have one of their own
-    for index, part in enumerate(parts):
-        _load_part(part, state if len(parts) == 1 else state[index])
-
-
-def _load_part(part: Any, state: dict[str, Any]) -> None:
-    if not (isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.Adam)):
-        part.load_state_dict(state)
-        return
-    parameters = state.pop("param_state")
-    part.load_state_dict(state)
-    steps = [parameter_state.pop("step").clone() for parameter_state in part.optimizer.state.values()]
-    part.load_parameter_state_from_fully_reshardable(parameters)
-    for parameter_state, step in zip(part.optimizer.state.values(), steps, strict=True):
-        parameter_state["step"] = step

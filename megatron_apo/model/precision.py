@@ -62,6 +62,18 @@ class Precision:
         """As the recipe asks, on this machine. Raises `RecipeError` where that cannot be."""
         return cls(model.dtype, model.fp8, layer_kind(model, parallel, min(visible_gpus(), default=None)))
 
+    @property
+    def log_ratio_tolerance(self) -> float:
+        """How far log-probs by the same weights may differ between a pass with gradient and one without, nats a token.
+
+        Our attention is one kernel for both. Transformer Engine asks cuDNN for a plan for training or for inference
+        (`is_training` in fused_attn_fwd), which may add up in another order: then outputs differ by roundings. Both
+        numbers are estimates, which no GPU has confirmed; where one is too small, the run says so at its first step.
+        """
+        if self.layers == "local":
+            return 0.0
+        return 0.5 if self.fp8 else 0.1
+
 
 def layer_kind(model: ModelConfig, parallel: ParallelConfig, capability: Capability | None) -> Layers:
     """Transformer Engine's layers or Megatron-Core's own, on a GPU of `capability` (None: there is none).

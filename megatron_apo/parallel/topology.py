@@ -11,7 +11,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Topology:
     cp_group: Any = None
     vpp: int = 1
     host_group: Any = None  # all ranks, over gloo whatever the device; none: the default group
+    replica_group: Any = None  # the ranks of this data-parallel replica, over gloo; none: the default group
 
     @property
     def ep_rank(self) -> int:
@@ -73,6 +74,11 @@ class Topology:
         """
         first = (ep_rank + pp_rank * self.dp * self.cp) * self.tp
         return [first + tp_rank for tp_rank in range(self.tp)]
+
+    def replica_ranks(self, replica: int) -> list[int]:
+        """Global ranks of a data-parallel replica, ascending. Those of replica 0 begin with the driver."""
+        inner = self.tp * self.cp
+        return [rank + inner * (replica + self.dp * pp_rank) for pp_rank in range(self.pp) for rank in range(inner)]
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
         """The object of global rank `src`, on every rank, which waits for it on the host and as long as it takes.
@@ -175,6 +181,11 @@ def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.St
             vpp=parallel.vpp,
             host_group=dist.new_group(backend="gloo", timeout=_PATIENCE),
         )
+        for replica in range(topology.dp):  # every rank takes part in making every group
+            group = dist.new_group(topology.replica_ranks(replica), backend="gloo", timeout=_PATIENCE)
+            if replica == topology.dp_rank:
+                topology = replace(topology, replica_group=group)
+        assert topology.rank in topology.replica_ranks(topology.dp_rank), "Megatron-Core's rank order changed"
         assert topology.ep_rank == parallel_state.get_expert_model_parallel_rank(), "Megatron-Core's rank order changed"
         yield topology
         done = True

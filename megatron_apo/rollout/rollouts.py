@@ -2,7 +2,7 @@
 
     with Rollouts(recipe, topology, policy, spec, inputs, parked=...) as rollouts:
         rollouts.sync(0)                          # vLLM serves the trainer's weights, proven
-        batch = rollouts.sample(prompts, step)    # the same list of Rollout on every rank
+        batch = rollouts.sample(prompts, step)    # a RolloutBatch on the driver, None elsewhere
 
 Every method is called on every rank. Server, graders and tokenizer live on the driver (global rank 0). A server that
 dies is restarted once a step, given the weights again, proven and asked again; a second death in the same step ends the
@@ -19,13 +19,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
+import numpy as np
 import torch
 
 from megatron_apo.config import Recipe
 from megatron_apo.data.layout import lay_out
 from megatron_apo.data.order import sample_seeds
 from megatron_apo.data.prompts import Prompt
-from megatron_apo.data.rollout import Rollout
+from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch, groups_of
+from megatron_apo.data.sequences import Sequences
 from megatron_apo.inputs import Inputs
 from megatron_apo.model.build import LogProbModel, at_temperature
 from megatron_apo.model.hf_config import ModelSpec
@@ -95,6 +97,11 @@ class Rollouts:
         assert self._pool is not None
         return self._pool
 
+    @property
+    def grader_failures(self) -> dict[str, int]:
+        """How often graders failed, by reason; nothing except on the driver."""
+        return dict(self._pool.failures) if self._pool else {}
+
     def sync(self, version: int) -> SyncReport:
         """Give the server the policy's present weights and call them `version`."""
         self._version = version
@@ -105,13 +112,15 @@ class Rollouts:
         self._wake("weights")
         return self._sync.sync(self._version)
 
-    def prove(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> float:
-        """Largest |log-prob difference| between vLLM and the policy on these sequences.
+    def prove(self, batch: RolloutBatch) -> float:
+        """Largest |log-prob difference| between vLLM and the policy on the first sequences of a batch.
 
         Raises SyncError past sync.probe_tolerance, or where vLLM was sent other weights than the policy's present ones.
-        Both sides are at temperature 1, the arguments equal on all ranks.
+        Both sides are at temperature 1. The driver's batch, which is held whole, counts.
         """
-        self._probes = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        rows = range(min(self._recipe.sync.probe_sequences, len(batch)))
+        probes = [batch.sequences.row(row).tolist() for row in rows] if self._topology.is_driver else None
+        self._probes = self._topology.broadcast(probes)
         return self._surviving(self._prove)
 
     def _prove(self) -> float:
@@ -125,7 +134,7 @@ class Rollouts:
     def _own_log_probs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         """The policy's log-probs of each sequence's tokens but the first, at temperature 1, on every rank."""
         first, rest = [s[:1] for s in sequences], [s[1:] for s in sequences]
-        micro_batches = lay_out(self._recipe, self._topology, first, rest, spread=False)
+        micro_batches = [micro.to(self._topology.device) for micro in lay_out(self._recipe, Sequences.of(first, rest))]
         with at_temperature(self._policy, 1.0):
             found = forward_log_probs(self._policy, micro_batches)
         ours: list[list[float]] = [[] for _ in sequences]
@@ -135,10 +144,12 @@ class Rollouts:
                 ours[index] = values.tolist()
         return self._topology.broadcast(ours, src=self._topology.last_stage_rank)
 
-    def sample(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
-        """One graded response for each prompt (given on the driver), in their order."""
+    def sample(self, prompts: Sequence[Prompt], step: int) -> RolloutBatch | None:
+        """One graded response for each prompt (given on the driver), in their order; on the driver, None elsewhere."""
         self._moment = f"step {step}"
-        return self._surviving(lambda: self._on_turn("generate", lambda: self._sample(prompts, step)))
+        sampled: list[RolloutBatch] = []
+        self._surviving(lambda: self._on_turn("generate", lambda: sampled.append(self._sample(prompts, step))))
+        return sampled[0] if sampled else None
 
     def evaluate(self, step: int) -> Evaluation:
         """avg@k and greedy of the weights that the server holds, on the recipe's held-out prompts."""
@@ -150,32 +161,30 @@ class Rollouts:
 
         return self._surviving(lambda: self._on_turn("evaluate", work))
 
-    def _sample(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+    def _sample(self, prompts: Sequence[Prompt], step: int) -> RolloutBatch:
         assert self._client and self._inputs
-        grades: list[Future[Grade] | None] = [None] * len(prompts)
+        grading: dict[int, Future[Grade]] = {}
 
         def grade(index: int, completion: Completion) -> None:
             request = self._inputs.grade_request(prompts[index], completion.token_ids, completion.finish_reason)
-            grades[index] = self.pool.submit(request)
+            grading[index] = self.pool.submit(request)
 
         seeds = sample_seeds(self._recipe.run.seed, "train", step, [prompt.prompt_id for prompt in prompts])
         requests = [GenerateRequest(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         completions = self._client.generate(requests, self._inputs.sampling(self._recipe.sampling), grade)
         if stale := {completion.weight_version for completion in completions} - {str(self._version)}:
             raise SyncError(f"step {step}: responses of weight versions {sorted(stale)}, expected {self._version}")
-        return [
-            Rollout(
-                prompt_id=prompt.prompt_id,
-                prompt_ids=prompt.token_ids,
-                response_ids=tuple(completion.token_ids),
-                log_probs=tuple(completion.log_probs),
-                finish_reason=completion.finish_reason,
-                weight_version=int(completion.weight_version),
-                reward=future.result().reward,
-                seconds=completion.seconds,
-            )
-            for prompt, completion, future in zip(prompts, completions, grades, strict=True)
-        ]
+        prompt_ids = tuple(prompt.prompt_id for prompt in prompts)
+        return RolloutBatch(
+            prompt_ids=prompt_ids,
+            group_B=groups_of(prompt_ids),
+            sequences=Sequences.of([prompt.token_ids for prompt in prompts], [one.token_ids for one in completions]),
+            log_prob_R=np.array([value for one in completions for value in one.log_probs], dtype=np.float32),
+            reward_B=np.array([grading[index].result().reward for index in range(len(prompts))], dtype=np.float64),
+            finish_reason_B=np.array([FINISH_REASONS.index(one.finish_reason) for one in completions], dtype=np.uint8),
+            weight_version_B=np.array([int(one.weight_version) for one in completions], dtype=np.int64),
+            seconds_B=np.array([one.seconds for one in completions], dtype=np.float64),
+        )
 
     def _start(self) -> None:
         """On the driver: graders and server."""

@@ -112,6 +112,7 @@ def _log_probs(
     spec: ModelSpec, hf: Path, megatron: Path, layout: Layout, lines: list[str], tolerance: float, topology: Topology
 ) -> None:
     from megatron_apo.data.batch import make_micro_batch
+    from megatron_apo.data.sequences import Sequences
     from megatron_apo.model.build import build_model
     from megatron_apo.parallel.pipeline import forward_log_probs
     from megatron_apo.rollout.failures import on_driver
@@ -121,8 +122,9 @@ def _log_probs(
     chunks = build_model(spec, layout.parallel, topology)
     load_model(chunks, megatron)
     first, rest = [tokens[:1] for tokens in sequences], [tokens[1:] for tokens in sequences]
+    batch = Sequences.of(first, rest)
     micro_batches = [
-        make_micro_batch([index], first, rest, packing=True).to(topology.device) for index in range(len(sequences))
+        make_micro_batch([index], batch, packing=True).to(topology.device) for index in range(len(sequences))
     ]
     found = [log_prob_R.tolist() for log_prob_R in forward_log_probs(chunks, micro_batches)]
     found = topology.broadcast(found, src=topology.last_stage_rank)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from rich.progress import Progress
 
 from megatron_apo.config import OptimizerConfig, Recipe
 from megatron_apo.data.layout import lay_out
 from megatron_apo.data.order import step_prompts
+from megatron_apo.data.sequences import Sequences
 from megatron_apo.data.sft import Examples, read_examples
+from megatron_apo.learner.learner import GradientError
 from megatron_apo.learner.optim import make_trainable
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
@@ -53,8 +57,8 @@ def _step(recipe: Recipe, topology: Topology, trainable, examples: Examples, ste
     chosen = step_prompts(
         step, num_prompts=len(examples.prompts), prompts_per_step=recipe.warmup.sequences_per_step, seed=recipe.run.seed
     )
-    prompts, responses = [examples.prompts[i] for i in chosen], [examples.responses[i] for i in chosen]
-    micro = lay_out(recipe, topology, prompts, responses)
+    sequences = Sequences.of([examples.prompts[i] for i in chosen], [examples.responses[i] for i in chosen])
+    micro = [one.to(topology.device) for one in lay_out(recipe, sequences, dp=topology.dp, replica=topology.dp_rank)]
     objective, nothing = SFT(), MicroTargets({}, {})
     trainable.zero_grad()
     forward_backward(
@@ -62,4 +66,5 @@ def _step(recipe: Recipe, topology: Topology, trainable, examples: Examples, ste
         micro,
         lambda log_prob_R, k: objective.loss(log_prob_R, torch.zeros_like(log_prob_R), micro[k].sequence_R, nothing),
     )
-    trainable.step()
+    if not math.isfinite(norm := trainable.step()):
+        raise GradientError(f"warm start, step {step + 1}: the gradient's norm is {norm}; use a lower warmup.lr")

@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.layout import balance_metrics
-from megatron_apo.data.rollout import Rollout
+from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner.diagnostics import StepRecord
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.objectives import build_objective
@@ -41,11 +40,16 @@ _SETTLED_STEPS = 2  # the first steps warm caches and kernels up; means leave th
 class Recorder:
     """Use as a context manager around the run."""
 
-    def __init__(self, recipe: Recipe, topology: Topology, server_pid: Callable[[], int | None]):
-        """`server_pid`: of the rollout server's root, whose memory is counted apart; None except on the driver."""
+    def __init__(self, recipe: Recipe, topology: Topology, server_pid: Callable[[], int | None], start: int = 0):
+        """server_pid: of the rollout server's root, whose memory is counted apart; None except on the driver.
+
+        start: steps already taken. The rows of these count; those of later steps, which a killed run left and which
+        will be written again, are removed.
+        """
         self._recipe = recipe
         self._topology = topology
         self._server_pid = server_pid
+        self._start = start
         self._spec = read_hf_config(recipe.model.path)
         self._anchor_computed = build_objective(recipe.objective).anchor in ("reference", "iterate")
         self._peak_flops = _peak_flops(recipe, topology.device)
@@ -55,7 +59,7 @@ class Recorder:
         self._history: defaultdict[str, list[float]] = defaultdict(list)
         self._syncs: list[SyncReport] = []
         self._proofs: list[float] = []
-        self._evaluated: Evaluation
+        self._evaluated: Evaluation | None = None
 
     def __enter__(self) -> Recorder:
         self._memory = self._stack.enter_context(MemorySampler())
@@ -67,29 +71,37 @@ class Recorder:
             self._recipe.save(self._recipe.run.dir / "recipe.yaml")
             telemetry, config = self._recipe.telemetry, self._recipe.model_dump(mode="json")
             self._writer = self._stack.enter_context(
-                MetricsWriter(self._recipe.run.dir, telemetry.tensorboard, telemetry.wandb, config)
+                MetricsWriter(
+                    self._recipe.run.dir, telemetry.tensorboard, telemetry.wandb, config, last_step=self._start
+                )
             )
+            self._read_history()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
 
-    def resumed(self, step: int) -> None:
-        """The run goes on after `step` steps: its rows so far count, those of later steps will be written again."""
-        for row in read_metrics(self._recipe.run.dir) if self._topology.is_driver else []:
+    def _read_history(self) -> None:
+        """What the run's earlier rows say counts in the summary too."""
+        for row in read_metrics(self._recipe.run.dir) if self._start else []:
             for name, value in row.items():
-                if row["step"] <= step and name not in ("step", "time") and value is not None:
+                if name not in ("step", "time") and value is not None:
                     self._history[name].append(value)
 
-    def synced(self, report: SyncReport) -> None:
-        self._syncs.append(report)
+    def synced(self, report: SyncReport | None) -> None:
+        """None: no weights were given to anyone, as in a replay."""
+        if report is not None:
+            self._syncs.append(report)
 
-    def proved(self, difference: float) -> None:
-        """`difference`: largest |log-prob| difference between vLLM and trainer on probe tokens."""
-        self._proofs.append(difference)
+    def proved(self, difference: float | None) -> None:
+        """`difference`: largest |log-prob| difference between vLLM and trainer on probe tokens; None: not proven."""
+        if difference is not None:
+            self._proofs.append(difference)
 
-    def evaluated(self, step: int, found: Evaluation) -> None:
-        """An evaluation of the weights after `step` steps."""
+    def evaluated(self, step: int, found: Evaluation | None) -> None:
+        """An evaluation of the weights after `step` steps; None: there was none."""
+        if found is None:
+            return
         self._evaluated = found
         if step == 0 and self._topology.is_driver:
             RunSummary(self._recipe.run.dir).add({"pass_at_1": {"before": asdict(found)}})
@@ -106,7 +118,7 @@ class Recorder:
         self,
         step: int,
         record: StepRecord,
-        batch: Sequence[Rollout],
+        batch: RolloutBatch,
         values: Mapping[str, float],
         phases: Mapping[str, Phase],
         *,
@@ -117,29 +129,34 @@ class Recorder:
         ranks = self._gathered((peaks, self._gpu.pop() if self._gpu else {}))
         if not self._topology.is_driver:
             return
-        advantages = [rollout.reward - values[rollout.prompt_id] for rollout in batch]
+        rewards, vstar = batch.reward_B.tolist(), [values[prompt_id] for prompt_id in batch.prompt_ids]
+        advantages = [reward - value for reward, value in zip(rewards, vstar, strict=True)]
+        prompt_lengths, response_lengths = batch.sequences.prompt_lengths_B, batch.sequences.response_lengths_B
         seconds = {name: phase.seconds for name, phase in phases.items()}
         self._log(
             step,
             {
-                "reward/mean": fmean(rollout.reward for rollout in batch),
+                "reward/mean": fmean(rewards),
                 **record.metrics(),
                 "lr": lr,
                 **response_metrics(batch, seconds["step"]),
                 "advantage/mean": fmean(advantages),
                 "advantage/second_moment": fmean(value * value for value in advantages),
-                "value/mean": fmean(values[rollout.prompt_id] for rollout in batch),
+                "value/mean": fmean(vstar),
                 **{f"time/{phase}_s": value for phase, value in seconds.items()},
-                "tokens_per_s/generate": sum(len(rollout.response_ids) for rollout in batch) / seconds["generate"],
+                **(
+                    {"tokens_per_s/generate": int(response_lengths.sum()) / seconds["generate"]}
+                    if "generate" in seconds
+                    else {}  # a replay
+                ),
                 **training_rates(
                     self._spec,
-                    [(len(rollout.prompt_ids), len(rollout.response_ids)) for rollout in batch],
+                    list(zip(prompt_lengths.tolist(), response_lengths.tolist(), strict=True)),
                     seconds,
                     num_ranks=self._topology.world_size,
                     peak_flops=self._peak_flops,
                     anchor_computed=self._anchor_computed,
                 ),
-                **balance_metrics(self._recipe, [rollout.num_tokens - 1 for rollout in batch]),
                 **machine_metrics(ranks),
             },
         )
@@ -150,35 +167,36 @@ class Recorder:
         peaks = self._gathered(self._memory.peaks())
         if not self._topology.is_driver:
             return
-        RunSummary(self._recipe.run.dir).add(
-            {
-                "pass_at_1": {"after": asdict(self._evaluated)},
-                "sync": {
-                    "seconds_mean": fmean(report.seconds for report in self._syncs),
-                    "bytes": self._syncs[-1].num_bytes,
-                    "count": len(self._syncs),
-                },
-                "max_log_prob_difference": float(np.max(self._proofs + self._history["mismatch/max"])),  # NaN stays
-                "kl": {
-                    "per_token": self._history["kl/per_token"][-1],
-                    "per_sequence": self._history["kl/per_sequence"][-1],
-                },
-                "tokens_per_s": {
-                    "generation": self._mean("tokens_per_s/generate"),
-                    "training": self._mean("tokens_per_s/train"),
-                },
-                "tflops_per_rank": self._means("tflops_per_rank/"),
-                "mfu": self._means("mfu/"),
-                "step_split_s": {name.removesuffix("_s"): mean for name, mean in self._means("time/").items()},
-                "grader_failures": dict(grader_failures),
-                "peak_memory_bytes": {label: peak for rank in peaks for label, peak in rank.items()},
-                "peak_phase_bytes": {
-                    name.removeprefix("memory/").removesuffix("_bytes"): max(values)
-                    for name, values in self._history.items()
-                    if name.startswith("memory/")
-                },
+        found: dict[str, Any] = {
+            "max_log_prob_difference": float(np.max(self._proofs + self._history["mismatch/max"])),  # NaN stays
+            "kl": {
+                "per_token": self._history["kl/per_token"][-1],
+                "per_sequence": self._history["kl/per_sequence"][-1],
+            },
+            "tokens_per_s": {"training": self._mean("tokens_per_s/train")},
+            "tflops_per_rank": self._means("tflops_per_rank/"),
+            "mfu": self._means("mfu/"),
+            "step_split_s": {name.removesuffix("_s"): mean for name, mean in self._means("time/").items()},
+            "skipped_steps": int(sum(self._history["skipped_steps"])),
+            "grader_failures": dict(grader_failures),
+            "peak_memory_bytes": {label: peak for rank in peaks for label, peak in rank.items()},
+            "peak_phase_bytes": {
+                name.removeprefix("memory/").removesuffix("_bytes"): max(values)
+                for name, values in self._history.items()
+                if name.startswith("memory/")
+            },
+        }
+        if self._evaluated:
+            found["pass_at_1"] = {"after": asdict(self._evaluated)}
+        if self._history["tokens_per_s/generate"]:
+            found["tokens_per_s"]["generation"] = self._mean("tokens_per_s/generate")
+        if self._syncs:
+            found["sync"] = {
+                "seconds_mean": fmean(report.seconds for report in self._syncs),
+                "bytes": self._syncs[-1].num_bytes,
+                "count": len(self._syncs),
             }
-        )
+        RunSummary(self._recipe.run.dir).add(found)
 
     def _gathered(self, value: Any) -> list[Any]:
         """Every rank's `value` on the driver, nothing elsewhere. Collective."""

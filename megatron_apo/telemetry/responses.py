@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from statistics import fmean
 
 import numpy as np
 
-from megatron_apo.data.rollout import Rollout
+from megatron_apo.data.rollouts import RolloutBatch
 
 
-def response_metrics(batch: Sequence[Rollout], step_s: float) -> dict[str, float]:
+def response_metrics(batch: RolloutBatch, step_s: float) -> dict[str, float]:
     """By the names of metrics.jsonl; `step_s`: seconds of the whole step.
 
     `rollout/slowest_share` is the share of the step in which only the slowest response was still running,
     `rollout/slowest_1pct_share` that in which only the slowest 1 % (at least one) were.
     """
-    lengths = [len(rollout.response_ids) for rollout in batch]
-    arrivals = sorted(rollout.seconds for rollout in batch)
+    lengths = batch.sequences.response_lengths_B.tolist()
+    arrivals = sorted(batch.seconds_B.tolist())
 
     def share(num_slowest: int) -> float:
         before = arrivals[-1 - num_slowest] if len(arrivals) > num_slowest else 0.0
@@ -29,7 +28,7 @@ def response_metrics(batch: Sequence[Rollout], step_s: float) -> dict[str, float
         "response/p50_tokens": float(np.percentile(lengths, 50)),
         "response/p95_tokens": float(np.percentile(lengths, 95)),
         "response/max_tokens": max(lengths),
-        "response/truncated": fmean(rollout.finish_reason == "length" for rollout in batch),
+        "response/truncated": float(batch.truncated_B.mean()),
         "rollout/slowest_share": share(1),
         "rollout/slowest_1pct_share": share(math.ceil(len(batch) / 100)),
     }

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -207,6 +210,30 @@ def model_hash(folder: Path) -> str:
         names = [name for name in reader.names() if name in used]
         identities = dict(zip(names, threads.map(lambda name: identity(reader.get(name)), names), strict=True))
     return combined_hash(identities)
+
+
+def known_model_hash(folder: Path, memo: Path) -> str:
+    """`model_hash`, computed once: it is kept in the file `memo`, and counts while the folder's files are the same.
+
+    That is told by their inodes, sizes and times of change (ctime, which no copying tool can set).
+    """
+    files = sorted((path.name, *_state(path)) for path in folder.iterdir() if path.is_file())
+    state = {"folder": str(folder.resolve()), "files": [list(file) for file in files]}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(memo.read_text())
+        if kept == state | {"model_hash": kept["model_hash"]}:
+            return kept["model_hash"]
+    found = model_hash(folder)
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    partial = memo.with_name(f".{memo.name}.{uuid.uuid4().hex}.partial")  # workers may write it together
+    partial.write_text(json.dumps(state | {"model_hash": found}, indent=1) + "\n")
+    os.replace(partial, memo)
+    return found
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_ctime_ns
 
 
 def identity(tensor: Tensor) -> str:

@@ -6,8 +6,9 @@
 
 The stream sends a layer at a time: every rank that holds a piece of the layer sends one flat buffer to rank 0, which
 merges: the tensor ranks of the first data-parallel replica, and of the replicas that hold the other experts. While the
-caller consumes one layer, the next is already being received. `chunks` are the rank's model chunks, as `build_model`
-made them.
+caller consumes one layer, the next is already being received. A rank sends when rank 0 says that it receives, and waits
+for that on the host: the caller may take longer over a layer than a collective may wait. `chunks` are the rank's model
+chunks, as `build_model` made them.
 """
 
 from __future__ import annotations
@@ -133,10 +134,12 @@ class WeightStream:
         if topology.rank not in topology.owner_ranks(topology.pp_rank, topology.ep_rank):
             return
         pending = []
+        word = torch.empty(1, dtype=torch.uint8)
         for bucket in self._buckets:
             own = _sent_by(topology.ep_rank, bucket)
             if bucket[0].pp_rank == topology.pp_rank and own:
                 flat = self._flatten(own)
+                dist.recv(word, src=0, group=topology.host_group)
                 pending.append((dist.isend(flat, dst=0), flat))
             if len(pending) > 2:  # a layer being received and one ahead of it
                 pending.pop(0)[0].wait()
@@ -148,18 +151,19 @@ class WeightStream:
         for index, bucket in enumerate(self._buckets):
             current, posted = posted, self._post(index + 1)
             flats: dict[int, list[Tensor]] = {}
-            for ep_rank, flat, work in current:
-                if work is not None:
+            for ep_rank, flat, works in current:
+                for work in works:
                     work.wait()
                 flats.setdefault(ep_rank, []).append(flat)
             yield from self._merge(bucket, flats)
 
-    def _post(self, index: int) -> list[tuple[int, Tensor, dist.Work | None]]:
-        """Start receiving bucket `index`: (expert rank, flat shard, work), by tensor rank for each expert rank."""
+    def _post(self, index: int) -> list[tuple[int, Tensor, list[dist.Work]]]:
+        """Start receiving bucket `index`: (expert rank, flat shard, works), by tensor rank for each expert rank."""
         if index >= len(self._buckets):
             return []
         bucket = self._buckets[index]
-        posted: list[tuple[int, Tensor, dist.Work | None]] = []
+        posted: list[tuple[int, Tensor, list[dist.Work]]] = []
+        word = torch.ones(1, dtype=torch.uint8)
         for ep_rank in range(self._topology.ep):
             entries = _sent_by(ep_rank, bucket)
             if not entries:
@@ -167,10 +171,11 @@ class WeightStream:
             size = sum(prod(self._shard_shapes(entry)[0]) for entry in entries)
             for rank in self._topology.owner_ranks(bucket[0].pp_rank, ep_rank):
                 if rank == 0:
-                    posted.append((ep_rank, self._flatten(entries), None))
+                    posted.append((ep_rank, self._flatten(entries), []))
                 else:
                     flat = torch.empty(size, dtype=self._shard_dtype, device=self._topology.device)
-                    posted.append((ep_rank, flat, dist.irecv(flat, src=rank)))
+                    said = dist.isend(word, dst=rank, group=self._topology.host_group)
+                    posted.append((ep_rank, flat, [said, dist.irecv(flat, src=rank)]))
         return posted
 
     def _flatten(self, entries: list[Entry]) -> Tensor:
@@ -207,4 +212,4 @@ def export_hf(stream: WeightStream, topology: Topology, *, source: Path, out: Pa
     else:
         for _ in stream:
             pass
-    dist.barrier()
+    dist.barrier(group=topology.host_group)  # the writer works on after the last tensor

@@ -58,28 +58,17 @@ def main() -> None:
 
 def measure(recipe: Recipe, rounds: int) -> None:
     """On every rank."""
-    from megatron_apo.learner.optim import make_trainable
+    from megatron_apo.learner.learner import Learner
     from megatron_apo.model.hf_config import read_hf_config
-    from megatron_apo.model.placement import Reference
-    from megatron_apo.objectives import build_objective
     from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
     from megatron_apo.parallel.topology import distributed
     from megatron_apo.rollout.rollouts import Rollouts
-    from megatron_apo.stages import train as stage
     from megatron_apo.stages.curriculum import open_curriculum
-    from megatron_apo.telemetry.timers import PhaseTimer
-    from megatron_apo.weights.hf_io import HFReader
-    from megatron_apo.weights.stream import load_weights
 
     with distributed(recipe.parallel) as topology:
-        spec = read_hf_config(recipe.model.path)
-        objective = build_objective(recipe.objective)
         curriculum = open_curriculum(recipe) if topology.is_driver else None
-        policy, anchor = (stage._build(recipe, spec, topology) for _ in range(2))
-        for chunks in (policy, anchor):
-            load_weights(chunks, spec, topology, HFReader(recipe.model.path))
-        reference = Reference(anchor)
-        trainable = make_trainable(policy, recipe.optimizer, total_steps=1000)
+        learner = Learner.build(recipe, topology)
+        assert learner.reference is not None
         found: defaultdict[str, list[float]] = defaultdict(list)
 
         def timed(name: str, work):
@@ -90,37 +79,41 @@ def measure(recipe: Recipe, rounds: int) -> None:
             found[name].append(time.perf_counter() - start)
             return value
 
-        with Rollouts(recipe, topology, policy, spec, curriculum.inputs if curriculum else None) as rollouts:
+        def sample(step: int):
+            """What `timed` generation is: batches that every rank has its part of, and their V*."""
+            prompts = curriculum.of_step(recipe, step, 1) if curriculum else []
+            batch = learner.receive(rollouts.sample(prompts, step))
+            return batch, topology.broadcast(curriculum.values(batch) if curriculum else None)
+
+        inputs = curriculum.inputs if curriculum else None
+        with Rollouts(recipe, topology, learner.policy, read_hf_config(recipe.model.path), inputs) as rollouts:
             rollouts.sync(0)
             for step in range(rounds + 2):
 
                 def whole(step=step):
-                    batch = rollouts.sample(stage._next_prompts(recipe, objective, curriculum, step), step)
-                    values = topology.broadcast(curriculum.values(batch) if curriculum else None)
-                    stage._learn(recipe, topology, objective, trainable, reference, batch, values, PhaseTimer())
+                    learner.learn(*sample(step))
                     rollouts.sync(step + 1)
 
                 timed("whole step", whole)
-                prompts = stage._next_prompts(recipe, objective, curriculum, step)
-                batch = timed("generation", lambda p=prompts, s=step: rollouts.sample(p, s))
-                values = topology.broadcast(curriculum.values(batch) if curriculum else None)
-                minibatches = stage._lay_out(recipe, topology, batch)
+                batch, values = timed("generation", lambda step=step: sample(step))
+                minibatches = learner._micro_batches(learner.plan(batch.sequences), batch)
                 flat = [piece for micro in minibatches for piece in micro]
-                timed("reference forward", lambda f=flat: forward_log_probs(anchor, f))
-                targets = objective.prepare(stage._samples(batch, topology.device), values)
+                with learner.reference.active() as chunks:
+                    timed("reference forward", lambda c=chunks, f=flat: forward_log_probs(c, f))
+                targets = learner.objective.prepare(learner._samples(batch), values)
 
                 def learn(minibatches=minibatches, targets=targets):
                     for micro in minibatches:
-                        trainable.zero_grad()
+                        learner.trainable.zero_grad()
 
                         def loss(log_prob_R, k, micro=micro):
                             chosen = targets.select(micro[k].indices)
-                            return objective.loss(log_prob_R, log_prob_R.detach(), micro[k].sequence_R, chosen)
+                            return learner.objective.loss(log_prob_R, log_prob_R.detach(), micro[k].sequence_R, chosen)
 
-                        forward_backward(trainable.chunks, micro, loss)
+                        forward_backward(learner.trainable.chunks, micro, loss)
 
                 timed("forward and backward", learn)
-                timed("optimizer", lambda: [trainable.step() for _ in range(recipe.train.minibatches)])
+                timed("optimizer", lambda: [learner.trainable.step() for _ in range(recipe.train.minibatches)])
                 timed("sync", lambda s=step: rollouts.sync(s + 1))
         if topology.is_driver:
             report(recipe, {name: median(values[2:]) for name, values in found.items()})

@@ -7,28 +7,24 @@ Rank 0 writes WORK/LAYOUT.pt: {case: {run: {"reference", "norms", "weights", "re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_apo.config import OptimizerConfig
-from megatron_apo.data.layout import lay_out
-from megatron_apo.learner.optim import Trainable, make_trainable
-from megatron_apo.model.build import build_model
+from megatron_apo.config import ParallelConfig, Recipe, build_recipe
+from megatron_apo.learner.learner import Learner
+from megatron_apo.learner.optim import Trainable
 from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.model.placement import HostCopy, place_reference
-from megatron_apo.model.precision import Precision
-from megatron_apo.objectives import APO, Samples
-from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
+from megatron_apo.model.placement import HostCopy
+from megatron_apo.parallel.pipeline import forward_log_probs
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.weights.hf_io import HFReader
-from megatron_apo.weights.stream import WeightStream, load_weights
+from megatron_apo.weights.stream import WeightStream
 from tests.dist.ranks import parallel_of, variants_of
-from tests.dist.worker import BETA2, batch, by_sequence, recipe_of
+from tests.dist.worker import BETA2, by_sequence, micro_batches_of, no_values, optimizer_tensors, received
 
 STEPS = 3
 # name: (variant, dtype, sharded optimizer)
@@ -61,28 +57,39 @@ class Interrupted(Exception):
     """Raised while weights are elsewhere."""
 
 
+def recipe_of(work: Path, case: str, parallel: ParallelConfig, mode: str = "resident") -> Recipe:
+    variant, dtype, sharded = CASES[case]
+    overrides = [
+        f"model.path={work / 'policy' / variant}",
+        f"model.reference={work / 'reference' / variant}",
+        f"model.dtype={dtype}",
+        f"model.reference_mode={mode}",
+        "data.train=unused.jsonl",
+        "data.max_prompt_tokens=10",
+        "sampling.max_response_tokens=50",
+        "vstar.dir=unused",
+        f"objective.beta2={BETA2}",
+        "optimizer.lr=1e-3",
+        "optimizer.weight_decay=0.1",
+        f"optimizer.distributed={sharded}",
+        "train.minibatches=1",
+        "train.tokens_per_micro_batch=60",
+    ]
+    recipe = build_recipe({}, overrides)
+    recipe.parallel = parallel
+    return recipe
+
+
 def measure(work: Path, case: str, run: str, layout: str, topology: Topology) -> dict:
     """Three steps of the loop: park, log-probs of the reference, one optimizer step against them."""
-    variant, dtype, sharded = CASES[case]
     mode, parked = RUNS[run]
-    parallel = parallel_of(layout)
-    spec = read_hf_config(work / "policy" / variant)
-
-    def build() -> list:
-        return build_model(spec, parallel, topology, Precision(dtype))
-
-    def load(chunks: Sequence[torch.nn.Module], folder: str) -> None:
-        load_weights(chunks, spec, topology, HFReader(work / folder / variant))
-
-    policy = build()
-    load(policy, "policy")
-    prompts, responses, advantage = batch()
-    micro = lay_out(recipe_of(parallel, True, 60), topology, prompts, responses)
-    config = OptimizerConfig(lr=1e-3, weight_decay=0.1, distributed=sharded)
-    trainable = make_trainable(policy, config, total_steps=STEPS)
-    reference = place_reference(mode, policy, build=build, load=lambda chunks: load(chunks, "reference"))
-    objective, names = APO(beta2=BETA2), list(map(str, range(len(prompts))))
-    targets = objective.prepare(Samples(names, advantage, None), dict.fromkeys(names, 0.0))
+    recipe = recipe_of(work, case, parallel_of(layout), mode)
+    spec = read_hf_config(recipe.model.path)
+    learner = Learner.build(recipe, topology)
+    trainable, reference = learner.trainable, learner.reference
+    assert reference is not None
+    part = received(learner)
+    micro = micro_batches_of(learner, part)
     found: dict = {"reference": [], "norms": [], "bytes": []}
     for _ in range(STEPS):
         sizes = {"before": device_bytes(trainable)}
@@ -90,20 +97,13 @@ def measure(work: Path, case: str, run: str, layout: str, topology: Topology) ->
             sizes["parked"] = device_bytes(trainable)
         sizes["after"] = device_bytes(trainable)
         with reference.active() as chunks:
-            anchor = forward_log_probs(chunks, micro)
+            log_probs = forward_log_probs(chunks, micro)
             sizes["active"] = storage_bytes(weights(chunks))
         sizes["inactive"] = storage_bytes(weights(chunks))
         found["bytes"].append(sizes)
-        found["reference"].append(by_sequence(anchor, micro, responses, topology))
-
-        def loss(log_prob_R: Tensor, index: int, anchor=anchor):
-            one = micro[index]
-            return objective.loss(log_prob_R, anchor[index], one.sequence_R, targets.select(one.indices))
-
-        trainable.zero_grad()
-        forward_backward(trainable.chunks, micro, loss)
-        found["norms"].append(trainable.step())
-    found["weights"] = dict(WeightStream(policy, spec, topology))
+        found["reference"].append(by_sequence(log_probs, micro, topology))
+        found["norms"].append(learner.learn(part, no_values(part)).metrics()["grad_norm"])
+    found["weights"] = dict(WeightStream(learner.policy, spec, topology))
     state = [tensor.clone() for tensor in optimizer_tensors(trainable)]
     for context in (reference.active(), trainable.parked(parked)):
         try:
@@ -111,34 +111,24 @@ def measure(work: Path, case: str, run: str, layout: str, topology: Topology) ->
                 raise Interrupted
         except Interrupted:
             pass
-    exported = dict(WeightStream(policy, spec, topology))
+    exported = dict(WeightStream(learner.policy, spec, topology))
     found["restored"] = all(map(torch.equal, optimizer_tensors(trainable), state)) and all(
         torch.equal(exported[name], tensor) for name, tensor in found["weights"].items()
     )
     return found
 
 
-def of_the_folder(work: Path, case: str, layout: str, topology: Topology) -> Any:
+def of_the_folder(work: Path, case: str, layout: str, topology: Topology) -> dict[int, Tensor]:
     """Log-probs by a model that nothing was ever done to but loading the reference's weights."""
-    variant, dtype, _ = CASES[case]
-    parallel = parallel_of(layout)
-    spec = read_hf_config(work / "reference" / variant)
-    chunks = build_model(spec, parallel, topology, Precision(dtype))
-    load_weights(chunks, spec, topology, HFReader(work / "reference" / variant))
-    prompts, responses, _ = batch()
-    micro = lay_out(recipe_of(parallel, True, 60), topology, prompts, responses)
-    return by_sequence(forward_log_probs(chunks, micro), micro, responses, topology)
+    recipe = recipe_of(work, case, parallel_of(layout))
+    reader = HFReader(recipe.model.reference_path)
+    learner = Learner.build(recipe, topology, policy_weights=reader)
+    micro = micro_batches_of(learner, received(learner))
+    return by_sequence(forward_log_probs(learner.policy, micro), micro, topology)
 
 
 def weights(chunks: Iterable[torch.nn.Module]) -> list[Tensor]:
     return [parameter for chunk in chunks for parameter in chunk.parameters()]
-
-
-def optimizer_tensors(trainable: Trainable) -> list[Tensor]:
-    """Main weights and state, as the inner optimizers know them."""
-    inner = [part.optimizer for part in trainable.optimizer.chained_optimizers]
-    found = [parameter for one in inner for group in one.param_groups for parameter in group["params"]]
-    return found + [value for one in inner for state in one.state.values() for value in state.values()]
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -66,7 +66,9 @@ def start_ranks(module: str, work: Path, layout: str, *arguments: str) -> None:
 def forks() -> BaseContext:
     """Forks ranks from a process that has imported what they need: torch and Megatron-Core take each many seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.dist.placement_worker", "tests.dist.checkpoint_worker"])
+    context.set_forkserver_preload(
+        ["tests.dist.placement_worker", "tests.dist.checkpoint_worker", "tests.dist.learner_worker"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # torch reads it as it is imported
         forkserver.ensure_running()

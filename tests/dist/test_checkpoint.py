@@ -16,6 +16,7 @@ from megatron_apo.config import RecipeError
 from megatron_apo.learner.checkpoint import RECORD, check_resume, latest, read_record
 from tests.dist.checkpoint_worker import recipe_of
 from tests.dist.ranks import start_ranks
+from tests.dist.test_layouts import TOLERANCE
 from tests.models import make_model
 
 LAYOUTS = ["pp2", "dp2"]
@@ -66,6 +67,7 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     work = tmp_path_factory.mktemp("checkpoints")
     make_model("qwen3-tied", work / "models")
+    make_model("qwen3-tied", work / "references", seed=1)
     (work / "vstar").mkdir()
     (work / "vstar" / "manifest.json").write_text("{}")
     return Runs(work)
@@ -98,7 +100,7 @@ def test_resume_is_bitwise_with_other_optimizers(layout, change, runs):
 @pytest.mark.parametrize(("saved_at", "layout"), RESHARDINGS)
 def test_another_layout_resumes_to_rounding(saved_at, layout, runs):
     straight, resumed = runs.straight(saved_at), runs.resumed(saved_at, layout)
-    assert resumed["losses"] == pytest.approx(straight["losses"][2:], rel=1e-6)
+    assert resumed["losses"] == pytest.approx(straight["losses"][2:], rel=TOLERANCE["loss"])
     for name, expected in straight["weights"].items():
         difference = (resumed["weights"][name] - expected).norm() / expected.norm()
         assert difference <= 1e-6, f"{name}: {difference}"

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from megatron_apo.weights.hf_io import HFReader
 from tests.dist.ranks import start_ranks
+from tests.dist.waiting_worker import MODEL
+from tests.models import make_model
 
 
 def test_work_of_the_driver_outlasts_the_timeout(tmp_path: Path) -> None:
-    start_ranks("tests.dist.waiting_worker", tmp_path, "dp2")
-    assert [(tmp_path / f"told{rank}").read_text() for rank in range(2)] == ["done", "done"]
+    """It works alone, pauses a server, and writes a model that others hold part of."""
+    make_model(MODEL, tmp_path)
+    start_ranks("tests.dist.waiting_worker", tmp_path, "pp2")
+    assert [(tmp_path / f"told{rank}").read_text() for rank in range(2)] == ["done"] * 2
     assert all((tmp_path / f"synced{rank}").read_text().endswith("not replaced: refused") for rank in range(2))
+    written, expected = HFReader(tmp_path / "exported"), HFReader(tmp_path / MODEL)
+    assert written.names() == expected.names()
+    assert all(torch.equal(written.get(name), expected.get(name)) for name in expected.names())

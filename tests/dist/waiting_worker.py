@@ -1,21 +1,33 @@
-"""A driver that works alone for longer than a collective may wait. Each rank leaves what it was told."""
+"""A driver that works alone for longer than a collective may wait. Each rank leaves what it was told.
+
+    main(WORK, LAYOUT)
+
+WORK has a model of its own, which is exported to WORK/exported.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch.distributed as dist
+from torch import Tensor
 
+from megatron_apo.model.build import build_model
+from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.rollout.failures import on_driver
 from megatron_apo.rollout.server import ServerError
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
+from megatron_apo.weights.hf_io import HFReader
+from megatron_apo.weights.stream import WeightStream, export_hf, load_weights
 from tests.dist.ranks import parallel_of
 
-TIMEOUT_S = 10.0
+MODEL = "qwen3-tied"
+TIMEOUT_S = 3.0
 
 
 def work() -> str:
@@ -32,6 +44,18 @@ class Nothing:
     def __iter__(self) -> Iterator:
         dist.barrier()
         return iter(())
+
+
+class Slow(WeightStream):
+    """Weights of which the driver takes its time over the first tensor, and after the last."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for index, tensor in enumerate(super().__iter__()):
+            yield tensor
+            if index == 0:
+                work()
+        if self._topology.is_driver:
+            work()
 
 
 def sync(folder: Path, topology: Topology) -> str:
@@ -53,7 +77,20 @@ def sync(folder: Path, topology: Topology) -> str:
     return "nothing"
 
 
+def all_there(folder: Path, rank: int, world_size: int) -> None:
+    """Wait until every rank has imported what it needs, which takes longer than the timeout."""
+    (folder / f"there{rank}").touch()
+    while len(list(folder.glob("there*"))) < world_size:
+        time.sleep(0.01)
+
+
 def main(folder: str, layout: str) -> None:
-    with distributed(parallel_of(layout).model_copy(update={"timeout_s": TIMEOUT_S})) as topology:
-        (Path(folder) / f"told{topology.rank}").write_text(on_driver(topology, work))
-        (Path(folder) / f"synced{topology.rank}").write_text(sync(Path(folder), topology))
+    parallel, path = parallel_of(layout).model_copy(update={"timeout_s": TIMEOUT_S}), Path(folder)
+    spec = read_hf_config(path / MODEL)
+    all_there(path, int(os.environ["RANK"]), parallel.world_size)
+    with distributed(parallel) as topology:
+        (path / f"told{topology.rank}").write_text(on_driver(topology, work))
+        (path / f"synced{topology.rank}").write_text(sync(path, topology))
+        chunks = build_model(spec, parallel, topology)
+        load_weights(chunks, spec, topology, HFReader(path / MODEL))
+        export_hf(Slow(chunks, spec, topology), topology, source=path / MODEL, out=path / "exported")

@@ -2,13 +2,15 @@
 
     main(WORK_DIR, LAYOUT, VARIANT ..)
 
-Rank 0 writes WORK_DIR/LAYOUT.pt: {variant: {"log_probs": {...}, "export": {...}, "cases": {..}}}.
+What learns is stage 2's own `Learner`, on a batch that the driver hands out. Rank 0 writes WORK_DIR/LAYOUT.pt:
+{variant: {"log_probs": {...}, "export": {...}, "cases": {..}}}.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,17 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_apo.config import FP8Config, OptimizerConfig, ParallelConfig, Recipe, TrainConfig, build_recipe
+from megatron_apo.config import FP8Config, ParallelConfig, Recipe, build_recipe
 from megatron_apo.data.batch import MicroBatch
-from megatron_apo.data.layout import lay_out, minibatches
-from megatron_apo.learner.optim import GradientError, Trainable, make_trainable
-from megatron_apo.model.build import FP32, build_model
-from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.model.precision import Precision
-from megatron_apo.objectives import APO, Samples
+from megatron_apo.data.rollouts import RolloutBatch
+from megatron_apo.learner.learner import Learner
+from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.objectives.base import LossTerm, Stats
-from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
+from megatron_apo.parallel.pipeline import forward_log_probs
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.weights.hf_io import HFReader
-from megatron_apo.weights.stream import WeightStream, load_weights
+from megatron_apo.weights.stream import WeightStream
+from tests.batches import make_batch
 from tests.dist.ranks import ONE_RANK, parallel_of
 
 NUM_SEQUENCES = 12
@@ -94,92 +94,142 @@ def faults_of(variant: str, layout: str) -> list[str]:
     return [*MUTATIONS, *(ALONE if layout == ONE_RANK else ())]
 
 
-def recipe_of(parallel: ParallelConfig, packing: bool, budget: int, fp8: bool = False) -> Recipe:
-    recipe = build_recipe({}, ["model.path=unused", "data.train=unused.jsonl", "vstar.dir=unused"])
-    recipe.parallel, recipe.train.packing, recipe.train.tokens_per_micro_batch = parallel, packing, budget
-    recipe.model.fp8 = FP8Config(recipe="blockwise") if fp8 else None
+def recipe_of(parallel: ParallelConfig, case: Case, *overrides: str) -> Recipe:
+    """The recipe that a learner is built by. Settings of FP8 are put in afterwards: no CPU computes in it."""
+    recipe = build_recipe(
+        {},
+        [
+            "model.path=unused",
+            "data.train=unused.jsonl",
+            "vstar.dir=unused",
+            f"sampling.temperature={TEMPERATURE}",
+            f"objective.beta2={BETA2}",
+            f"optimizer.lr={LR}",
+            "optimizer.clip_grad=1e-3",
+            f"optimizer.distributed={case.sharded}",
+            "train.log_prob_chunk_tokens=7",
+            "train.minibatches=1",
+            f"train.recompute={case.recompute}",
+            *overrides,
+        ],
+    )
+    recipe.parallel, recipe.train.packing, recipe.train.tokens_per_micro_batch = parallel, case.packing, case.budget
     return recipe
 
 
-def batch() -> tuple[list[list[int]], list[list[int]], torch.Tensor]:
-    """(prompts, responses, advantages), the same everywhere."""
+def batch() -> RolloutBatch:
+    """The same everywhere. Rewards are advantages, since V* is 0."""
     generator = torch.Generator().manual_seed(5)
 
     def tokens(low: int, high: int) -> list[int]:
-        return torch.randint(
-            0, 101, (int(torch.randint(low, high, (1,), generator=generator)),), generator=generator
-        ).tolist()
+        count = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(0, 101, (count,), generator=generator).tolist()
 
     prompts = [tokens(1, 9) for _ in range(NUM_SEQUENCES)]
     responses = [tokens(1, 40) for _ in range(NUM_SEQUENCES)]
-    return prompts, responses, torch.rand(NUM_SEQUENCES, generator=generator) - 0.5
+    rewards = (torch.rand(NUM_SEQUENCES, generator=generator) - 0.5).tolist()
+    return make_batch(prompts, responses, rewards=rewards)
 
 
-def anchors(responses: list[list[int]]) -> list[list[float]]:
-    """Made-up reference log-probs, far from the policy's so that the log-ratio matters."""
-    return [[-4.0 + 0.01 * (token % 7) for token in response] for response in responses]
+def no_values(batch: RolloutBatch) -> dict[str, float]:
+    """A V* of 0 for each prompt."""
+    return dict.fromkeys(batch.prompt_ids, 0.0)
+
+
+def make_learner(folder: Path, recipe: Recipe, topology: Topology, *, fp8: bool = False) -> Learner:
+    """The policy of `folder`, against the reference of the same name; laid out as FP8 wants it, if so."""
+    readers = [HFReader(of) for of in (folder, folder.parents[1] / "references" / folder.name)]
+    spec = read_hf_config(folder)
+    readers[0].check(spec)
+    policy_weights, reference_weights = readers
+    learner = Learner.build(
+        recipe, topology, spec=spec, policy_weights=policy_weights, reference_weights=reference_weights
+    )
+    if fp8:
+        learner.recipe = recipe.model_copy(deep=True)
+        learner.recipe.model.fp8 = FP8Config(recipe="blockwise")
+    return learner
+
+
+def received(learner: Learner) -> RolloutBatch:
+    """This rank's part of the batch, from the driver."""
+    return learner.receive(batch() if learner.topology.is_driver else None)
+
+
+def micro_batches_of(learner: Learner, part: RolloutBatch) -> list[MicroBatch]:
+    return [micro for each in learner._micro_batches(learner.plan(part.sequences), part) for micro in each]
 
 
 def measure(folder: Path, layout: str, topology: Topology) -> dict:
     """Log-probs, export, gradients and one update of one model in this layout."""
     spec, parallel = read_hf_config(folder), parallel_of(layout)
-    reader = HFReader(folder)
-    reader.check(spec)
-    prompts, responses, _ = batch()
     found: dict = {"log_probs": {}, "cases": {}}
     runs: list[tuple[str, Case, str | None]] = [
         (name, case, None) for name, case in cases_of(folder.name, layout).items()
     ]
     runs += [(fault, CASES["packed-small"], fault) for fault in faults_of(folder.name, layout)]
     for name, case, fault in runs:
-        lr = LR * (1.01 if fault == "hurried" else 1)
-        trainable = make_policy(spec, parallel, topology, reader, sharded=case.sharded, recompute=case.recompute, lr=lr)
-        chunks = modules_of(trainable)
-        micro = lay_out(recipe_of(parallel, case.packing, case.budget, case.fp8), topology, prompts, responses)
-        before = dict(WeightStream(chunks, spec, topology))
+        recipe = recipe_of(parallel, case, *(["optimizer.lr=1.01e-3"] if fault == "hurried" else []))
+        learner = make_learner(folder, recipe, topology, fp8=case.fp8)
+        part = received(learner)
         if fault is None:
-            found["log_probs"][name] = by_sequence(forward_log_probs(chunks, micro), micro, responses, topology)
-            found["export"] = before
-        calls = count_calls(chunks)
-        total = backward(trainable, micro, topology, fault)
-        damaged = damage(chunks, fault)
-        gathered = topology.dp * topology.cp == 1 or not case.sharded
-        gradients = dict(WeightStream(chunks, spec, topology, tensor_of=lambda p: p.main_grad)) if gathered else None
-        norm = trainable.step()
-        for parameter, value in damaged:
-            parameter.data.copy_(value)
-        change = change_since(before, chunks, spec, topology)
-        found["cases"][name] = {
-            "loss": total,
-            "norm": norm,
-            "gradients": gradients,
-            "change": change,
-            "calls": dict(calls),
-        }
+            found["log_probs"][name] = log_probs_of(learner, part)
+            found["export"] = dict(WeightStream(learner.policy, spec, topology))
+        found["cases"][name] = learn(learner, part, spec, fault)
     if folder.name in EVERY_CASE:
-        trainable = make_policy(spec, parallel, topology, reader)
-        found["minibatches"] = each_minibatch(trainable, spec, parallel, topology)
-        found["nan"] = step_on_nan(trainable, topology)
+        recipe = recipe_of(parallel, Case(sharded=True), f"train.minibatches={NUM_MINIBATCHES}")
+        learner = make_learner(folder, recipe, topology)
+        found["minibatches"] = learn(learner, received(learner), spec)
+        found["nan"] = step_on_nan(make_learner(folder, recipe, topology), spec)
     if folder.name in HALF:
-        found["bf16"] = in_bf16(spec, parallel, topology, reader)
+        learner = make_learner(folder, recipe_of(parallel, Case(), "model.dtype=bf16"), topology)
+        part = received(learner)
+        found["bf16"] = {"log_probs": log_probs_of(learner, part)} | learn(learner, part, spec)
     return found
 
 
-def make_policy(
-    spec,
-    parallel,
-    topology,
-    reader,
-    *,
-    sharded: bool = True,
-    precision: Precision = FP32,
-    recompute: Any = "none",
-    lr: float = LR,
-) -> Trainable:
-    train = TrainConfig(log_prob_chunk_tokens=7, recompute=recompute)
-    chunks = build_model(spec, parallel, topology, precision, temperature=TEMPERATURE, train=train)
-    load_weights(chunks, spec, topology, reader)
-    return make_trainable(chunks, OptimizerConfig(lr=lr, clip_grad=1e-3, distributed=sharded), total_steps=10)
+def log_probs_of(learner: Learner, part: RolloutBatch) -> dict[int, torch.Tensor]:
+    """{sequence: the policy's log-probs}, on every rank."""
+    micro = micro_batches_of(learner, part)
+    return by_sequence(forward_log_probs(learner.policy, micro), micro, learner.topology)
+
+
+def learn(learner: Learner, part: RolloutBatch, spec: ModelSpec, fault: str | None = None) -> dict:
+    """{loss, norm and gradients of each optimizer step, what they changed together, calls of layers}, on the driver."""
+    topology, trainable = learner.topology, learner.trainable
+    before = dict(WeightStream(learner.policy, spec, topology))
+    calls, norms, gradients = count_calls(learner.policy), [], []
+    # Of a sharded optimizer each rank has its own part of the reduced gradient alone.
+    gathered = topology.dp * topology.cp == 1 or not learner.recipe.optimizer.distributed
+    step = trainable.step
+
+    def watched() -> float:
+        damaged = damage(learner.policy, fault)
+        if gathered:
+            stream = WeightStream(learner.policy, spec, topology, tensor_of=lambda p: p.main_grad)
+            gradients.append({name: gradient.clone() for name, gradient in stream})
+        norms.append(step())
+        for parameter, value in damaged:
+            parameter.data.copy_(value)
+        return norms[-1]
+
+    trainable.step = watched  # type: ignore[method-assign]
+    learner._loss = faulty(learner._loss, fault)  # type: ignore[method-assign]
+    record = learner.learn(part, no_values(part))
+    return {
+        "loss": [totals.sums["loss"] for totals in record._gathered],
+        "norm": norms,
+        "gradients": _joined(gradients) if gathered else None,
+        "change": {name: after - before[name] for name, after in WeightStream(learner.policy, spec, topology)},
+        "calls": dict(calls),
+    }
+
+
+def _joined(steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """{tensor: its gradient}, of several optimizer steps {tensor@step: ..}."""
+    if len(steps) == 1:
+        return steps[0]
+    return {f"{name}@{index}": gradient for index, one in enumerate(steps) for name, gradient in one.items()}
 
 
 def count_calls(chunks: list[torch.nn.Module]) -> Counter[str]:
@@ -203,89 +253,56 @@ def damage(chunks: list[torch.nn.Module], fault: str | None) -> list[tuple[torch
     return [(parameter, parameter.detach().clone()) for parameter in damaged] if fault == "skipped" else []
 
 
-def modules_of(trainable: Trainable) -> list[torch.nn.Module]:
-    return [chunk.module for chunk in trainable.chunks]
+def faulty(loss: Callable[..., LossTerm], fault: str | None) -> Callable[..., LossTerm]:
+    """The learner's loss of a micro-batch with `fault` in its gradient, or in what it says of itself."""
+    calls = 0
+
+    def wrapped(*arguments: Any) -> LossTerm:
+        nonlocal calls
+        term, first, calls = loss(*arguments), calls == 0, calls + 1
+        factor = {"doubled": 2.0, "negated": -1.0, "dropped": 0.0 if first else 1.0}.get(fault or "", 1.0)
+        stats = term.stats
+        if fault == "misreported":
+            stats = Stats({**stats.sums, "loss": stats.sums["loss"] * 1.0001}, stats.maxima)
+        return replace(term, total=term.total * factor, stats=stats)
+
+    return wrapped
 
 
-def backward(trainable: Trainable, micro: list[MicroBatch], topology: Topology, fault: str | None = None) -> float:
-    """Gradients of the batch; returns its summed loss, on every rank."""
-    _, responses, advantage = batch()
-    trainable.zero_grad()
-    terms = forward_backward(trainable.chunks, micro, make_loss(micro, responses, advantage, fault))
-    total = torch.stack([stats.sums["loss"] for stats in terms]).sum() if terms else torch.zeros(())
-    dist.all_reduce(total, group=topology.dp_group)
-    dist.broadcast(total, src=dist.get_global_rank(topology.pp_group, topology.pp - 1), group=topology.pp_group)
-    return total.item()
-
-
-def change_since(before: dict[str, torch.Tensor], chunks, spec, topology: Topology) -> dict[str, torch.Tensor]:
-    return {key: after - before[key] for key, after in WeightStream(chunks, spec, topology)}
-
-
-def each_minibatch(trainable: Trainable, spec, parallel: ParallelConfig, topology: Topology) -> dict:
-    """Loss and norm of each optimizer step of one batch, and what they changed together."""
-    recipe = recipe_of(parallel, packing=True, budget=60)
-    recipe.train.minibatches = NUM_MINIBATCHES
-    prompts, responses, _ = batch()
-    before = dict(WeightStream(modules_of(trainable), spec, topology))
-    losses, norms = [], []
-    for rows in minibatches(recipe, NUM_SEQUENCES):
-        losses.append(backward(trainable, lay_out(recipe, topology, prompts, responses, rows=rows), topology))
-        norms.append(trainable.step())
-    change = change_since(before, modules_of(trainable), spec, topology)
-    return {"loss": losses, "norm": norms, "change": change}
-
-
-def in_bf16(spec, parallel: ParallelConfig, topology: Topology, reader: HFReader) -> dict:
-    """Log-probs and gradients where the model computes in bf16."""
-    prompts, responses, _ = batch()
-    trainable = make_policy(spec, parallel, topology, reader, sharded=False, precision=Precision("bf16"))
-    micro = lay_out(recipe_of(parallel, packing=True, budget=60), topology, prompts, responses)
-    log_probs = by_sequence(forward_log_probs(modules_of(trainable), micro), micro, responses, topology)
-    backward(trainable, micro, topology)
-    gradients = dict(WeightStream(modules_of(trainable), spec, topology, tensor_of=lambda p: p.main_grad))
-    return {"log_probs": log_probs, "gradients": gradients}
-
-
-def make_loss(micro: list[MicroBatch], responses: list[list[int]], advantage: torch.Tensor, fault: str | None):
-    """The objective's loss of each micro-batch, with `fault` in its gradient."""
-    objective, anchor = APO(beta2=BETA2), anchors(responses)
-    ids = [str(index) for index in range(NUM_SEQUENCES)]
-    targets = objective.prepare(Samples(ids, advantage, None), dict.fromkeys(ids, 0.0))
-
-    def loss(log_prob_R: torch.Tensor, index: int) -> LossTerm:
-        one = micro[index]
-        term = objective.loss(log_prob_R, one.gather(anchor), one.sequence_R, targets.select(one.indices))
-        factor = {"doubled": 2.0, "negated": -1.0, "dropped": 0.0 if index == 0 else 1.0}.get(fault, 1.0)
-        stats = Stats({"loss": term.stats.sums["loss"] * 1.0001}) if fault == "misreported" else term.stats
-        return LossTerm(term.total * factor, term.count, stats)
-
-    return loss
-
-
-def step_on_nan(trainable: Trainable, topology: Topology) -> str:
-    """What an optimizer step says of a gradient that has a NaN on one rank before the ranks add theirs up."""
+def step_on_nan(learner: Learner, spec: ModelSpec) -> dict:
+    """{norm, whether weights and optimizer are as before} after a gradient that has a NaN on one rank before the ranks
+    add theirs up."""
+    topology, trainable = learner.topology, learner.trainable
+    learner.learn(received(learner), no_values(batch()))  # so that there are moments
+    before, state = dict(WeightStream(learner.policy, spec, topology)), optimizer_tensors(trainable)
+    state, lr = [tensor.clone() for tensor in state], trainable.lr
     trainable.zero_grad()
     if topology.rank == topology.world_size - 1:
         # A weight that is split: of one held by several ranks, the norm counts a single copy.
-        split = next(p for name, p in modules_of(trainable)[0].named_parameters() if name.endswith("linear_fc2.weight"))
+        split = next(p for name, p in learner.policy[0].named_parameters() if name.endswith("linear_fc2.weight"))
         split.main_grad.fill_(float("nan"))
     finalize_model_grads(trainable.chunks)
-    try:
-        trainable.step()
-    except GradientError as error:
-        return str(error)
-    return "nothing"
+    norm = trainable.step()
+    same = all(map(torch.equal, optimizer_tensors(trainable), state)) and trainable.lr == lr
+    same &= all(torch.equal(tensor, before[name]) for name, tensor in WeightStream(learner.policy, spec, topology))
+    everyone: list = [None] * topology.world_size
+    dist.all_gather_object(everyone, (norm, same))
+    return {"norms": [norm for norm, _ in everyone], "unchanged": all(same for _, same in everyone)}
 
 
-def by_sequence(
-    log_probs: list[torch.Tensor], micro: list, responses: list[list[int]], topology: Topology
-) -> dict[int, torch.Tensor] | None:
-    """{sequence: log-probs}, gathered to rank 0 from every replica's last stage."""
+def optimizer_tensors(trainable: Any) -> list[torch.Tensor]:
+    """Main weights and state, as the inner optimizers know them."""
+    inner = [part.optimizer for part in trainable.optimizer.chained_optimizers]
+    found = [parameter for one in inner for group in one.param_groups for parameter in group["params"]]
+    return found + [value for one in inner for state in one.state.values() for value in state.values()]
+
+
+def by_sequence(log_probs: list[torch.Tensor], micro: list[MicroBatch], topology: Topology) -> dict[int, torch.Tensor]:
+    """{sequence: log-probs}, from every replica's last stage, on every rank."""
     mine = {}
     for values, piece in zip(log_probs, micro, strict=bool(log_probs)):
-        parts = values.split([len(responses[index]) for index in piece.indices])
-        mine.update(zip(piece.indices, parts, strict=True))
+        counts = torch.bincount(piece.sequence_R, minlength=len(piece.indices)).tolist()
+        mine.update(zip(piece.indices, values.split(counts), strict=True))
     everyone: list = [None] * topology.world_size
     dist.all_gather_object(everyone, mine)
     return {index: values for part in everyone for index, values in part.items()}

@@ -25,18 +25,16 @@ import torch
 from torch import Tensor
 
 from megatron_apo.config import Recipe, build_recipe
-from megatron_apo.data.rollout import Rollout
-from megatron_apo.learner.optim import Trainable, make_trainable
-from megatron_apo.model.build import LogProbModel
+from megatron_apo.data.layout import lay_out
+from megatron_apo.data.rollouts import RolloutBatch
+from megatron_apo.learner.learner import Learner
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
-from megatron_apo.model.placement import Reference, place_reference
-from megatron_apo.objectives import build_objective
 from megatron_apo.parallel.pipeline import forward_log_probs
 from megatron_apo.parallel.topology import Topology, alone
-from megatron_apo.stages import train as stage
-from megatron_apo.telemetry.timers import Phase, PhaseTimer
+from megatron_apo.telemetry.timers import Phase
 from megatron_apo.weights.families import hf_tensors
-from megatron_apo.weights.stream import WeightStream, load_weights
+from megatron_apo.weights.stream import WeightStream
+from tests.batches import make_batch
 
 CANNOT_RUN = 77  # exit code, as Automake's tests say it
 FP8_RECIPES = ("tensorwise", "blockwise", "mxfp8")
@@ -135,35 +133,27 @@ class RandomWeights:
         return tensor.bfloat16().float()
 
 
-def random_rollouts(spec: ModelSpec, lengths: Sequence[tuple[int, int]]) -> list[Rollout]:
+def random_batch(spec: ModelSpec, lengths: Sequence[tuple[int, int]]) -> RolloutBatch:
     """Random tokens and rewards; `lengths`: (prompt tokens, response tokens). The same in every process."""
     generator = torch.Generator().manual_seed(5)
     rewards = torch.randn(len(lengths), generator=generator).tolist()
 
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(spec.vocab_size, (count,), generator=generator).tolist())
+    def tokens(count: int) -> list[int]:
+        return torch.randint(spec.vocab_size, (count,), generator=generator).tolist()
 
-    return [
-        Rollout(str(index), tokens(prompt), tokens(response), (0.0,) * response, "length", 0, reward, 0.0)
-        for index, ((prompt, response), reward) in enumerate(zip(lengths, rewards, strict=True))
-    ]
+    pairs = [(tokens(prompt), tokens(response)) for prompt, response in lengths]
+    return make_batch([prompt for prompt, _ in pairs], [response for _, response in pairs], rewards=rewards)
 
 
-def prepared(
-    recipe: Recipe, spec: ModelSpec, topology: Topology, total_steps: int
-) -> tuple[list[LogProbModel], Trainable, Reference]:
-    """(Policy, what trains it, a reference with the same weights, placed as the recipe says)."""
+def no_values(batch: RolloutBatch) -> dict[str, float]:
+    """A V* of 0 for each prompt."""
+    return dict.fromkeys(batch.prompt_ids, 0.0)
+
+
+def prepared(recipe: Recipe, spec: ModelSpec, topology: Topology) -> Learner:
+    """Stage 2's own learner, whose policy and reference have the same random weights."""
     weights = RandomWeights(spec, topology.device)
-    policy = stage._build(recipe, spec, topology)
-    load_weights(policy, spec, topology, weights)
-    trainable = make_trainable(policy, recipe.optimizer, total_steps=total_steps)
-    reference = place_reference(
-        recipe.model.reference_mode,
-        policy,
-        build=lambda: stage._build(recipe, spec, topology),
-        load=lambda chunks: load_weights(chunks, spec, topology, weights),
-    )
-    return policy, trainable, reference
+    return Learner.build(recipe, topology, spec=spec, policy_weights=weights, reference_weights=weights)
 
 
 @dataclass(frozen=True)
@@ -173,33 +163,33 @@ class Measured:
     log_prob_R: Tensor  # fp64, every response's tokens in the batch's order
     gradients: dict[str, Tensor]  # of the objective, fp32, not clipped, by Hugging Face's names
     first_log_ratio: float  # between a pass with gradient and one without
+    log_ratio_tolerance: float  # what the learner allows it
     phases: list[dict[str, Phase]]  # of each step
 
 
-def measure(recipe: Recipe, spec: ModelSpec, topology: Topology, batch: Sequence[Rollout], steps: int = 1) -> Measured:
+def measure(recipe: Recipe, spec: ModelSpec, topology: Topology, batch: RolloutBatch, steps: int = 1) -> Measured:
     """Stage 2's own steps on `batch`. Raises `RecipeError` where this machine cannot.
 
     Log-probs and gradients are those of the first step.
     """
     # The optimizer clips the gradients in place, and what is twice too large would look the same.
     assert recipe.optimizer.clip_grad == 0
-    policy, trainable, reference = prepared(recipe, spec, topology, total_steps=steps)
-    (micro,) = stage._lay_out(recipe, topology, batch)
+    learner = prepared(recipe, spec, topology)
     parts = {}
-    for piece, log_prob_R in zip(micro, forward_log_probs(policy, micro), strict=True):
-        counts = [len(batch[index].response_ids) for index in piece.indices]
-        parts.update(zip(piece.indices, log_prob_R.double().cpu().split(counts), strict=True))
-    objective, timer = build_objective(recipe.objective), PhaseTimer()
-    values = dict.fromkeys((rollout.prompt_id for rollout in batch), 0.0)
+    micro_batches = [micro.to(topology.device) for micro in lay_out(recipe, batch.sequences)]
+    for micro, log_prob_R in zip(micro_batches, forward_log_probs(learner.policy, micro_batches), strict=True):
+        counts = batch.sequences.response_lengths_B[micro.indices].tolist()
+        parts.update(zip(micro.indices, log_prob_R.double().cpu().split(counts), strict=True))
     first_log_ratio, gradients, phases = 0.0, {}, []
     for step in range(steps):
-        record = stage._learn(recipe, topology, objective, trainable, reference, batch, values, timer)
-        phases.append(timer.pop())
+        record = learner.learn(batch, no_values(batch))
+        phases.append(learner.timer.pop())
         if step == 0:
             first_log_ratio = record.first_log_ratio
-            stream = WeightStream(policy, spec, topology, tensor_of=lambda parameter: parameter.main_grad)
+            stream = WeightStream(learner.policy, spec, topology, tensor_of=lambda parameter: parameter.main_grad)
             gradients = {name: gradient.float().cpu() for name, gradient in stream}
-    return Measured(torch.cat([parts[index] for index in range(len(batch))]), gradients, first_log_ratio, phases)
+    log_prob_R = torch.cat([parts[index] for index in range(len(batch))])
+    return Measured(log_prob_R, gradients, first_log_ratio, learner.first_log_ratio_tolerance, phases)
 
 
 @dataclass(frozen=True)

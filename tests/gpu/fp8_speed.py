@@ -26,7 +26,7 @@ from tests.gpu.common import (
     job,
     measure,
     parse,
-    random_rollouts,
+    random_batch,
     recipe_of,
     spec_of,
 )
@@ -56,7 +56,7 @@ def compare(shape: str, args: argparse.Namespace, topology: Topology, verdict: V
     config = SHAPES[shape] | {"num_hidden_layers": args.layers} | (TINY if args.tiny else {}) | _HEAD
     spec, prompt, tokens = spec_of(config), 16, 256 if args.tiny else args.tokens
     # The last token is a label alone. Prompts have no log-prob, but gradients.
-    batch = random_rollouts(spec, [(prompt, tokens - prompt + 1)])
+    batch = random_batch(spec, [(prompt, tokens - prompt + 1)])
     flops = forward_flops(spec, [(prompt, tokens - prompt + 1)])
     common = ["train.minibatches=1", "train.prompts_per_step=1", f"train.tokens_per_micro_batch={tokens}"]
     common += ["data.max_prompt_tokens=16", f"sampling.max_response_tokens={tokens - prompt}", "model.dtype=bf16"]

@@ -62,7 +62,7 @@ def compare(args: argparse.Namespace, hidden: int, verdict: Verdict) -> None:
         for name in ("naive", "tiled"):
             timer, seconds, memory = PhaseTimer(), [], 0
             for _ in range(args.rounds + 1):
-                leaves = [x.to(DTYPES[dtype]).requires_grad_() for x in inputs]
+                leaves = [x.to(DTYPES[dtype], copy=True).requires_grad_() for x in inputs]
                 held = torch.cuda.memory_allocated() if device == "cuda" else 0
                 with timer.phase("run"):
                     found = log_probs(name, *leaves, target, args.chunk)

@@ -26,7 +26,7 @@ from tests.gpu.common import (
     job,
     measure,
     parse,
-    random_rollouts,
+    random_batch,
     recipe_of,
     spec_of,
 )
@@ -82,7 +82,7 @@ def main() -> None:
 
 def compare(family: str, spec: ModelSpec, lengths: list[tuple[int, int]], topology: Topology, verdict: Verdict) -> None:
     """Every row of a family."""
-    batch = random_rollouts(spec, lengths)
+    batch = random_batch(spec, lengths)
     common = ["train.minibatches=1", f"train.prompts_per_step={len(batch)}", "objective.loss_scale=unit"]
     common.append("optimizer.clip_grad=0")
 
@@ -121,7 +121,7 @@ def judged(kind: str, spec: ModelSpec, found: Errors, measured: Measured) -> dic
     limited = {
         name: (getattr(found, name), limit) for name, limit in limits(kind, spec, len(measured.log_prob_R)).items()
     }
-    return limited | {"log-ratio": (measured.first_log_ratio, 0.0)}
+    return limited | {"log-ratio": (measured.first_log_ratio, measured.log_ratio_tolerance)}
 
 
 def limits(kind: str, spec: ModelSpec, num_tokens: int) -> dict[str, float]:

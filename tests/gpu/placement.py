@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 
 from megatron_apo.config import RecipeError
+from megatron_apo.data.layout import lay_out
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.model.placement import Reference
-from megatron_apo.objectives import build_objective
 from megatron_apo.parallel.pipeline import forward_log_probs
 from megatron_apo.parallel.topology import Topology
-from megatron_apo.stages import train as stage
-from megatron_apo.telemetry.timers import PhaseTimer
 from megatron_apo.telemetry.units import data_size
-from tests.gpu.common import Verdict, free_memory, job, parse, prepared, random_rollouts, recipe_of, spec_of
+from tests.gpu.common import Verdict, free_memory, job, no_values, parse, prepared, random_batch, recipe_of, spec_of
 from tests.gpu.parity import COMMON, FAMILIES
 
 _LENGTHS = [(9, 30), (20, 3), (3, 60), (7, 11)]
@@ -85,9 +83,10 @@ def run(spec: ModelSpec, topology: Topology, *overrides: str) -> Found:
     """Two steps, the reference before and after them, and the optimizer parked."""
     # A rate that bf16 weights can follow.
     recipe = recipe_of([*overrides, f"train.prompts_per_step={len(_LENGTHS)}", "optimizer.lr=0.01"])
-    policy, trainable, reference = prepared(recipe, spec, topology, total_steps=2 * _STEPS)
-    batch = random_rollouts(spec, _LENGTHS)
-    micro = [piece for minibatch in stage._lay_out(recipe, topology, batch) for piece in minibatch]
+    learner = prepared(recipe, spec, topology)
+    policy, trainable, reference = learner.policy, learner.trainable, learner.reference
+    batch = random_batch(spec, _LENGTHS)
+    micro = [one.to(topology.device) for one in lay_out(recipe, batch.sequences)]
 
     def log_probs(model: Reference) -> list[Tensor]:
         with model.active() as chunks:
@@ -98,9 +97,8 @@ def run(spec: ModelSpec, topology: Topology, *overrides: str) -> Found:
         return [tensor.clone() for tensor in [*weights, *trainable._own_tensors()]]
 
     first, start = log_probs(reference), log_probs(Reference(policy))
-    objective, values = build_objective(recipe.objective), {rollout.prompt_id: 0.0 for rollout in batch}
     for _ in range(_STEPS):
-        stage._learn(recipe, topology, objective, trainable, reference, batch, values, PhaseTimer())
+        learner.learn(batch, no_values(batch))
     learned, before = log_probs(Reference(policy)), state()
     changed = {
         "another reference": differ(log_probs(reference), first),

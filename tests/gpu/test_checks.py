@@ -60,8 +60,8 @@ def test_limits_notice_a_gradient_of_twice_the_size(kind, family):
 def test_limits_notice_a_gradient_of_half_the_size(kind, family):
     spec = common.spec_of(parity.COMMON | {"model_type": family} | parity.FAMILIES[family])
     gradients = {"a": torch.randn(1000), "b": torch.randn(1000)}
-    truth = common.Measured(torch.zeros(1), gradients, 0.0, [])
-    half = common.Measured(torch.zeros(1), {name: tensor / 2 for name, tensor in gradients.items()}, 0.0, [])
+    truth = common.Measured(torch.zeros(1), gradients, 0.0, 0.0, [])
+    half = common.Measured(torch.zeros(1), {name: tensor / 2 for name, tensor in gradients.items()}, 0.0, 0.0, [])
     assert common.errors(truth, truth).scale < 1e-6
     assert parity.limits(kind, spec, num_tokens=1000)["scale"] < common.errors(half, truth).scale
 
@@ -69,7 +69,7 @@ def test_limits_notice_a_gradient_of_half_the_size(kind, family):
 def test_gradients_are_compared_before_they_are_clipped():
     spec = common.spec_of(parity.COMMON | {"model_type": "qwen3"} | parity.FAMILIES["qwen3"])
     with common.job() as topology, pytest.raises(AssertionError):
-        common.measure(common.recipe_of(), spec, topology, common.random_rollouts(spec, [(1, 1)]))
+        common.measure(common.recipe_of(), spec, topology, common.random_batch(spec, [(1, 1)]))
 
 
 def test_other_weights_are_noticed(monkeypatch):

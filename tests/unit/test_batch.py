@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_apo.data.batch import make_micro_batch
 from megatron_apo.data.packing import aligned
+from megatron_apo.data.sequences import Sequences
 from megatron_apo.model.build import IGNORE
 
 TOKENS = st.lists(st.integers(0, 50), min_size=1, max_size=12)
@@ -37,7 +38,7 @@ def rows_of(micro):
 def test_against_the_naive_construction(pairs, packing, multiple, data):
     prompts, responses = [list(p) for p, _ in pairs], [list(r) for _, r in pairs]
     indices = data.draw(st.permutations(range(len(pairs))).map(lambda order: order[: max(1, len(order) - 1)]))
-    micro = make_micro_batch(indices, prompts, responses, packing, multiple)
+    micro = make_micro_batch(indices, Sequences.of(prompts, responses), packing, multiple)
     expected = [naive(prompts[i], responses[i]) for i in indices]
     widths = [aligned(len(row), multiple) for row in expected]
     if packing:
@@ -54,15 +55,11 @@ def test_against_the_naive_construction(pairs, packing, multiple, data):
     wanted = [token for i in indices for token in responses[i]]
     assert micro.label_BS[micro.label_BS != IGNORE].tolist() == wanted
     assert micro.sequence_R.tolist() == [k for k, i in enumerate(indices) for _ in responses[i]]
-    values = [[100.0 * i + t for t in range(len(response))] for i, response in enumerate(responses)]
-    gathered = micro.gather(values)
-    assert gathered.dtype == torch.float32
-    assert gathered.tolist() == [100.0 * i + t for i in indices for t in range(len(responses[i]))]
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_one_token_prompts_and_responses(packing):
-    micro = make_micro_batch([0, 1, 2], [[5], [6, 7, 8], [9]], [[1], [2], [3, 4]], packing)
+    micro = make_micro_batch([0, 1, 2], Sequences.of([[5], [6, 7, 8], [9]], [[1], [2], [3, 4]]), packing)
     assert micro.label_BS[micro.label_BS != IGNORE].tolist() == [1, 2, 3, 4]
     assert micro.sequence_R.tolist() == [0, 1, 2, 2]
     if packing:
@@ -76,7 +73,7 @@ def test_one_token_prompts_and_responses(packing):
 
 
 def test_alignment_pads_every_packed_sequence_and_the_width_of_padded_ones():
-    sequences = [0, 1, 2], [[5], [6, 7, 8], [9]], [[1], [2], [3, 4]]
+    sequences = [0, 1, 2], Sequences.of([[5], [6, 7, 8], [9]], [[1], [2], [3, 4]])
     packed = make_micro_batch(*sequences, packing=True, multiple=2)
     assert packed.input_BS.tolist() == [[5, 0, 6, 7, 8, 0, 9, 3]]
     assert packed.position_BS.tolist() == [[0, 1, 0, 1, 2, 3, 0, 1]]
@@ -90,11 +87,26 @@ def test_alignment_pads_every_packed_sequence_and_the_width_of_padded_ones():
     assert padded.label_BS[1].tolist() == [IGNORE, IGNORE, 2, IGNORE] and padded.layout is None
 
 
+def test_a_micro_batch_needs_no_row_but_its_own():
+    """A rank that holds some rows lays these out as one that holds all does."""
+    whole = Sequences.of([[5], [6, 7, 8], [9]], [[1], [2], [3, 4]])
+    part = whole.select([0, 2])
+    assert part.token_ids_T.tolist() == [5, 1, 9, 3, 4] and len(part) == 3
+    ours, theirs = make_micro_batch([2, 0], part, True), make_micro_batch([2, 0], whole, True)
+    for name in ("input_BS", "position_BS", "label_BS", "sequence_R"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    with pytest.raises(AssertionError, match="row 1 is not held here"):
+        make_micro_batch([0, 1], part, True)
+
+
 def test_a_packed_micro_batch_is_filled_with_sequences_of_padding():
-    micro = make_micro_batch([0], [[5, 6]], [[7, 8]], packing=True, multiple=2, fill_to=600)
+    micro = make_micro_batch([0], Sequences.of([[5, 6]], [[7, 8]]), packing=True, multiple=2, fill_to=600)
     assert micro.lengths == (4, 256, 256, 84)  # attention to one of 596 tokens would cost more
     assert micro.input_BS.shape == (1, 600) and micro.input_BS[0, :4].tolist() == [5, 6, 7, 0]
     assert (micro.label_BS != IGNORE).nonzero().tolist() == [[0, 1], [0, 2]] and micro.sequence_R.tolist() == [0, 0]
-    assert make_micro_batch([0], [[5, 6]], [[7, 8]], True, 2, fill_multiple=16).lengths == (4, 12)
-    assert make_micro_batch([0], [[5, 6]], [[7, 8]], True, 2, fill_to=18, fill_multiple=16).lengths == (4, 28)
-    assert make_micro_batch([0], [[5, 6]], [[7, 8]], True, 2, fill_multiple=4).lengths == (4,)
+    assert make_micro_batch([0], Sequences.of([[5, 6]], [[7, 8]]), True, 2, fill_multiple=16).lengths == (4, 12)
+    assert make_micro_batch([0], Sequences.of([[5, 6]], [[7, 8]]), True, 2, fill_to=18, fill_multiple=16).lengths == (
+        4,
+        28,
+    )
+    assert make_micro_batch([0], Sequences.of([[5, 6]], [[7, 8]]), True, 2, fill_multiple=4).lengths == (4,)

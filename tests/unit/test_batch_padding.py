@@ -15,12 +15,13 @@ from megatron_apo.config import ParallelConfig, Recipe, build_recipe
 from megatron_apo.data.batch import MicroBatch, make_micro_batch
 from megatron_apo.data.layout import lay_out
 from megatron_apo.data.packing import aligned
+from megatron_apo.data.sequences import Sequences
 from megatron_apo.model.attention import PackedLayout
 from megatron_apo.model.build import IGNORE, build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.objectives import APO, Samples
 from megatron_apo.parallel.context import ContextSplit, context_split
-from megatron_apo.parallel.topology import Topology, alone
+from megatron_apo.parallel.topology import alone
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import load_weights
 from tests.models import make_model
@@ -66,13 +67,13 @@ def with_room(recipe: Recipe, longest: int) -> Recipe:
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen2-tied-one-group", "qwen3_moe"])
-def built(request, tmp_path_factory) -> tuple[torch.nn.Module, Topology]:
+def built(request, tmp_path_factory) -> torch.nn.Module:
     folder = make_model(request.param, tmp_path_factory.mktemp("models"))
     with alone() as topology:
         spec = read_hf_config(folder)
         (model,) = build_model(spec, ParallelConfig(), topology, temperature=0.7)
         load_weights([model], spec, topology, HFReader(folder))
-        yield model, topology
+        yield model
 
 
 def draw_batch(seed: int, count: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -108,7 +109,8 @@ def run(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], responses: 
     for micro in micro_batches:
         found_BS = model(micro.input_BS, micro.position_BS, None, labels=micro.label_BS, packed_seq_params=micro.layout)
         found_R = put_together(found_BS, splits_of(micro, cp))[micro.label_BS != IGNORE]
-        term = OBJECTIVE.loss(found_R, micro.gather(anchor), micro.sequence_R, targets.select(micro.indices))
+        anchor_R = torch.tensor([value for index in micro.indices for value in anchor[index]])
+        term = OBJECTIVE.loss(found_R, anchor_R, micro.sequence_R, targets.select(micro.indices))
         term.total.backward()
         parts = found_R.detach().split([len(responses[index]) for index in micro.indices])
         log_probs |= dict(zip(micro.indices, parts, strict=True))
@@ -122,7 +124,7 @@ def run(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], responses: 
 
 def assert_padding_is_in_no_sum(model, laid_out: Sequence[MicroBatch], prompts, responses, cp: int) -> None:
     found, total, num_counted, gradients = run(model, laid_out, responses, cp)
-    alone_each = [make_micro_batch([index], prompts, responses, False) for index in range(len(prompts))]
+    alone_each = [make_micro_batch([index], Sequences.of(prompts, responses), False) for index in range(len(prompts))]
     wanted, total_alone, _, gradients_alone = run(model, alone_each, responses)
     assert num_counted == len(prompts)
     torch.testing.assert_close(torch.cat(found), torch.cat(wanted), rtol=0, atol=1e-5)
@@ -137,9 +139,9 @@ def assert_padding_is_in_no_sum(model, laid_out: Sequence[MicroBatch], prompts, 
 @settings(deadline=None, max_examples=20)
 @given(seed=SEEDS, groups=st.integers(1, 4), recipe=recipes(), room=st.integers(1, 3))
 def test_padding_changes_no_sum(built, seed, groups, recipe, room):
-    model, topology = built
+    model = built
     prompts, responses = draw_batch(seed, groups * recipe.parallel.micro_batch_group)
-    laid_out = lay_out(with_room(recipe, room), topology, prompts, responses)
+    laid_out = lay_out(with_room(recipe, room), Sequences.of(prompts, responses))
     sizes = [sum(micro.lengths) for micro in laid_out]
     assert all(size % recipe.micro_batch_alignment == 0 for size in sizes)
     assert recipe.parallel.vpp == 1 or len(set(sizes)) == 1
@@ -181,9 +183,9 @@ def padding_counted(micro: MicroBatch, reals: list[int]) -> MicroBatch:
 
 @pytest.mark.parametrize("fault", [padding_first, padding_to_the_next, padding_counted])
 def test_comparison_notices(built, fault: Callable[[MicroBatch, list[int]], MicroBatch]):
-    model, _ = built
+    model = built
     prompts, responses = draw_batch(3, 5)
-    micro = make_micro_batch(list(range(5)), prompts, responses, True, 4, fill_multiple=256)
+    micro = make_micro_batch(list(range(5)), Sequences.of(prompts, responses), True, 4, fill_multiple=256)
     reals = [len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True)]
     assert_padding_is_in_no_sum(model, [micro], prompts, responses, 1)
     with pytest.raises(AssertionError):
@@ -193,11 +195,11 @@ def test_comparison_notices(built, fault: Callable[[MicroBatch, list[int]], Micr
 @settings(deadline=None, max_examples=10)
 @given(seed=SEEDS, recipe=recipes())
 def test_what_the_padding_holds_changes_no_bit(built, seed, recipe):
-    model, topology = built
+    model = built
     if model.config.num_moe_experts:
         pytest.skip("experts get their tokens in batches whose sizes, and so rounding, depend on all tokens")
     prompts, responses = draw_batch(seed, 4)
-    laid_out = lay_out(with_room(recipe, 2), topology, prompts, responses)
+    laid_out = lay_out(with_room(recipe, 2), Sequences.of(prompts, responses))
     found, total, _, gradients = run(model, laid_out, responses)
     generator = torch.Generator().manual_seed(seed)
     for micro in laid_out:
@@ -222,8 +224,7 @@ def test_context_parallel_ranks_hold_each_label_once_and_no_padding_at_one(seed,
     prompts, responses = draw_batch(seed, count)
     micro = make_micro_batch(
         list(range(count)),
-        prompts,
-        responses,
+        Sequences.of(prompts, responses),
         packing,
         recipe.alignment,
         fill_multiple=recipe.micro_batch_alignment,

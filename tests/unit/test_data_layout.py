@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_apo.config import FP8Config, ParallelConfig, Recipe, build_recipe
 from megatron_apo.data.batch import MicroBatch
-from megatron_apo.data.layout import balance_metrics, lay_out, minibatches
+from megatron_apo.data.layout import lay_out, plan_batch
+from megatron_apo.data.sequences import Sequences
 from megatron_apo.model.build import IGNORE
-from megatron_apo.parallel.topology import Topology
 
 # Tokens that a rank makes FP8 and gathers: Transformer Engine's `assert_dim_for_fp8_exec` and `is_quantizable`.
 LOCAL = {None: 1, "tensorwise": 8, "mxfp8": 32, "blockwise": 128}
@@ -28,26 +27,10 @@ def recipe_of(parallel: ParallelConfig, fp8: str | None = None, packing: bool = 
     return recipe
 
 
-def rank_of(parallel: ParallelConfig, dp_rank: int) -> Topology:
-    return Topology(
-        rank=0,
-        world_size=parallel.world_size,
-        tp_rank=0,
-        pp_rank=0,
-        dp_rank=dp_rank,
-        tp=parallel.tp,
-        pp=parallel.pp,
-        dp=parallel.dp,
-        tp_group=None,
-        pp_group=None,
-        dp_group=None,
-        device=torch.device("cpu"),
-    )
-
-
-def batch_of(lengths: list[int]) -> tuple[list[list[int]], list[list[int]]]:
-    """(prompts, responses) that take so many positions; each token is its sequence's number."""
-    return [[i] * (1 + n // 3) for i, n in enumerate(lengths)], [[i] * (n - n // 3) for i, n in enumerate(lengths)]
+def batch_of(lengths: list[int]) -> Sequences:
+    """Prompts and responses that take so many positions; each token is its sequence's number."""
+    prompts = [[i] * (1 + n // 3) for i, n in enumerate(lengths)]
+    return Sequences.of(prompts, [[i] * (n - n // 3) for i, n in enumerate(lengths)])
 
 
 def width(micro: MicroBatch) -> int:
@@ -76,15 +59,16 @@ def test_every_rank_can_compute_its_share(
     recipe = recipe_of(parallel, fp8, packing)
     draw = random.Random(seed)
     lengths = [1 + int(699 * draw.random() ** 4) for _ in range(2 * dp * pp * count)]
-    prompts, responses = batch_of(lengths)
+    sequences = batch_of(lengths)
     # The least that the recipe's own check lets through, or more.
     multiple = recipe.micro_batch_alignment
     budget = recipe.train.tokens_per_micro_batch = int(room * -(-max(lengths) // multiple) * multiple)
-    batch = minibatches(recipe, len(lengths))
-    found = [
-        [lay_out(recipe, rank_of(parallel, dp_rank), prompts, responses, rows=rows) for dp_rank in range(dp)]
-        for rows in batch
-    ]
+    plan = plan_batch(recipe, sequences, num_minibatches=2, dp=dp)
+    half = len(lengths) // 2
+    batch = [range(half), range(half, len(lengths))]
+    replicas = [sequences.select(plan.rows_of(replica)) for replica in range(dp)]  # each has its own rows alone
+    of_replica = [plan.micro_batches(part, replica) for replica, part in enumerate(replicas)]
+    found = [[minibatches[index] for minibatches in of_replica] for index in range(2)]
     ranks_of_a_sequence = tp if sequence_parallel else 1
     for rows, per_rank in zip(batch, found, strict=True):
         assert sorted(i for micro in sum(per_rank, []) for i in micro.indices) == list(rows)
@@ -99,7 +83,7 @@ def test_every_rank_can_compute_its_share(
         local = 8 if fp8 == "blockwise" and not sequence_parallel else LOCAL[fp8]
         assert share // ranks_of_a_sequence % local == 0
         # Padding has no label, and every token of a response has its own.
-        wanted = [token for i in micro.indices for token in responses[i]]
+        wanted = [token for i in micro.indices for token in sequences.response(i)]
         assert micro.label_BS[micro.label_BS != IGNORE].tolist() == wanted
         assert len(micro.sequence_R) == len(wanted)
     if vpp > 1:
@@ -107,38 +91,37 @@ def test_every_rank_can_compute_its_share(
     laid_out = [sum(width(micro) for own in per_rank for micro in own) for per_rank in found]
     real = [sum(lengths[row] for row in rows) for rows in batch]
     padding = max(1 - mine / all_ for mine, all_ in zip(real, laid_out, strict=True))
-    assert balance_metrics(recipe, lengths)["layout/padding"] == pytest.approx(padding)
+    assert plan.metrics()["layout/padding"] == pytest.approx(padding)
 
 
 def test_a_packed_micro_batch_is_filled_up_once_not_each_sequence():
     # Four ranks share a sequence in 4 x 2 x 2 = 16 parts, and FP8 wants 16 tokens on each of 8 ranks.
     parallel = ParallelConfig(tp=4, cp=2, sequence_parallel=True)
     recipe = recipe_of(parallel, "tensorwise")
-    recipe.train.minibatches = 1
-    (micro,) = lay_out(recipe, rank_of(parallel, 0), *batch_of([20, 30, 40]), rows=range(3))
+    plan = plan_batch(recipe, batch_of([20, 30, 40]))
+    ((micro,),) = plan.micro_batches(batch_of([20, 30, 40]), 0)
     assert micro.lengths == (48, 32, 32, 16)  # longest first: 112, and 16 to make it 128
-    assert balance_metrics(recipe, [20, 30, 40])["layout/padding"] == pytest.approx(1 - 90 / 128)
+    assert plan.metrics()["layout/padding"] == pytest.approx(1 - 90 / 128)
 
 
 def test_interleaved_micro_batches_are_as_long_as_the_longest_of_all_minibatches():
     parallel = ParallelConfig(pp=2, vpp=2)
     recipe = recipe_of(parallel)
     lengths = [30, 10, 5, 5]  # two minibatches, each of two micro-batches
-    first, second = (
-        lay_out(recipe, rank_of(parallel, 0), *batch_of(lengths), rows=rows) for rows in minibatches(recipe, 4)
-    )
+    plan = plan_batch(recipe, batch_of(lengths), num_minibatches=2)
+    first, second = plan.micro_batches(batch_of(lengths), 0)
     assert [micro.lengths for micro in first + second] == [(30,), (10, 20), (5, 25), (5, 25)]
-    found = balance_metrics(recipe, lengths)
+    found = plan.metrics()
     assert found["layout/padding"] == pytest.approx(50 / 60)  # of the second minibatch
     assert found["layout/micro_batch_imbalance"] == 0
     # A batch that is no rollout batch is laid out by itself.
-    alone = lay_out(recipe, rank_of(parallel, 0), *batch_of([5, 7]))
+    alone = lay_out(recipe, batch_of([5, 7]))
     assert {micro.lengths for micro in alone} == {(7,), (5, 2)}
 
 
-def test_no_rows_are_no_sequences_and_minibatches_are_equal():
-    parallel = ParallelConfig()
+def test_no_sequences_and_unequal_minibatches_are_refused():
+    recipe = recipe_of(ParallelConfig())
     with pytest.raises(ValueError, match="0 sequences"):
-        lay_out(recipe_of(parallel), rank_of(parallel, 0), *batch_of([5, 7]), rows=range(0))
-    with pytest.raises(AssertionError, match="7 sequences do not divide into train.minibatches=2"):
-        minibatches(recipe_of(parallel), 7)
+        lay_out(recipe, batch_of([]))
+    with pytest.raises(AssertionError, match="7 sequences do not divide into 2 minibatches"):
+        plan_batch(recipe, batch_of([5] * 7), num_minibatches=2)

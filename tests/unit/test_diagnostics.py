@@ -40,6 +40,7 @@ EXPECTED = {
     "mismatch/mean": 0.75 / 4,  # 0.25, 0, 0 and 0.5
     "grad_norm": 0.3,
     "grad_norm_reinforce": 1.5,
+    "skipped_steps": 0,
 }
 
 
@@ -64,8 +65,15 @@ def one_rank(tmp_path):
 def test_metrics_of_a_step(one_rank):
     record = two_minibatches().gather(one_rank)
     assert record.metrics() == pytest.approx(EXPECTED)
-    assert all(type(value) is float for value in record.metrics().values())
+    assert all(type(value) is float for name, value in record.metrics().items() if name != "skipped_steps")
     assert record.first_log_ratio == 1.0  # the largest magnitude, though it is negative
+
+
+def test_a_skipped_step_is_counted_and_in_no_mean(one_rank):
+    record = two_minibatches()
+    record.add([micro_batch(1.0, 1, [-4.0], [-1.0], [0.0])], grad_norm=math.inf)
+    metrics = record.gather(one_rank).metrics()
+    assert metrics["skipped_steps"] == 1 and metrics["grad_norm"] == pytest.approx(0.3)
 
 
 def test_a_nan_is_not_lost_between_micro_batches(one_rank):

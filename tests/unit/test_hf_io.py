@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_apo.model.hf_config import ModelConfigError, read_hf_config
+from megatron_apo.weights import hf_io
 from megatron_apo.weights.hf_io import HFReader, dequantize, model_hash
 from megatron_apo.weights.hf_writer import write_hf_folder
 from megatron_apo.weights.stream import TensorMeta
@@ -326,3 +328,27 @@ def test_a_failure_in_the_middle_leaves_nothing(model, tmp_path):
         ]
         write_hf_folder(breaking(), metadata, model, tmp_path / "out", max_shard_bytes=1000)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_models_hash_is_computed_once_while_its_files_are_the_same(model, tmp_path, monkeypatch):
+    computed = []
+    usual = hf_io.model_hash
+    monkeypatch.setattr(hf_io, "model_hash", lambda folder: computed.append(folder) or usual(folder))
+    memo = tmp_path / "run" / "reference_hash.json"
+    first = hf_io.known_model_hash(model, memo)
+    assert hf_io.known_model_hash(model, memo) == first == usual(model) and len(computed) == 1
+    # A byte that changes behind a tool's back: same size, same time of modification.
+    path, times = model / FILE, (model / FILE).stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = hf_io.known_model_hash(model, memo)
+    assert second == usual(model) != first and len(computed) == 2
+    # Another folder, and a memo that is damaged.
+    shutil.copytree(model, tmp_path / "copy")
+    assert hf_io.known_model_hash(tmp_path / "copy", memo) == second and len(computed) == 3
+    for damage in ("{", "[]", '{"model_hash": "ab"}', ""):
+        memo.write_text(damage)
+        assert hf_io.known_model_hash(model, memo) == second
+    assert len(computed) == 7 and [path.name for path in memo.parent.iterdir()] == [memo.name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import optimizer_config
 
 from megatron_apo.config import OptimizerConfig, ParallelConfig, RecipeError
-from megatron_apo.learner.optim import _RESHARDABLE, _adam_arguments, make_trainable
+from megatron_apo.learner import optimizer_state
+from megatron_apo.learner.optim import _adam_arguments, make_trainable
+from megatron_apo.learner.optimizer_state import RESHARDABLE
 from megatron_apo.model.build import build_model
 from megatron_apo.parallel.topology import alone
+from megatron_apo.weights import torch_dist
 from megatron_apo.weights.torch_dist import LAYOUT
 from tests.unit.test_precision import SPEC
 
@@ -53,8 +57,38 @@ def test_what_checkpoints_are_described_by_stays_as_it_is():
     with alone() as topology:
         trainable = make_trainable(build_model(SPEC, ParallelConfig(), topology), OptimizerConfig(), total_steps=1)
         trainable.sharded_state(is_loading=True)
+        trainable.sharded_state()
     assert LAYOUT == {"singleton_local_shards": True}
-    assert _RESHARDABLE.keys() - LAYOUT.keys() == {
+    assert RESHARDABLE.keys() - LAYOUT.keys() == {
         "distrib_optim_sharding_type",
         "distrib_optim_fully_reshardable_mem_efficient",
     }
+
+
+def test_an_optimizer_that_is_not_in_a_checkpoint_is_refused_by_tensor(tmp_path):
+    folder, name = tmp_path / "checkpoint", "decoder.final_layernorm.weight"
+    with alone() as topology:
+        trainable = make_trainable(build_model(SPEC, ParallelConfig(), topology), OptimizerConfig(), total_steps=1)
+        trainable.sharded_state(is_loading=True)  # which allocates it
+        torch_dist.write(folder, topology, trainable.sharded_state(), lambda path: None)
+
+        def error(**changes: Any) -> str:
+            """Of loading where the last norm is described otherwise."""
+            state = torch_dist.read(folder, trainable.sharded_state(is_loading=True))
+            model = trainable._sharded_model()
+            for key, value in changes.items():
+                setattr(model[0][name], key, value)
+            with pytest.raises(torch_dist.CheckpointError) as caught:
+                optimizer_state.load(trainable.optimizer, state["optimizer"], model, folder)
+            return str(caught.value)
+
+        unread = f"{folder}: the checkpoint could not be read: optimizer.state.param"
+        assert error(key="elsewhere") == f"{unread}.elsewhere is missing"
+        assert error(global_shape=(65,)) == f"{unread}.{name} has shape [64], expected [65]"
+        (data,) = folder.glob("*.distcp")
+        whole = data.read_bytes()
+        state = torch_dist.read(folder, trainable.sharded_state(is_loading=True))
+        data.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(torch_dist.CheckpointError, match=rf"{unread}\.[\w.]+: ") as caught:
+            optimizer_state.load(trainable.optimizer, state["optimizer"], trainable._sharded_model(), folder)
+        assert "\n" not in str(caught.value)

@@ -93,6 +93,12 @@ def test_layers_where_transformer_engine_is(with_te, changes, capability, kind):
     assert layer_kind(model(**changes), ParallelConfig(), capability) == kind
 
 
+def test_log_ratios_may_differ_only_where_kernels_may():
+    assert Precision("bf16", None, "local").log_ratio_tolerance == Precision().log_ratio_tolerance == 0
+    bf16, fp8 = Precision("bf16", None, "te"), Precision("bf16", FP8Config(), "te")
+    assert 0 < bf16.log_ratio_tolerance < fp8.log_ratio_tolerance < 1
+
+
 def test_layers_where_transformer_engine_is_not(without_te):
     for capability in (None, HOPPER):
         for changes in ({}, {"dtype": "bf16"}, {"layers": "local"}):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.config import Recipe, build_recipe
-from megatron_apo.data.rollout import Rollout
+from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner.diagnostics import StepRecord
 from megatron_apo.objectives import Stats
 from megatron_apo.parallel.topology import Topology
@@ -22,6 +22,7 @@ from megatron_apo.rollout.weight_sync import SyncReport
 from megatron_apo.telemetry.recorder import Recorder, machine_metrics
 from megatron_apo.telemetry.responses import response_metrics
 from megatron_apo.telemetry.timers import Phase
+from tests.batches import make_batch
 
 # Forward of a prompt of 3 and a response of 2: see test_flops.py.
 CONFIG = {
@@ -70,9 +71,19 @@ def make_recipe(folder: Path, *overrides: str) -> Recipe:
     return build_recipe(tree, overrides)
 
 
-def rollout(response_tokens: int = 2, seconds: float = 1.0, finish_reason: str = "stop") -> Rollout:
-    response = (1,) * response_tokens
-    return Rollout("p", (1, 1, 1), response, (-1.0,) * response_tokens, finish_reason, 0, 1.0, seconds)
+def batch_of(
+    lengths: Sequence[int], seconds: Sequence[float] | None = None, finish_reasons: Sequence[str] | None = None
+) -> RolloutBatch:
+    """Responses of so many tokens to one prompt of three, all rewarded with 1."""
+    return make_batch(
+        [(1, 1, 1)] * len(lengths),
+        [(1,) * length for length in lengths],
+        rewards=[1.0] * len(lengths),
+        log_probs=[(-1.0,) * length for length in lengths],
+        prompt_ids=["p"] * len(lengths),
+        finish_reasons=finish_reasons,
+        seconds=seconds or [1.0] * len(lengths),
+    )
 
 
 def record(topology: Topology) -> StepRecord:
@@ -80,6 +91,7 @@ def record(topology: Topology) -> StepRecord:
     sums = {name: torch.tensor(1.0) for name in ("loss", "count", "tokens", "log_ratio", "mismatch")}
     maxima = {name: torch.tensor(1.0) for name in ("log_ratio", "mismatch")}
     found.add([Stats(sums, maxima)], grad_norm=1.0)
+    found.add([Stats(sums, maxima)], grad_norm=float("nan"))
     return found.gather(topology)
 
 
@@ -91,7 +103,7 @@ def write_run(recipe: Recipe, topology: Topology, steps: int) -> tuple[list[dict
         recorder.proved(1e-6)
         for step in range(1, steps + 1):
             phases = {name: Phase(value, 10**9 * (step if name == "train" else 1)) for name, value in times.items()}
-            recorder.log(step, record(topology), [rollout(), rollout()], {"p": 0.25}, phases, lr=1e-6)
+            recorder.log(step, record(topology), batch_of([2, 2]), {"p": 0.25}, phases, lr=1e-6)
         recorder.evaluated(steps, Evaluation(0.5, None, 0.5, None, 1, 1, 0.0))
         recorder.finish({})
     rows = [json.loads(line) for line in (recipe.run.dir / "metrics.jsonl").read_text().splitlines()]
@@ -149,7 +161,7 @@ def test_the_driver_alone_writes_and_has_what_every_rank_sent(
         with Recorder(recipe, replace(topology, rank=rank, world_size=2), lambda: None) as recorder:
             recorder.synced(SyncReport(0, 0.1, 100, {}))
             recorder.proved(1e-6)
-            recorder.log(1, record(topology), [rollout(), rollout()], {"p": 0.25}, phases, lr=1e-6)
+            recorder.log(1, record(topology), batch_of([2, 2]), {"p": 0.25}, phases, lr=1e-6)
             recorder.evaluated(1, Evaluation(0.5, None, 0.5, None, 1, 1, 0.0))
             recorder.finish({})
         assert len(sent) == 2 * rank and (tmp_path / "run").exists() == (rank == 0)
@@ -161,8 +173,9 @@ def test_the_driver_alone_writes_and_has_what_every_rank_sent(
 
 
 def test_lengths_truncation_and_the_slowest() -> None:
-    batch = [rollout(length, seconds=length / 10) for length in range(1, 201)]
-    batch[0] = rollout(1, seconds=24.0, finish_reason="length")  # the last to arrive; before it that of 20.0 s
+    lengths = list(range(1, 201))
+    # The last to arrive is the shortest; before it that of 20.0 s.
+    batch = batch_of(lengths, [24.0, *(n / 10 for n in lengths[1:])], ["length", *["stop"] * 199])
     found = response_metrics(batch, step_s=50.0)
     assert found == {
         "response/mean_tokens": 100.5,
@@ -174,5 +187,26 @@ def test_lengths_truncation_and_the_slowest() -> None:
         # The slowest 1 % are two of 200: from the arrival at 19.9 s to that at 24.0 s.
         "rollout/slowest_1pct_share": pytest.approx(4.1 / 50),
     }
-    assert response_metrics(batch[:2], 48.0)["rollout/slowest_share"] == pytest.approx((24.0 - 0.2) / 48)
-    assert response_metrics([rollout(seconds=3.0)], 4.0)["rollout/slowest_share"] == 0.75
+    assert response_metrics(batch_of([1, 2], [24.0, 0.2]), 48.0)["rollout/slowest_share"] == pytest.approx(
+        (24.0 - 0.2) / 48
+    )
+    assert response_metrics(batch_of([2], [3.0]), 4.0)["rollout/slowest_share"] == 0.75
+
+
+def test_a_resumed_run_has_no_step_twice_and_counts_all_of_them(tmp_path: Path, topology: Topology) -> None:
+    recipe, times = make_recipe(tmp_path), {"reference": 0.5, "train": 1.0, "optimizer": 0.5, "step": 2.0}
+    phases = {name: Phase(value, 1) for name, value in times.items()}  # of a replay: nothing is generated
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # killed after step 3, resumed after step 2
+        with Recorder(recipe, topology, lambda: None, start) as recorder:
+            recorder.synced(None)
+            recorder.proved(None)
+            for step in steps:
+                recorder.log(step, record(topology), batch_of([2]), {"p": 0.25}, phases, lr=float(step + 10 * start))
+            if start:
+                recorder.evaluated(4, None)
+                recorder.finish({})
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["lr"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["skipped_steps"] == 4  # one of each step that counts
+    assert not summary.keys() & {"sync", "pass_at_1"} and "generation" not in summary["tokens_per_s"]

@@ -26,6 +26,7 @@ from megatron_apo.rollout.payload import weights_path, write_loaded
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.weight_sync import SyncError
 from megatron_apo.weights.safetensors_file import checksum
+from tests.batches import make_batch
 
 PROMPT = Prompt(prompt_id="p", text="1+2=", text_hash="h", token_ids=(5, 6), answer="3", row=0)
 WEIGHT = torch.arange(6.0).reshape(2, 3)
@@ -157,9 +158,9 @@ def test_vllm_sleeps_whenever_the_trainers_memory_is_back(start: Any, http: Any)
         assert happened() == ["/wake_up?tags=weights", *UPDATE]
         assert rollouts.evaluate(0).num_prompts == 1
         assert happened() == turn(GENERATE, GENERATE)  # sampled, greedy
-        assert [rollout.response_ids for rollout in rollouts.sample([PROMPT], 1)] == [(7, 1)]
+        assert rollouts.sample([PROMPT], 1).sequences.response(0).tolist() == [7, 1]
         assert happened() == turn(GENERATE)
-        rollouts.prove([(5,)], [(6, 7)])
+        rollouts.prove(make_batch([[5]], [[6, 7]]))
         assert happened() == turn(GENERATE)
 
 
@@ -188,8 +189,8 @@ def test_the_proof_is_held_to_its_precision(start: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(Rollouts, "_own_log_probs", lambda self, found: [[-0.3, -0.3] for _ in found])
     with start("model.dtype=bf16", "rollout.dtype=bfloat16") as rollouts:
         rollouts.sync(0)
-        assert rollouts.prove([(5,)], [(6, 7)]) == pytest.approx(0.3)
+        assert rollouts.prove(make_batch([[5]], [[6, 7]])) == pytest.approx(0.3)
     with start() as rollouts:
         rollouts.sync(0)
         with pytest.raises(SyncError, match=r"by 0\.3 \(allowed: 0\.0001\)"):
-            rollouts.prove([(5,)], [(6, 7)])
+            rollouts.prove(make_batch([[5]], [[6, 7]]))

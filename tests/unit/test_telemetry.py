@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 from megatron_apo.telemetry.memory import MemorySampler, pop_private_peak_bytes, private_bytes, tree_private_bytes
-from megatron_apo.telemetry.metrics import MetricsWriter, read_metrics, wandb_problems
+from megatron_apo.telemetry.metrics import MetricsWriter, read_metrics
 from megatron_apo.telemetry.summary import RunSummary, read_summary
 from megatron_apo.telemetry.timers import PhaseTimer
+from megatron_apo.telemetry.weights_and_biases import wandb_problems
 
 MB = 1_000_000
 
@@ -59,17 +60,41 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     assert [row["reward/mean"] for row in lines_of(tmp_path)] == [0.25, 0.5]
 
 
-def test_a_resumed_run_goes_on_after_a_line_cut_short(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
-        metrics.log(1, {"loss": 1.0})
-        metrics.log(1, {"eval/greedy": 0.1})
-        metrics.log(2, {"loss": 2.0, "gpu/rank0/xid": 79})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics:  # resumed at step 2
-        metrics.log(2, {"loss": 2.5})
-    rows = [{name: value for name, value in row.items() if name != "time"} for row in read_metrics(tmp_path)]
-    assert rows == [{"step": 1, "loss": 1.0}, {"step": 1, "eval/greedy": 0.1}, {"step": 2, "loss": 2.5}]
+def scalars(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [(one.step, one.value) for one in EventAccumulator(str(run_dir / "tensorboard")).Reload().Scalars(name)]
+
+
+def test_a_resumed_run_goes_on_and_has_no_step_twice(tmp_path: Path) -> None:
+    """Killed in step 4 (a line is cut short), resumed after step 2, killed in step 3, resumed after step 2 again."""
+    for value, last_step, steps in ((1.0, 0, (1, 2, 3)), (10.0, 2, (3,)), (100.0, 2, (3, 4))):
+        with MetricsWriter(tmp_path, tensorboard=True, last_step=last_step) as metrics:
+            if not last_step:
+                metrics.log(0, {"eval/greedy": 0.125})
+            for step in steps:
+                metrics.log(step, {"loss": value * step, "gpu/rank0/xid": 79})
+                metrics.log(step, {"eval/greedy": value})
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 4, "lo')
+    with MetricsWriter(tmp_path, tensorboard=False, last_step=4):
+        pass
+    rows = lines_of(tmp_path)
+    assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [(1, 1), (2, 2), (3, 300), (4, 400)]
+    expected = [(0, 0.125), (1, 1), (2, 1), (3, 100), (4, 100)]
+    assert [(row["step"], row["eval/greedy"]) for row in rows if "eval/greedy" in row] == expected
+    assert scalars(tmp_path, "loss") == [(1, 1), (2, 2), (3, 300), (4, 400)]
+    assert scalars(tmp_path, "eval/greedy") == expected
+
+
+def test_a_run_that_begins_anew_leaves_nothing_of_the_killed_one(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        with MetricsWriter(tmp_path, tensorboard=True) as metrics:
+            metrics.log(0, {"eval/greedy": value})
+            metrics.log(1, {"loss": value})
+    assert [(row["step"], row.get("loss")) for row in read_metrics(tmp_path)] == [(0, None), (1, 2.0)]
+    assert scalars(tmp_path, "loss") == [(1, 2.0)] and scalars(tmp_path, "eval/greedy") == [(0, 2.0)]
 
 
 class WandB(ModuleType):
@@ -110,6 +135,7 @@ def test_wandb_gets_the_same_rows(
         assert wandb.finished == 0
     assert wandb.rows == [(1, {"reward/mean": 0.5}), (2, {"reward/mean": 0.75})] and wandb.finished == 1
     told = {name: wandb.settings[name] for name in ("project", "group", "config", "dir")}
+    first_id = wandb.settings["id"]
     assert told == {"project": "apo", "group": "run7", "config": {"run": {"seed": 3}}, "dir": str(run_dir)}
     assert wandb.modes == ([None] if reachable else [None, "offline"])
     line = (
@@ -117,6 +143,21 @@ def test_wandb_gets_the_same_rows(
     )
     assert capsys.readouterr().out == ("" if reachable else f"{line}\n")
     assert len(lines_of(run_dir)) == 2 and wandb.exit_code == 0
+    # Resumed after step 1: the same run of theirs, which is not sent step 2 again.
+    with MetricsWriter(run_dir, tensorboard=False, wandb="apo", last_step=1) as metrics:
+        for step in (2, 3):
+            metrics.log(step, {"reward/mean": 0.75})
+            metrics.log(step, {"eval/greedy": 0.5})
+    assert [(step, *row) for step, row in wandb.rows[2:]] == [
+        (2, "eval/greedy"),
+        (3, "reward/mean"),
+        (3, "eval/greedy"),
+    ]
+    assert (wandb.settings["id"], wandb.settings["resume"]) == (first_id, "allow")
+    # Begun anew, it is another run.
+    with MetricsWriter(run_dir, tensorboard=False, wandb="apo") as metrics:
+        metrics.log(1, {"reward/mean": 0.75})
+    assert wandb.settings["id"] != first_id and len(wandb.rows) == 6
 
 
 def test_a_missing_wandb_is_said_before_work(monkeypatch: pytest.MonkeyPatch) -> None:

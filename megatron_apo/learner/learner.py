@@ -1,0 +1,239 @@
+"""What a batch of rollouts does to the policy: one optimizer step for each minibatch.
+
+    learner = Learner.build(recipe, topology)     # policy, optimizer and reference on this rank
+    batch = learner.receive(batch)                # the driver's batch in; this rank's part of it out
+    record = learner.learn(batch, values)         # log-probs the objective asks for -> targets -> minibatches -> steps
+
+The objective declares what it needs and the learner obeys; it never reads a method's name. Every method is called on
+every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_apo.config import Recipe
+from megatron_apo.data.batch import MicroBatch
+from megatron_apo.data.layout import BatchPlan, plan_batch
+from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
+from megatron_apo.data.sequences import Sequences
+from megatron_apo.learner.diagnostics import StepRecord, diagnose
+from megatron_apo.learner.optim import Trainable, make_trainable
+from megatron_apo.model.build import LogProbModel, build_model
+from megatron_apo.model.hf_config import ModelSpec, read_hf_config
+from megatron_apo.model.placement import Reference, place_reference
+from megatron_apo.model.precision import Precision
+from megatron_apo.objectives import LossTerm, MicroTargets, Objective, Prepared, Samples, build_objective
+from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
+from megatron_apo.parallel.scatter import scatter
+from megatron_apo.parallel.topology import Topology
+from megatron_apo.telemetry.timers import PhaseTimer
+from megatron_apo.weights.hf_io import HFReader
+from megatron_apo.weights.stream import TensorReader, load_weights
+
+# [minibatch][micro-batch]
+Minibatches = list[list[MicroBatch]]
+
+
+class GradientError(RuntimeError):
+    """Gradients that were not finite, in so many optimizer steps in a row that the run cannot go on."""
+
+
+class Learner:
+    """Policy, optimizer and reference of a run, on this rank.
+
+    skipped_in_a_row: optimizer steps that were skipped since the last one that was not.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        topology: Topology,
+        trainable: Trainable,
+        reference: Reference | None,
+        objective: Objective | None = None,
+        timer: PhaseTimer | None = None,
+    ):
+        self.recipe = recipe
+        self.topology = topology
+        self.trainable = trainable
+        self.reference = reference
+        self.objective = objective or build_objective(recipe.objective)
+        self.timer = timer or PhaseTimer()
+        self.skipped_in_a_row = 0
+
+    @classmethod
+    def build(
+        cls,
+        recipe: Recipe,
+        topology: Topology,
+        *,
+        spec: ModelSpec | None = None,
+        policy_weights: TensorReader | None = None,
+        reference_weights: TensorReader | None = None,
+        timer: PhaseTimer | None = None,
+    ) -> Learner:
+        """The recipe's. By default architecture and weights are read from its Hugging Face folders.
+
+        Raises `RecipeError` for what this machine cannot do.
+        """
+        spec = spec or read_hf_config(recipe.model.path)
+        objective = build_objective(recipe.objective)
+        assert not objective.needs_critic, "this learner has no critic"
+
+        def build() -> list[LogProbModel]:
+            precision, temperature = Precision.of(recipe.model, recipe.parallel), recipe.sampling.temperature
+            return build_model(spec, recipe.parallel, topology, precision, temperature=temperature, train=recipe.train)
+
+        policy = build()
+        load_weights(policy, spec, topology, policy_weights or HFReader(recipe.model.path))
+        total_steps = recipe.train.steps * recipe.train.minibatches
+        trainable = make_trainable(policy, recipe.optimizer, total_steps=total_steps)
+        reference = None
+        if objective.anchor == "reference":
+            weights = reference_weights or HFReader(recipe.model.reference_path)
+            reference = place_reference(
+                recipe.model.reference_mode,
+                policy,
+                build=build,
+                load=lambda chunks: load_weights(chunks, spec, topology, weights),
+            )
+        return cls(recipe, topology, trainable, reference, objective, timer)
+
+    @property
+    def first_log_ratio_tolerance(self) -> float:
+        """Largest |log pi/pi_ref| of a token on the first batch, where both are one model."""
+        chosen = self.recipe.train.first_log_ratio_tolerance
+        precision = Precision.of(self.recipe.model, self.recipe.parallel)
+        return precision.log_ratio_tolerance if chosen is None else chosen
+
+    @property
+    def policy(self) -> list[LogProbModel]:
+        """This rank's model chunks, as they were before they were wrapped for training."""
+        return [chunk.module for chunk in self.trainable.chunks]
+
+    def plan(self, sequences: Sequences) -> BatchPlan:
+        """Which replica computes which of a rollout batch's sequences, and in which micro-batches."""
+        minibatches, dp = self.recipe.train.minibatches, self.recipe.parallel.dp
+        return plan_batch(self.recipe, sequences, num_minibatches=minibatches, dp=dp)
+
+    def receive(self, batch: RolloutBatch | None) -> RolloutBatch:
+        """This rank's part of the driver's `batch` (None elsewhere): all scalars, and its replica's tokens."""
+
+        def rows_of(sequences: Sequences) -> list[list[int]]:
+            plan = self.plan(sequences)
+            return [plan.rows_of(replica) for replica in range(self.topology.dp)]
+
+        return scatter(self.topology, batch, rows_of)
+
+    def learn(self, batch: RolloutBatch, values: Mapping[str, float], step: int = 0) -> StepRecord:
+        """Every optimizer step on one rollout batch, as `receive` gave it: that of step `step` of the run, from 0.
+
+        values: V* by prompt id.
+
+        A step whose gradient is not finite changes nothing and is counted; the batch is kept in RUN/rollouts/skipped.
+        Raises `GradientError` after train.max_skipped_steps such steps in a row.
+        """
+        plan = self.plan(batch.sequences)
+        minibatches = self._micro_batches(plan, batch)
+        targets = self.objective.prepare(self._samples(batch), values)
+        anchors = self._anchor_log_probs(minibatches, batch)
+        record = StepRecord(self.objective.reinforce_scale, plan.metrics())
+        for micro_batches, anchor in zip(minibatches, anchors, strict=True):
+            with self.timer.phase("train"):
+                self.trainable.zero_grad()
+                stats = forward_backward(
+                    self.trainable.chunks,
+                    micro_batches,
+                    lambda log_prob_R, index, micro_batches=micro_batches, anchor=anchor: self._loss(
+                        log_prob_R, micro_batches[index], anchor[index], targets, batch
+                    ),
+                )
+            with self.timer.phase("optimizer"):
+                grad_norm = self.trainable.step()
+            record.add(stats, grad_norm)
+            self._count_skipped(grad_norm, batch, step)
+        return record.gather(self.topology)
+
+    def _loss(
+        self, log_prob_R: Tensor, micro: MicroBatch, anchor_R: Tensor, targets: Prepared, batch: RolloutBatch
+    ) -> LossTerm:
+        """The objective's loss of a micro-batch, with what is told of it."""
+        own_targets: MicroTargets = targets.select(micro.indices)
+        term = self.objective.loss(log_prob_R, anchor_R, micro.sequence_R, own_targets)
+        assert term.count == (len(log_prob_R) if self.objective.unit == "token" else len(micro.indices))
+        return replace(term, stats=diagnose(term, log_prob_R.detach(), anchor_R, self._sampler_log_probs(micro, batch)))
+
+    def _micro_batches(self, plan: BatchPlan, batch: RolloutBatch) -> Minibatches:
+        """This replica's, on this rank's device."""
+        found = plan.micro_batches(batch.sequences, self.topology.dp_rank)
+        return [[micro.to(self.topology.device) for micro in micro_batches] for micro_batches in found]
+
+    def _samples(self, batch: RolloutBatch) -> Samples:
+        """The batch as an objective sees it."""
+        device = self.topology.device
+        return Samples(
+            batch.prompt_ids,
+            torch.tensor(batch.reward_B, dtype=torch.float32, device=device),
+            torch.tensor(batch.sequences.response_lengths_B, dtype=torch.int64, device=device),
+        )
+
+    def _sampler_log_probs(self, micro: MicroBatch, batch: RolloutBatch) -> Tensor:
+        """[R] as the engine computed them when it sampled."""
+        return torch.from_numpy(batch.log_probs(micro.indices)).to(self.topology.device)
+
+    def _anchor_log_probs(self, minibatches: Minibatches, batch: RolloutBatch) -> list[list[Tensor]]:
+        """[minibatch][micro-batch] log-probs [R] that the ratio is against, on the last stage."""
+        micro_batches = [micro for minibatch in minibatches for micro in minibatch]
+        with self.timer.phase("reference"):
+            match self.objective.anchor:
+                case "reference":
+                    assert self.reference is not None
+                    with self.reference.active() as chunks:
+                        found = forward_log_probs(chunks, micro_batches)
+                case "iterate":
+                    found = forward_log_probs(self.trainable.chunks, micro_batches)
+                case "sampler":
+                    found = [self._sampler_log_probs(micro, batch) for micro in micro_batches]
+                case "none":
+                    found = [
+                        micro.sequence_R.new_zeros(len(micro.sequence_R), dtype=torch.float32)
+                        for micro in micro_batches
+                    ]
+        each: Iterator[Tensor] = iter(found)
+        return [[next(each, torch.empty(0)) for _ in minibatch] for minibatch in minibatches]
+
+    def _count_skipped(self, grad_norm: float, batch: RolloutBatch, step: int) -> None:
+        if math.isfinite(grad_norm):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        folder = skipped_rollouts(self.recipe.run.dir)
+        if self.topology.is_driver:
+            folder.write(step, batch)
+            print(
+                f"step {step + 1}: the gradient's norm is {grad_norm}; the optimizer step is skipped, the batch is in "
+                f"{folder.path(step)}",
+                flush=True,
+            )
+        if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
+            raise GradientError(
+                f"step {step + 1}: the gradient was not finite in {self.skipped_in_a_row} optimizer steps in a row "
+                f"(train.max_skipped_steps); the weights are those before them, the batches are in {folder.folder}"
+            )
+
+
+def recorded_rollouts(run_dir: Path) -> RolloutFolder:
+    """Where train.record keeps each step's batch."""
+    return RolloutFolder(run_dir / "rollouts")
+
+
+def skipped_rollouts(run_dir: Path) -> RolloutFolder:
+    """Where the batches of skipped optimizer steps are kept."""
+    return RolloutFolder(run_dir / "rollouts" / "skipped")

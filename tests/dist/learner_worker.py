@@ -1,0 +1,299 @@
+"""One rank of the learner's tests: steps of the learner as it is, and with faults put into it. See test_learner.py.
+
+    main(WORK, LAYOUT)
+
+Rank 0 writes WORK/LAYOUT.pt: {fault ("none" for none): {eps: {"norms", "gradients", "change"}}}, and under "skipped"
+what came of gradients that are not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_apo.config import Recipe, build_recipe
+from megatron_apo.data.layout import BatchPlan
+from megatron_apo.data.rollouts import RolloutBatch
+from megatron_apo.learner.learner import GradientError, Learner
+from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.parallel.topology import Topology, distributed
+from megatron_apo.weights.hf_io import HFReader
+from megatron_apo.weights.stream import WeightStream
+from tests.batches import make_batch
+from tests.dist.ranks import parallel_of
+
+VARIANT = "qwen3-tied"
+BETA2, TEMPERATURE = 0.05, 0.7
+# Adam's eps: learning rate, and whether the optimizer is sharded. With an eps of 1 the step is proportional to the
+# gradient, which is whole on every rank; with 1e-8 Adam undoes the gradient's scale.
+SETTINGS = {1.0: (0.02, False), 1e-8: (1e-3, True)}
+# Of both minibatches, so that their micro-batches have the same shapes. On two replicas a minibatch is two sequences on
+# the one and five on the other.
+RESPONSE_LENGTHS = (36, 20, 7, 6, 5, 4, 3)
+PROMPT_LENGTHS = (2, 1, 3, 2, 4, 1, 2)
+NUM_MINIBATCHES = 2
+
+
+def batch() -> RolloutBatch:
+    """The same everywhere, rewards and V* (`values`) different for each prompt."""
+    generator = torch.Generator().manual_seed(17)  # of some seeds one gradient cancels, and Adam makes a step of that
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, 101, (count,), generator=generator).tolist()
+
+    prompts = [tokens(count) for count in PROMPT_LENGTHS * NUM_MINIBATCHES]
+    responses = [tokens(count) for count in RESPONSE_LENGTHS * NUM_MINIBATCHES]
+    # Rewards so large that gradients are far above an eps of 1e-8.
+    return make_batch(prompts, responses, rewards=(20 * torch.rand(len(prompts), generator=generator)).tolist())
+
+
+def values() -> dict[str, float]:
+    """V* by prompt id."""
+    ids = batch().prompt_ids
+    return dict(zip(ids, torch.rand(len(ids), generator=torch.Generator().manual_seed(12)).tolist(), strict=True))
+
+
+def recipe_of(work: Path, layout: str, eps: float) -> Recipe:
+    lr, sharded = SETTINGS[eps]
+    overrides = [
+        f"run.dir={work / layout}",
+        f"model.path={work / 'policy' / VARIANT}",
+        f"model.reference={work / 'reference' / VARIANT}",
+        "data.train=unused.jsonl",
+        "data.max_prompt_tokens=4",
+        "sampling.max_response_tokens=36",
+        f"sampling.temperature={TEMPERATURE}",
+        "vstar.dir=unused",
+        f"objective.beta2={BETA2}",
+        f"train.minibatches={NUM_MINIBATCHES}",
+        "train.tokens_per_micro_batch=44",
+        "train.log_prob_chunk_tokens=7",
+        f"optimizer.eps={eps}",
+        f"optimizer.lr={lr}",
+        "optimizer.clip_grad=0",
+        f"optimizer.distributed={sharded}",
+    ]
+    recipe = build_recipe({}, overrides)
+    recipe.parallel = parallel_of(layout)
+    return recipe
+
+
+# ---- faults, put into a learner from outside
+
+
+def rows_shifted(learner: Learner) -> None:
+    """Each minibatch begins one sequence too late; the last one's last is the batch's first."""
+    plan = learner.plan
+
+    def shifted(sequences: Any) -> BatchPlan:
+        found, count = plan(sequences), len(sequences)
+        move = [[[[(row + 1) % count for row in rows] for rows in rank] for rank in one] for one in found.plans]
+        return replace(found, plans=move)
+
+    learner.plan = shifted  # type: ignore[method-assign]
+
+
+def policy_and_reference_swapped(learner: Learner) -> None:
+    """What learns has the reference's weights, and the other way round: see `build`."""
+
+
+def reference_of_the_other_minibatch(learner: Learner) -> None:
+    anchors = learner._anchor_log_probs
+    learner._anchor_log_probs = lambda *arguments: anchors(*arguments)[::-1]  # type: ignore[method-assign]
+
+
+def micro_batch_dropped(learner: Learner) -> None:
+    """The first of each replica's first minibatch."""
+    micro_batches = learner._micro_batches
+
+    def fewer(*arguments: Any) -> list:
+        first, *others = micro_batches(*arguments)
+        return [first[1:], *others]
+
+    learner._micro_batches = fewer  # type: ignore[method-assign]
+
+
+def one_ranks_count_for_all(learner: Learner) -> None:
+    """Each rank's number of sequences is taken to be the first one's."""
+    from megatron.core import parallel_state
+
+    config = learner.policy[0].config
+    finalize, group = (
+        config.finalize_model_grads_func,
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+
+    def wrong(chunks: list, num_tokens: torch.Tensor, **options: Any) -> None:
+        dist.broadcast(num_tokens, src=dist.get_global_rank(group, 0), group=group)
+        finalize(chunks, num_tokens, **options)
+
+    config.finalize_model_grads_func = wrong
+
+
+def value_of_the_neighbour(learner: Learner) -> None:
+    samples = learner._samples
+
+    def neighbours(part: RolloutBatch) -> Any:
+        found = samples(part)
+        return replace(found, prompt_ids=found.prompt_ids[1:] + found.prompt_ids[:1])
+
+    learner._samples = neighbours  # type: ignore[method-assign]
+
+
+def _scaled(factor: float) -> Callable[[Learner], None]:
+    def scale(learner: Learner) -> None:
+        loss = learner._loss
+
+        def wrong(*arguments: Any) -> Any:
+            term = loss(*arguments)
+            return replace(term, total=factor * term.total)
+
+        learner._loss = wrong  # type: ignore[method-assign]
+
+    return scale
+
+
+def last_tokens_left_out(learner: Learner) -> None:
+    """Each response ends one token early: see `received`."""
+
+
+def second_minibatch_before_the_first_step(learner: Learner) -> None:
+    """Both minibatches' gradients are computed before the optimizer takes its first step."""
+    trainable, step, first = learner.trainable, learner.trainable.step, []
+    buffers = [buffer for chunk in trainable.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+
+    def late() -> float:
+        if not first:
+            first.extend(buffer.grad_data.clone() for buffer in buffers)
+            return 0.0
+        second = [buffer.grad_data.clone() for buffer in buffers]
+        for gradients in (first, second):
+            for buffer, gradient in zip(buffers, gradients, strict=True):
+                buffer.grad_data.copy_(gradient)
+            norm = step()
+        return norm
+
+    trainable.step = late  # type: ignore[method-assign]
+
+
+EVERYTHING = {"gradients", "weights, eps 1", "weights, eps 1e-08"}
+UP_TO_SCALE = {"gradients", "weights, eps 1"}  # Adam hides a factor that is the same in both minibatches
+# fault: (what puts it in, which comparisons must fail)
+FAULTS: dict[str, tuple[Callable[[Learner], None], set[str]]] = {
+    "rows shifted by one": (rows_shifted, EVERYTHING),
+    "policy and reference swapped": (policy_and_reference_swapped, EVERYTHING),
+    "reference of the other minibatch": (reference_of_the_other_minibatch, EVERYTHING),
+    "micro-batch dropped": (micro_batch_dropped, EVERYTHING),
+    "one rank's count for all": (one_ranks_count_for_all, UP_TO_SCALE),
+    "V* of the neighbour": (value_of_the_neighbour, EVERYTHING),
+    "doubled": (_scaled(2.0), UP_TO_SCALE),
+    "negated": (_scaled(-1.0), EVERYTHING),
+    "last tokens left out": (last_tokens_left_out, EVERYTHING),
+    "second minibatch before the first step": (second_minibatch_before_the_first_step, EVERYTHING),
+}
+
+
+def faults_of(layout: str) -> list[str]:
+    """Those that can be: where there is one replica and one context rank, one rank's count is all of them."""
+    parallel = parallel_of(layout)
+    alone = parallel.dp * parallel.cp == 1
+    return [fault for fault in FAULTS if not (alone and fault == "one rank's count for all")]
+
+
+# ---- what is measured
+
+
+def build(recipe: Recipe, topology: Topology, fault: str | None) -> Learner:
+    readers = [HFReader(recipe.model.path), HFReader(recipe.model.reference_path)]
+    if fault == "policy and reference swapped":
+        readers.reverse()
+    return Learner.build(recipe, topology, policy_weights=readers[0], reference_weights=readers[1])
+
+
+def received(learner: Learner, fault: str | None, whole: RolloutBatch) -> RolloutBatch:
+    if fault == "last tokens left out":
+        rows = range(len(whole))
+        prompts, responses = (
+            [of(i).tolist() for i in rows] for of in (whole.sequences.prompt, whole.sequences.response)
+        )
+        whole = make_batch(prompts, [response[:-1] for response in responses], rewards=whole.reward_B.tolist())
+    return learner.receive(whole if learner.topology.is_driver else None)
+
+
+def measure(work: Path, layout: str, eps: float, fault: str | None, topology: Topology) -> dict:
+    """Two optimizer steps of the learner on the batch, with `fault` in it."""
+    recipe = recipe_of(work, layout, eps)
+    spec, learner = read_hf_config(recipe.model.path), build(recipe, topology, fault)
+    trainable, gradients, norms = learner.trainable, [], []
+    before = dict(WeightStream(learner.policy, spec, topology))
+    if fault:
+        FAULTS[fault][0](learner)
+    step = trainable.step
+
+    def watched() -> float:
+        if not recipe.optimizer.distributed:  # else each rank has its own part of the reduced gradient alone
+            stream = WeightStream(learner.policy, spec, topology, tensor_of=lambda parameter: parameter.main_grad)
+            gradients.append({name: gradient.clone() for name, gradient in stream})
+        norms.append(step())
+        return norms[-1]
+
+    trainable.step = watched  # type: ignore[method-assign]
+    learner.learn(received(learner, fault, batch()), values())
+    change = {name: after - before[name] for name, after in WeightStream(learner.policy, spec, topology)}
+    return {"norms": norms, "gradients": gradients, "change": change}
+
+
+def skip(work: Path, layout: str, topology: Topology) -> dict:
+    """What comes of one sequence without a finite reward, and then of a whole batch of them."""
+    recipe = recipe_of(work, layout, 1e-8)
+    spec, learner = read_hf_config(recipe.model.path), build(recipe, topology, None)
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in WeightStream(learner.policy, spec, topology)}
+
+    def with_nans(rows: list[int]) -> RolloutBatch:
+        whole = batch()
+        whole.reward_B[rows] = float("nan")
+        return whole
+
+    def changed(work: Callable[[], Any]) -> bool:
+        before = weights()
+        work()
+        return any(not torch.equal(tensor, before[name]) for name, tensor in weights().items())
+
+    last = len(batch()) - 1
+    found: dict = {}
+
+    def learn(whole: RolloutBatch, step: int) -> None:
+        found["metrics"] = learner.learn(received(learner, None, whole), values(), step).metrics()
+
+    found["one minibatch learns"] = changed(lambda: learn(with_nans([last]), 0))  # the first one does
+    found["skipped"], found["in a row"] = found["metrics"]["skipped_steps"], learner.skipped_in_a_row
+    learn(batch(), 1)
+    found["in a row after a good step"] = learner.skipped_in_a_row
+
+    def all_bad() -> None:
+        try:
+            for step in (2, 3):  # the third of four minibatches is the last straw
+                learn(with_nans([0, last]), step)
+        except GradientError as error:
+            found["error"] = str(error)
+
+    found["bad minibatches change weights"] = changed(all_bad)
+    return found
+
+
+def main(folder: str, layout: str) -> None:
+    work = Path(folder)
+    results: dict = {}
+    with distributed(parallel_of(layout)) as topology:
+        for fault in [None, *faults_of(layout)]:
+            results[fault or "none"] = {eps: measure(work, layout, eps, fault, topology) for eps in SETTINGS}
+        results["skipped"] = skip(work, layout, topology)
+        if topology.is_driver:
+            torch.save(results, work / f"{layout}.pt")

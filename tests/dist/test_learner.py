@@ -1,0 +1,153 @@
+"""The learner that trains is the one that is tested: its steps are those of transformers and torch.optim alone.
+
+Real ranks run stage 2's `Learner` on a batch of two minibatches, packed (learner_worker.py); here the same two steps
+are written out on one model. Compared are each minibatch's reduced gradients and norm, and what both steps changed:
+with Adam's eps at 1, where a step is proportional to the gradient, and at 1e-8. Each fault that is put into the learner
+from outside must be seen by the comparisons that can see it, and by no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_apo.data.rollouts import RolloutBatch
+from tests.dist.learner_worker import (
+    BETA2,
+    FAULTS,
+    NUM_MINIBATCHES,
+    SETTINGS,
+    TEMPERATURE,
+    VARIANT,
+    batch,
+    faults_of,
+    values,
+)
+from tests.dist.ranks import start_ranks
+from tests.dist.test_layouts import relative_difference
+from tests.models import make_model
+
+LAYOUTS = ["tp2-pp2", "dp2", "cp2"]
+# Of the largest tensor, in the 2-norm.
+GRADIENTS, CHANGE = 1e-5, {1.0: 1e-4, 1e-8: 1e-3}
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("learner")
+    for seed, name in enumerate(("policy", "reference")):
+        make_model(VARIANT, folder / name, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(work: Path) -> Callable[[str], dict]:
+    @cache
+    def get(layout: str) -> dict:
+        start_ranks("tests.dist.learner_worker", work, layout)
+        return torch.load(work / f"{layout}.pt", weights_only=True)
+
+    return get
+
+
+def response_log_prob(model: torch.nn.Module, of: RolloutBatch, row: int) -> torch.Tensor:
+    """log pi(y|x) of a response under the temperature, summed over its tokens, by transformers."""
+    tokens, response = torch.tensor(of.sequences.row(row)).long(), torch.tensor(of.sequences.response(row)).long()
+    logits = model(tokens[None]).logits[0, len(tokens) - len(response) - 1 : -1] / TEMPERATURE
+    return logits.log_softmax(-1).gather(1, response[:, None]).sum()
+
+
+@pytest.fixture(scope="module")
+def expected(work: Path) -> dict[float, dict]:
+    """{eps: {norms, gradients of each minibatch, what both steps changed}}: equation 4 of the paper and Adam."""
+    whole, vstar = batch(), values()
+    models = {
+        name: transformers.AutoModelForCausalLM.from_pretrained(work / name / VARIANT, dtype=torch.float32)
+        for name in ("policy", "reference")
+    }
+    start = {name: parameter.detach().clone() for name, parameter in models["policy"].named_parameters()}
+    found = {}
+    for eps, (lr, _) in SETTINGS.items():
+        policy = models["policy"]
+        policy.load_state_dict(start, strict=False)
+        adam = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
+        norms, gradients, size = [], [], len(whole) // NUM_MINIBATCHES
+        for first in range(0, len(whole), size):
+            losses = []
+            for row in range(first, first + size):
+                with torch.no_grad():
+                    reference = response_log_prob(models["reference"], whole, row)
+                log_ratio = response_log_prob(policy, whole, row) - reference
+                advantage = whole.reward_B[row] - vstar[whole.prompt_ids[row]]
+                losses.append((BETA2 * log_ratio - advantage) ** 2)
+            adam.zero_grad()
+            torch.stack(losses).mean().backward()
+            gradients.append({name: parameter.grad.clone() for name, parameter in policy.named_parameters()})
+            norms.append(float(torch.stack([gradient.norm() for gradient in gradients[-1].values()]).norm()))
+            adam.step()
+        change = {name: parameter.detach() - start[name] for name, parameter in policy.named_parameters()}
+        found[eps] = {"norms": norms, "gradients": gradients, "change": change}
+    return found
+
+
+def worst(ours: Tensors, theirs: Tensors) -> float:
+    """Largest relative difference of a tensor, in the 2-norm."""
+    assert ours.keys() == theirs.keys()
+    return max(relative_difference(ours[name], theirs[name]) for name in theirs)
+
+
+def differences(found: dict, expected: dict[float, dict]) -> dict[str, tuple[float, float]]:
+    """{comparison: (worst relative difference, the tolerance)}."""
+    ours, theirs = found[1.0], expected[1.0]
+    assert len(ours["gradients"]) == len(theirs["gradients"]) == NUM_MINIBATCHES
+    steps = [worst(*pair) for pair in zip(ours["gradients"], theirs["gradients"], strict=True)]
+    norms = [abs(mine - other) / other for mine, other in zip(ours["norms"], theirs["norms"], strict=True)]
+    changes = {
+        f"weights, eps {eps:g}": (worst(found[eps]["change"], expected[eps]["change"]), CHANGE[eps]) for eps in SETTINGS
+    }
+    return {"gradients": (max(steps + norms), GRADIENTS), **changes}
+
+
+def failing(found: dict, expected: dict[float, dict]) -> set[str]:
+    return {name for name, (value, limit) in differences(found, expected).items() if not value <= limit}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_steps_are_those_of_transformers_and_torch(layout: str, measured, expected) -> None:
+    found = differences(measured(layout)["none"], expected)
+    print(layout, {name: f"{value:.1e} of {limit:g}" for name, (value, limit) in found.items()})
+    assert failing(measured(layout)["none"], expected) == set(), found
+
+
+@pytest.mark.parametrize(("layout", "fault"), [(layout, fault) for layout in LAYOUTS for fault in faults_of(layout)])
+def test_a_fault_in_the_learner_is_seen(layout: str, fault: str, measured, expected) -> None:
+    found = differences(measured(layout)[fault], expected)
+    assert failing(measured(layout)[fault], expected) == FAULTS[fault][1], found
+
+
+def test_the_steps_are_large_enough_to_be_compared(expected) -> None:
+    """A change of a weight is a difference of two fp32 numbers, of which it has to be more than the rounding."""
+    for eps, limit in CHANGE.items():
+        sizes = [float(change.square().mean().sqrt()) for change in expected[eps]["change"].values()]
+        # Weights are below 2, where fp32 numbers lie 1.2e-7 apart: rounding is 3.4e-8 in the root mean square.
+        assert min(sizes) * limit > 3.4e-8, (eps, min(sizes))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_that_is_not_finite_is_skipped_counted_and_kept(layout: str, measured, work: Path) -> None:
+    found = measured(layout)["skipped"]
+    assert found["one minibatch learns"] and found["skipped"] == found["in a row"] == 1
+    assert found["in a row after a good step"] == 0
+    assert not found["bad minibatches change weights"]
+    folder = work / layout / "rollouts" / "skipped"
+    assert "not finite in 3 optimizer steps in a row" in found["error"] and str(folder) in found["error"]
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:06d}.parquet" for step in (1, 3, 4)]
+    kept = RolloutBatch.read(folder / "step-000001.parquet")
+    assert kept.sequences.token_ids_T.tolist() == batch().sequences.token_ids_T.tolist()
+    assert [row for row, reward in enumerate(kept.reward_B) if reward != reward] == [len(kept) - 1]
