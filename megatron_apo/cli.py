@@ -120,8 +120,9 @@ def train(
     ] = None,
 ) -> None:
     """Stage 2: train the policy against a V* store."""
-    overrides = [*(overrides or []), *(["train.record=true"] if record else [])]
-    loaded = _load(recipe, overrides + ([f"train.replay={replay}"] if replay else []))
+    loaded = _load(recipe, overrides)
+    loaded.train.record |= record
+    loaded.train.replay = replay or loaded.train.replay
     from megatron_apo.stages import start
 
     start.train(loaded)

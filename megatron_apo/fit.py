@@ -42,7 +42,8 @@ def misfits(recipe: Recipe, models: Mapping[str, Path], gpus: Sequence[Capabilit
             f"{parallel.world_size} ranks, and here are {len(gpus)} GPUs; use a smaller layout, or start the ranks on "
             "several machines with torchrun"
         )
-    found += engine_misfits(recipe, models, gpus)
+    if recipe.train.replay is None:
+        found += engine_misfits(recipe, models, gpus)
     checks = (
         lambda spec, _: check_layout(spec, parallel),
         lambda spec, _: check_precision(spec, parallel, recipe.model.fp8),
@@ -143,7 +144,7 @@ def _check_host_memory(spec: ModelSpec, recipe: Recipe, num_gpus: int) -> None:
     if model.reference_mode != "resident":  # in swap the policy's weights wait as well
         copies = 2 if model.reference_mode == "swap" else 1
         needs[f"model.reference_mode: {model.reference_mode}"] = copies * held * _BYTES[model.dtype] * here
-    if recipe.rollout.sleep_while_training:
+    if recipe.rollout.sleep_while_training and recipe.train.replay is None:
         needs["rollout.sleep_while_training: true"] = spec.num_weights * _BYTES[recipe.rollout.dtype]
     available = psutil.virtual_memory().available
     if sum(needs.values()) > available:

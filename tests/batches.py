@@ -40,6 +40,11 @@ def make_batch(
     )
 
 
+def no_values(batch: RolloutBatch) -> dict[str, float]:
+    """A V* of 0 for each prompt, so that rewards are advantages."""
+    return dict.fromkeys(batch.prompt_ids, 0.0)
+
+
 def assert_same_batch(ours: RolloutBatch, theirs: RolloutBatch) -> None:
     """Bit for bit, what is held and what is everyone's; seconds apart."""
     assert ours.prompt_ids == theirs.prompt_ids

@@ -137,6 +137,13 @@ def latest(run_dir: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
+def next_step(run_dir: Path) -> int:
+    """The step (from 0) that `train` takes next in this run: that of its newest checkpoint, or 0."""
+    folder = latest(run_dir)
+    run = read_record(folder).run if folder else None
+    return run.step if run else 0
+
+
 def check_resume(recipe: Recipe) -> None:
     """Raise `RecipeError`, one line a field, if the run's newest checkpoint is not of this recipe and V* store."""
     folder = latest(recipe.run.dir)
@@ -167,7 +174,7 @@ class Checkpoints:
 
     def restore(self) -> int:
         """Load the newest checkpoint, if there is one. Returns the number of steps already taken. Collective."""
-        from megatron_apo.rollout.failures import on_all
+        from megatron_apo.runtime.collective import on_all
         from megatron_apo.weights import torch_dist
 
         folder = self._topology.broadcast(latest(self._recipe.run.dir))
@@ -183,7 +190,7 @@ class Checkpoints:
 
     def save_if_due(self, step: int) -> None:
         """Save after `step` steps if train.save_every says so. Collective."""
-        from megatron_apo.rollout.failures import on_driver
+        from megatron_apo.runtime.collective import on_driver
         from megatron_apo.weights import torch_dist
 
         every = self._recipe.train.save_every

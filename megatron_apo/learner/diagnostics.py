@@ -78,6 +78,11 @@ class StepRecord:
             )
 
     @property
+    def losses(self) -> list[float]:
+        """Each minibatch's summed loss."""
+        return [totals.sums["loss"] for totals in self._gathered]
+
+    @property
     def first_log_ratio(self) -> float:
         """Largest |log pi - log pi_anchor| of a token in the first minibatch, nats."""
         return self._gathered[0].maxima["log_ratio"]

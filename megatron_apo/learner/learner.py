@@ -55,17 +55,16 @@ class Learner:
         self,
         recipe: Recipe,
         topology: Topology,
+        objective: Objective,
         trainable: Trainable,
         reference: Reference | None,
-        objective: Objective | None = None,
-        timer: PhaseTimer | None = None,
     ):
         self.recipe = recipe
         self.topology = topology
+        self.objective = objective
         self.trainable = trainable
         self.reference = reference
-        self.objective = objective or build_objective(recipe.objective)
-        self.timer = timer or PhaseTimer()
+        self.timer = PhaseTimer()
         self.skipped_in_a_row = 0
 
     @classmethod
@@ -77,7 +76,6 @@ class Learner:
         spec: ModelSpec | None = None,
         policy_weights: TensorReader | None = None,
         reference_weights: TensorReader | None = None,
-        timer: PhaseTimer | None = None,
     ) -> Learner:
         """The recipe's. By default architecture and weights are read from its Hugging Face folders.
 
@@ -104,7 +102,7 @@ class Learner:
                 build=build,
                 load=lambda chunks: load_weights(chunks, spec, topology, weights),
             )
-        return cls(recipe, topology, trainable, reference, objective, timer)
+        return cls(recipe, topology, objective, trainable, reference)
 
     @property
     def first_log_ratio_tolerance(self) -> float:
@@ -141,8 +139,8 @@ class Learner:
         Raises `GradientError` after train.max_skipped_steps such steps in a row.
         """
         plan = self.plan(batch.sequences)
-        minibatches = self._micro_batches(plan, batch)
-        targets = self.objective.prepare(self._samples(batch), values)
+        minibatches = self.micro_batches(plan, batch)
+        targets = self.objective.prepare(self.samples(batch), values)
         anchors = self._anchor_log_probs(minibatches, batch)
         record = StepRecord(self.objective.reinforce_scale, plan.metrics())
         for micro_batches, anchor in zip(minibatches, anchors, strict=True):
@@ -170,12 +168,12 @@ class Learner:
         assert term.count == (len(log_prob_R) if self.objective.unit == "token" else len(micro.indices))
         return replace(term, stats=diagnose(term, log_prob_R.detach(), anchor_R, self._sampler_log_probs(micro, batch)))
 
-    def _micro_batches(self, plan: BatchPlan, batch: RolloutBatch) -> Minibatches:
-        """This replica's, on this rank's device."""
+    def micro_batches(self, plan: BatchPlan, batch: RolloutBatch) -> Minibatches:
+        """This replica's micro-batches of each minibatch, on this rank's device."""
         found = plan.micro_batches(batch.sequences, self.topology.dp_rank)
         return [[micro.to(self.topology.device) for micro in micro_batches] for micro_batches in found]
 
-    def _samples(self, batch: RolloutBatch) -> Samples:
+    def samples(self, batch: RolloutBatch) -> Samples:
         """The batch as an objective sees it."""
         device = self.topology.device
         return Samples(
@@ -216,10 +214,12 @@ class Learner:
         self.skipped_in_a_row += 1
         folder = skipped_rollouts(self.recipe.run.dir)
         if self.topology.is_driver:
-            folder.write(step, batch)
+            try:
+                where = f"the batch is in {folder.write(step, batch)}"
+            except OSError as error:  # it is not worth the run
+                where = f"the batch could not be kept: {error}"
             print(
-                f"step {step + 1}: the gradient's norm is {grad_norm}; the optimizer step is skipped, the batch is in "
-                f"{folder.path(step)}",
+                f"step {step + 1}: the gradient's norm is {grad_norm}; the optimizer step is skipped, {where}",
                 flush=True,
             )
         if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:

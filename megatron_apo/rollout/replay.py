@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
-from megatron_apo.config import Recipe
+from megatron_apo.config import Recipe, RecipeError
+from megatron_apo.data.layout import plan_batch
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
-from megatron_apo.parallel.topology import Topology
-from megatron_apo.rollout.failures import kept_on_driver
+from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.runtime.collective import kept_on_driver
+
+if TYPE_CHECKING:
+    from megatron_apo.parallel.topology import Topology
+    from megatron_apo.values.store import PromptValues
+
+_READERS = 8  # files read at once
 
 
 class Replay(AbstractContextManager["Replay"]):
@@ -39,3 +48,58 @@ class Replay(AbstractContextManager["Replay"]):
     def sample(self, prompts: Sequence[Prompt], step: int) -> RolloutBatch | None:
         """The batch that step `step` learned from, on the driver; its prompts are those that were recorded."""
         return kept_on_driver(self._topology, lambda: self._folder.read(step))
+
+
+def check_replay(recipe: Recipe, start: int, vstar: PromptValues) -> None:
+    """Read the batches of all steps from `start` on, and hold them against recipe, model and V* store.
+
+    Raises `RecipeError`, one line a file. Does nothing where the recipe has no train.replay.
+    """
+    if recipe.train.replay is None:
+        return
+    folder, steps = RolloutFolder(recipe.train.replay), range(start, recipe.train.steps)
+    if missing := [step for step in steps if not folder.path(step).is_file()]:
+        recorded = (
+            f"use train.steps={missing[0]}, or another folder"
+            if missing[0] > start
+            else ("give the folder that train --record wrote")
+        )
+        raise RecipeError(
+            [
+                f"train.replay: {folder.folder} lacks {folder.path(missing[0]).name}, and {len(missing)} of "
+                f"{len(steps)} batches in all; {recorded}"
+            ]
+        )
+    vocab_size = read_hf_config(recipe.model.path).vocab_size
+
+    def problem_of(step: int) -> str | None:
+        try:
+            _check_batch(recipe, folder.read(step), vocab_size, vstar)
+        except ValueError as error:
+            path = f"{folder.path(step)}"
+            return f"train.replay: {' '.join(str(error).removeprefix(f'{path}: ').split())} ({path})"
+        return None
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        if problems := [problem for problem in readers.map(problem_of, steps) if problem]:
+            raise RecipeError(problems)
+
+
+def _check_batch(recipe: Recipe, batch: RolloutBatch, vocab_size: int, vstar: PromptValues) -> None:
+    """Raise `ValueError` for a batch that this recipe, model or store cannot take."""
+    ids, parts = batch.sequences.token_ids_T, recipe.train.minibatches * recipe.parallel.dp
+    if not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(f"token ids from {ids.min()} to {ids.max()}, and model.path has 0 to {vocab_size - 1}")
+    if len(batch) % parts:
+        raise ValueError(
+            f"{len(batch)} responses do not divide into train.minibatches={recipe.train.minibatches} x "
+            f"parallel.dp={recipe.parallel.dp}; change these"
+        )
+    if unhashed := [prompt_id for prompt_id in batch.prompt_ids if not _is_id(prompt_id)]:
+        raise ValueError(f"{unhashed[0]!r} is not the id of a prompt; give a file of train --record")
+    vstar.lookup(list(batch.prompt_ids))
+    plan_batch(recipe, batch.sequences, num_minibatches=recipe.train.minibatches, dp=recipe.parallel.dp)
+
+
+def _is_id(text: str) -> bool:
+    return len(text) == 32 and all(character in "0123456789abcdef" for character in text)

@@ -36,9 +36,9 @@ from megatron_apo.parallel.topology import Topology
 from megatron_apo.rewards.pool import Grade, RewardPool
 from megatron_apo.rollout.client import Completion, GenerateRequest, RolloutClient
 from megatron_apo.rollout.evaluation import Evaluation, evaluate_policy
-from megatron_apo.rollout.failures import Answer, on_all, on_driver
 from megatron_apo.rollout.server import ServerDied, VLLMServer
 from megatron_apo.rollout.weight_sync import SyncError, SyncReport, WeightSync
+from megatron_apo.runtime.collective import Answer, on_all, on_driver
 from megatron_apo.weights.stream import WeightStream
 
 
@@ -149,7 +149,7 @@ class Rollouts:
         self._moment = f"step {step}"
         sampled: list[RolloutBatch] = []
         self._surviving(lambda: self._on_turn("generate", lambda: sampled.append(self._sample(prompts, step))))
-        return sampled[0] if sampled else None
+        return sampled[-1] if sampled else None
 
     def evaluate(self, step: int) -> Evaluation:
         """avg@k and greedy of the weights that the server holds, on the recipe's held-out prompts."""

@@ -1,6 +1,6 @@
 """Converts weights between Hugging Face folders and Megatron's `torch_dist` checkpoints, bit for bit.
 
-    hf_to_megatron(HF, OUT)      OUT: a checkpoint folder (see checkpoint.py) that any TP x PP x EP loads
+    hf_to_megatron(HF, OUT)      OUT: a checkpoint folder (see learner/checkpoint.py) that any TP x PP x EP loads
     megatron_to_hf(FOLDER, OUT)  FOLDER: what `hf_to_megatron` wrote, or a checkpoint of training
 
 The command checks everything, then starts its ranks (under torchrun it is one). They work on the CPU, a
@@ -57,7 +57,7 @@ def hf_to_megatron(source: Path, out: Path, dtype: Dtype | None = None, ranks: i
         raise ValueError(f"{source}: its tensors are {found}; choose what to write with --dtype fp32, bf16 or fp16")
 
     def work(topology: Topology) -> None:
-        from megatron_apo.rollout.failures import on_driver
+        from megatron_apo.runtime.collective import on_driver
         from megatron_apo.weights import conversion as streamed
 
         with streamed_conversion(spec, topology, wanted) as conversion:
@@ -93,7 +93,7 @@ def megatron_to_hf(
     wanted = dtype or record.dtype
 
     def work(topology: Topology) -> None:
-        from megatron_apo.rollout.failures import on_driver
+        from megatron_apo.runtime.collective import on_driver
         from megatron_apo.weights import conversion as streamed
 
         with streamed_conversion(spec, topology, wanted) as conversion:

@@ -8,12 +8,13 @@ from typing import Any
 from megatron_apo.config import Recipe, RecipeError
 from megatron_apo.data.order import step_prompts
 from megatron_apo.data.prompts import Prompt
-from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
+from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.fit import misfits
 from megatron_apo.inputs import Inputs, load_inputs, store_fingerprint
-from megatron_apo.learner.checkpoint import check_resume, latest, read_record
+from megatron_apo.learner.checkpoint import check_resume, next_step
 from megatron_apo.model.gpus import visible_gpus
 from megatron_apo.model.hf_config import ModelConfigError, read_hf_config
+from megatron_apo.rollout.replay import check_replay
 from megatron_apo.values.store import PromptValues, VStarStore
 from megatron_apo.weights.hf_io import HFReader
 
@@ -44,7 +45,6 @@ def open_curriculum(recipe: Recipe) -> Curriculum:
     Raises `RecipeError` for what the recipe asks of machine and models, else a ValueError, of one line per problem.
     """
     _check_models(recipe)
-    _check_replay(recipe)
     inputs = load_inputs(recipe)
     store = VStarStore.open(recipe.vstar.dir, recipe.vstar.samples_used)
     store.check(store_fingerprint(recipe, inputs))
@@ -57,6 +57,7 @@ def open_curriculum(recipe: Recipe) -> Curriculum:
             f"vstar.filter: {recipe.vstar.filter} leaves none of {len(store)} prompts; choose another filter"
         )
     vstar.lookup([prompt.prompt_id for prompt in prompts])
+    check_replay(recipe, next_step(recipe.run.dir), vstar)
     return Curriculum(inputs, prompts, vstar)
 
 
@@ -86,42 +87,3 @@ def _check_models(recipe: Recipe) -> None:
         problems.append("data.eval: missing; training reports on held-out prompts")
     if problems:
         raise RecipeError(problems)
-
-
-def _check_replay(recipe: Recipe) -> None:
-    """The recorded batches of all steps that are to be taken are there, and the first can be read."""
-    if recipe.train.replay is None:
-        return
-    folder = RolloutFolder(recipe.train.replay)
-    checkpoint = latest(recipe.run.dir)
-    run = read_record(checkpoint).run if checkpoint else None
-    start = run.step if run else 0
-    missing = [step for step in range(start, recipe.train.steps) if not folder.path(step).is_file()]
-    if missing:
-        raise RecipeError(
-            [
-                f"train.replay: {recipe.train.replay} has no {folder.path(missing[0]).name}, and {len(missing)} of "
-                f"{recipe.train.steps - start} steps are missing; use train.steps={missing[0]}, or another folder"
-                if missing[0] > start
-                else f"train.replay: {recipe.train.replay} has no {folder.path(start).name}; give the folder that "
-                "train --record wrote"
-            ]
-        )
-    if start < recipe.train.steps:
-        batch = folder.read(start)
-        longest = int(batch.sequences.num_tokens_B.max())
-        if longest > recipe.max_sequence_tokens:
-            raise RecipeError(
-                [
-                    f"train.replay: {folder.path(start)} has a sequence of {longest} tokens, more than "
-                    "data.max_prompt_tokens + sampling.max_response_tokens; give the recipe that recorded it"
-                ]
-            )
-        parts = recipe.train.minibatches * recipe.parallel.dp
-        if len(batch) % parts:
-            raise RecipeError(
-                [
-                    f"train.replay: {folder.path(start)} has {len(batch)} responses, which do not divide into "
-                    f"train.minibatches={recipe.train.minibatches} x parallel.dp={recipe.parallel.dp}; change these"
-                ]
-            )

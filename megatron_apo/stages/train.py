@@ -17,9 +17,9 @@ from megatron_apo.learner.checkpoint import Checkpoints
 from megatron_apo.learner.learner import Learner, recorded_rollouts
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.topology import Topology
-from megatron_apo.rollout.failures import kept_on_driver, on_driver
 from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
+from megatron_apo.runtime.collective import kept_on_driver, on_driver
 from megatron_apo.stages.curriculum import Curriculum, open_curriculum
 from megatron_apo.telemetry.memory import long_lived
 from megatron_apo.telemetry.recorder import Recorder
@@ -47,7 +47,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
             with learner.timer.phase("step"):
                 prompts = curriculum.of_step(recipe, step, learner.objective.samples_per_prompt) if curriculum else []
                 batch = learner.receive(rollouts.sample(prompts, step))
-                values = topology.broadcast(curriculum.values(batch) if curriculum else None)
+                values = on_driver(topology, partial(Curriculum.values, curriculum, batch))
                 if recipe.train.record:
                     on_driver(topology, partial(recorded_rollouts(recipe.run.dir).write, step, batch))
                 if step == start:
@@ -59,7 +59,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
                 record.require_no_log_ratio(learner.first_log_ratio_tolerance)
             if (step + 1) % recipe.sync.probe_every == 0:
                 recorder.proved(rollouts.prove(batch))
-            recorder.log(step + 1, record, batch, values, learner.timer.pop(), lr=learner.trainable.lr)
+            recorder.log(step + 1, record.metrics(), batch, values, learner.timer.pop(), lr=learner.trainable.lr)
             if recipe.eval.every and (step + 1) % recipe.eval.every == 0 and step + 1 < recipe.train.steps:
                 recorder.evaluated(step + 1, rollouts.evaluate(step))
             checkpoints.save_if_due(step + 1)

@@ -84,7 +84,7 @@ def verify(
 def _tensors(spec: ModelSpec, hf: Path, megatron: Path, topology: Topology) -> None:
     import torch.distributed as dist
 
-    from megatron_apo.rollout.failures import on_all
+    from megatron_apo.runtime.collective import on_all
     from megatron_apo.weights.conversion import CheckpointTensors, compare
 
     reader = HFReader(hf)
@@ -115,7 +115,7 @@ def _log_probs(
     from megatron_apo.data.sequences import Sequences
     from megatron_apo.model.build import build_model
     from megatron_apo.parallel.pipeline import forward_log_probs
-    from megatron_apo.rollout.failures import on_driver
+    from megatron_apo.runtime.collective import on_driver
     from megatron_apo.weights.torch_dist import load_model
 
     sequences = on_driver(topology, lambda: _tokenize(hf, lines, spec))

@@ -21,7 +21,8 @@ class MetricsWriter:
     A value that is not finite is written as null, JSON having no word for it. Use as a context manager.
 
     wandb: a Weights & Biases project that gets them too, with `config` as the run's settings. last_step: the run goes
-    on after this step. What a killed run wrote of later steps is removed, so that no step is there twice.
+    on after this step. What a killed run wrote of later steps is removed, and a row of this step that is there already
+    (the last evaluation of a run that was killed at its end) is not written again, so that nothing is there twice.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class MetricsWriter:
     ):
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / FILE_NAME
-        _write_rows(path, [row for row in read_metrics(run_dir) if last_step and row["step"] <= last_step])
+        kept = [row for row in read_metrics(run_dir) if last_step and row["step"] <= last_step]
+        _write_rows(path, kept)
+        self._written = {(row["step"], _kind(row)) for row in kept}
         self._file = path.open("a", buffering=1)
         self._tensorboard: Any = None
         if tensorboard:
@@ -47,12 +50,15 @@ class MetricsWriter:
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Write one row. Values are Python or NumPy numbers, or tensors of one element."""
+        if (step, _kind(values)) in self._written:
+            return
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n")
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()  # what a resumed run counts on must be there
         if self._wandb is not None:
             self._wandb.log(step, numbers)
 
@@ -80,6 +86,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """What a row is of, such as a training step or an evaluation: its first name."""
+    return next((name for name in row if name not in ("step", "time")), "")
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

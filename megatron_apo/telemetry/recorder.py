@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from megatron_apo.config import Recipe
 from megatron_apo.data.rollouts import RolloutBatch
-from megatron_apo.learner.diagnostics import StepRecord
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.objectives import build_objective
 from megatron_apo.parallel.topology import Topology
@@ -30,7 +29,7 @@ from megatron_apo.telemetry.flops import training_rates
 from megatron_apo.telemetry.gpu import GpuMonitor, gpu_uuid, peak_tflops
 from megatron_apo.telemetry.memory import MemorySampler
 from megatron_apo.telemetry.metrics import MetricsWriter, read_metrics
-from megatron_apo.telemetry.responses import response_metrics
+from megatron_apo.telemetry.responses import response_metrics, sampling_metrics
 from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.telemetry.timers import Phase
 
@@ -117,14 +116,17 @@ class Recorder:
     def log(
         self,
         step: int,
-        record: StepRecord,
+        learned: Mapping[str, float],
         batch: RolloutBatch,
         values: Mapping[str, float],
         phases: Mapping[str, Phase],
         *,
         lr: float,
     ) -> None:
-        """One training step (`step` counts from 1). `values`: V* by prompt id. Collective."""
+        """One training step (`step` counts from 1). Collective.
+
+        learned: what the learner says of it, by the names of metrics.jsonl. values: V* by prompt id.
+        """
         peaks = {name: phase.peak_bytes for name, phase in phases.items()}
         ranks = self._gathered((peaks, self._gpu.pop() if self._gpu else {}))
         if not self._topology.is_driver:
@@ -133,22 +135,19 @@ class Recorder:
         advantages = [reward - value for reward, value in zip(rewards, vstar, strict=True)]
         prompt_lengths, response_lengths = batch.sequences.prompt_lengths_B, batch.sequences.response_lengths_B
         seconds = {name: phase.seconds for name, phase in phases.items()}
+        generate_s = seconds.get("generate")  # nothing is sampled in a replay
         self._log(
             step,
             {
                 "reward/mean": fmean(rewards),
-                **record.metrics(),
+                **learned,
                 "lr": lr,
-                **response_metrics(batch, seconds["step"]),
+                **response_metrics(batch),
+                **(sampling_metrics(batch, seconds["step"], generate_s) if generate_s else {}),
                 "advantage/mean": fmean(advantages),
                 "advantage/second_moment": fmean(value * value for value in advantages),
                 "value/mean": fmean(vstar),
                 **{f"time/{phase}_s": value for phase, value in seconds.items()},
-                **(
-                    {"tokens_per_s/generate": int(response_lengths.sum()) / seconds["generate"]}
-                    if "generate" in seconds
-                    else {}  # a replay
-                ),
                 **training_rates(
                     self._spec,
                     list(zip(prompt_lengths.tolist(), response_lengths.tolist(), strict=True)),

@@ -29,8 +29,9 @@ def wandb_problems(project: str | None) -> list[str]:
 class WandBRun:
     """A run of the project, by way of RUN/wandb; where its server or the key to it is missing, it is kept there.
 
-    A resumed run goes on in the one that it began. What that was sent before it was killed is not sent again: it takes
-    nothing back.
+    A resumed run goes on in the one that it began. What was handed over before a kill is not handed over again: they
+    take nothing back. They send it by themselves, so that a kill may lose their last rows; metrics.jsonl has them.
+    Offline, each start leaves a folder of its own with the same id, for `wandb sync --append` in their order.
     """
 
     def __init__(self, run_dir: Path, project: str, config: Mapping[str, Any], resumed: bool):

@@ -224,10 +224,11 @@ def known_model_hash(folder: Path, memo: Path) -> str:
         if kept == state | {"model_hash": kept["model_hash"]}:
             return kept["model_hash"]
     found = model_hash(folder)
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    partial = memo.with_name(f".{memo.name}.{uuid.uuid4().hex}.partial")  # workers may write it together
-    partial.write_text(json.dumps(state | {"model_hash": found}, indent=1) + "\n")
-    os.replace(partial, memo)
+    with suppress(OSError):  # to read a run, nobody need be able to write to it
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        partial = memo.with_name(f".{memo.name}.{uuid.uuid4().hex}.partial")  # workers may write it together
+        partial.write_text(json.dumps(state | {"model_hash": found}, indent=1) + "\n")
+        os.replace(partial, memo)
     return found
 
 

@@ -31,6 +31,11 @@ from megatron_apo.parallel.topology import Topology
 from megatron_apo.weights.families import Entry, hf_tensors, model_entries, tied_head_entry
 from megatron_apo.weights.hf_writer import write_hf_folder
 
+# What rank 0 says to a rank that has a piece of a layer: that it receives it, or that it will receive no more.
+_NEXT, _NO_MORE = 1, 0
+# (expert rank, flat shard, what has to be waited for before it is there)
+_Posted = tuple[int, Tensor, list[dist.Work]]
+
 
 class TensorReader(Protocol):
     def get(self, name: str) -> Tensor: ...
@@ -140,6 +145,8 @@ class WeightStream:
             if bucket[0].pp_rank == topology.pp_rank and own:
                 flat = self._flatten(own)
                 dist.recv(word, src=0, group=topology.host_group)
+                if word.item() == _NO_MORE:
+                    break
                 pending.append((dist.isend(flat, dst=0), flat))
             if len(pending) > 2:  # a layer being received and one ahead of it
                 pending.pop(0)[0].wait()
@@ -147,35 +154,64 @@ class WeightStream:
             work.wait()
 
     def _receive(self) -> Iterator[tuple[str, Tensor]]:
-        posted = self._post(0)
-        for index, bucket in enumerate(self._buckets):
-            current, posted = posted, self._post(index + 1)
-            flats: dict[int, list[Tensor]] = {}
-            for ep_rank, flat, works in current:
+        posted: list[_Posted] = []
+        num_posted = 0
+        try:
+            for bucket in self._buckets:
+                current = posted or self._post(num_posted)
+                num_posted += not posted
+                posted = self._post(num_posted)
+                num_posted += 1
+                flats: dict[int, list[Tensor]] = {}
+                for ep_rank, flat, works in current:
+                    for work in works:
+                        work.wait()
+                    flats.setdefault(ep_rank, []).append(flat)
+                yield from self._merge(bucket, flats)
+        finally:  # after an error, or when the caller has had enough, no rank must be left waiting
+            for _, _, works in posted:
                 for work in works:
                     work.wait()
-                flats.setdefault(ep_rank, []).append(flat)
-            yield from self._merge(bucket, flats)
+            self._say_no_more(num_posted)
 
-    def _post(self, index: int) -> list[tuple[int, Tensor, list[dist.Work]]]:
-        """Start receiving bucket `index`: (expert rank, flat shard, works), by tensor rank for each expert rank."""
+    def _say_no_more(self, first: int) -> None:
+        """Tell every rank that would still send one of the buckets from `first` on that nobody receives them."""
+        waiting = {
+            rank
+            for bucket in self._buckets[first:]
+            for ep_rank in range(self._topology.ep)
+            if _sent_by(ep_rank, bucket)
+            for rank in self._topology.owner_ranks(bucket[0].pp_rank, ep_rank)
+        }
+        for rank in sorted(waiting - {0}):
+            dist.send(torch.tensor([_NO_MORE], dtype=torch.uint8), dst=rank, group=self._topology.host_group)
+
+    def _post(self, index: int) -> list[_Posted]:
+        """Start receiving bucket `index`, by tensor rank for each expert rank."""
         if index >= len(self._buckets):
             return []
         bucket = self._buckets[index]
-        posted: list[tuple[int, Tensor, list[dist.Work]]] = []
-        word = torch.ones(1, dtype=torch.uint8)
+        flats: list[tuple[int, int, Tensor]] = []  # expert rank, sender, memory for what it sends
         for ep_rank in range(self._topology.ep):
             entries = _sent_by(ep_rank, bucket)
             if not entries:
                 continue
             size = sum(prod(self._shard_shapes(entry)[0]) for entry in entries)
             for rank in self._topology.owner_ranks(bucket[0].pp_rank, ep_rank):
-                if rank == 0:
-                    posted.append((ep_rank, self._flatten(entries), []))
-                else:
-                    flat = torch.empty(size, dtype=self._shard_dtype, device=self._topology.device)
-                    said = dist.isend(word, dst=rank, group=self._topology.host_group)
-                    posted.append((ep_rank, flat, [said, dist.irecv(flat, src=rank)]))
+                own = rank == 0
+                flat = (
+                    self._flatten(entries)
+                    if own
+                    else torch.empty(size, dtype=self._shard_dtype, device=self._topology.device)
+                )
+                flats.append((ep_rank, rank, flat))
+        word = torch.tensor([_NEXT], dtype=torch.uint8)
+        posted: list[_Posted] = []
+        for ep_rank, rank, flat in flats:
+            works = []
+            if rank != 0:
+                works = [dist.isend(word, dst=rank, group=self._topology.host_group), dist.irecv(flat, src=rank)]
+            posted.append((ep_rank, flat, works))
         return posted
 
     def _flatten(self, entries: list[Entry]) -> Tensor:

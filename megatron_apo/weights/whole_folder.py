@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_apo.parallel.topology import Topology
-from megatron_apo.rollout.failures import on_driver
+from megatron_apo.runtime.collective import on_driver
 
 
 def check_empty(out: Path, key: str = "output folder") -> None:

@@ -4,7 +4,8 @@
 
 RUN is a finished quickstart: its reference, prompts and V* store are used, its files left as they are. Whole steps and
 lone parts take turns, so that both see the same machine; medians are printed. Parts: generation (sampling and grading),
-the reference's forward, forward and backward, the optimizer, the weight sync.
+the hand-out of the batch to the ranks, the learner's own (`reference`: its log-probs; `train`: forward and backward;
+`optimizer`), the weight sync.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ def main() -> None:
 
 def measure(recipe: Recipe, rounds: int) -> None:
     """On every rank."""
+    from megatron_apo.data.prompts import Prompt
+    from megatron_apo.data.rollouts import RolloutBatch
     from megatron_apo.learner.learner import Learner
     from megatron_apo.model.hf_config import read_hf_config
-    from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
     from megatron_apo.parallel.topology import distributed
     from megatron_apo.rollout.rollouts import Rollouts
     from megatron_apo.stages.curriculum import open_curriculum
@@ -68,7 +70,6 @@ def measure(recipe: Recipe, rounds: int) -> None:
     with distributed(recipe.parallel) as topology:
         curriculum = open_curriculum(recipe) if topology.is_driver else None
         learner = Learner.build(recipe, topology)
-        assert learner.reference is not None
         found: defaultdict[str, list[float]] = defaultdict(list)
 
         def timed(name: str, work):
@@ -79,11 +80,11 @@ def measure(recipe: Recipe, rounds: int) -> None:
             found[name].append(time.perf_counter() - start)
             return value
 
-        def sample(step: int):
-            """What `timed` generation is: batches that every rank has its part of, and their V*."""
-            prompts = curriculum.of_step(recipe, step, 1) if curriculum else []
-            batch = learner.receive(rollouts.sample(prompts, step))
-            return batch, topology.broadcast(curriculum.values(batch) if curriculum else None)
+        def values_of(batch: RolloutBatch) -> dict[str, float]:
+            return topology.broadcast(curriculum.values(batch) if curriculum else None)
+
+        def prompts_of(step: int) -> list[Prompt]:
+            return curriculum.of_step(recipe, step, learner.objective.samples_per_prompt) if curriculum else []
 
         inputs = curriculum.inputs if curriculum else None
         with Rollouts(recipe, topology, learner.policy, read_hf_config(recipe.model.path), inputs) as rollouts:
@@ -91,29 +92,17 @@ def measure(recipe: Recipe, rounds: int) -> None:
             for step in range(rounds + 2):
 
                 def whole(step=step):
-                    learner.learn(*sample(step))
+                    batch = learner.receive(rollouts.sample(prompts_of(step), step))
+                    learner.learn(batch, values_of(batch))
                     rollouts.sync(step + 1)
 
                 timed("whole step", whole)
-                batch, values = timed("generation", lambda step=step: sample(step))
-                minibatches = learner._micro_batches(learner.plan(batch.sequences), batch)
-                flat = [piece for micro in minibatches for piece in micro]
-                with learner.reference.active() as chunks:
-                    timed("reference forward", lambda c=chunks, f=flat: forward_log_probs(c, f))
-                targets = learner.objective.prepare(learner._samples(batch), values)
-
-                def learn(minibatches=minibatches, targets=targets):
-                    for micro in minibatches:
-                        learner.trainable.zero_grad()
-
-                        def loss(log_prob_R, k, micro=micro):
-                            chosen = targets.select(micro[k].indices)
-                            return learner.objective.loss(log_prob_R, log_prob_R.detach(), micro[k].sequence_R, chosen)
-
-                        forward_backward(learner.trainable.chunks, micro, loss)
-
-                timed("forward and backward", learn)
-                timed("optimizer", lambda: [learner.trainable.step() for _ in range(recipe.train.minibatches)])
+                sampled = timed("generation", lambda step=step: rollouts.sample(prompts_of(step), step))
+                batch = timed("hand-out", lambda sampled=sampled: learner.receive(sampled))
+                learner.timer.pop()
+                learner.learn(batch, values_of(batch))
+                for name, phase in learner.timer.pop().items():
+                    found[name].append(phase.seconds)
                 timed("sync", lambda s=step: rollouts.sync(s + 1))
         if topology.is_driver:
             report(recipe, {name: median(values[2:]) for name, values in found.items()})

@@ -3,11 +3,12 @@
     main(WORK, LAYOUT, RUN... [KEY=VALUE...])
 
 Each RUN is FROM:TO:EVERY:NAME: take up run folder WORK/FROM if it has a checkpoint, train to step TO saving every EVERY
-steps, and write WORK/NAME.pt: {"start", "losses", "lr", "weights", "save_s", "load_s"}.
+steps, and write WORK/NAME.pt: {"start", "skipped", "losses", "lr", "weights", "save_s", "load_s"}.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from megatron_apo.learner.learner import Learner
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.weights.stream import WeightStream
-from tests.batches import make_batch
+from tests.batches import make_batch, no_values
 from tests.dist.ranks import parallel_of
-from tests.dist.worker import BETA2, batch, no_values
+from tests.dist.worker import BETA2, batch
 
 TOTAL_STEPS = 4
 SEQUENCES_PER_STEP = 8
+SKIPPED = 1  # the last step before the checkpoint of step 2
 
 
 def recipe_of(work: Path, run: str, every: int, *overrides: str) -> Recipe:
@@ -58,7 +60,14 @@ def train(recipe: Recipe, topology: Topology, steps: int) -> dict:
     checkpoints = Checkpoints(recipe, topology, learner)
     begin = time.perf_counter()
     start = checkpoints.restore()
-    found: dict = {"start": start, "load_s": time.perf_counter() - begin, "losses": [], "lr": [], "save_s": 0.0}
+    found: dict = {
+        "start": start,
+        "skipped": learner.skipped_in_a_row,
+        "load_s": time.perf_counter() - begin,
+        "losses": [],
+        "lr": [],
+        "save_s": 0.0,
+    }
     for step in range(start, steps):
         part = learner.receive(batch_of(step) if topology.is_driver else None)
         found["losses"].append(learner.learn(part, no_values(part), step).metrics()["loss"])
@@ -70,13 +79,16 @@ def train(recipe: Recipe, topology: Topology, steps: int) -> dict:
 
 
 def batch_of(step: int) -> RolloutBatch:
-    """Other sequences each step."""
+    """Other sequences each step. That of step `SKIPPED` has a reward that is no number: nothing is learned from it."""
     whole = batch()
     rows = [(step * 5 + index) % len(whole) for index in range(SEQUENCES_PER_STEP)]
     prompts, responses = (
         [of(row).tolist() for row in rows] for of in (whole.sequences.prompt, whole.sequences.response)
     )
-    return make_batch(prompts, responses, rewards=whole.reward_B[rows].tolist())
+    rewards = whole.reward_B[rows].tolist()
+    if step == SKIPPED:
+        rewards[0] = math.nan
+    return make_batch(prompts, responses, rewards=rewards)
 
 
 def main(work: str, layout: str, *arguments: str) -> None:

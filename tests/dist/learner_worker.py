@@ -2,8 +2,8 @@
 
     main(WORK, LAYOUT)
 
-Rank 0 writes WORK/LAYOUT.pt: {fault ("none" for none): {eps: {"norms", "gradients", "change"}}}, and under "skipped"
-what came of gradients that are not finite.
+Rank 0 writes WORK/LAYOUT.pt: {fault ("none" for none): {eps: {"norms", "gradients", "change", "mismatch"}}}, and
+under "skipped" what came of gradients that are not finite.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.data.layout import BatchPlan
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner.learner import GradientError, Learner
+from megatron_apo.model.cpu_compat import cuda_type_names
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.weights.hf_io import HFReader
@@ -48,8 +49,13 @@ def batch() -> RolloutBatch:
 
     prompts = [tokens(count) for count in PROMPT_LENGTHS * NUM_MINIBATCHES]
     responses = [tokens(count) for count in RESPONSE_LENGTHS * NUM_MINIBATCHES]
-    # Rewards so large that gradients are far above an eps of 1e-8.
-    return make_batch(prompts, responses, rewards=(20 * torch.rand(len(prompts), generator=generator)).tolist())
+    return make_batch(
+        prompts,
+        responses,
+        # So large that gradients are far above an eps of 1e-8.
+        rewards=(20 * torch.rand(len(prompts), generator=generator)).tolist(),
+        log_probs=[(-5 * torch.rand(len(response), generator=generator)).tolist() for response in responses],
+    )
 
 
 def values() -> dict[str, float]:
@@ -109,13 +115,13 @@ def reference_of_the_other_minibatch(learner: Learner) -> None:
 
 def micro_batch_dropped(learner: Learner) -> None:
     """The first of each replica's first minibatch."""
-    micro_batches = learner._micro_batches
+    micro_batches = learner.micro_batches
 
     def fewer(*arguments: Any) -> list:
         first, *others = micro_batches(*arguments)
         return [first[1:], *others]
 
-    learner._micro_batches = fewer  # type: ignore[method-assign]
+    learner.micro_batches = fewer  # type: ignore[method-assign]
 
 
 def one_ranks_count_for_all(learner: Learner) -> None:
@@ -135,14 +141,20 @@ def one_ranks_count_for_all(learner: Learner) -> None:
     config.finalize_model_grads_func = wrong
 
 
+def sampler_of_the_neighbour(learner: Learner) -> None:
+    """The engine's log-probs are taken to be another token's."""
+    of_micro_batch = learner._sampler_log_probs
+    learner._sampler_log_probs = lambda *arguments: of_micro_batch(*arguments).roll(1)  # type: ignore[method-assign]
+
+
 def value_of_the_neighbour(learner: Learner) -> None:
-    samples = learner._samples
+    samples = learner.samples
 
     def neighbours(part: RolloutBatch) -> Any:
         found = samples(part)
         return replace(found, prompt_ids=found.prompt_ids[1:] + found.prompt_ids[:1])
 
-    learner._samples = neighbours  # type: ignore[method-assign]
+    learner.samples = neighbours  # type: ignore[method-assign]
 
 
 def _scaled(factor: float) -> Callable[[Learner], None]:
@@ -170,7 +182,9 @@ def second_minibatch_before_the_first_step(learner: Learner) -> None:
     def late() -> float:
         if not first:
             first.extend(buffer.grad_data.clone() for buffer in buffers)
-            return 0.0
+            with cuda_type_names():
+                trainable.optimizer.prepare_grads()
+                return float(trainable.optimizer.get_grad_norm())
         second = [buffer.grad_data.clone() for buffer in buffers]
         for gradients in (first, second):
             for buffer, gradient in zip(buffers, gradients, strict=True):
@@ -181,19 +195,21 @@ def second_minibatch_before_the_first_step(learner: Learner) -> None:
     trainable.step = late  # type: ignore[method-assign]
 
 
-EVERYTHING = {"gradients", "weights, eps 1", "weights, eps 1e-08"}
-UP_TO_SCALE = {"gradients", "weights, eps 1"}  # Adam hides a factor that is the same in both minibatches
+EVERYTHING = {"gradients", "norms", "weights, eps 1", "weights, eps 1e-08"}
+UP_TO_SCALE = {"gradients", "norms", "weights, eps 1"}  # Adam hides a factor that is the same in both minibatches
+SEEN_BY_ALL = EVERYTHING | {"mismatch"}  # other tokens, or another policy, in the first minibatch
 # fault: (what puts it in, which comparisons must fail)
 FAULTS: dict[str, tuple[Callable[[Learner], None], set[str]]] = {
-    "rows shifted by one": (rows_shifted, EVERYTHING),
-    "policy and reference swapped": (policy_and_reference_swapped, EVERYTHING),
+    "rows shifted by one": (rows_shifted, SEEN_BY_ALL),
+    "policy and reference swapped": (policy_and_reference_swapped, SEEN_BY_ALL),
     "reference of the other minibatch": (reference_of_the_other_minibatch, EVERYTHING),
-    "micro-batch dropped": (micro_batch_dropped, EVERYTHING),
+    "micro-batch dropped": (micro_batch_dropped, SEEN_BY_ALL),
     "one rank's count for all": (one_ranks_count_for_all, UP_TO_SCALE),
     "V* of the neighbour": (value_of_the_neighbour, EVERYTHING),
+    "sampler's log-probs of the neighbour": (sampler_of_the_neighbour, {"mismatch"}),
     "doubled": (_scaled(2.0), UP_TO_SCALE),
     "negated": (_scaled(-1.0), EVERYTHING),
-    "last tokens left out": (last_tokens_left_out, EVERYTHING),
+    "last tokens left out": (last_tokens_left_out, SEEN_BY_ALL),
     "second minibatch before the first step": (second_minibatch_before_the_first_step, EVERYTHING),
 }
 
@@ -243,9 +259,10 @@ def measure(work: Path, layout: str, eps: float, fault: str | None, topology: To
         return norms[-1]
 
     trainable.step = watched  # type: ignore[method-assign]
-    learner.learn(received(learner, fault, batch()), values())
+    metrics = learner.learn(received(learner, fault, batch()), values()).metrics()
     change = {name: after - before[name] for name, after in WeightStream(learner.policy, spec, topology)}
-    return {"norms": norms, "gradients": gradients, "change": change}
+    mismatch = {name: metrics[f"mismatch/{name}"] for name in ("mean", "max")}
+    return {"norms": norms, "gradients": gradients, "change": change, "mismatch": mismatch}
 
 
 def skip(work: Path, layout: str, topology: Topology) -> dict:

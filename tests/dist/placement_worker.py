@@ -23,8 +23,9 @@ from megatron_apo.parallel.pipeline import forward_log_probs
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream
+from tests.batches import no_values
 from tests.dist.ranks import parallel_of, variants_of
-from tests.dist.worker import BETA2, by_sequence, micro_batches_of, no_values, optimizer_tensors, received
+from tests.dist.worker import BETA2, by_sequence, micro_batches_of, optimizer_tensors, received
 
 STEPS = 3
 # name: (variant, dtype, sharded optimizer)

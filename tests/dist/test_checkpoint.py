@@ -14,7 +14,7 @@ import torch
 
 from megatron_apo.config import RecipeError
 from megatron_apo.learner.checkpoint import RECORD, check_resume, latest, read_record
-from tests.dist.checkpoint_worker import recipe_of
+from tests.dist.checkpoint_worker import SKIPPED, recipe_of
 from tests.dist.ranks import start_ranks
 from tests.dist.test_layouts import TOLERANCE
 from tests.models import make_model
@@ -77,6 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_resume_is_bitwise(layout, runs):
     straight, resumed = runs.straight(layout), runs.resumed(layout, layout)
     assert (straight["start"], resumed["start"]) == (0, 2)
+    assert resumed["skipped"] == 1 and straight["losses"][SKIPPED] != straight["losses"][SKIPPED]
     assert resumed["losses"] == straight["losses"][2:]
     assert resumed["lr"] == straight["lr"][2:] and len(set(straight["lr"])) > 2
     assert all(torch.equal(resumed["weights"][name], straight["weights"][name]) for name in straight["weights"])
@@ -100,6 +101,7 @@ def test_resume_is_bitwise_with_other_optimizers(layout, change, runs):
 @pytest.mark.parametrize(("saved_at", "layout"), RESHARDINGS)
 def test_another_layout_resumes_to_rounding(saved_at, layout, runs):
     straight, resumed = runs.straight(saved_at), runs.resumed(saved_at, layout)
+    # Reference and policy are both computed in the other layout.
     assert resumed["losses"] == pytest.approx(straight["losses"][2:], rel=TOLERANCE["loss"])
     for name, expected in straight["weights"].items():
         difference = (resumed["weights"][name] - expected).norm() / expected.norm()

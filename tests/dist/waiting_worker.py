@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.topology import Topology, distributed
-from megatron_apo.rollout.failures import on_driver
 from megatron_apo.rollout.server import ServerError
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
+from megatron_apo.runtime.collective import on_driver
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream, export_hf, load_weights
 from tests.dist.ranks import parallel_of
@@ -58,16 +58,25 @@ class Slow(WeightStream):
             work()
 
 
-def sync(folder: Path, topology: Topology) -> str:
-    """What comes of a sync with a server that is slow to pause, and then refuses the update."""
+class Broken(WeightStream):
+    """Weights of which the driver cannot put the second layer together."""
+
+    def _merge(self, bucket: list, flats: dict) -> Iterator[tuple[str, Tensor]]:
+        if bucket is self._buckets[1]:
+            raise RuntimeError("no memory")
+        yield from super()._merge(bucket, flats)
+
+
+def sync(folder: Path, topology: Topology, weights: Nothing | WeightStream, pause: Callable[[], object]) -> str:
+    """What comes of a sync with a server that refuses the update."""
 
     def refuse() -> None:
         raise ServerError("refused")
 
     there = topology.is_driver
-    client = SimpleNamespace(pause=work, start_weight_update=refuse) if there else None
+    client = SimpleNamespace(pause=pause, start_weight_update=refuse) if there else None
     given = WeightSync(
-        Nothing(), client=client, folder=folder if there else None, rank=topology.rank, group=topology.host_group
+        weights, client=client, folder=folder if there else None, rank=topology.rank, group=topology.host_group
     )
     given.num_workers = 1
     try:
@@ -90,7 +99,9 @@ def main(folder: str, layout: str) -> None:
     all_there(path, int(os.environ["RANK"]), parallel.world_size)
     with distributed(parallel) as topology:
         (path / f"told{topology.rank}").write_text(on_driver(topology, work))
-        (path / f"synced{topology.rank}").write_text(sync(path, topology))
+        (path / f"synced{topology.rank}").write_text(sync(path, topology, Nothing(), work))
         chunks = build_model(spec, parallel, topology)
         load_weights(chunks, spec, topology, HFReader(path / MODEL))
+        broken = Broken(chunks, spec, topology)
+        (path / f"gathered{topology.rank}").write_text(sync(path, topology, broken, lambda: None))
         export_hf(Slow(chunks, spec, topology), topology, source=path / MODEL, out=path / "exported")

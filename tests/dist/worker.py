@@ -30,7 +30,7 @@ from megatron_apo.parallel.pipeline import forward_log_probs
 from megatron_apo.parallel.topology import Topology, distributed
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream
-from tests.batches import make_batch
+from tests.batches import make_batch, no_values
 from tests.dist.ranks import ONE_RANK, parallel_of
 
 NUM_SEQUENCES = 12
@@ -131,11 +131,6 @@ def batch() -> RolloutBatch:
     return make_batch(prompts, responses, rewards=rewards)
 
 
-def no_values(batch: RolloutBatch) -> dict[str, float]:
-    """A V* of 0 for each prompt."""
-    return dict.fromkeys(batch.prompt_ids, 0.0)
-
-
 def make_learner(folder: Path, recipe: Recipe, topology: Topology, *, fp8: bool = False) -> Learner:
     """The policy of `folder`, against the reference of the same name; laid out as FP8 wants it, if so."""
     readers = [HFReader(of) for of in (folder, folder.parents[1] / "references" / folder.name)]
@@ -157,7 +152,7 @@ def received(learner: Learner) -> RolloutBatch:
 
 
 def micro_batches_of(learner: Learner, part: RolloutBatch) -> list[MicroBatch]:
-    return [micro for each in learner._micro_batches(learner.plan(part.sequences), part) for micro in each]
+    return [micro for each in learner.micro_batches(learner.plan(part.sequences), part) for micro in each]
 
 
 def measure(folder: Path, layout: str, topology: Topology) -> dict:
@@ -180,7 +175,7 @@ def measure(folder: Path, layout: str, topology: Topology) -> dict:
         recipe = recipe_of(parallel, Case(sharded=True), f"train.minibatches={NUM_MINIBATCHES}")
         learner = make_learner(folder, recipe, topology)
         found["minibatches"] = learn(learner, received(learner), spec)
-        found["nan"] = step_on_nan(make_learner(folder, recipe, topology), spec)
+        found["not finite"] = step_on_what_is_not_finite(make_learner(folder, recipe, topology), spec)
     if folder.name in HALF:
         learner = make_learner(folder, recipe_of(parallel, Case(), "model.dtype=bf16"), topology)
         part = received(learner)
@@ -217,7 +212,7 @@ def learn(learner: Learner, part: RolloutBatch, spec: ModelSpec, fault: str | No
     learner._loss = faulty(learner._loss, fault)  # type: ignore[method-assign]
     record = learner.learn(part, no_values(part))
     return {
-        "loss": [totals.sums["loss"] for totals in record._gathered],
+        "loss": record.losses,
         "norm": norms,
         "gradients": _joined(gradients) if gathered else None,
         "change": {name: after - before[name] for name, after in WeightStream(learner.policy, spec, topology)},
@@ -269,25 +264,29 @@ def faulty(loss: Callable[..., LossTerm], fault: str | None) -> Callable[..., Lo
     return wrapped
 
 
-def step_on_nan(learner: Learner, spec: ModelSpec) -> dict:
-    """{norm, whether weights and optimizer are as before} after a gradient that has a NaN on one rank before the ranks
-    add theirs up."""
+def step_on_what_is_not_finite(learner: Learner, spec: ModelSpec) -> dict[str, dict]:
+    """Of a NaN, +inf and -inf in the gradient of one rank before the ranks add theirs up: {norms that each rank was
+    told, whether weights and optimizer are as before}."""
     topology, trainable = learner.topology, learner.trainable
     learner.learn(received(learner), no_values(batch()))  # so that there are moments
-    before, state = dict(WeightStream(learner.policy, spec, topology)), optimizer_tensors(trainable)
-    state, lr = [tensor.clone() for tensor in state], trainable.lr
-    trainable.zero_grad()
-    if topology.rank == topology.world_size - 1:
-        # A weight that is split: of one held by several ranks, the norm counts a single copy.
-        split = next(p for name, p in learner.policy[0].named_parameters() if name.endswith("linear_fc2.weight"))
-        split.main_grad.fill_(float("nan"))
-    finalize_model_grads(trainable.chunks)
-    norm = trainable.step()
-    same = all(map(torch.equal, optimizer_tensors(trainable), state)) and trainable.lr == lr
-    same &= all(torch.equal(tensor, before[name]) for name, tensor in WeightStream(learner.policy, spec, topology))
-    everyone: list = [None] * topology.world_size
-    dist.all_gather_object(everyone, (norm, same))
-    return {"norms": [norm for norm, _ in everyone], "unchanged": all(same for _, same in everyone)}
+    before, lr = dict(WeightStream(learner.policy, spec, topology)), trainable.lr
+    state = [tensor.clone() for tensor in optimizer_tensors(trainable)]
+    found = {}
+    for value in ("nan", "inf", "-inf"):
+        trainable.zero_grad()
+        if topology.rank == topology.world_size - 1:
+            # A weight that is split: of one held by several ranks, the norm counts a single copy.
+            names = learner.policy[0].named_parameters()
+            split = next(parameter for name, parameter in names if name.endswith("linear_fc2.weight"))
+            split.main_grad.view(-1)[0] = float(value)
+        finalize_model_grads(trainable.chunks)
+        norm = trainable.step()
+        same = all(map(torch.equal, optimizer_tensors(trainable), state)) and trainable.lr == lr
+        same &= all(torch.equal(tensor, before[name]) for name, tensor in WeightStream(learner.policy, spec, topology))
+        everyone: list = [None] * topology.world_size
+        dist.all_gather_object(everyone, (norm, same))
+        found[value] = {"norms": [one for one, _ in everyone], "unchanged": all(one for _, one in everyone)}
+    return found
 
 
 def optimizer_tensors(trainable: Any) -> list[torch.Tensor]:

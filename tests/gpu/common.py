@@ -34,7 +34,7 @@ from megatron_apo.parallel.topology import Topology, alone
 from megatron_apo.telemetry.timers import Phase
 from megatron_apo.weights.families import hf_tensors
 from megatron_apo.weights.stream import WeightStream
-from tests.batches import make_batch
+from tests.batches import make_batch, no_values
 
 CANNOT_RUN = 77  # exit code, as Automake's tests say it
 FP8_RECIPES = ("tensorwise", "blockwise", "mxfp8")
@@ -143,11 +143,6 @@ def random_batch(spec: ModelSpec, lengths: Sequence[tuple[int, int]]) -> Rollout
 
     pairs = [(tokens(prompt), tokens(response)) for prompt, response in lengths]
     return make_batch([prompt for prompt, _ in pairs], [response for _, response in pairs], rewards=rewards)
-
-
-def no_values(batch: RolloutBatch) -> dict[str, float]:
-    """A V* of 0 for each prompt."""
-    return dict.fromkeys(batch.prompt_ids, 0.0)
 
 
 def prepared(recipe: Recipe, spec: ModelSpec, topology: Topology) -> Learner:

@@ -24,7 +24,8 @@ from megatron_apo.model.placement import Reference
 from megatron_apo.parallel.pipeline import forward_log_probs
 from megatron_apo.parallel.topology import Topology
 from megatron_apo.telemetry.units import data_size
-from tests.gpu.common import Verdict, free_memory, job, no_values, parse, prepared, random_batch, recipe_of, spec_of
+from tests.batches import no_values
+from tests.gpu.common import Verdict, free_memory, job, parse, prepared, random_batch, recipe_of, spec_of
 from tests.gpu.parity import COMMON, FAMILIES
 
 _LENGTHS = [(9, 30), (20, 3), (3, 60), (7, 11)]

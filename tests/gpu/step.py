@@ -33,6 +33,7 @@ from megatron_apo.telemetry.gpu import peak_tflops
 from megatron_apo.telemetry.timers import Phase
 from megatron_apo.telemetry.units import data_size
 from megatron_apo.weights.families import hf_tensors
+from tests.batches import no_values
 from tests.gpu.common import (
     SHAPES,
     TINY,
@@ -40,7 +41,6 @@ from tests.gpu.common import (
     cannot_run,
     device_name,
     job,
-    no_values,
     parse,
     prepared,
     random_batch,

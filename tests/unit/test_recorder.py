@@ -20,7 +20,7 @@ from megatron_apo.parallel.topology import Topology
 from megatron_apo.rollout.evaluation import Evaluation
 from megatron_apo.rollout.weight_sync import SyncReport
 from megatron_apo.telemetry.recorder import Recorder, machine_metrics
-from megatron_apo.telemetry.responses import response_metrics
+from megatron_apo.telemetry.responses import response_metrics, sampling_metrics
 from megatron_apo.telemetry.timers import Phase
 from tests.batches import make_batch
 
@@ -103,7 +103,7 @@ def write_run(recipe: Recipe, topology: Topology, steps: int) -> tuple[list[dict
         recorder.proved(1e-6)
         for step in range(1, steps + 1):
             phases = {name: Phase(value, 10**9 * (step if name == "train" else 1)) for name, value in times.items()}
-            recorder.log(step, record(topology), batch_of([2, 2]), {"p": 0.25}, phases, lr=1e-6)
+            recorder.log(step, record(topology).metrics(), batch_of([2, 2]), {"p": 0.25}, phases, lr=1e-6)
         recorder.evaluated(steps, Evaluation(0.5, None, 0.5, None, 1, 1, 0.0))
         recorder.finish({})
     rows = [json.loads(line) for line in (recipe.run.dir / "metrics.jsonl").read_text().splitlines()]
@@ -161,7 +161,7 @@ def test_the_driver_alone_writes_and_has_what_every_rank_sent(
         with Recorder(recipe, replace(topology, rank=rank, world_size=2), lambda: None) as recorder:
             recorder.synced(SyncReport(0, 0.1, 100, {}))
             recorder.proved(1e-6)
-            recorder.log(1, record(topology), batch_of([2, 2]), {"p": 0.25}, phases, lr=1e-6)
+            recorder.log(1, record(topology).metrics(), batch_of([2, 2]), {"p": 0.25}, phases, lr=1e-6)
             recorder.evaluated(1, Evaluation(0.5, None, 0.5, None, 1, 1, 0.0))
             recorder.finish({})
         assert len(sent) == 2 * rank and (tmp_path / "run").exists() == (rank == 0)
@@ -176,21 +176,21 @@ def test_lengths_truncation_and_the_slowest() -> None:
     lengths = list(range(1, 201))
     # The last to arrive is the shortest; before it that of 20.0 s.
     batch = batch_of(lengths, [24.0, *(n / 10 for n in lengths[1:])], ["length", *["stop"] * 199])
-    found = response_metrics(batch, step_s=50.0)
+    found = response_metrics(batch) | sampling_metrics(batch, step_s=50.0, generate_s=10.0)
     assert found == {
         "response/mean_tokens": 100.5,
         "response/p50_tokens": 100.5,
         "response/p95_tokens": pytest.approx(190.05),
         "response/max_tokens": 200,
         "response/truncated": 1 / 200,
+        "tokens_per_s/generate": 20100 / 10,
         "rollout/slowest_share": pytest.approx((24.0 - 20.0) / 50),
         # The slowest 1 % are two of 200: from the arrival at 19.9 s to that at 24.0 s.
         "rollout/slowest_1pct_share": pytest.approx(4.1 / 50),
     }
-    assert response_metrics(batch_of([1, 2], [24.0, 0.2]), 48.0)["rollout/slowest_share"] == pytest.approx(
-        (24.0 - 0.2) / 48
-    )
-    assert response_metrics(batch_of([2], [3.0]), 4.0)["rollout/slowest_share"] == 0.75
+    two = sampling_metrics(batch_of([1, 2], [24.0, 0.2]), 48.0, 10.0)
+    assert two["rollout/slowest_share"] == pytest.approx((24.0 - 0.2) / 48)
+    assert sampling_metrics(batch_of([2], [3.0]), 4.0, 3.0)["rollout/slowest_share"] == 0.75
 
 
 def test_a_resumed_run_has_no_step_twice_and_counts_all_of_them(tmp_path: Path, topology: Topology) -> None:
@@ -201,7 +201,8 @@ def test_a_resumed_run_has_no_step_twice_and_counts_all_of_them(tmp_path: Path, 
             recorder.synced(None)
             recorder.proved(None)
             for step in steps:
-                recorder.log(step, record(topology), batch_of([2]), {"p": 0.25}, phases, lr=float(step + 10 * start))
+                learned, lr = record(topology).metrics(), float(step + 10 * start)
+                recorder.log(step, learned, batch_of([2]), {"p": 0.25}, phases, lr=lr)
             if start:
                 recorder.evaluated(4, None)
                 recorder.finish({})
@@ -209,4 +210,5 @@ def test_a_resumed_run_has_no_step_twice_and_counts_all_of_them(tmp_path: Path, 
     assert [(row["step"], row["lr"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["skipped_steps"] == 4  # one of each step that counts
+    assert not [name for row in rows for name in row if name.startswith("rollout/")]
     assert not summary.keys() & {"sync", "pass_at_1"} and "generation" not in summary["tokens_per_s"]

@@ -88,6 +88,16 @@ def test_a_resumed_run_goes_on_and_has_no_step_twice(tmp_path: Path) -> None:
     assert scalars(tmp_path, "eval/greedy") == expected
 
 
+def test_a_run_that_was_killed_after_its_last_row_has_it_once(tmp_path: Path) -> None:
+    for last_step in (0, 2):
+        with MetricsWriter(tmp_path, tensorboard=True, last_step=last_step) as metrics:
+            for step in range(last_step + 1, 3):
+                metrics.log(step, {"loss": 1.0})
+            metrics.log(2, {"eval/greedy": 0.5})
+    assert [(row["step"], "loss" in row) for row in read_metrics(tmp_path)] == [(1, True), (2, True), (2, False)]
+    assert scalars(tmp_path, "eval/greedy") == [(2, 0.5)] and scalars(tmp_path, "loss") == [(1, 1.0), (2, 1.0)]
+
+
 def test_a_run_that_begins_anew_leaves_nothing_of_the_killed_one(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         with MetricsWriter(tmp_path, tensorboard=True) as metrics:

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from megatron_apo.parallel.topology import Topology
-
 Answer = TypeVar("Answer")
+
+
+class Ranks(Protocol):
+    """The job's ranks as seen from one of them; `Topology` is that."""
+
+    @property
+    def is_driver(self) -> bool: ...
+    @property
+    def world_size(self) -> int: ...
+    def broadcast(self, value: Any) -> Any: ...
 
 
 class RankError(RuntimeError):
     """An error of another rank."""
 
 
-def kept_on_driver(topology: Topology, work: Callable[[], Answer]) -> Answer | None:
+def kept_on_driver(topology: Ranks, work: Callable[[], Answer]) -> Answer | None:
     """As `on_driver`, for a value that is the driver's alone: None on the other ranks."""
     kept: list[Answer] = []
     on_driver(topology, lambda: kept.append(work()))
     return kept[0] if kept else None
 
 
-def on_all(topology: Topology, work: Callable[[], Answer]) -> Answer:
+def on_all(topology: Ranks, work: Callable[[], Answer]) -> Answer:
     """Run `work` on every rank and return its value; an error on any rank is raised on every rank."""
     try:
         value, error = work(), None
@@ -39,7 +47,7 @@ def on_all(topology: Topology, work: Callable[[], Answer]) -> Answer:
     return value
 
 
-def on_driver(topology: Topology, work: Callable[[], Any]) -> Any:
+def on_driver(topology: Ranks, work: Callable[[], Any]) -> Any:
     """Run `work` on global rank 0 and return its value on every rank; an error there is raised on every rank."""
     outcome: tuple[Any, Exception | None] = (None, None)
     if topology.is_driver:

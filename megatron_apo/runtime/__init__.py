@@ -1,0 +1,1 @@
+"""What a job of several processes is made of. Imports no room above it."""
