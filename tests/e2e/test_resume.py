@@ -1,0 +1,68 @@
+"""Stage 2 killed and started again, as a user does it: its own loop, real ranks, real vLLM."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_apo.data.rollouts import RolloutBatch
+from tests.batches import assert_same_batch
+from tests.dist.ranks import start_ranks
+from tests.e2e.command import Command
+from tests.runs import write_run
+
+STEPS, KILLED_AFTER, SAVED = 8, 5, 4
+
+
+def rows(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def wait_until_gone(run: Command) -> None:
+    end = time.monotonic() + 30
+    while run.processes():
+        assert time.monotonic() < end, run.processes()
+        time.sleep(0.1)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(command: Callable[..., Command], tmp_path: Path) -> None:
+    """The step that was lost is sampled again, and again the same; nothing is twice in the metrics; the weights are
+    those of an undisturbed run on the same batches."""
+    recipe = write_run(tmp_path, "parallel.pp=2", f"train.steps={STEPS}", "train.save_every=2", "eval.every=2")
+    run_dir, arguments = recipe.run.dir, ["train", "-r", str(tmp_path / "recipe.yaml"), "--record"]
+    first = command(*arguments)
+    first.wait_for(lambda: any(row["step"] == KILLED_AFTER for row in rows(run_dir)))
+    first.process.kill()
+    first.process.wait()
+    wait_until_gone(first)
+    before, killed_rows = tmp_path / "before", rows(run_dir)
+    shutil.copytree(run_dir / "rollouts", before)
+    second = command(*arguments)
+    assert second.wait() == 0, second.output
+    assert f"resuming from {run_dir}/checkpoints/step-{SAVED:06d}" in second.output
+    assert second.processes() == []
+
+    names = [f"step-{step:06d}.parquet" for step in range(1, STEPS + 1)]
+    assert sorted(path.name for path in (run_dir / "rollouts").iterdir()) == names
+    for path in before.iterdir():
+        assert_same_batch(RolloutBatch.read(run_dir / "rollouts" / path.name), RolloutBatch.read(path))
+    found = rows(run_dir)
+    trained, evaluated = ([row["step"] for row in found if name in row] for name in ("loss", "eval/avg_at_k"))
+    assert trained == list(range(1, STEPS + 1)) and evaluated == [0, 2, 4, 6, 8]
+    losses = {row["step"]: row["loss"] for row in found if "loss" in row}
+    assert {row["step"]: row["loss"] for row in killed_rows if "loss" in row}.items() <= losses.items()
+
+    replay = [f"run.dir={tmp_path / 'replay'}", f"train.replay={run_dir / 'rollouts'}", "train.save_every=0"]
+    start_ranks("tests.dist.replay_worker", tmp_path, "pp2", *replay)
+    resumed, undisturbed = (
+        load_file(folder / "checkpoints" / "hf" / "model.safetensors") for folder in (run_dir, tmp_path / "replay")
+    )
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in undisturbed.items())
+    assert [row["loss"] for row in rows(tmp_path / "replay")] == list(losses.values())
