@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.batch import MicroBatch, make_micro_batch
 from megatron_apo.data.packing import Plan, balance, laid_out, plan_micro_batches
 from megatron_apo.data.sequences import Sequences
+
+if TYPE_CHECKING:
+    from megatron_apo.data.batch import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class BatchPlan:
 
     def micro_batches(self, sequences: Sequences, replica: int) -> list[list[MicroBatch]]:
         """A replica's micro-batches of each minibatch, in host memory; `sequences` must hold the replica's rows."""
+        from megatron_apo.data.batch import make_micro_batch  # needs Megatron-Core, and a launcher plans without it
+
         return [
             [make_micro_batch(members, sequences, **self.rules) for members in plan[replica]] for plan in self.plans
         ]

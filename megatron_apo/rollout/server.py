@@ -31,7 +31,7 @@ from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
 
 LOG_TAIL_LINES = 30
 STOP_LIMIT_S = 15.0
-# Set by torchrun for this process's own group; vLLM would take them for its own.
+# Set by torchrun or our launcher for this process alone; vLLM would take them for its own.
 LAUNCHER_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -40,6 +40,7 @@ LAUNCHER_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
     "OMP_NUM_THREADS",
+    "TORCHDYNAMO_DISABLE",
 )
 
 

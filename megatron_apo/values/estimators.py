@@ -19,8 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import betaln
 
 from megatron_apo.values.samples import Array, SampledRewards
 
@@ -75,6 +73,9 @@ def fit_beta_prior(right_P: np.ndarray, counts_P: np.ndarray) -> tuple[float, fl
 
     Jeffreys' (1/2, 1/2) where there is nothing to fit: no prompt has two samples.
     """
+    from scipy.optimize import minimize  # half a second, for this estimator alone
+    from scipy.special import betaln
+
     if not len(counts_P) or counts_P.max() < 2:
         return 0.5, 0.5
     base = int(counts_P.max()) + 1
