@@ -1,9 +1,11 @@
-"""Runs one command and leaves nothing behind: `python guard.py --parent PID [--remove DIR]... -- COMMAND...`
+"""Runs one command and leaves nothing behind: `python guard.py --parent PID [--folder DIR]... -- COMMAND...`
 
 A rollout server is a tree of processes (API server, engine core, workers, resource trackers) with shared memory and
 sockets. The guard is its root: a subreaper, so that orphans of the tree become its children and none is lost. When the
 command ends, the guard gets SIGTERM, or the parent is gone (SIGKILL included), it ends the whole tree, unlinks the
-shared memory that the tree had mapped and the given folders, and exits with the command's status.
+shared memory that the tree had mapped, removes the folders, and exits with the command's status.
+It looks for shared memory all along, since a process that ends in order may leave its own (vLLM's workers on a CPU do).
+It makes the folders as well: a parent that made them could be killed before there is a guard.
 Standard library only: it is started by path, and imports nothing of this package.
 """
 
@@ -12,62 +14,99 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LIBC = ctypes.CDLL(None, use_errno=True)
 POLL_S = 0.25
+LOOK_EVERY_S = 1.0  # a millisecond a process
 TRACKER_LIMIT_S = 2.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent", type=int, required=True)
-    parser.add_argument("--remove", type=Path, action="append", default=[])
+    parser.add_argument("--folder", type=Path, action="append", default=[])
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals | {signal.SIGCHLD})
-    status = 1
+    status, made = 1, []
+    mapped: set[Path] = set()
+    next_look = 0.0
     try:
-        server = subprocess.Popen(args.command[1:], stdin=subprocess.DEVNULL, preexec_fn=_prepare_child)
+        for folder in args.folder:
+            folder.mkdir(mode=0o700)
+            made.append(folder)
+        prepare = partial(_prepare_child, os.getpid())
+        server = subprocess.Popen(args.command[1:], stdin=subprocess.DEVNULL, preexec_fn=prepare)
         while (code := server.poll()) is None and os.getppid() == args.parent:
+            if time.monotonic() >= next_look:
+                mapped |= mapped_shared_memory(_everyone())
+                next_look = time.monotonic() + LOOK_EVERY_S
             if (caught := signal.sigtimedwait(signals | {signal.SIGCHLD}, POLL_S)) and caught.si_signo in signals:
                 break
             _reap(server.pid)
         status = 1 if code is None else code
-        _end_tree()
+        end_all(lambda: descendants(os.getpid()), mapped)
+    except OSError as error:
+        print(error, file=sys.stderr)
     finally:
-        for folder in args.remove:
+        for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
     return status if status >= 0 else 128 - status
 
 
-def _prepare_child() -> None:
+def unused_name(prefix: str, parent: Path | None = None) -> Path:
+    """A name for `--folder`: `prefix` and random letters, in `parent` (None: the folder for temporary files)."""
+    return Path(parent or tempfile.gettempdir()) / (prefix + secrets.token_hex(6))
+
+
+def _prepare_child(guard: int) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # for the guard's own sudden end
+    end_with(guard)  # for the guard's own sudden end
 
 
-def _end_tree() -> None:
-    """SIGKILL at once: a server holds nothing worth a graceful end, and vLLM's own ends its engine the same way."""
-    everyone = descendants(os.getpid())
-    mapped = mapped_shared_memory(everyone)
+def end_with(parent: int) -> None:
+    """In a new process: be sent SIGTERM when `parent` ends, which may have been before this."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_all(living: Callable[[], list[int]], mapped: Iterable[Path] = ()) -> None:
+    """End the processes that `living` finds, now and after that; unlink the shared memory that they have mapped now or
+    had before (`mapped`).
+
+    SIGKILL at once: a server holds nothing worth a graceful end, and vLLM's own ends its engine the same way.
+    """
+    everyone = living()
+    mapped = mapped_shared_memory(everyone).union(mapped)
     # Resource trackers unlink what their processes leaked once those are dead, so they end last, by themselves.
     kill([pid for pid in everyone if not _is_resource_tracker(pid)])
     end = time.monotonic() + TRACKER_LIMIT_S
-    while time.monotonic() < end and descendants(os.getpid()):
+    while time.monotonic() < end and living():
         time.sleep(0.02)
-    while everyone := descendants(os.getpid()):
+    while everyone := living():
         kill(everyone)
         time.sleep(0.02)
     for path in mapped:
         path.unlink(missing_ok=True)
+
+
+def _everyone() -> list[int]:
+    """This process's descendants; unlike `descendants`, it collects none: the command's status is for its Popen."""
+    return [pid for child in children(os.getpid()) for pid in (child, *descendants(child))]
 
 
 def kill(pids: list[int]) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up and run the tests: unit, dist (gloo ranks) and e2e (vLLM). Arguments go to pytest.
+# Set up and run the tests: unit and dist (gloo ranks) in one lane, e2e (vLLM) in another beside it. Arguments go to
+# pytest, which then runs once.
 #   --full   the whole of every matrix, where the default is its corners
 # The checks for a GPU run when they are named: bash tests/run.sh tests/gpu
 set -euo pipefail
@@ -7,14 +8,50 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/launch/setup.sh"
 . "$root/.venv/bin/activate"
 unset PYTHONDONTWRITEBYTECODE # containers set it; every process would then compile torch and Megatron-Core anew
+cd "$root"
 
-arguments=()
+marks=() arguments=()
 for argument in "$@"; do
     if [[ $argument == --full ]]; then
-        arguments+=(-m "full or not full")
+        marks=(-m "full or not full")
     else
         arguments+=("$argument")
     fi
 done
-cd "$root"
-exec python -m pytest "${arguments[@]}"
+if ((${#arguments[@]})); then
+    exec python -m pytest "${marks[@]}" "${arguments[@]}"
+fi
+
+logs=$(mktemp -d)
+trap 'kill $(jobs -rp) 2> /dev/null || true; wait; rm -rf "$logs"' EXIT
+# SIGTERM ends a lane as Ctrl-C would (tests/conftest.py). A session of its own keeps Ctrl-C itself from it: once is
+# enough, a second would break into what the first has begun to tear down.
+trap 'interrupted=130; kill "${lanes[@]}" 2> /dev/null || true' INT
+trap 'interrupted=143; kill "${lanes[@]}" 2> /dev/null || true' TERM
+
+color=no
+[[ -t 1 ]] && color=yes
+names=(unit+dist e2e) lanes=()
+for name in "${names[@]}"; do
+    read -ra folders <<< "tests/${name//+/ tests/}"
+    setsid python -u -m pytest --durations=15 --color=$color "${marks[@]}" "${folders[@]}" \
+        > "$logs/$name" 2>&1 < /dev/null &
+    lanes+=($!)
+done
+
+status=0
+for index in 0 1; do
+    echo "== ${names[index]}"
+    tail --lines=+1 --follow --pid="${lanes[index]}" "$logs/${names[index]}" &
+    while kill -0 "${lanes[index]}" 2> /dev/null; do
+        wait "${lanes[index]}" || true # a signal ends it too
+    done
+    wait "${lanes[index]}" || status=1
+    wait $! || true
+done
+echo "== both"
+cd "$logs"
+grep -hE '(FAILED|ERROR).* tests/' * || true
+grep -E '^[a-z0-9]+: +[0-9]+ s, CPU' * | sed 's/:/  /'
+awk '/^[a-z0-9]+: +[0-9]+ s, CPU/ {cpu += $5} END {print "all  '"$SECONDS"' s, CPU " cpu " s"}' *
+exit "${interrupted:-$status}"

@@ -7,10 +7,10 @@ command is a rank. Rank 0 writes to the terminal, the others to RUN/logs/rank<k>
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -92,10 +92,13 @@ def is_guarded() -> bool:
 def run_guarded(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """`run_command` in this environment and under `guard.py`: none of the processes that the command starts outlives
     this one, even when this one is killed, nor does what they leave in TMPDIR."""
-    with tempfile.TemporaryDirectory(prefix="apo-") as scratch:  # which the guard removes too: either may be killed
-        own = {**environment, _GUARDED: "1", "TMPDIR": scratch}
-        watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}", f"--remove={scratch}", "--"]
+    scratch = guard.unused_name("apo-")
+    own = {**environment, _GUARDED: "1", "TMPDIR": str(scratch)}
+    watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}", f"--folder={scratch}", "--"]
+    try:
         failed, code = _supervise([partial(_start, arguments, own, None, watch)])
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # as the guard does: either may be killed
     if failed is not None:
         raise RankFailed(_killed(f"megatron-apo {arguments[0]}", code), code)
 
@@ -147,7 +150,7 @@ def _start(
             stdout=log,
             stderr=log and subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the others in order
-            preexec_fn=_die_with_parent,
+            preexec_fn=partial(_die_with_parent, os.getpid()),
         )
 
 
@@ -185,10 +188,13 @@ def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int]) -> No
     except subprocess.TimeoutExpired:
         first.kill()
         first.wait()
-    # A server's guard ends its tree by itself; what is still here after that is killed.
-    while left := set(guard.descendants(os.getpid())) - callers_own:
+
+    def left() -> list[int]:
+        return list(set(guard.descendants(os.getpid())) - callers_own)
+
+    while left():  # a server's guard ends its tree by itself, unless it was killed
         if time.monotonic() > end:
-            guard.kill(list(left))
+            guard.end_all(left)
         time.sleep(0.05)
 
 
@@ -213,5 +219,5 @@ def _log_path(log_dir: Path, rank: int) -> Path:
     return log_dir / f"rank{rank}.log"
 
 
-def _die_with_parent() -> None:
-    guard.LIBC.prctl(guard.PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+def _die_with_parent(parent: int | None = None) -> None:
+    guard.end_with(parent or os.getppid())

@@ -14,7 +14,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -91,11 +90,11 @@ class VLLMServer:
         self.url = f"http://{self.rollout.host}:{port}"
         self.token = secrets.token_urlsafe(32)
         self.shm_dir.mkdir(parents=True, exist_ok=True)
-        self.payload_dir = Path(tempfile.mkdtemp(prefix="megatron-apo-", dir=self.shm_dir))
-        scratch = Path(tempfile.mkdtemp(prefix="apo-"))  # sockets; their paths have at most 107 characters
+        self.payload_dir = guard.unused_name("megatron-apo-", self.shm_dir)
+        scratch = guard.unused_name("apo-")  # sockets; their paths have at most 107 characters
         self._folders = [self.payload_dir, scratch]
         watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}"]
-        watch += [*(f"--remove={folder}" for folder in self._folders), "--"]
+        watch += [*(f"--folder={folder}" for folder in self._folders), "--"]
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self.log_start = log.tell()
@@ -123,8 +122,8 @@ class VLLMServer:
         except subprocess.TimeoutExpired:
             guard.kill([*guard.descendants(self.process.pid), self.process.pid])
             self.process.wait()
-            for folder in self._folders:
-                shutil.rmtree(folder, ignore_errors=True)
+        for folder in self._folders:  # a guard that was killed has not removed them
+            shutil.rmtree(folder, ignore_errors=True)
         self.process = None
 
     def alive(self) -> bool:

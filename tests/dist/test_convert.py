@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_apo.learner.checkpoint import read_record
 from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.parallel import launch
 from megatron_apo.stages.convert import hf_to_megatron, megatron_to_hf
 from megatron_apo.weights.hf_io import HFReader, model_hash
 from tests.dist.checkpoint_worker import recipe_of
@@ -55,10 +56,30 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-def convert(folder: Path, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    """`megatron-apo convert ARGUMENTS` in `folder`."""
-    command = [sys.executable, "-m", "megatron_apo.cli", "convert", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, **options)
+@pytest.fixture
+def convert(in_process, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable:
+    """`megatron-apo convert ARGUMENTS` in the test's folder and process; the ranks that it starts are forked."""
+    monkeypatch.chdir(tmp_path)
+
+    def spawn(arguments: Sequence[str], *, world_size: int, log_dir: Path) -> None:
+        most_bytes, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        told = ("convert", str(tmp_path), str(most_bytes), *arguments[1:])
+        try:
+            start_ranks("tests.dist.convert_worker", log_dir, f"dp{world_size}", *told)
+        except pytest.fail.Exception:
+            raise launch.RankFailed("", 1) from None  # it has said why
+        finally:
+            print((log_dir / "rank0.log").read_text(), end="")
+            print((log_dir / "rank0.errors").read_text(), end="", file=sys.stderr)
+
+    monkeypatch.setattr(launch, "spawn", spawn)
+    return partial(in_process, "convert")
+
+
+def convert_apart(folder: Path, *arguments: object, program: Sequence[str] = ("-m", "megatron_apo.cli", "convert")):
+    """The same as processes of their own."""
+    command = [sys.executable, *program, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -82,21 +103,19 @@ def test_there_and_back_is_bitwise(name, dtype, work, tmp_path):
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_any_layout_loads_it(layout, work):
     names = variants_of(layout)
-    start_ranks("tests.dist.convert_worker", work, layout, *names)
+    start_ranks("tests.dist.convert_worker", work, layout, "load", *names)
     found = torch.load(work / f"loaded-{layout}.pt", weights_only=True)
     assert sorted(found) == sorted(names)
     for name in names:
         assert_same(found[name], weights(work / "models" / name))
 
 
-def test_two_ranks_write_what_one_does(work, tmp_path):
+def test_two_ranks_write_what_one_does(work, convert, tmp_path):
     source = work / "models" / "qwen3_moe"
-    result = convert(tmp_path, "hf-to-megatron", "--hf", source, "--out", "m", "--ranks", 2)
+    result = convert("hf-to-megatron", "--hf", source, "--out", "m", "--ranks", 2)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(list((tmp_path / "m").glob("*.distcp"))) == 2
-    result = convert(
-        tmp_path, "megatron-to-hf", "--megatron", "m", "--out", "hf", "--max-shard-size", "100kB", "--ranks", 2
-    )
+    result = convert("megatron-to-hf", "--megatron", "m", "--out", "hf", "--max-shard-size", "100kB", "--ranks", 2)
     assert (result.returncode, result.stderr) == (0, "")
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 2 and all((tmp_path / "hf" / file).stat().st_size < 110_000 for file in files)
@@ -107,11 +126,11 @@ def test_two_ranks_write_what_one_does(work, tmp_path):
     assert told["model_hash"] == model_hash(source) and told["versions"]["megatron-core"]
     named = [name for row in told["mapping"] for name in row["hugging_face"]]
     assert sorted(named) == sorted(merged)
-    result = convert(tmp_path, "verify", "--hf", "hf", "--megatron", "m", "--ranks", 2)  # through the index
+    result = convert("verify", "--hf", "hf", "--megatron", "m", "--ranks", 2)  # through the index
     assert result.returncode == 0, result.stderr
     data = tmp_path / "m" / "__1_0.distcp"  # which the second rank alone reads
     data.write_bytes(data.read_bytes()[:1000])
-    result = convert(tmp_path, "megatron-to-hf", "--megatron", "m", "--out", "hf2", "--ranks", 2)
+    result = convert("megatron-to-hf", "--megatron", "m", "--out", "hf2", "--ranks", 2)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
     assert "error: rank 1: CheckpointError: m: the checkpoint could not be read: " in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "m"]
@@ -148,7 +167,8 @@ def test_little_more_than_a_parameter_is_held(direction, work, tmp_path, monkeyp
 def test_a_training_checkpoint_becomes_a_model(work, tmp_path):
     (tmp_path / "vstar").mkdir()
     (tmp_path / "vstar" / "manifest.json").write_text("{}")
-    shutil.copytree(work / "models" / "qwen3-tied", tmp_path / "models" / "qwen3-tied")
+    for role in ("models", "references"):
+        shutil.copytree(work / "models" / "qwen3-tied", tmp_path / role / "qwen3-tied")
     start_ranks("tests.dist.checkpoint_worker", tmp_path, "tp2", "run:2:2:trained")
     trained = torch.load(tmp_path / "trained.pt", weights_only=True)["weights"]
     checkpoint = recipe_of(tmp_path, "run", 2).run.dir / "checkpoints" / "step-000002"
@@ -181,7 +201,7 @@ def test_a_dtype_that_must_be_chosen(work, tmp_path):
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_fp8_blocks_and_pytorch_files(work, tmp_path):
+def test_fp8_blocks_and_pytorch_files(work, convert, tmp_path):
     """An FP8 checkpoint in PyTorch's files becomes a plain bf16 one."""
     source = shutil.copytree(work / "models" / "qwen3", tmp_path / "fp8")
     config = json.loads((source / "config.json").read_text())
@@ -200,7 +220,7 @@ def test_fp8_blocks_and_pytorch_files(work, tmp_path):
     megatron_to_hf(tmp_path / "m", tmp_path / "hf", ranks=1)
     assert_same(weights(tmp_path / "hf"), expected)
     assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
-    result = convert(tmp_path, "verify", "--hf", "fp8", "--megatron", "m", "--ranks", 1)
+    result = convert("verify", "--hf", "fp8", "--megatron", "m", "--ranks", 1)
     assert result.returncode == 0, result.stderr
 
 
@@ -265,8 +285,8 @@ def test_a_killed_conversion_leaves_no_checkpoint_and_can_be_run_again(work, tmp
         shutil.rmtree(tmp_path / "m")  # it was done before the kill, as on a busy machine: again
     else:
         pytest.fail("ten conversions were done before the kill")
-    result = convert(tmp_path, *arguments)
-    assert result.returncode == 0, result.stderr
+    result = convert_apart(tmp_path, *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
     megatron_to_hf(tmp_path / "m", tmp_path / "hf", ranks=1)
     assert_same(weights(tmp_path / "hf"), weights(source))
@@ -274,17 +294,17 @@ def test_a_killed_conversion_leaves_no_checkpoint_and_can_be_run_again(work, tmp
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(direction, ranks, work, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_nothing(direction, ranks, work, convert, tmp_path):
     """A limit on file sizes stands for it: tensors do not fit one way, the room laid out for them the other way."""
     source = ["--hf", work / "models" / "llama"]
     if direction == "megatron-to-hf":
         source = ["--megatron", work / "megatron" / "llama"]
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    result = convert(tmp_path, direction, *source, "--out", "out", "--ranks", ranks, preexec_fn=limit)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, usual[1]))  # Python ignores the signal of a file too large
+    try:
+        result = convert(direction, *source, "--out", "out", "--ranks", ranks)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr and "File too large" in result.stderr, result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -308,10 +328,10 @@ def test_no_room_is_said_before_any_work(work, tmp_path, monkeypatch):
         ("hf-to-megatron --dtype fp8 --hf", "mamba", "fp8"),
     ],
 )
-def test_mistakes_are_one_line_before_any_work(command, source, says, tmp_path):
+def test_mistakes_are_one_line_before_any_work(command, source, says, convert, tmp_path):
     (tmp_path / "mamba").mkdir()
     (tmp_path / "mamba" / "config.json").write_text('{"model_type": "mamba"}')
-    result = convert(tmp_path, *command.split(), source, "--out", "out")
+    result = convert(*command.split(), source, "--out", "out")
     assert result.returncode in (1, 2) and says in result.stderr and "Traceback" not in result.stderr
     if "--dtype" not in command:  # that is typer's own, in a box
         assert len(result.stderr.splitlines()) == 1
@@ -387,39 +407,39 @@ def test_a_link_to_an_empty_folder_is_filled(work, tmp_path):
     assert read_record(tmp_path / "disk").dtype == "fp32" and (tmp_path / "link").is_symlink()
 
 
-def test_verify_compares_bits_and_log_probs(work, tmp_path):
+def test_verify_compares_bits_and_log_probs(work, convert, tmp_path):
     source = shutil.copytree(work / "models" / "qwen3-tied", tmp_path / "hf")
     (source / "tokenizer.json").unlink()
     json_tokenizer(source)
     (tmp_path / "prompts.txt").write_text("12+34=46\n\n<think>1+2</think>3\n")
     both = ["--hf", "hf", "--megatron", work / "megatron" / "qwen3-tied"]
     prompts = ["--prompts", "prompts.txt", "--tolerance", "1e-5"]
-    result = convert(tmp_path, "verify", *both, *prompts, "--tp", 2, "--ranks", 2)
+    result = convert("verify", *both, *prompts, "--tp", 2, "--ranks", 2)
     assert result.returncode == 0, result.stderr
     tensors = len(weights(source))
     assert f"{tensors} of {tensors} tensors equal" in result.stdout and "TP 2 x PP 1" in result.stdout
     changed = weights(source)
     changed["model.layers.2.self_attn.k_norm.weight"].view(torch.int32)[3] ^= 1
     save_file(changed, source / FILE)
-    result = convert(tmp_path, "verify", *both, "--ranks", 2)
+    result = convert("verify", *both, "--ranks", 2)
     assert result.returncode == 1 and f"{tensors - 1} of {tensors} tensors equal" in result.stdout
     assert result.stderr == "error: differ: model.layers.2.self_attn.k_norm.weight\n"
     changed["model.layers.2.self_attn.k_norm.weight"][3] += 1e-2
     save_file(changed, source / FILE)
-    result = convert(tmp_path, "verify", *both, *prompts, "--only", "log-probs")
+    result = convert("verify", *both, *prompts, "--only", "log-probs")
     assert result.returncode == 1 and "error: log-probs differ by" in result.stderr
 
 
-def test_verify_refuses_what_cannot_be_compared(work, tmp_path):
+def test_verify_refuses_what_cannot_be_compared(work, convert, tmp_path):
     both = ["--hf", work / "models" / "qwen3", "--megatron", work / "megatron" / "qwen3-tied"]
-    result = convert(tmp_path, "verify", *both)
+    result = convert("verify", *both)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "tied is True, but False in" in result.stderr and "head_dim is 12, but 20 in" in result.stderr
     both = ["--hf", work / "models" / "qwen2-tied-one-group", "--megatron", work / "megatron" / "qwen2-tied-one-group"]
-    result = convert(tmp_path, "verify", *both, "--tp", 3)
+    result = convert("verify", *both, "--tp", 3)
     assert result.returncode == 1 and "--prompts: missing" in result.stderr
     (tmp_path / "prompts.txt").write_text("1+2")
-    result = convert(tmp_path, "verify", *both, "--tp", 3, "--prompts", "prompts.txt")
+    result = convert("verify", *both, "--tp", 3, "--prompts", "prompts.txt")
     assert result.returncode == 1 and "parallel.tp: 3 does not fit 4 heads in 1 query groups" in result.stderr
     assert "[1, 2, 4]" in result.stderr
 
@@ -432,10 +452,7 @@ def test_the_scripts_are_the_commands(work, tmp_path):
         ("megatron_to_hf", "--megatron", "m", "--out", "hf"),
         ("verify", "--hf", source, "--megatron", "m"),
     ):
-        command = [sys.executable, str(scripts / f"{script}.py"), *map(str, arguments), "--ranks", "1"]
-        result = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=dict(os.environ)
-        )
+        result = convert_apart(tmp_path, *arguments, "--ranks", 1, program=[scripts / f"{script}.py"])
         assert (result.returncode, result.stderr) == (0, "")
     assert_same(weights(tmp_path / "hf"), weights(source))
     assert read_hf_config(tmp_path / "hf") == read_hf_config(source)

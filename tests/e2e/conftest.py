@@ -1,9 +1,10 @@
-"""One real vLLM server per (model, TP), shared by every case that does not kill it."""
+"""One real vLLM server, shared by every case that leaves it usable, and what is left of one that is gone."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,15 +58,19 @@ def log_probs(model: PreTrainedModel, tokens: list[int], temperature: float = 1.
     return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
 
 
-def traces(pids: list[int], payload_dir: Path) -> list[Path]:
-    """What a server's processes leave in the file system while they run."""
+def traces(pids: list[int]) -> list[Path]:
+    """What a server has in the file system while it runs: its processes (`pids`, the guard first), their shared memory,
+    and the folders that its guard made, for payloads and for sockets."""
     shared = guard.mapped_shared_memory(pids)
     assert any(path.name.startswith("sem.mp-") for path in shared)
-    return [*(Path(f"/proc/{pid}") for pid in pids), *shared, payload_dir]
+    words = Path(f"/proc/{pids[0]}/cmdline").read_text().split("\0")
+    folders = [Path(word.removeprefix("--folder=")) for word in words if word.startswith("--folder=")]
+    assert len(folders) == 2 and all(folder.is_dir() for folder in folders)
+    return [*(Path(f"/proc/{pid}") for pid in pids), *shared, *folders]
 
 
 def assert_all_gone(paths: list[Path]) -> None:
-    """None of a server's processes runs any more, and nothing of theirs is left in shared memory."""
+    """None of a server's processes runs any more, and nothing of theirs is left in the file system (`traces`)."""
     end = time.monotonic() + 15
     while left := [path for path in paths if path.exists() and not (path.parts[1] == "proc" and is_zombie(path))]:
         assert time.monotonic() < end, f"still there: {left}"
@@ -140,9 +145,22 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
 
 
 @pytest.fixture(scope="session")
-def rollouts(start_server: StartServer) -> Rollouts:
-    """The server that the cases share: tied Qwen3, TP 1."""
-    return start_server()
+def shared_server(start_server: StartServer) -> Callable[[], Rollouts]:
+    """The present server that cases share: a new one where a case has ended the last."""
+    started: list[Rollouts] = []
+
+    def current() -> Rollouts:
+        if not started or not started[-1].server.alive():
+            started.append(start_server())
+        return started[-1]
+
+    return current
+
+
+@pytest.fixture
+def rollouts(shared_server: Callable[[], Rollouts]) -> Rollouts:
+    """The server that the cases share: tied Qwen3, TP 1. A case that leaves it unusable ends it."""
+    return shared_server()
 
 
 @pytest.fixture
@@ -154,5 +172,6 @@ def command(tmp_path: Path) -> Iterator[Callable[..., Command]]:
         return started[-1]
 
     yield start
-    for each in started:
-        each.stop()
+    with ExitStack() as stack:
+        for each in started:
+            stack.callback(each.stop)

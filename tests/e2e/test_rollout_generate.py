@@ -6,6 +6,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ SAMPLING = Sampling(max_tokens=24, stop_token_ids=(EOS,))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def known_weights(rollouts: Rollouts) -> None:
+def known_weights(shared_server: Callable[[], Rollouts]) -> None:
     """Whatever ran before, the server has the weights of seed 0."""
+    rollouts = shared_server()
     rollouts.sync(rollouts.model(seed=0)).sync(version=0)
 
 

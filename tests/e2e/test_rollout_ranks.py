@@ -32,7 +32,8 @@ class HalvedSource(ModelSource):
                 yield name, torch.cat(halves).reshape(value.shape)
 
 
-def trainer_rank(rank: int, store: str, url: str, token: str, folder: Path, outcomes) -> None:
+def trainer_rank(rank: int, store: str, url: str, token: str, folder: Path) -> list:
+    """What a rank is told, in order."""
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
@@ -56,23 +57,29 @@ def trainer_rank(rank: int, store: str, url: str, token: str, folder: Path, outc
         if rank == 0:
             client.resume()
         dist.barrier()
-    outcomes.put((rank, told))
     dist.destroy_process_group()
+    return told
+
+
+def second_rank(outcome, *arguments) -> None:
+    outcome.put(trainer_rank(1, *arguments))
 
 
 def test_both_ranks_take_part_and_both_hear_of_a_failure(rollouts: Rollouts, tmp_path: Path) -> None:
     context = get_context("spawn")
-    outcomes = context.Queue()
+    outcome = context.Queue()
     server = rollouts.server
-    arguments = (str(tmp_path / "store"), server.url, server.token, server.payload_dir, outcomes)
-    ranks = [context.Process(target=trainer_rank, args=(rank, *arguments)) for rank in range(2)]
-    for process in ranks:
-        process.start()
+    arguments = (str(tmp_path / "store"), server.url, server.token, server.payload_dir)
+    other = context.Process(target=second_rank, args=(outcome, *arguments))
+    other.start()
     try:
-        told = dict(outcomes.get(timeout=90) for _ in ranks)
+        told = [trainer_rank(0, *arguments), outcome.get(timeout=90)]
     finally:
-        for process in ranks:
-            process.kill() if process.exitcode else process.join(20)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            other.kill()
+        other.join(20)
+        other.kill()
     assert told[0][:3] == [5, True, True] and told[1][:3] == [5, False, True]
     assert "the source left out model.norm.weight" in told[0][3] and "log-probs differ" in told[0][4]
     assert told[1][3:] == [text.replace("SyncError: ", "SyncError: rank 0: ") for text in told[0][3:]]

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from megatron_apo import guard
-from megatron_apo.rollout.client import GenerateRequest, Sampling
+from megatron_apo.rollout.client import GenerateRequest, RolloutClient, Sampling
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
 from tests.e2e.conftest import (
     EOS,
+    MAX_MODEL_LEN,
     VOCABULARY,
     Meta,
     ModelSource,
@@ -26,10 +30,13 @@ from tests.e2e.conftest import (
     StartServer,
     assert_all_gone,
     log_probs,
+    tiny_model,
     traces,
 )
 
 SEQUENCES = [[2 + (11 * row + 5 * i * i) % (VOCABULARY - 2) for i in range(20 + row)] for row in range(4)]
+SAMPLING = Sampling(max_tokens=4, stop_token_ids=(EOS,))
+ROOT = Path(__file__).parents[2]
 
 
 def references(model: PreTrainedModel) -> list[list[float]]:
@@ -57,8 +64,7 @@ def prove_two_updates(rollouts: Rollouts) -> WeightSync:
         )
         assert worst > 0.1, "the case cannot tell new weights from old ones"
         old = new
-        sampling = Sampling(max_tokens=4, stop_token_ids=(EOS,))
-        (completion,) = rollouts.client.generate([GenerateRequest(SEQUENCES[0], seed=1)], sampling)
+        (completion,) = rollouts.client.generate([GenerateRequest(SEQUENCES[0], seed=1)], SAMPLING)
         assert completion.weight_version == rollouts.client.weight_version() == str(version)
         assert list(rollouts.server.payload_dir.iterdir()) == []
     return sync
@@ -68,19 +74,52 @@ def test_tied(rollouts: Rollouts) -> None:
     prove_two_updates(rollouts)
 
 
-def test_untied_with_qkv_bias_over_two_workers(start_server: StartServer) -> None:
-    rollouts = start_server("qwen2", tied=False, tp=2)
-    sync = prove_two_updates(rollouts)
-    pids = rollouts.server.pids()
-    everything = traces(pids, rollouts.server.payload_dir)
-    assert len(pids) >= 5, "guard, API server, engine core, two workers"
-    (api_server,) = guard.children(pids[0])
-    os.kill(api_server, signal.SIGKILL)
-    assert_all_gone(everything)
-    with pytest.raises(ServerDied):
-        rollouts.client.health()
-    with pytest.raises(ServerDied):
-        sync.sync(version=3)
+# Starts a server as a trainer does, and says what its client must know.
+TRAINER = f"""
+import json, sys
+from pathlib import Path
+from megatron_apo.config import RolloutConfig
+from megatron_apo.rollout.server import VLLMServer
+
+folder = Path(sys.argv[1])
+config = RolloutConfig(tp=2, kv_cache_gib=0.1)
+log = folder / "vllm.log"
+server = VLLMServer(config, folder / "model", log_path=log, seed=0, max_model_len={MAX_MODEL_LEN})
+server.start()
+print(json.dumps([server.url, server.token, server.pids(), str(server.payload_dir)]), flush=True)
+sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True)
+class OthersServer:
+    """What a test needs of a server that another process started."""
+
+    payload_dir: Path
+
+
+def test_untied_with_qkv_bias_over_two_workers_whose_trainer_is_killed(tmp_path: Path) -> None:
+    tiny_model("qwen2", tied=False, seed=0).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-c", TRAINER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as trainer:
+        try:
+            url, token, pids, folder = json.loads(trainer.stdout.readline())
+            with RolloutClient(url, token, timeout_s=120) as client:
+                rollouts = Rollouts(OthersServer(Path(folder)), client, "qwen2", tied=False)
+                sync = prove_two_updates(rollouts)
+                assert len(pids) >= 5, "guard, API server, engine core, two workers"
+                everything = traces(pids)
+                client.pause()  # so that the request below waits
+                threading.Timer(1.0, trainer.kill).start()
+                with pytest.raises(ServerDied):
+                    client.generate([GenerateRequest(SEQUENCES[0], seed=1)], SAMPLING)
+                assert_all_gone(everything)
+                with pytest.raises(ServerDied):
+                    client.health()
+                with pytest.raises(ServerDied):
+                    sync.sync(version=3)
+        finally:
+            trainer.kill()
 
 
 @pytest.mark.full
@@ -88,7 +127,7 @@ def test_untied_with_qkv_bias_over_two_workers(start_server: StartServer) -> Non
 def test_the_other_layouts(start_server: StartServer, family: str, tied: bool, tp: int) -> None:
     rollouts = start_server(family, tied, tp)
     prove_two_updates(rollouts)
-    everything = traces(rollouts.server.pids(), rollouts.server.payload_dir)
+    everything = traces(rollouts.server.pids())
     rollouts.server.stop()
     assert_all_gone(everything)
 
@@ -182,9 +221,8 @@ class DeclaredSource(ModelSource):
         yield from self.items
 
 
-def test_tensors_that_do_not_fit_the_servers_model_are_named(start_server: StartServer) -> None:
+def test_tensors_that_do_not_fit_the_servers_model_are_named(rollouts: Rollouts) -> None:
     """vLLM alone would go on with uninitialized memory or old weights. Each case leaves the server unusable."""
-    rollouts = start_server()
     good = list(rollouts.model(seed=51).named_parameters())
     names = [name for name, _ in good]
     cases = {
@@ -193,23 +231,26 @@ def test_tensors_that_do_not_fit_the_servers_model_are_named(start_server: Start
             item for item in good if item[0] != "model.layers.0.self_attn.k_proj.weight"
         ],
     }
-    for message, items in cases.items():
-        sync = WeightSync(DeclaredSource(items), client=rollouts.client, folder=rollouts.server.payload_dir)
-        sync.init()
-        with pytest.raises(SyncError, match=message):
-            sync.sync(version=1)
-        assert rollouts.client.is_paused()
-        assert list(rollouts.server.payload_dir.iterdir()) == []
-    die_in_flight(rollouts)
+    try:
+        for message, items in cases.items():
+            sync = WeightSync(DeclaredSource(items), client=rollouts.client, folder=rollouts.server.payload_dir)
+            sync.init()
+            with pytest.raises(SyncError, match=message):
+                sync.sync(version=1)
+            assert rollouts.client.is_paused()
+            assert list(rollouts.server.payload_dir.iterdir()) == []
+        die_in_flight(rollouts)
+    finally:
+        rollouts.server.stop()
 
 
 def die_in_flight(rollouts: Rollouts) -> None:
     """The engine core is killed while a request waits for it."""
     (engine,) = [pid for pid in rollouts.server.pids() if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text()]
-    everything = traces(rollouts.server.pids(), rollouts.server.payload_dir)
+    everything = traces(rollouts.server.pids())
     threading.Timer(1.0, os.kill, (engine, signal.SIGKILL)).start()
     with pytest.raises(ServerDied, match="engine is dead|does not answer"):
-        rollouts.client.generate([GenerateRequest(SEQUENCES[0], seed=1)], Sampling(max_tokens=4, stop_token_ids=(EOS,)))
+        rollouts.client.generate([GenerateRequest(SEQUENCES[0], seed=1)], SAMPLING)
     assert_all_gone(everything)
     assert not rollouts.server.alive()
 

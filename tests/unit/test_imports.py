@@ -22,5 +22,6 @@ def test_import_is_light(module: str) -> None:
 
 def test_a_launcher_checks_stage_2_without_megatron_core() -> None:
     """It is imported in the ranks alone, seconds for each process."""
-    code = "import sys, megatron_apo.stages.start, megatron_apo.stages.curriculum; print('megatron.core' in sys.modules)"
+    modules = "sys, megatron_apo.stages.start, megatron_apo.stages.curriculum"
+    code = f"import {modules}; print('megatron.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
