@@ -6,7 +6,6 @@ import importlib
 import multiprocessing
 import os
 import re
-import socket
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from megatron_apo.config import ParallelConfig
+from megatron_apo.ports import free_port
 from tests.models import EXPERTS, VARIANTS
 
 ROOT = Path(__file__).parents[2]
@@ -40,9 +40,7 @@ def variants_of(layout: str) -> list[str]:
 def start_ranks(module: str, work: Path, layout: str, *arguments: str) -> None:
     """Run MODULE's main with `WORK LAYOUT [ARGUMENTS]` as the layout's ranks; fails with the log of one that fails."""
     world_size = parallel_of(layout).world_size
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port("127.0.0.1")
     environment = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     told = (module, (str(work), layout, *arguments), environment)
     logs = [work / f"rank{rank}.log" for rank in range(world_size)]

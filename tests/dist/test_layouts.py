@@ -33,13 +33,20 @@ from tests.dist.worker import (
     TEMPERATURE,
     batch,
 )
-from tests.models import VARIANTS, as_saved, hf_log_probs, make_model
+from tests.models import EXPERTS, VARIANTS, as_saved, hf_log_probs, make_model
 
 Tokens = list[list[int]]
 
 SIZES = ("tp", "pp", "vpp", "cp", "dp", "ep")  # ep ranks share the experts within cp x dp
-# By default one or two ranks hold every variant and four hold one (so do eight); every pair of sizes is in a layout.
-SMALL = [ONE_RANK, "tp2", "pp2", "cp2", "dp2-ep2"]
+# By default one rank holds every variant, two those in which their layout can go wrong, and four one (so do eight);
+# every pair of sizes is in a layout. "tp2-others" is tp2 with the variants that tp2 leaves out.
+TWO_RANKS = {
+    "tp2": ["llama-biases", "llama-mlp-bias-yarn", "qwen2-tied-one-group", "qwen3-tied"],
+    "pp2": ["qwen2", "qwen3-tied", "qwen3_moe", "qwen3_moe-tied-plain"],
+    "cp2": ["llama3-tied", "qwen3-tied", "qwen3-yarn", "qwen3_moe"],
+    "dp2-ep2": EXPERTS,
+}
+SMALL = [ONE_RANK, *TWO_RANKS]
 FOUR_RANKS = ["tp2-pp2-vpp2", "tp2-cp2", "tp2-dp2", "cp2-dp2", "pp2-vpp2-cp2", "pp2-vpp2-dp2", "pp2-vpp2-cp2-ep2"]
 EIGHT_RANKS = ["tp2-pp2-cp2", "tp2-cp2-dp2", "tp2-pp2-vpp2-dp2", "pp2-vpp2-cp2-dp2-ep2"]
 LARGER = ["tp4", "pp4", "cp4", "dp4-ep2", "dp4-ep4", "cp2-dp2-ep4"]
@@ -58,7 +65,8 @@ def matrix(most_ranks: int = 4) -> list[str]:
     return sorted(found, key=lambda layout: parallel_of(layout).world_size)
 
 
-FULL_LAYOUTS = [layout for layout in matrix() if layout not in LAYOUTS] + LARGER + EIGHT_RANKS
+OTHERS = [f"{layout}-others" for layout, names in TWO_RANKS.items() if set(variants_of(layout)) - set(names)]
+FULL_LAYOUTS = [layout for layout in matrix() if layout not in LAYOUTS] + LARGER + EIGHT_RANKS + OTHERS
 ALL_LAYOUTS = LAYOUTS + [pytest.param(layout, marks=pytest.mark.full) for layout in FULL_LAYOUTS]
 OTHER_LAYOUTS = ALL_LAYOUTS[1:]
 
@@ -66,7 +74,11 @@ OTHER_LAYOUTS = ALL_LAYOUTS[1:]
 def measured_variants(layout: str) -> list[str]:
     """Where it is one, the first that goes through every case and fits."""
     names = variants_of(layout)
-    return [next(name for name in EVERY_CASE if name in names)] if layout in FOUR_RANKS + EIGHT_RANKS else names
+    if layout in FOUR_RANKS + EIGHT_RANKS:
+        return [next(name for name in EVERY_CASE if name in names)]
+    if layout in OTHERS:
+        return [name for name in names if name not in TWO_RANKS[layout.removesuffix("-others")]]
+    return TWO_RANKS.get(layout, names)
 
 
 def pairs(layouts: Iterable[str]) -> set[tuple[tuple[str, int], tuple[str, int]]]:
