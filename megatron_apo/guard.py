@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals | {signal.SIGCHLD})
     status, made = 1, []
     mapped: set[Path] = set()
+    others = shared_memory()  # a model's files, say, which the tree only reads
     next_look = 0.0
     try:
         for folder in args.folder:
@@ -52,16 +54,16 @@ def main() -> int:
         server = subprocess.Popen(args.command[1:], stdin=subprocess.DEVNULL, preexec_fn=prepare)
         while (code := server.poll()) is None and os.getppid() == args.parent:
             if time.monotonic() >= next_look:
-                mapped |= mapped_shared_memory(_everyone())
+                mapped |= mapped_shared_memory(_everyone(), others)
                 next_look = time.monotonic() + LOOK_EVERY_S
             if (caught := signal.sigtimedwait(signals | {signal.SIGCHLD}, POLL_S)) and caught.si_signo in signals:
                 break
             _reap(server.pid)
         status = 1 if code is None else code
-        end_all(lambda: descendants(os.getpid()), mapped)
     except OSError as error:
         print(error, file=sys.stderr)
     finally:
+        end_all(lambda: descendants(os.getpid()), mapped, others)
         for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
     return status if status >= 0 else 128 - status
@@ -84,14 +86,14 @@ def end_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def end_all(living: Callable[[], list[int]], mapped: Iterable[Path] = ()) -> None:
+def end_all(living: Callable[[], list[int]], mapped: Iterable[Path] = (), others: Set[int] = frozenset()) -> None:
     """End the processes that `living` finds, now and after that; unlink the shared memory that they have mapped now or
-    had before (`mapped`).
+    had before (`mapped`), but not the `others`.
 
     SIGKILL at once: a server holds nothing worth a graceful end, and vLLM's own ends its engine the same way.
     """
     everyone = living()
-    mapped = mapped_shared_memory(everyone).union(mapped)
+    mapped = mapped_shared_memory(everyone, others).union(mapped)
     # Resource trackers unlink what their processes leaked once those are dead, so they end last, by themselves.
     kill([pid for pid in everyone if not _is_resource_tracker(pid)])
     end = time.monotonic() + TRACKER_LIMIT_S
@@ -101,7 +103,8 @@ def end_all(living: Callable[[], list[int]], mapped: Iterable[Path] = ()) -> Non
         kill(everyone)
         time.sleep(0.02)
     for path in mapped:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def _everyone() -> list[int]:
@@ -169,19 +172,24 @@ def _is_resource_tracker(pid: int) -> bool:
         return False
 
 
-def mapped_shared_memory(pids: list[int]) -> set[Path]:
-    """Files in /dev/shm that one of the processes has mapped.
+def shared_memory() -> set[int]:
+    """Inodes of what is in /dev/shm."""
+    return {entry.inode() for entry in os.scandir("/dev/shm")}
+
+
+def mapped_shared_memory(pids: list[int], others: Set[int] = frozenset()) -> set[Path]:
+    """Files in /dev/shm that one of the processes has mapped, but for those of the inodes `others`.
 
     Found by inode: glibc makes a semaphore under a temporary name, which is the one that its mapping shows.
     """
     inodes = set()
     for pid in pids:
         try:
-            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            lines = Path(f"/proc/{pid}/maps").read_bytes().splitlines()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        inodes |= {int(line.split()[4]) for line in lines if " /dev/shm/" in line}
-    return {Path(entry.path) for entry in os.scandir("/dev/shm") if entry.inode() in inodes}
+        inodes |= {int(line.split()[4]) for line in lines if b" /dev/shm/" in line}
+    return {Path(entry.path) for entry in os.scandir("/dev/shm") if entry.inode() in inodes - others}
 
 
 if __name__ == "__main__":

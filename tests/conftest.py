@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 import psutil
 import pytest
@@ -44,6 +44,8 @@ def in_process(capfd: pytest.CaptureFixture[str]) -> InProcess:
                 code = int(end.code or 0)
             finally:
                 signal.signal(signal.SIGTERM, handler)
+        if code in (130, 143):  # it was the tests that were interrupted
+            raise KeyboardInterrupt
         return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
 
     return run
@@ -72,20 +74,23 @@ class Seconds:
 
 SECONDS = Seconds()
 LEFT: list[str] = []
+if "TESTS_STARTED_BY" in os.environ:  # tests/run.sh, which may be killed
+    guard.end_with(int(os.environ["TESTS_STARTED_BY"]))
 # Orphans of what a test killed become this process's, which counts their time and sees whether any are left.
 guard.LIBC.prctl(guard.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    SECONDS.turn_to(nodeid.split("/")[1] if "/" in nodeid else "tests")
+    SECONDS.turn_to(nodeid.split("/")[1])
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """No process is left, but for the one that multiprocessing keeps until this one ends."""
+    """No process is left, but for the resource tracker that multiprocessing keeps until this one ends."""
     if forkserver._forkserver._forkserver_pid is not None:
         forkserver._forkserver._stop()
-    below = [process for process in psutil.Process().children(recursive=True) if not is_resource_tracker(process)]
+    own = resource_tracker._resource_tracker._pid
+    below = [process for process in psutil.Process().children(recursive=True) if process.pid != own]
     for process in psutil.wait_procs(below, timeout=3)[1]:
         with suppress(psutil.NoSuchProcess):
             LEFT.append(f"{process.pid} {' '.join(process.cmdline())[:200]}")
@@ -93,12 +98,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     SECONDS.turn_to("end")
     if LEFT:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def is_resource_tracker(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return any("multiprocessing.resource_tracker" in word for word in process.cmdline())
-    return False
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -26,21 +26,28 @@ logs=$(mktemp -d)
 trap 'kill $(jobs -rp) 2> /dev/null || true; wait; rm -rf "$logs"' EXIT
 # SIGTERM ends a lane as Ctrl-C would (tests/conftest.py). A session of its own keeps Ctrl-C itself from it: once is
 # enough, a second would break into what the first has begun to tear down.
-trap 'interrupted=130; kill "${lanes[@]}" 2> /dev/null || true' INT
-trap 'interrupted=143; kill "${lanes[@]}" 2> /dev/null || true' TERM
+interrupt() {
+    trap '' INT TERM
+    interrupted=$1
+    kill "${lanes[@]}" 2> /dev/null || true
+}
+trap 'interrupt 130' INT
+trap 'interrupt 143' TERM
+export TESTS_STARTED_BY=$$ # a lane ends with this script, however that ends
 
 color=no
 [[ -t 1 ]] && color=yes
 names=(unit+dist e2e) lanes=()
 for name in "${names[@]}"; do
     read -ra folders <<< "tests/${name//+/ tests/}"
-    setsid python -u -m pytest --durations=15 --color=$color "${marks[@]}" "${folders[@]}" \
+    [[ -z ${interrupted:-} ]] || break
+    setsid python -u -m pytest -p no:cacheprovider --durations=15 --color=$color "${marks[@]}" "${folders[@]}" \
         > "$logs/$name" 2>&1 < /dev/null &
     lanes+=($!)
 done
 
 status=0
-for index in 0 1; do
+for index in "${!lanes[@]}"; do
     echo "== ${names[index]}"
     tail --lines=+1 --follow --pid="${lanes[index]}" "$logs/${names[index]}" &
     while kill -0 "${lanes[index]}" 2> /dev/null; do
@@ -52,6 +59,6 @@ done
 echo "== both"
 cd "$logs"
 grep -hE '(FAILED|ERROR).* tests/' * || true
-grep -E '^[a-z0-9]+: +[0-9]+ s, CPU' * | sed 's/:/  /'
+grep -E '^[a-z0-9]+: +[0-9]+ s, CPU' * | sed 's/:/  /' || true
 awk '/^[a-z0-9]+: +[0-9]+ s, CPU/ {cpu += $5} END {print "all  '"$SECONDS"' s, CPU " cpu " s"}' *
 exit "${interrupted:-$status}"

@@ -107,14 +107,14 @@ def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple
     """Start processes, wait for all. Returns (index of the first to fail or None, its exit code as a shell has it)."""
     guard.LIBC.prctl(guard.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a killed child leaves becomes ours
     processes: list[subprocess.Popen[bytes]] = []
-    callers_own = set(guard.descendants(os.getpid()))
+    callers_own, others = set(guard.descendants(os.getpid())), guard.shared_memory()
     try:
         for start in starts:
             processes.append(start())
         failed = _wait(processes)
         code = processes[failed].returncode if failed is not None else 0
     finally:
-        _stop(processes, callers_own)
+        _stop(processes, callers_own, others)
     return failed, code if code >= 0 else 128 - code
 
 
@@ -150,7 +150,7 @@ def _start(
             stdout=log,
             stderr=log and subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the others in order
-            preexec_fn=partial(_die_with_parent, os.getpid()),
+            preexec_fn=partial(guard.end_with, os.getpid()),
         )
 
 
@@ -171,15 +171,18 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(0.05)
 
 
-def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int]) -> None:
+def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int], others: set[int]) -> None:
     """End what is still running. The first process (rank 0) has servers to stop and is asked; the others hold nothing,
-    and their sudden end wakes a first one that waits for them in a collective."""
+    and their sudden end wakes a first one that waits for them in a collective.
+
+    callers_own, others: processes and shared memory (inodes) that are not theirs.
+    """
     if not processes:
         return
-    first, *others = processes
+    first, *rest = processes
     if first.poll() is None:
         first.terminate()
-    for process in others:
+    for process in rest:
         process.kill()
         process.wait()
     end = time.monotonic() + _STOP_LIMIT_S
@@ -192,10 +195,14 @@ def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int]) -> No
     def left() -> list[int]:
         return list(set(guard.descendants(os.getpid())) - callers_own)
 
-    while left():  # a server's guard ends its tree by itself, unless it was killed
+    mapped: set[Path] = set()
+    while below := left():  # a server's guard ends its tree by itself, unless it was killed
+        mapped |= guard.mapped_shared_memory(below, others)
         if time.monotonic() > end:
-            guard.end_all(left)
+            guard.end_all(left, mapped, others)
         time.sleep(0.05)
+    for path in mapped:
+        path.unlink(missing_ok=True)
 
 
 def _describe(rank: int, code: int, log_dir: Path) -> str:
@@ -217,7 +224,3 @@ def _killed(what: str, code: int) -> str:
 
 def _log_path(log_dir: Path, rank: int) -> Path:
     return log_dir / f"rank{rank}.log"
-
-
-def _die_with_parent(parent: int | None = None) -> None:
-    guard.end_with(parent or os.getppid())

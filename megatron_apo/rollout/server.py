@@ -120,7 +120,7 @@ class VLLMServer:
         try:
             self.process.wait(STOP_LIMIT_S)
         except subprocess.TimeoutExpired:
-            guard.kill([*guard.descendants(self.process.pid), self.process.pid])
+            guard.end_all(lambda: [pid for pid in self.pids() if not guard.is_zombie(pid)])
             self.process.wait()
         for folder in self._folders:  # a guard that was killed has not removed them
             shutil.rmtree(folder, ignore_errors=True)

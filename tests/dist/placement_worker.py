@@ -50,6 +50,14 @@ EVERY_RUN = ("fp32", "bf16")
 BROKEN = ("offload", "swap", "parked")
 
 
+def cases_of(layout: str) -> list[str]:
+    """What a layout goes through: pp2-vpp2 one case in fp32 and one in bf16, and the rest under "-others"."""
+    cases = [case for case, (variant, *_) in CASES.items() if variant in variants_of(layout)]
+    if not layout.startswith("pp2-vpp2"):
+        return cases
+    return [case for case in cases if (case in ("fp32", "experts")) != layout.endswith("-others")]
+
+
 def runs_of(case: str) -> list[str]:
     return list(RUNS) if case in EVERY_RUN else ["resident", "offload", "all"]
 
@@ -168,7 +176,7 @@ def main(folder: str, layout: str) -> None:
     work = Path(folder)
     results: dict = {}
     with distributed(parallel_of(layout)) as topology:
-        for case in (case for case, (variant, *_) in CASES.items() if variant in variants_of(layout)):
+        for case in cases_of(layout):
             found = {run: measure(work, case, run, layout, topology) for run in runs_of(case)}
             found["folder"] = of_the_folder(work, case, layout, topology)
             if case == "fp32":

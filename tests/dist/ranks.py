@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -78,5 +79,14 @@ def _be_rank(module: str, arguments: Sequence[str], environment: dict[str, str],
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     os.environ.update(environment, RANK=str(rank))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")
     importlib.import_module(module).main(*arguments)
+
+
+def _end_with_parent() -> None:
+    """When the tests are killed, of whom a forked process is no child."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -28,7 +28,7 @@ class Command:
     """A `megatron-apo` command in a folder of its own; what it starts inherits that folder, which tells orphans.
 
     Whoever waits for it sees that it leaves nothing behind: none of its processes, none of the files in /dev/shm that
-    they had mapped when last looked at, none of the folders that their guards were told to remove, and nothing in
+    they had mapped when last looked at, none of the folders that their guards made, and nothing in
     TMPDIR, which is its own.
     """
 
@@ -97,7 +97,7 @@ class Command:
         return self.wait(GONE_S if number == signal.SIGKILL else 0.0)
 
     def look(self) -> set[Path]:
-        """What its processes have in /dev/shm now; it must go with them."""
+        """What its processes have in /dev/shm now, and their guards' folders; they must go with them."""
         processes = self.processes()
         found = guard.mapped_shared_memory([process.pid for process in processes])
         for process in processes:
@@ -126,7 +126,10 @@ class Command:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             self.process.wait()
-            shutil.rmtree(self.temporary, ignore_errors=True)
+            for path in (*self._files, self.temporary):
+                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _left(self) -> list[object]:
         files = [path for path in self._files if path.exists()]

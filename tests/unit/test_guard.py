@@ -20,8 +20,9 @@ from megatron_apo import guard
 COMMAND = """
 import subprocess, sys, time
 child = "import mmap, os, sys, time; os.posix_fallocate(file := os.open(sys.argv[1], os.O_CREAT | os.O_RDWR), 0, 4096);"
-child += "memory = mmap.mmap(file, 4096); os.close(file); time.sleep(300)"
-worker = subprocess.Popen([sys.executable, "-c", child, sys.argv[1]], start_new_session=True)
+child += "memory = mmap.mmap(file, 4096); os.close(file); print(flush=True); time.sleep(300)"
+worker = subprocess.Popen([sys.executable, "-c", child, sys.argv[1]], start_new_session=True, stdout=subprocess.PIPE)
+worker.stdout.readline()
 time.sleep(float(sys.argv[2]))
 worker.kill()
 worker.wait()
@@ -29,9 +30,9 @@ worker.wait()
 
 
 @contextmanager
-def guarded(folder: Path, shared: Path, seconds: float, parent: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """COMMAND below a guard, once it has mapped its memory; it ends by itself after so many seconds."""
-    command = [sys.executable, "-I", guard.__file__, f"--parent={parent or os.getpid()}", f"--folder={folder}", "--"]
+def guarded(folder: Path, shared: Path, seconds: float) -> Iterator[subprocess.Popen[bytes]]:
+    """COMMAND below a guard, once its child has mapped memory; it ends by itself so many seconds after that."""
+    command = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}", f"--folder={folder}", "--"]
     with subprocess.Popen([*command, sys.executable, "-c", COMMAND, str(shared), str(seconds)]) as process:
         try:
             end = time.monotonic() + 30
@@ -49,7 +50,9 @@ def shared() -> Iterator[Path]:
     """A name for shared memory."""
     path = Path("/dev/shm") / f"apo-test-{token_hex(6)}"
     yield path
-    assert not path.exists()
+    is_left = path.exists()
+    path.unlink(missing_ok=True)
+    assert not is_left
 
 
 def test_memory_of_a_process_that_ended_before_the_command(shared: Path, tmp_path: Path) -> None:

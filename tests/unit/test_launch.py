@@ -118,8 +118,8 @@ def test_the_callers_own_children_are_not_touched():
 
 def test_ranks_end_with_their_parent():
     code = (
-        "import subprocess; from megatron_apo.parallel import launch;"
-        "child = subprocess.Popen(['sleep', '300'], preexec_fn=launch._die_with_parent);"
+        "import functools, os, subprocess; from megatron_apo import guard;"
+        "child = subprocess.Popen(['sleep', '300'], preexec_fn=functools.partial(guard.end_with, os.getpid()));"
         "print(child.pid, flush=True); child.wait()"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
