@@ -83,8 +83,11 @@ def measured_variants(layout: str) -> list[str]:
 
 def with_one_of(names: Iterable[str], layouts: Iterable) -> list:
     """The layouts (strings, or pytest's parameters of one) in which one of these variants is measured."""
-    name_of = {layout: layout if isinstance(layout, str) else layout.values[0] for layout in layouts}
-    return [layout for layout, name in name_of.items() if set(names) & set(measured_variants(name))]
+    return [
+        layout
+        for layout in layouts
+        if set(names) & set(measured_variants(layout if isinstance(layout, str) else layout.values[0]))
+    ]
 
 
 def pairs(layouts: Iterable[str]) -> set[tuple[tuple[str, int], tuple[str, int]]]:

@@ -148,7 +148,7 @@ def test_killed_workers_lose_and_repeat_nothing(kills, num_prompts, work, undist
     done: dict[str, int] = {}
     for kill in range(kills):
         victim = chance.randrange(2)
-        if kill % 4 == 1:  # mostly while it starts
+        if kill % 4 == 0:  # mostly while it starts
             time.sleep(chance.uniform(0, 12))
         else:  # whichever is sampling
             enough, end = chance.randrange(1, 40), time.monotonic() + 300
