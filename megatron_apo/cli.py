@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import megatron_apo
-from megatron_apo.values import EstimatorName
+from megatron_apo.config import EstimatorName
 
 if TYPE_CHECKING:
     from megatron_apo.config import Recipe
@@ -187,7 +187,7 @@ def verify(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="folder of a run, finished or not")]) -> None:
     """Write RUN/report.html, one self-contained page."""
-    from megatron_apo.telemetry.report import write_report
+    from megatron_apo.stages.report import write_report
 
     print(write_report(run))
 
@@ -215,8 +215,7 @@ def vstar(
     import json
     from dataclasses import asdict
 
-    from megatron_apo.telemetry import vstar_text
-    from megatron_apo.values import summary
+    from megatron_apo.values import summary, text
     from megatron_apo.values.store import VStarStore
 
     opened = VStarStore.open(store)
@@ -225,25 +224,29 @@ def vstar(
         if as_json:
             print(json.dumps(asdict(comparison), indent=1))
         else:
-            vstar_text.print_comparison(comparison)
+            text.print_comparison(comparison)
         raise typer.Exit(0 if comparison.same_rewards else 1)
     found = summary.summarize(opened, beta1s, estimator)
     if page:
-        from megatron_apo.telemetry import vstar_page
+        from megatron_apo.values import page as values_page
 
-        vstar_page.write_page(page, found, summary.compare_estimators(opened, beta1s))
+        values_page.write_page(page, found, summary.compare_estimators(opened, beta1s))
     if as_json:
         print(json.dumps(asdict(found), indent=1))
     elif page:
         print(page)
     else:
-        vstar_text.print_summary(found)
+        text.print_summary(found)
 
 
 @app.command()
 def doctor(
     overrides: Overrides = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="check this recipe as well")] = None,
+    stage: Annotated[
+        Literal["warmup", "estimate-vstar", "train", "evaluate"] | None,
+        typer.Option("--for", help="check what this command would refuse; default: what the next stage would"),
+    ] = None,
     fields: Annotated[bool, typer.Option("--fields", help="only list every field of a recipe")] = False,
 ) -> None:
     """Say what is installed, what this machine can do, and what is lost without the rest."""
@@ -252,7 +255,7 @@ def doctor(
     if fields:
         checks.print_fields()
     else:
-        checks.print_findings(_load(recipe, overrides) if recipe else None)
+        checks.print_findings(_load(recipe, overrides) if recipe else None, stage)
 
 
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:

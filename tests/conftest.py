@@ -15,7 +15,8 @@ from multiprocessing import forkserver, resource_tracker
 import psutil
 import pytest
 
-from megatron_apo import cli, guard
+from megatron_apo import cli
+from megatron_apo.runtime import guard
 
 # A shell starts background jobs with Ctrl-C ignored, and all that they start inherits it: a test that interrupts a
 # command would wait for ever. SIGTERM ends a run of tests as Ctrl-C does, so that fixtures end what they started.

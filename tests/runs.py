@@ -11,7 +11,7 @@ from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.data.arithmetic import build_tokenizer, write_model, write_task
 from megatron_apo.data.order import step_prompts
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
-from megatron_apo.inputs import load_inputs, store_fingerprint
+from megatron_apo.rollout.inputs import load_inputs, store_fingerprint
 from megatron_apo.values.shards import StoreRow
 from megatron_apo.values.store import StoreWriter
 from tests.batches import make_batch

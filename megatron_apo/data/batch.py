@@ -12,27 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_apo.data.packing import laid_out
+from megatron_apo.data.packing import padded_lengths
 from megatron_apo.data.sequences import Sequences
-from megatron_apo.model.attention import PackedLayout
-from megatron_apo.model.build import IGNORE
+
+IGNORE = -100  # a label that asks for no log-prob, as in torch's cross-entropy
 
 
 @dataclass
 class MicroBatch:
-    """One forward of the model. Packed: B = 1 and `layout` says where sequences begin."""
+    """One forward of the model. Packed: B = 1, and `lengths` says where sequences begin.
+
+    lengths: positions of the sequences that lie one after the other in a row, padding included.
+    """
 
     indices: list[int]  # which sequences of the batch these are
     input_BS: Tensor
     position_BS: Tensor
     label_BS: Tensor  # next token, IGNORE where it is not part of a response
     sequence_R: Tensor  # position in `indices` of each response token
-    layout: PackedLayout | None
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Positions of the sequences that lie one after the other in a row, padding included."""
-        return self.layout.lengths if self.layout else (self.input_BS.shape[1],)
+    lengths: tuple[int, ...]
+    packed: bool
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`."""
@@ -40,7 +39,7 @@ class MicroBatch:
             return self
         names = ("input_BS", "position_BS", "label_BS", "sequence_R")
         moved = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, **moved, layout=self.layout and self.layout.to(device))
+        return replace(self, **moved)
 
 
 def make_micro_batch(
@@ -53,13 +52,13 @@ def make_micro_batch(
 ) -> MicroBatch:
     """Lay out the rows `indices` of a batch, which must be held. No prompt and no response is empty.
 
-    A sequence's last token is only a label, so that it takes one position fewer than it has tokens, which `laid_out`
-    rounds up and fills up. Padding comes after its sequence, where causality keeps it from every token before, and has
-    no label: it is in no sum.
+    A sequence's last token is only a label, so that it takes one position fewer than it has tokens, which
+    `padded_lengths` rounds up and fills up. Padding comes after its sequence, where causality keeps it from every token
+    before, and has no label: it is in no sum.
     """
     rows = [sequences.row(index) for index in indices]
     prompt_lengths = [int(sequences.prompt_lengths_B[index]) for index in indices]
-    widths = laid_out(
+    widths = padded_lengths(
         [len(row) - 1 for row in rows], packing=packing, multiple=multiple, fill_to=fill_to, fill_multiple=fill_multiple
     )
     input_T, label_T = np.zeros(sum(widths), dtype=np.int64), np.full(sum(widths), IGNORE, dtype=np.int64)
@@ -77,5 +76,6 @@ def make_micro_batch(
         position_BS=torch.cat([torch.arange(width) for width in widths]).view(shape),
         label_BS=torch.from_numpy(label_T).view(shape),
         sequence_R=torch.repeat_interleave(torch.arange(len(indices)), counts),
-        layout=PackedLayout.from_lengths(widths) if packing else None,
+        lengths=tuple(widths if packing else widths[:1]),
+        packed=packing,
     )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.packing import Plan, balance, laid_out, plan_micro_batches
+from megatron_apo.data.batch import MicroBatch, make_micro_batch
+from megatron_apo.data.packing import Plan, balance, padded_lengths, plan_micro_batches
 from megatron_apo.data.sequences import Sequences
-
-if TYPE_CHECKING:
-    from megatron_apo.data.batch import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,6 @@ class BatchPlan:
 
     def micro_batches(self, sequences: Sequences, replica: int) -> list[list[MicroBatch]]:
         """A replica's micro-batches of each minibatch, in host memory; `sequences` must hold the replica's rows."""
-        from megatron_apo.data.batch import make_micro_batch  # needs Megatron-Core, and a launcher plans without it
-
         return [
             [make_micro_batch(members, sequences, **self.rules) for members in plan[replica]] for plan in self.plans
         ]
@@ -67,11 +63,11 @@ def plan_batch(recipe: Recipe, sequences: Sequences, *, num_minibatches: int = 1
     }
     if recipe.parallel.vpp > 1:
         micro = [members for plan in plans for rank in plan for members in rank]
-        rules["fill_to"] = max(sum(laid_out([lengths[row] for row in members], **rules)) for members in micro)
+        rules["fill_to"] = max(sum(padded_lengths([lengths[row] for row in members], **rules)) for members in micro)
     return BatchPlan(lengths, plans, rules)
 
 
-def lay_out(recipe: Recipe, sequences: Sequences, *, dp: int = 1, replica: int = 0) -> list[MicroBatch]:
+def make_micro_batches(recipe: Recipe, sequences: Sequences, *, dp: int = 1, replica: int = 0) -> list[MicroBatch]:
     """The micro-batches of a batch that is one minibatch; by default each replica computes all of it."""
     (micro_batches,) = plan_batch(recipe, sequences, dp=dp).micro_batches(sequences, replica)
     return micro_batches

@@ -1,7 +1,7 @@
 """Which sequences share a micro-batch, and on which data-parallel rank; how even the work then is.
 
 The result depends only on lengths; it changes what is computed together, never what is computed. A length is the number
-of positions that a sequence takes in the model; laid out, it is rounded up to `multiple` (see `laid_out`).
+of positions that a sequence takes in the model; laid out, it is rounded up to `multiple` (see `padded_lengths`).
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_apo.config import aligned
+
 Plan = list[list[list[int]]]  # [dp_rank][micro_batch] = indices of sequences
 
 _FILLER = 256  # tokens of a sequence of padding: attention to a long one would cost its square
 
 
-def aligned(length: int, multiple: int) -> int:
-    """`length` rounded up to a multiple of `multiple`."""
-    return -(-length // multiple) * multiple
-
-
-def laid_out(
+def padded_lengths(
     lengths: Sequence[int], *, packing: bool, multiple: int = 1, fill_to: int = 0, fill_multiple: int = 1
 ) -> list[int]:
     """Positions that the sequences of a micro-batch take, and after them those of sequences of padding alone.
@@ -146,7 +143,7 @@ def balance(
     fill_multiple: int = 1,
     crossover_tokens: float = 0.0,
 ) -> Balance:
-    """What `plan`, made by `plan_micro_batches` for the same arguments, costs and how evenly. Laid out by `laid_out`.
+    """What `plan`, made by `plan_micro_batches` for the same arguments, costs with `padded_lengths`, and how evenly.
 
     crossover_tokens: the length at which a sequence's linear layers cost as much as its attention. For causal attention
     that is (weights of the linear layers) / (layers x heads x head size); 0 leaves `flops` to attention alone.
@@ -157,7 +154,7 @@ def balance(
         "fill_to": fill_to,
         "fill_multiple": fill_multiple,
     }
-    per_rank = [[laid_out([lengths[index] for index in members], **rules) for members in rank] for rank in plan]
+    per_rank = [[padded_lengths([lengths[index] for index in members], **rules) for members in rank] for rank in plan]
     micro_tokens = [[sum(micro) for micro in rank] for rank in per_rank]
     tokens = [sum(rank) for rank in micro_tokens]
     attention = [sum(size**2 for micro in rank for size in micro) for rank in per_rank]

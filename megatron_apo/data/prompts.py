@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_apo.config import DataConfig
 from megatron_apo.data.presets import RowFormat, column_key, row_format
+from megatron_apo.telemetry.units import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,7 +118,7 @@ class PromptRenderer:
         try:
             problem = None if system.strip() in self._in_chat("?") else "leaves it out"
         except TemplateError as error:
-            problem = f"refuses it ({' '.join(str(error).split())[:200]})"
+            problem = f"refuses it ({one_line(error)})"
         if problem:
             raise ValueError(
                 f"data.system: {system!r}, but the chat template {problem}; use null and data.prompt_format"
@@ -183,6 +185,7 @@ def read_rows(source: str, key: str, split: str = "train", subset: str | None = 
     """
     import datasets
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below
     file_format = _file_format(source)
     if file_format is None:
         datasets.disable_progress_bars()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_apo.config import Recipe
-from megatron_apo.data.packing import aligned
+from megatron_apo.config import Recipe, aligned
 from megatron_apo.data.presets import column_key, row_format
 from megatron_apo.data.prompts import PromptRenderer, read_rows, row_text
-from megatron_apo.inputs import load_tokenizer, stop_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,14 @@ class Examples:
     responses: list[list[int]]
 
 
-def read_examples(recipe: Recipe) -> Examples:
-    """Read `warmup.data`. Raises `ValueError` naming the recipe's key: no file or column, a pair that is too long."""
+def read_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Examples:
+    """Read `warmup.data`; tokenizer and stop ids are those of `warmup.start`.
+
+    Raises `ValueError` naming the recipe's key: no file or column, a pair that is too long.
+    """
     data, warmup = recipe.data, recipe.warmup
-    assert warmup.data is not None and warmup.start is not None
-    tokenizer = load_tokenizer(warmup.start, "warmup.start")
-    stop = stop_token_ids(recipe, warmup.start)
-    if not stop:
+    assert warmup.data is not None
+    if not stop_ids:
         raise ValueError("sampling.stop_token_ids: [] gives warmup.data's responses no end; name an id, or null")
     columns, key = row_format(data).prompts, column_key(data, "prompt_column")
     prompts, responses = [], []
@@ -36,7 +40,7 @@ def read_examples(recipe: Recipe) -> Examples:
         raise ValueError(f"warmup.data: {warmup.data} has no rows; give another file")
     rendered = PromptRenderer(tokenizer, data).render_all(prompts)
     targets = tokenizer(responses, add_special_tokens=False)["input_ids"]
-    examples = Examples([list(ids) for _, ids in rendered], [[*ids, stop[0]] for ids in targets])
+    examples = Examples([list(ids) for _, ids in rendered], [[*ids, stop_ids[0]] for ids in targets])
     pairs = zip(examples.prompts, examples.responses, strict=True)
     longest = max(len(prompt) + len(response) for prompt, response in pairs)
     budget, least = recipe.train.tokens_per_micro_batch, aligned(longest, recipe.micro_batch_alignment)

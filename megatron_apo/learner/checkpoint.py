@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_apo.config import Recipe, RecipeError, build_recipe
+from megatron_apo.config import Recipe, RecipeError, build_recipe, changed_for_resume
 from megatron_apo.telemetry.summary import versions
 from megatron_apo.values.store import MANIFEST
 
@@ -29,57 +29,13 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_apo.learner.learner import Learner
-    from megatron_apo.parallel.topology import Topology
+    from megatron_apo.runtime.topology import Topology
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 MODEL = "model"
 RECORD = "checkpoint.json"
 FORMAT = 1
 _STEP_NAME = re.compile(r"step-(\d{6,})")
-
-# What a resumed run may change: sections, or keys of a section. The rest decides the numbers.
-FREE = {
-    "run.dir",
-    "train.steps",  # see `_changes`: with a schedule that decays it is not
-    "train.save_every",
-    "train.max_skipped_steps",
-    "train.record",
-    "train.replay",
-    "train.first_log_ratio_tolerance",
-    # The same sums in another order.
-    "parallel",
-    "train.tokens_per_micro_batch",
-    "train.packing",
-    "train.log_prob_chunk_tokens",
-    # The same numbers elsewhere, or computed twice.
-    "model.reference_mode",
-    "train.recompute",
-    "train.recompute_modules",
-    "train.recompute_method",
-    "train.recompute_layers",
-    "train.offload_while_sampling",
-    "train.entropy",
-    # Where things are and how long they may take.
-    "vstar.dir",  # the store itself is compared
-    "vstar.prompts_per_shard",
-    "vstar.keep_responses",
-    "reward.workers",
-    "rollout.host",
-    "rollout.port",
-    "rollout.python",
-    "rollout.threads",
-    "rollout.kv_cache_gib",
-    "rollout.gpu_memory_utilization",
-    "rollout.sleep_while_training",
-    "rollout.start_timeout_s",
-    "rollout.request_timeout_s",
-    # What only looks on, or is over.
-    "data.eval",
-    "sync",
-    "eval",
-    "telemetry",
-    "warmup",
-}
 
 
 @dataclass(frozen=True)
@@ -154,7 +110,7 @@ def check_resume(recipe: Recipe) -> None:
         raise ValueError(f"{folder}: a converted model, not a training checkpoint; give another run.dir")
     problems = [
         f"{key}: {ours!r}, but {folder} was trained with {theirs!r}; set it back or give another run.dir"
-        for key, ours, theirs in _changes(recipe, build_recipe(run.recipe))
+        for key, ours, theirs in changed_for_resume(recipe, build_recipe(run.recipe))
     ]
     if _store_hash(recipe) != run.vstar_sha256:
         problems.append(f"vstar.dir: {recipe.vstar.dir} is not the store that {folder} was trained with")
@@ -211,18 +167,6 @@ def _run_of(folder: Path) -> RunState:
     run = read_record(folder).run
     assert run is not None, folder  # `check_resume` refuses it
     return run
-
-
-def _changes(recipe: Recipe, saved: Recipe) -> list[tuple[str, Any, Any]]:
-    """(key, value now, value then) of every field that differs and decides the numbers."""
-    free = FREE - ({"train.steps"} if recipe.optimizer.schedule != "constant" else set())
-    now, then = recipe.model_dump(mode="json"), saved.model_dump(mode="json")
-    return [
-        (f"{section}.{key}", now[section][key], then[section][key])
-        for section in now
-        for key in now[section]
-        if section not in free and f"{section}.{key}" not in free and now[section][key] != then[section][key]
-    ]
 
 
 def _store_hash(recipe: Recipe) -> str:

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_apo.objectives import LossTerm, Stats
-from megatron_apo.parallel.topology import Topology
+from megatron_apo.runtime.topology import Topology
 
 
-def diagnose(term: LossTerm, log_prob_R: Tensor, anchor_R: Tensor, sampler_R: Tensor) -> Stats:
-    """The objective's own stats and, over response tokens: the log-ratio to the anchor and the distance to the sampler.
+def diagnose(term: LossTerm, log_prob_R: Tensor, denominator_R: Tensor, sampler_R: Tensor) -> Stats:
+    """The objective's own stats and, over response tokens: the log-ratio, and the distance to the sampler.
 
-    All [R], without gradient: log-probs by the policy, by the anchor, and by the engine that sampled.
+    All [R], without gradient: log-probs by the policy, of the ratio's denominator, and by the engine that sampled.
     """
-    log_ratio_R = log_prob_R - anchor_R
+    log_ratio_R = log_prob_R - denominator_R
     mismatch_R = (log_prob_R - sampler_R).abs()
     one = log_prob_R.new_ones(())
     sums = {
@@ -84,7 +84,7 @@ class StepRecord:
 
     @property
     def first_log_ratio(self) -> float:
-        """Largest |log pi - log pi_anchor| of a token in the first minibatch, nats."""
+        """Largest |log-ratio| of a token in the first minibatch, nats."""
         return self._gathered[0].maxima["log_ratio"]
 
     def metrics(self) -> dict[str, float]:

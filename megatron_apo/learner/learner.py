@@ -25,6 +25,7 @@ from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
 from megatron_apo.data.sequences import Sequences
 from megatron_apo.learner.diagnostics import StepRecord, diagnose
 from megatron_apo.learner.optim import Trainable, make_trainable
+from megatron_apo.learner.rollout_metrics import peak_flops, rollout_metrics
 from megatron_apo.model.build import LogProbModel, build_model
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.model.placement import Reference, place_reference
@@ -32,8 +33,8 @@ from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import LossTerm, MicroTargets, Objective, Prepared, Samples, build_objective
 from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
 from megatron_apo.parallel.scatter import scatter
-from megatron_apo.parallel.topology import Topology
-from megatron_apo.telemetry.timers import PhaseTimer
+from megatron_apo.runtime.topology import Topology
+from megatron_apo.telemetry.timers import Phase, PhaseTimer
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import TensorReader, load_weights
 
@@ -94,7 +95,7 @@ class Learner:
         total_steps = recipe.train.steps * recipe.train.minibatches
         trainable = make_trainable(policy, recipe.optimizer, total_steps=total_steps)
         reference = None
-        if objective.anchor == "reference":
+        if objective.ratio_denominator == "reference":
             weights = reference_weights or HFReader(recipe.model.reference_path)
             reference = place_reference(
                 recipe.model.reference_mode,
@@ -141,16 +142,16 @@ class Learner:
         plan = self.plan(batch.sequences)
         minibatches = self.micro_batches(plan, batch)
         targets = self.objective.prepare(self.samples(batch), values)
-        anchors = self._anchor_log_probs(minibatches, batch)
+        denominators = self._denominator_log_probs(minibatches, batch)
         record = StepRecord(self.objective.reinforce_scale, plan.metrics())
-        for micro_batches, anchor in zip(minibatches, anchors, strict=True):
+        for micro_batches, denominator in zip(minibatches, denominators, strict=True):
             with self.timer.phase("train"):
                 self.trainable.zero_grad()
                 stats = forward_backward(
                     self.trainable.chunks,
                     micro_batches,
-                    lambda log_prob_R, index, micro_batches=micro_batches, anchor=anchor: self._loss(
-                        log_prob_R, micro_batches[index], anchor[index], targets, batch
+                    lambda log_prob_R, index, micro_batches=micro_batches, denominator=denominator: self._loss(
+                        log_prob_R, micro_batches[index], denominator[index], targets, batch
                     ),
                 )
             with self.timer.phase("optimizer"):
@@ -160,13 +161,15 @@ class Learner:
         return record.gather(self.topology)
 
     def _loss(
-        self, log_prob_R: Tensor, micro: MicroBatch, anchor_R: Tensor, targets: Prepared, batch: RolloutBatch
+        self, log_prob_R: Tensor, micro: MicroBatch, denominator_R: Tensor, targets: Prepared, batch: RolloutBatch
     ) -> LossTerm:
         """The objective's loss of a micro-batch, with what is told of it."""
         own_targets: MicroTargets = targets.select(micro.indices)
-        term = self.objective.loss(log_prob_R, anchor_R, micro.sequence_R, own_targets)
+        term = self.objective.loss(log_prob_R, denominator_R, micro.sequence_R, own_targets)
         assert term.count == (len(log_prob_R) if self.objective.unit == "token" else len(micro.indices))
-        return replace(term, stats=diagnose(term, log_prob_R.detach(), anchor_R, self._sampler_log_probs(micro, batch)))
+        return replace(
+            term, stats=diagnose(term, log_prob_R.detach(), denominator_R, self._sampler_log_probs(micro, batch))
+        )
 
     def micro_batches(self, plan: BatchPlan, batch: RolloutBatch) -> Minibatches:
         """This replica's micro-batches of each minibatch, on this rank's device."""
@@ -186,16 +189,16 @@ class Learner:
         """[R] as the engine computed them when it sampled."""
         return torch.from_numpy(batch.log_probs(micro.indices)).to(self.topology.device)
 
-    def _anchor_log_probs(self, minibatches: Minibatches, batch: RolloutBatch) -> list[list[Tensor]]:
+    def _denominator_log_probs(self, minibatches: Minibatches, batch: RolloutBatch) -> list[list[Tensor]]:
         """[minibatch][micro-batch] log-probs [R] that the ratio is against, on the last stage."""
         micro_batches = [micro for minibatch in minibatches for micro in minibatch]
         with self.timer.phase("reference"):
-            match self.objective.anchor:
+            match self.objective.ratio_denominator:
                 case "reference":
                     assert self.reference is not None
                     with self.reference.active() as chunks:
                         found = forward_log_probs(chunks, micro_batches)
-                case "iterate":
+                case "old_policy":
                     found = forward_log_probs(self.trainable.chunks, micro_batches)
                 case "sampler":
                     found = [self._sampler_log_probs(micro, batch) for micro in micro_batches]
@@ -206,6 +209,22 @@ class Learner:
                     ]
         each: Iterator[Tensor] = iter(found)
         return [[next(each, torch.empty(0)) for _ in minibatch] for minibatch in minibatches]
+
+    def step_metrics(
+        self, record: StepRecord, batch: RolloutBatch, values: Mapping[str, float], phases: Mapping[str, Phase]
+    ) -> dict[str, float]:
+        """What is known of a step, by the names of metrics.jsonl. values: V* by prompt id; phases: of `timer`."""
+        seconds = {name: phase.seconds for name, phase in phases.items()}
+        rollouts = rollout_metrics(
+            batch,
+            values,
+            seconds,
+            read_hf_config(self.recipe.model.path),
+            num_ranks=self.topology.world_size,
+            peak_flops=peak_flops(self.recipe, self.topology.device),
+            denominator_computed=self.objective.ratio_denominator in ("reference", "old_policy"),
+        )
+        return {**rollouts, **record.metrics(), "lr": self.trainable.lr}
 
     def _count_skipped(self, grad_norm: float, batch: RolloutBatch, step: int) -> None:
         if math.isfinite(grad_norm):

@@ -19,9 +19,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_apo.config import OptimizerConfig, RecipeError
 from megatron_apo.learner import optimizer_state
 from megatron_apo.model.cpu_compat import cuda_type_names
-from megatron_apo.model.gpus import visible_gpus
 from megatron_apo.model.placement import HostCopy, drop_quantized
 from megatron_apo.model.precision import ddp_arguments, optimizer_arguments, optimizer_problems
+from megatron_apo.runtime.gpus import visible_gpus
 from megatron_apo.weights.torch_dist import sharded_state
 
 

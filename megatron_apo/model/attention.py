@@ -10,6 +10,7 @@ Shapes: T tokens of a packed micro-batch, S padded length, B sequences, N query 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +18,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_apo.parallel.context import context_split
+from megatron_apo.data.batch import MicroBatch
+from megatron_apo.model.context import context_split
 
 
 @dataclass
@@ -43,7 +45,12 @@ class PackedLayout(PackedSeqParams):
     scatter_T: Tensor | None = None  # position of each token in the groups' concatenated valid tokens
 
     @classmethod
-    def from_lengths(cls, lengths: list[int]) -> PackedLayout:
+    def of(cls, micro: MicroBatch) -> PackedLayout | None:
+        """A micro-batch's, on its device; None where it is padded instead."""
+        return cls.from_lengths(micro.lengths).to(micro.input_BS.device) if micro.packed else None
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int]) -> PackedLayout:
         """`lengths`: tokens of each packed sequence, in order, padding included; at least one, all positive."""
         starts = torch.tensor([0, *lengths]).cumsum(0)
         by_size: dict[int, list[int]] = {}
@@ -76,6 +83,8 @@ class PackedLayout(PackedSeqParams):
 
     def to(self, device: torch.device) -> PackedLayout:
         """The same on `device`. Bounds with and without padding stay one tensor."""
+        if self.cu_seqlens_q.device == device:
+            return self
         bounds = self.cu_seqlens_q.to(device)
         return replace(
             self,

@@ -20,16 +20,16 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_apo.config import ParallelConfig, TrainConfig
+from megatron_apo.data.batch import IGNORE
 from megatron_apo.model.hf_config import ModelSpec, check_layout
 from megatron_apo.model.layer_spec import block_spec
 from megatron_apo.model.logprobs import vocab_parallel_log_probs
 from megatron_apo.model.megatron_config import transformer_config
 from megatron_apo.model.precision import Precision, check_precision
 from megatron_apo.model.recompute import check_recompute
-from megatron_apo.parallel.topology import Topology
+from megatron_apo.runtime.topology import Topology
 
 FP32 = Precision()
-IGNORE = -100  # a label that asks for no log-prob, as in torch's cross-entropy
 
 
 class LogProbModel(GPTModel):

@@ -20,8 +20,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_apo.config import FP8Config, ModelConfig, OptimizerConfig, ParallelConfig, RecipeError
-from megatron_apo.model.gpus import Capability, visible_gpus
 from megatron_apo.model.hf_config import ModelConfigError, ModelSpec
+from megatron_apo.runtime.gpus import Capability, visible_gpus
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from megatron_apo.objectives.base import (
     OBJECTIVES,
-    Anchor,
     LossTerm,
     MicroTargets,
     Prepared,
+    RatioDenominator,
     Samples,
     Stats,
     sequence_sum,
@@ -34,7 +34,7 @@ class APO:
     loss_scale: Literal["paper", "unit"] = "paper"
 
     samples_per_prompt: ClassVar[int] = 1
-    anchor: ClassVar[Anchor] = "reference"
+    ratio_denominator: ClassVar[RatioDenominator] = "reference"
     needs_critic: ClassVar[bool] = False
     unit: ClassVar[Literal["sequence", "token"]] = "sequence"
 
@@ -48,9 +48,9 @@ class APO:
         value_B = reward_B.new_tensor([values[prompt_id] for prompt_id in samples.prompt_ids])
         return Prepared(per_sequence={"advantage": reward_B - value_B}, per_token={})
 
-    def loss(self, log_prob_R: Tensor, anchor_R: Tensor, sequence_R: Tensor, targets: MicroTargets) -> LossTerm:
+    def loss(self, log_prob_R: Tensor, denominator_R: Tensor, sequence_R: Tensor, targets: MicroTargets) -> LossTerm:
         advantage_B = targets.per_sequence["advantage"]
-        log_ratio_B = sequence_sum(log_prob_R - anchor_R, sequence_R, len(advantage_B))
+        log_ratio_B = sequence_sum(log_prob_R - denominator_R, sequence_R, len(advantage_B))
         square_B = (self.beta2 * log_ratio_B - advantage_B).square()
         total = square_B.sum() / (1.0 if self.loss_scale == "paper" else 2 * self.beta2)
         return LossTerm(total, len(advantage_B), Stats({"loss": total.detach()}))

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-Anchor = Literal["reference", "sampler", "iterate", "none"]
+RatioDenominator = Literal["reference", "sampler", "old_policy", "none"]
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class Objective(Protocol):
     """A training method.
 
     samples_per_prompt  responses drawn for each prompt of a step
-    anchor              whose log-probs the ratio is against: the frozen reference, the policy that sampled, the
-                        policy at the start of the step, or none
+    ratio_denominator   whose log-probs the policy's are held against: the frozen reference's, the sampling engine's,
+                        the old policy's (at the start of the step), or none
     needs_critic        whether values of a critic come with the batch
     unit                what `count` counts: the global count divides the gradient
     reinforce_scale     the loss's gradient is this many times REINFORCE's
     """
 
     samples_per_prompt: ClassVar[int]
-    anchor: ClassVar[Anchor]
+    ratio_denominator: ClassVar[RatioDenominator]
     needs_critic: ClassVar[bool]
     unit: ClassVar[Literal["sequence", "token"]]
 
@@ -71,7 +71,7 @@ class Objective(Protocol):
     def prepare(self, samples: Samples, values: Mapping[str, float]) -> Prepared:
         """Targets from the whole global batch (baselines, group statistics). `values`: V* by prompt id."""
 
-    def loss(self, log_prob_R: Tensor, anchor_R: Tensor, sequence_R: Tensor, targets: MicroTargets) -> LossTerm:
+    def loss(self, log_prob_R: Tensor, denominator_R: Tensor, sequence_R: Tensor, targets: MicroTargets) -> LossTerm:
         """The micro-batch's loss, summed."""
 
 

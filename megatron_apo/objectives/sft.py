@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from megatron_apo.objectives.base import OBJECTIVES, Anchor, LossTerm, MicroTargets, Prepared, Samples, Stats
+from megatron_apo.objectives.base import OBJECTIVES, LossTerm, MicroTargets, Prepared, RatioDenominator, Samples, Stats
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,14 @@ class SFT:
 
     reinforce_scale: float = 1.0
     samples_per_prompt: ClassVar[int] = 1
-    anchor: ClassVar[Anchor] = "none"
+    ratio_denominator: ClassVar[RatioDenominator] = "none"
     needs_critic: ClassVar[bool] = False
     unit: ClassVar[Literal["sequence", "token"]] = "token"
 
     def prepare(self, samples: Samples, values: Mapping[str, float]) -> Prepared:
         return Prepared(per_sequence={}, per_token={})
 
-    def loss(self, log_prob_R: Tensor, anchor_R: Tensor, sequence_R: Tensor, targets: MicroTargets) -> LossTerm:
+    def loss(self, log_prob_R: Tensor, denominator_R: Tensor, sequence_R: Tensor, targets: MicroTargets) -> LossTerm:
         total = -log_prob_R.sum()
         return LossTerm(total, len(log_prob_R), Stats({"loss": total.detach()}))
 

@@ -20,10 +20,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from megatron_apo.data.batch import MicroBatch
-from megatron_apo.model.build import IGNORE
+from megatron_apo.data.batch import IGNORE, MicroBatch
+from megatron_apo.model.attention import PackedLayout
+from megatron_apo.model.context import ContextSplit, context_split
 from megatron_apo.objectives.base import LossTerm, Stats
-from megatron_apo.parallel.context import ContextSplit, context_split
 
 # loss(log_prob_R with gradient, index of the micro-batch) -> LossTerm
 MicroLoss = Callable[[Tensor, int], LossTerm]
@@ -78,7 +78,8 @@ def _forward(module: torch.nn.Module, micro: MicroBatch) -> tuple[Tensor, Contex
     if split:
         tensors = tuple(split.take(tensor, 1) for tensor in tensors)
     input_BL, position_BL, label_BL = tensors
-    return module(input_BL, position_BL, None, labels=label_BL, packed_seq_params=micro.layout), split
+    layout = PackedLayout.of(micro)
+    return module(input_BL, position_BL, None, labels=label_BL, packed_seq_params=layout), split
 
 
 def _of_responses(log_prob_BL: Tensor, split: ContextSplit | None, micro: MicroBatch) -> Tensor:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.data.sequences import Sequences
-from megatron_apo.parallel.topology import Topology
+from megatron_apo.runtime.topology import Topology
 
 
 def scatter(

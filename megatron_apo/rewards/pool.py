@@ -64,7 +64,7 @@ class _Sample:
 
 
 class InlineRewardPool:
-    """`config.workers` grader processes that get on whenever `turn` is called. Raises `ValueError` if the reward cannot
+    """`config.workers` grader processes that get on whenever `poll` is called. Raises `ValueError` if the reward cannot
     be built.
 
     `reward_name` and `reward_version` are the reward's own. `failures` counts samples by kind: timeout, died, error.
@@ -82,7 +82,7 @@ class InlineRewardPool:
         try:
             self._workers.extend(_Worker(self._spec) for _ in range(config.workers))
             while self._identity is None:
-                if self._turn(waker=stop):
+                if self._poll(waker=stop):
                     raise RuntimeError("the reward pool was closed while it started")
         except _StartError as error:
             self.close()
@@ -104,7 +104,7 @@ class InlineRewardPool:
             raise RuntimeError(self._broken)
         return sample.grade
 
-    def turn(self, wait_s: float = 0.0) -> None:
+    def poll(self, wait_s: float = 0.0) -> None:
         """Take what the workers have graded and give them what there is, waiting at most `wait_s` for something to do.
 
         Raises `RuntimeError` when no worker can be started any more.
@@ -112,7 +112,7 @@ class InlineRewardPool:
         if self._broken:
             raise RuntimeError(self._broken)
         try:
-            self._turn(wait_s)
+            self._poll(wait_s)
         except _StartError as error:
             self.close(str(error))
             raise RuntimeError(str(error)) from None
@@ -139,8 +139,8 @@ class InlineRewardPool:
             return UNFINISHED
         return TRUNCATED if self._config.truncated == "fail" and request.finish_reason == "length" else None
 
-    def _turn(self, wait_s: float = math.inf, waker: socket.socket | None = None) -> bool:
-        """As `turn`; a byte from `waker` also ends the wait. Whether there was one."""
+    def _poll(self, wait_s: float = math.inf, waker: socket.socket | None = None) -> bool:
+        """As `poll`; a byte from `waker` also ends the wait. Whether there was one."""
         self._hand_out()
         woken = False
         now = time.monotonic()
@@ -284,7 +284,7 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         why = "the reward pool failed"
         try:
             while not self._closing:
-                pool._turn(waker=self._wakened)
+                pool._poll(waker=self._wakened)
             why = "the reward pool is closed"
         except _StartError as error:
             why = str(error)

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_apo import guard
 from megatron_apo.rewards import GradeRequest, Reward, describe, get_reward
+from megatron_apo.runtime import guard
 
 _PROGRESS = struct.Struct("@Qd")  # native: each is written at once
 

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -72,19 +71,6 @@ class Completion:
     finish_reason: str
     weight_version: str
     seconds: float = field(compare=False)
-
-
-def eos_token_ids(model: Path) -> tuple[int, ...]:
-    """The ids that end a response by the HF folder's generation_config.json, else its config.json.
-
-    Raises ValueError when neither names one.
-    """
-    for name in ("generation_config.json", "config.json"):
-        path = model / name
-        eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        if eos is not None:
-            return tuple(eos) if isinstance(eos, list) else (eos,)
-    raise ValueError(f"{model}: no eos_token_id in generation_config.json or config.json; set sampling.stop_token_ids")
 
 
 class RolloutClient:

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from megatron_apo.config import Recipe
 from megatron_apo.data.order import sample_seeds
 from megatron_apo.data.prompts import Prompt
-from megatron_apo.inputs import Inputs
 from megatron_apo.rewards.pool import RewardPool
 from megatron_apo.rollout.client import GenerateRequest, RolloutClient
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """avg@k and greedy accuracy (mean reward), with standard errors over prompts (None where there is one prompt)."""
-
-    mean: float
-    stderr: float | None
-    greedy: float
-    greedy_stderr: float | None
-    samples_per_prompt: int
-    num_prompts: int
-    truncated: float  # share of the sampled responses that reached the length cap
+from megatron_apo.rollout.inputs import Inputs
+from megatron_apo.telemetry.recorder import Evaluation
 
 
 def evaluate_policy(recipe: Recipe, inputs: Inputs, client: RolloutClient, pool: RewardPool) -> Evaluation:

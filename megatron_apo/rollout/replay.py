@@ -15,7 +15,7 @@ from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.runtime.collective import kept_on_driver
 
 if TYPE_CHECKING:
-    from megatron_apo.parallel.topology import Topology
+    from megatron_apo.runtime.topology import Topology
     from megatron_apo.values.store import PromptValues
 
 _READERS = 8  # files read at once

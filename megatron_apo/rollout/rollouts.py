@@ -23,22 +23,23 @@ import numpy as np
 import torch
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.layout import lay_out
+from megatron_apo.data.layout import make_micro_batches
 from megatron_apo.data.order import sample_seeds
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch, groups_of
 from megatron_apo.data.sequences import Sequences
-from megatron_apo.inputs import Inputs
 from megatron_apo.model.build import LogProbModel, at_temperature
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.parallel.pipeline import forward_log_probs
-from megatron_apo.parallel.topology import Topology
 from megatron_apo.rewards.pool import Grade, RewardPool
 from megatron_apo.rollout.client import Completion, GenerateRequest, RolloutClient
-from megatron_apo.rollout.evaluation import Evaluation, evaluate_policy
+from megatron_apo.rollout.evaluation import evaluate_policy
+from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.server import ServerDied, VLLMServer
 from megatron_apo.rollout.weight_sync import SyncError, SyncReport, WeightSync
 from megatron_apo.runtime.collective import Answer, on_all, on_driver
+from megatron_apo.runtime.topology import Topology
+from megatron_apo.telemetry.recorder import Evaluation
 from megatron_apo.weights.stream import WeightStream
 
 
@@ -134,7 +135,9 @@ class Rollouts:
     def _own_log_probs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         """The policy's log-probs of each sequence's tokens but the first, at temperature 1, on every rank."""
         first, rest = [s[:1] for s in sequences], [s[1:] for s in sequences]
-        micro_batches = [micro.to(self._topology.device) for micro in lay_out(self._recipe, Sequences.of(first, rest))]
+        micro_batches = [
+            micro.to(self._topology.device) for micro in make_micro_batches(self._recipe, Sequences.of(first, rest))
+        ]
         with at_temperature(self._policy, 1.0):
             found = forward_log_probs(self._policy, micro_batches)
         ours: list[list[float]] = [[] for _ in sequences]

@@ -21,12 +21,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_apo import guard
 from megatron_apo.config import RolloutConfig
-from megatron_apo.model.gpus import drivers_gpus, gpu_names, visible_gpus
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
-from megatron_apo.ports import free_port, try_port
 from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
+from megatron_apo.runtime import guard
+from megatron_apo.runtime.gpus import drivers_gpus, gpu_names, visible_gpus
+from megatron_apo.runtime.ports import free_port, try_port
 
 LOG_TAIL_LINES = 30
 STOP_LIMIT_S = 15.0

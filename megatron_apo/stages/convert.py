@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from megatron_apo.config import ParallelConfig
 from megatron_apo.learner.checkpoint import MODEL, Dtype, Record, read_record, torch_dtype
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
-from megatron_apo.parallel import launch
+from megatron_apo.runtime import launch
 from megatron_apo.telemetry.summary import versions
 from megatron_apo.telemetry.units import data_size
 from megatron_apo.weights.families import hf_tensors
@@ -34,7 +34,7 @@ from megatron_apo.weights.hf_writer import MAX_SHARD_BYTES, PROVENANCE, copy_sid
 from megatron_apo.weights.whole_folder import check_empty, leftover
 
 if TYPE_CHECKING:
-    from megatron_apo.parallel.topology import Topology
+    from megatron_apo.runtime.topology import Topology
     from megatron_apo.weights.conversion import Conversion
 
 _DONE, _REFRESH_S = "converted_bytes", 0.2  # all ranks count in the job's store
@@ -128,12 +128,12 @@ def run_ranks(
     ranks = ranks or default_ranks()
     with _without_gpus():
         if launch.is_rank():
-            from megatron_apo.parallel.topology import distributed
+            from megatron_apo.parallel.groups import distributed
 
             with distributed(parallel or ParallelConfig(dp=int(os.environ["WORLD_SIZE"]))) as topology:
                 work(topology)
         elif ranks == 1:
-            from megatron_apo.parallel.topology import alone
+            from megatron_apo.parallel.groups import alone
 
             with alone() as topology:
                 work(topology)

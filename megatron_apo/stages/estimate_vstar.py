@@ -15,7 +15,6 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 from rich.progress import Progress
@@ -23,8 +22,9 @@ from rich.progress import Progress
 from megatron_apo.config import Recipe
 from megatron_apo.data.order import sample_seed
 from megatron_apo.data.prompts import Prompt
-from megatron_apo.inputs import Inputs, load_inputs, store_fingerprint
+from megatron_apo.preflight import open_sampling
 from megatron_apo.rewards.pool import UNFINISHED, Grade, InlineRewardPool
+from megatron_apo.rollout.inputs import Inputs, load_inputs, store_fingerprint
 from megatron_apo.rollout.offline import OfflineEngine, Sample
 from megatron_apo.rollout.server import device_name
 from megatron_apo.telemetry.memory import long_lived
@@ -35,15 +35,6 @@ from megatron_apo.values.store import StoreError, StoreRow, StoreWriter, VStarSt
 from megatron_apo.values.summary import summarize
 
 _WAIT_S = 2.0  # between looks at what other workers do
-# Alike in all shards of a store, though not in the run that reads it: what vLLM computes in is an approximation of the
-# reference either way, but one that a store must not mix.
-_MADE = (
-    "vstar.prompts_per_shard",
-    "vstar.keep_responses",
-    "rollout.dtype",
-    "rollout.quantization",
-    "rollout.kv_cache_dtype",
-)
 
 
 @dataclass(frozen=True)
@@ -68,10 +59,7 @@ class Job:
 
     @classmethod
     def open(cls, recipe: Recipe) -> Job:
-        inputs = load_inputs(recipe)
-        num_shards = -(-len(inputs.training.prompts) // recipe.vstar.prompts_per_shard)
-        made = {key: attrgetter(key)(recipe) for key in _MADE}
-        return cls(recipe, inputs, StoreWriter(recipe.vstar.dir, store_fingerprint(recipe, inputs), num_shards, made))
+        return cls(recipe, *open_sampling(recipe))
 
     def prompts(self, index: int) -> list[Prompt]:
         """The prompts of shard `index`."""
@@ -142,7 +130,7 @@ def _close(job: Job, claims: Claims) -> dict[str, Any]:
         "grader_failures": found.responses.num_failures,
         "left_out": {why: len(rows) for why, rows in job.inputs.training.left_out.items()},
         "hours": found.hours,
-        "made": store.made,
+        "settings": store.settings,
     }
 
 
@@ -270,7 +258,7 @@ class Sampler:
             for one, samples in self._engine.step():
                 self._grade(one, samples)
         # In this thread: another one would take the interpreter from the engine, again and again.
-        self._pool.turn(wait_s=0.0 if self._engine.num_samples_open or self._graded else _WAIT_S)
+        self._pool.poll(wait_s=0.0 if self._engine.num_samples_open or self._graded else _WAIT_S)
         while self._graded:
             one = self._graded.popleft()
             self._num_ungraded -= 1

@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_apo.config import Recipe
-from megatron_apo.inputs import load_inputs
-from megatron_apo.model.hf_config import check_served, read_hf_config
+from megatron_apo.preflight import open_evaluation
 from megatron_apo.rewards.pool import RewardPool
 from megatron_apo.rollout.client import RolloutClient
 from megatron_apo.rollout.evaluation import evaluate_policy
@@ -21,10 +20,7 @@ def run(recipe: Recipe, model: Path | None = None) -> None:
     RUN/evaluation-<folder>.json."""
     model = model or recipe.model.path
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": model})})
-    check_served(read_hf_config(model))
-    if recipe.data.eval is None:
-        raise ValueError("data.eval: missing; give held-out prompts to evaluate on")
-    inputs = load_inputs(recipe)
+    inputs = open_evaluation(recipe)
     server = VLLMServer(
         recipe.rollout,
         model,

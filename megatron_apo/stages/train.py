@@ -16,11 +16,12 @@ from megatron_apo.config import Recipe
 from megatron_apo.learner.checkpoint import Checkpoints
 from megatron_apo.learner.learner import Learner, recorded_rollouts
 from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.parallel.topology import Topology
+from megatron_apo.preflight import open_training
 from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
+from megatron_apo.rollout.training_data import TrainingData
 from megatron_apo.runtime.collective import kept_on_driver, on_driver
-from megatron_apo.stages.curriculum import Curriculum, open_curriculum
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.memory import long_lived
 from megatron_apo.telemetry.recorder import Recorder
 from megatron_apo.weights.stream import WeightStream, export_hf
@@ -28,12 +29,12 @@ from megatron_apo.weights.stream import WeightStream, export_hf
 
 def train(recipe: Recipe, topology: Topology) -> None:
     """The whole of stage 2, on every rank."""
-    curriculum = kept_on_driver(topology, lambda: open_curriculum(recipe))
+    data = kept_on_driver(topology, lambda: open_training(recipe))
     learner = Learner.build(recipe, topology)
     checkpoints = Checkpoints(recipe, topology, learner)
     start = checkpoints.restore()
     with (
-        _rollouts(recipe, topology, learner, curriculum) as rollouts,
+        _rollouts(recipe, topology, learner, data) as rollouts,
         Recorder(recipe, topology, lambda: rollouts.server_pid, start) as recorder,
         Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress,
         long_lived(),
@@ -45,9 +46,9 @@ def train(recipe: Recipe, topology: Topology) -> None:
         for step in range(start, recipe.train.steps):
             learner.timer.pop()  # an evaluation's phases are no step's
             with learner.timer.phase("step"):
-                prompts = curriculum.of_step(recipe, step, learner.objective.samples_per_prompt) if curriculum else []
+                prompts = data.prompts_of(recipe, step, learner.objective.samples_per_prompt) if data else []
                 batch = learner.receive(rollouts.sample(prompts, step))
-                values = on_driver(topology, partial(Curriculum.values, curriculum, batch))
+                values = on_driver(topology, partial(TrainingData.values, data, batch))
                 if recipe.train.record:
                     on_driver(topology, partial(recorded_rollouts(recipe.run.dir).write, step, batch))
                 if step == start:
@@ -59,7 +60,8 @@ def train(recipe: Recipe, topology: Topology) -> None:
                 record.require_no_log_ratio(learner.first_log_ratio_tolerance)
             if (step + 1) % recipe.sync.probe_every == 0:
                 recorder.proved(rollouts.prove(batch))
-            recorder.log(step + 1, record.metrics(), batch, values, learner.timer.pop(), lr=learner.trainable.lr)
+            phases = learner.timer.pop()
+            recorder.log(step + 1, learner.step_metrics(record, batch, values, phases), phases)
             if recipe.eval.every and (step + 1) % recipe.eval.every == 0 and step + 1 < recipe.train.steps:
                 recorder.evaluated(step + 1, rollouts.evaluate(step))
             checkpoints.save_if_due(step + 1)
@@ -71,7 +73,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
 
 
 def _rollouts(
-    recipe: Recipe, topology: Topology, learner: Learner, curriculum: Curriculum | None
+    recipe: Recipe, topology: Topology, learner: Learner, data: TrainingData | None
 ) -> AbstractContextManager[Rollouts | Replay]:
     """Where batches come from: vLLM, or a folder of recorded ones."""
     if recipe.train.replay:
@@ -81,7 +83,7 @@ def _rollouts(
         topology,
         learner.policy,
         read_hf_config(recipe.model.path),
-        curriculum.inputs if curriculum else None,
+        data.inputs if data else None,
         partial(learner.trainable.parked, recipe.train.offload_while_sampling),
         learner.timer.phase,
     )

@@ -17,13 +17,13 @@ from rich.table import Table
 from megatron_apo.config import ParallelConfig
 from megatron_apo.learner.checkpoint import MODEL, read_record, torch_dtype
 from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, check_layout, read_hf_config
-from megatron_apo.parallel import launch
+from megatron_apo.runtime import launch
 from megatron_apo.stages.convert import run_ranks, streamed_conversion
 from megatron_apo.telemetry.units import some
 from megatron_apo.weights.hf_io import HFReader
 
 if TYPE_CHECKING:
-    from megatron_apo.parallel.topology import Topology
+    from megatron_apo.runtime.topology import Topology
 
 Part = Literal["tensors", "log-probs"]
 
@@ -177,7 +177,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def _tokenize(hf: Path, lines: list[str], spec: ModelSpec) -> list[list[int]]:
-    from megatron_apo.inputs import load_tokenizer
+    from megatron_apo.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(hf, "--hf")
     sequences = [tokenizer(line)["input_ids"][: spec.max_positions] for line in lines]

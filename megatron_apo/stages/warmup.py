@@ -8,10 +8,10 @@ import torch
 from rich.progress import Progress
 
 from megatron_apo.config import OptimizerConfig, Recipe
-from megatron_apo.data.layout import lay_out
+from megatron_apo.data.layout import make_micro_batches
 from megatron_apo.data.order import step_prompts
 from megatron_apo.data.sequences import Sequences
-from megatron_apo.data.sft import Examples, read_examples
+from megatron_apo.data.sft import Examples
 from megatron_apo.learner.learner import GradientError
 from megatron_apo.learner.optim import make_trainable
 from megatron_apo.model.build import build_model
@@ -19,7 +19,8 @@ from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import SFT, MicroTargets
 from megatron_apo.parallel.pipeline import forward_backward
-from megatron_apo.parallel.topology import Topology
+from megatron_apo.preflight import warmup_examples
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream, export_hf, load_weights
 
@@ -44,7 +45,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
         cpu_offload=recipe.optimizer.cpu_offload,
     )
     trainable = make_trainable(chunks, config, total_steps=warmup.steps)
-    examples = read_examples(recipe)
+    examples = warmup_examples(recipe)
     with Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress:
         task = progress.add_task("warm start (SFT)", total=warmup.steps)
         for step in range(warmup.steps):
@@ -58,7 +59,10 @@ def _step(recipe: Recipe, topology: Topology, trainable, examples: Examples, ste
         step, num_prompts=len(examples.prompts), prompts_per_step=recipe.warmup.sequences_per_step, seed=recipe.run.seed
     )
     sequences = Sequences.of([examples.prompts[i] for i in chosen], [examples.responses[i] for i in chosen])
-    micro = [one.to(topology.device) for one in lay_out(recipe, sequences, dp=topology.dp, replica=topology.dp_rank)]
+    micro = [
+        one.to(topology.device)
+        for one in make_micro_batches(recipe, sequences, dp=topology.dp, replica=topology.dp_rank)
+    ]
     objective, nothing = SFT(), MicroTargets({}, {})
     trainable.zero_grad()
     forward_backward(

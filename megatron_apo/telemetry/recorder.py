@@ -10,30 +10,44 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.rollouts import RolloutBatch
-from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.objectives import build_objective
-from megatron_apo.parallel.topology import Topology
-from megatron_apo.rollout.evaluation import Evaluation
-from megatron_apo.rollout.weight_sync import SyncReport
-from megatron_apo.telemetry.flops import training_rates
-from megatron_apo.telemetry.gpu import GpuMonitor, gpu_uuid, peak_tflops
+from megatron_apo.runtime.topology import Topology
+from megatron_apo.telemetry.gpu import GpuMonitor, gpu_uuid
 from megatron_apo.telemetry.memory import MemorySampler
 from megatron_apo.telemetry.metrics import MetricsWriter, read_metrics
-from megatron_apo.telemetry.responses import response_metrics, sampling_metrics
 from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.telemetry.timers import Phase
 
 _SETTLED_STEPS = 2  # the first steps warm caches and kernels up; means leave them out
+
+
+class Sync(Protocol):
+    """A finished weight sync."""
+
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """avg@k and greedy accuracy (mean reward), with standard errors over prompts (None where there is one prompt)."""
+
+    mean: float
+    stderr: float | None
+    greedy: float
+    greedy_stderr: float | None
+    samples_per_prompt: int
+    num_prompts: int
+    truncated: float  # share of the sampled responses that reached the length cap
 
 
 class Recorder:
@@ -49,14 +63,11 @@ class Recorder:
         self._topology = topology
         self._server_pid = server_pid
         self._start = start
-        self._spec = read_hf_config(recipe.model.path)
-        self._anchor_computed = build_objective(recipe.objective).anchor in ("reference", "iterate")
-        self._peak_flops = _peak_flops(recipe, topology.device)
         self._gpu: GpuMonitor | None = None
         self._stack = ExitStack()
         self._writer: MetricsWriter | None = None
         self._history: defaultdict[str, list[float]] = defaultdict(list)
-        self._syncs: list[SyncReport] = []
+        self._syncs: list[Sync] = []
         self._proofs: list[float] = []
         self._evaluated: Evaluation | None = None
 
@@ -87,7 +98,7 @@ class Recorder:
                 if name not in ("step", "time") and value is not None:
                     self._history[name].append(value)
 
-    def synced(self, report: SyncReport | None) -> None:
+    def synced(self, report: Sync | None) -> None:
         """None: no weights were given to anyone, as in a replay."""
         if report is not None:
             self._syncs.append(report)
@@ -113,52 +124,13 @@ class Recorder:
         }
         self._log(step, {name: value for name, value in values.items() if value is not None})
 
-    def log(
-        self,
-        step: int,
-        learned: Mapping[str, float],
-        batch: RolloutBatch,
-        values: Mapping[str, float],
-        phases: Mapping[str, Phase],
-        *,
-        lr: float,
-    ) -> None:
-        """One training step (`step` counts from 1). Collective.
-
-        learned: what the learner says of it, by the names of metrics.jsonl. values: V* by prompt id.
-        """
+    def log(self, step: int, values: Mapping[str, float], phases: Mapping[str, Phase]) -> None:
+        """One training step (`step` counts from 1): `values` by the names of metrics.jsonl. Collective."""
         peaks = {name: phase.peak_bytes for name, phase in phases.items()}
         ranks = self._gathered((peaks, self._gpu.pop() if self._gpu else {}))
-        if not self._topology.is_driver:
-            return
-        rewards, vstar = batch.reward_B.tolist(), [values[prompt_id] for prompt_id in batch.prompt_ids]
-        advantages = [reward - value for reward, value in zip(rewards, vstar, strict=True)]
-        prompt_lengths, response_lengths = batch.sequences.prompt_lengths_B, batch.sequences.response_lengths_B
-        seconds = {name: phase.seconds for name, phase in phases.items()}
-        generate_s = seconds.get("generate")  # nothing is sampled in a replay
-        self._log(
-            step,
-            {
-                "reward/mean": fmean(rewards),
-                **learned,
-                "lr": lr,
-                **response_metrics(batch),
-                **(sampling_metrics(batch, seconds["step"], generate_s) if generate_s else {}),
-                "advantage/mean": fmean(advantages),
-                "advantage/second_moment": fmean(value * value for value in advantages),
-                "value/mean": fmean(vstar),
-                **{f"time/{phase}_s": value for phase, value in seconds.items()},
-                **training_rates(
-                    self._spec,
-                    list(zip(prompt_lengths.tolist(), response_lengths.tolist(), strict=True)),
-                    seconds,
-                    num_ranks=self._topology.world_size,
-                    peak_flops=self._peak_flops,
-                    anchor_computed=self._anchor_computed,
-                ),
-                **machine_metrics(ranks),
-            },
-        )
+        if self._topology.is_driver:
+            times = {f"time/{name}_s": phase.seconds for name, phase in phases.items()}
+            self._log(step, {**values, **times, **machine_metrics(ranks)})
 
     def finish(self, grader_failures: Mapping[str, int]) -> None:
         """Write summary.json. Collective."""
@@ -225,11 +197,3 @@ def machine_metrics(ranks: Sequence[tuple[Mapping[str, int], Mapping[str, float]
             found[f"memory/{phase}_bytes"] = max(peak, found.get(f"memory/{phase}_bytes", 0))
         found |= {f"gpu/rank{rank}/{name}": value for name, value in gpu.items()}
     return found
-
-
-def _peak_flops(recipe: Recipe, device: torch.device) -> float | None:
-    """Most FLOPs a second that one rank's device can do in the recipe's precision, where that is known."""
-    tflops = recipe.telemetry.peak_tflops
-    if tflops is None and device.type == "cuda":
-        tflops = peak_tflops(torch.cuda.get_device_name(device), fp8=recipe.model.fp8 is not None)
-    return tflops and tflops * 1e12

@@ -23,6 +23,11 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
+def one_line(error: Exception) -> str:
+    """An error's text, cut to what a line holds; its type where it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def number(count: int) -> str:
     """ "12,345"."""
     return f"{count:,}"

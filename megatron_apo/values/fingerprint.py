@@ -6,9 +6,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from megatron_apo.config import fields_marked
+
 SCHEMA_VERSION = 2
 
-# Where a run sets what the store was made with: the fix named when the two differ.
+# Where a run sets what it was made with, beside the fields that are marked so: the fix named when the two differ.
 _SET_BY = {
     "schema_version": "the version of this program",
     "model_hash": "model.reference",
@@ -16,22 +18,11 @@ _SET_BY = {
     "template_hash": "model.path (its chat template), data.system and data.prompt_format",
     "template": "data.template",
     "thinking": "data.thinking",
-    "temperature": "sampling.temperature",
-    "top_p": "sampling.top_p",
-    "top_k": "sampling.top_k",
-    "max_response_tokens": "sampling.max_response_tokens",
     "stop_token_ids": "sampling.stop_token_ids",
     "reward_name": "reward.name",
     "reward_version": "the installed version of the reward",
-    "reward_options": "reward.options",
-    "failure_reward": "reward.failure_reward",
-    "truncated": "reward.truncated",
     "dataset_hash": "data.train (with its split, preset and columns)",
-    "max_prompt_tokens": "data.max_prompt_tokens",
-    "samples_per_prompt": "vstar.samples_per_prompt",
-    "adaptive": "vstar.adaptive",
-    "seed": "vstar.seed",
-}
+} | {name: key for key, name in fields_marked("fingerprint").items()}
 
 
 class StoreError(ValueError):

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from megatron_apo.telemetry.units import one_line
 from megatron_apo.values.fingerprint import SCHEMA_VERSION, Fingerprint, StoreError
 from megatron_apo.values.ids import HASH_BYTES
 
@@ -40,6 +41,7 @@ SCHEMA = pa.schema(
 )
 RESPONSES = pa.field("responses", pa.list_(pa.list_(pa.int32())))  # where they are kept
 _FOOTER_KEY = b"megatron_apo"
+SETTINGS_KEY = "made"  # what files call `Footer.settings`
 _READ_ROWS = 1 << 13  # rows decoded at once: bounds the temporaries of a large shard
 _MOST_BYTES_AT_ONCE = 1 << 22
 # Columns in which values repeat. A dictionary of ids, which do not, would slow their reading down several times.
@@ -69,8 +71,8 @@ class StoreRow:
 class Footer:
     """What a shard says of itself. seconds: of time of one `device`.
 
-    made: settings, by their names in the recipe, that are the same in all shards of a store. A run that reads the store
-    may have others.
+    settings: by their names in the recipe, those that are the same in all shards of a store. A run that reads the
+    store may have others.
     """
 
     fingerprint: Fingerprint
@@ -78,7 +80,7 @@ class Footer:
     num_shards: int
     seconds: float
     device: str
-    made: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def shard_name(index: int) -> str:
@@ -103,6 +105,7 @@ def write_shard(path: Path, rows: Sequence[StoreRow], footer: Footer) -> bool:
 def write_table(path: Path, table: pa.Table, footer: Footer) -> bool:
     """`write_shard` of columns that were checked already."""
     record = vars(footer) | {"fingerprint": footer.fingerprint.model_dump(mode="json")}
+    record[SETTINGS_KEY] = record.pop("settings")
     table = table.replace_schema_metadata({_FOOTER_KEY: json.dumps(record).encode()})
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -155,6 +158,7 @@ def read_footer(file: pq.ParquetFile, path: Path) -> Footer:
             raise StoreError(f"{path}: not a shard of a V* store; move it elsewhere")
         tree = json.loads(record)
         check_version(path, tree["fingerprint"])
+        tree["settings"] = tree.pop(SETTINGS_KEY)
         footer = Footer(**tree | {"fingerprint": Fingerprint.model_validate(tree["fingerprint"])})
         if not any(schema.equals(found) for found in (SCHEMA, SCHEMA.append(RESPONSES))):
             raise ValueError("it has other columns than a shard")
@@ -176,7 +180,7 @@ def check_same_store(
     footer: Footer,
     fingerprint: Fingerprint,
     num_shards: int,
-    made: Mapping[str, Any],
+    settings: Mapping[str, Any],
     damage: str | None = None,
 ) -> None:
     """Raise `StoreError` for a shard of another store, one that was made otherwise, or one under another's name.
@@ -193,10 +197,10 @@ def check_same_store(
             f"{path}: one of {footer.num_shards} shards where this store has {num_shards}; "
             "keep vstar.prompts_per_shard as it was, or use another vstar.dir"
         )
-    for key in sorted(made.keys() | footer.made):
-        if made.get(key) != footer.made.get(key):
+    for key in sorted(settings.keys() | footer.settings):
+        if settings.get(key) != footer.settings.get(key):
             raise StoreError(
-                f"{path}: made with {key}={footer.made.get(key)} where this store has {made.get(key)}; "
+                f"{path}: made with {key}={footer.settings.get(key)} where this store has {settings.get(key)}; "
                 "keep it as it was, or use another vstar.dir"
             )
     if path.name != shard_name(footer.index):
@@ -250,10 +254,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _table(rows: Sequence[StoreRow], fingerprint: Fingerprint, name: str) -> pa.Table:

@@ -30,6 +30,7 @@ from megatron_apo.values.ids import RowsById, hex_of_ids, ids_of_hex
 from megatron_apo.values.samples import SampledRewards, all_wrong
 from megatron_apo.values.shards import (
     AGAIN,
+    SETTINGS_KEY,
     Footer,
     OtherStoreError,
     StoreRow,
@@ -57,13 +58,18 @@ _RUN = 32  # shards that a reader takes at once: handing over a small one takes 
 class StoreWriter:
     """Writes the `num_shards` shards of a store into `folder`; several writers may share it.
 
-    made: see `Footer`. Raises `StoreError` if the folder already holds shards of another store or made otherwise.
+    settings: see `Footer`. Raises `StoreError` if the folder already holds shards of another store or made otherwise.
     """
 
     def __init__(
-        self, folder: Path | str, fingerprint: Fingerprint, num_shards: int, made: Mapping[str, Any] | None = None
+        self, folder: Path | str, fingerprint: Fingerprint, num_shards: int, settings: Mapping[str, Any] | None = None
     ):
-        self.folder, self.fingerprint, self.num_shards, self.made = Path(folder), fingerprint, num_shards, made or {}
+        self.folder, self.fingerprint, self.num_shards, self.settings = (
+            Path(folder),
+            fingerprint,
+            num_shards,
+            settings or {},
+        )
         self.finished_shards()
 
     def finished_shards(self) -> set[int]:
@@ -71,7 +77,7 @@ class StoreWriter:
         finished = set()
         for path in sorted(self.folder.glob("shard-*.parquet")):
             footer = read_footer(open_shard(path), path)
-            check_same_store(path, footer, self.fingerprint, self.num_shards, self.made)
+            check_same_store(path, footer, self.fingerprint, self.num_shards, self.settings)
             finished.add(footer.index)
         return finished
 
@@ -100,7 +106,9 @@ class StoreWriter:
         assert 0 <= index < self.num_shards, f"shard {index} of {self.num_shards}"
         path = self.folder / shard_name(index)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_shard(path, rows, Footer(self.fingerprint, index, self.num_shards, round(seconds, 2), device, self.made))
+        write_shard(
+            path, rows, Footer(self.fingerprint, index, self.num_shards, round(seconds, 2), device, self.settings)
+        )
         return path
 
     def finish(self) -> VStarStore:
@@ -147,7 +155,7 @@ class StoreWriter:
             "schema_version": SCHEMA_VERSION,
             "fingerprint": self.fingerprint.model_dump(mode="json"),
             "num_shards": self.num_shards,
-            "made": dict(self.made),
+            SETTINGS_KEY: dict(self.settings),
             "shards": shards,
         }
 
@@ -189,7 +197,7 @@ class VStarStore:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], samples_used: int | None = None):
         self.folder = folder
-        self.fingerprint, self.num_shards, self.made, self._shards = _read_manifest(folder / MANIFEST, manifest)
+        self.fingerprint, self.num_shards, self.settings, self._shards = _read_manifest(folder / MANIFEST, manifest)
         # Where each shard's rows and rewards begin, and at the end the number of all. Shards are read into their place.
         self._row_starts, self._reward_starts = (
             np.cumsum([0] + [shard[name] for shard in self._shards], dtype=np.int64) for name in ("rows", "rewards")
@@ -302,7 +310,9 @@ class VStarStore:
                 damage = _difference(shard, num_bytes, source)
                 source.seek(0)
                 file = pq.ParquetFile(source)
-                check_same_store(path, read_footer(file, path), self.fingerprint, self.num_shards, self.made, damage)
+                check_same_store(
+                    path, read_footer(file, path), self.fingerprint, self.num_shards, self.settings, damage
+                )
                 if not damage:
                     self._fill(index, file, path)
         except FileNotFoundError:
@@ -381,7 +391,11 @@ def _read_manifest(path: Path, manifest: Any) -> tuple[Fingerprint, int, dict[st
     check_version(path, manifest)
     with naming_damage(path):
         fingerprint = Fingerprint.model_validate(manifest["fingerprint"])
-        num_shards, made, shards = int(manifest["num_shards"]), dict(manifest.get("made", {})), manifest["shards"]
+        num_shards, settings, shards = (
+            int(manifest["num_shards"]),
+            dict(manifest.get(SETTINGS_KEY, {})),
+            manifest["shards"],
+        )
         for shard in shards:
             shard |= {name: int(shard[name]) for name in ("rows", "rewards", "bytes")}
             if min(shard["rows"], shard["rewards"]) < 0:
@@ -393,4 +407,4 @@ def _read_manifest(path: Path, manifest: Any) -> tuple[Fingerprint, int, dict[st
         raise StoreError(
             f"{path}: lists {len(listed)} shards, not 0 to {num_shards - 1}; absent: {absent[:8]}; {AGAIN}"
         )
-    return fingerprint, num_shards, made, shards
+    return fingerprint, num_shards, settings, shards

@@ -277,7 +277,7 @@ def compare(one: VStarStore, other: VStarStore, beta1s: Sequence[float], estimat
         same_rewards=not (changed_C.any() or len(only[0]) or len(only[1])),
         fingerprint={
             name: (mine, theirs)
-            for name in [*Fingerprint.model_fields, *sorted(one.made.keys() | other.made.keys())]
+            for name in [*Fingerprint.model_fields, *sorted(one.settings.keys() | other.settings.keys())]
             if (mine := _provenance(one).get(name)) != (theirs := _provenance(other).get(name))
         },
         num_common=len(rows_C),
@@ -297,7 +297,7 @@ def compare(one: VStarStore, other: VStarStore, beta1s: Sequence[float], estimat
 
 
 def _provenance(store: VStarStore) -> dict[str, Any]:
-    return store.fingerprint.model_dump(mode="json") | store.made
+    return store.fingerprint.model_dump(mode="json") | store.settings
 
 
 def _means(rewards: SampledRewards) -> Array:

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_apo.config import ParallelConfig
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import ModelSpec
-from megatron_apo.parallel.topology import Topology
 from megatron_apo.runtime.collective import on_all, on_driver
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights import torch_dist
 from megatron_apo.weights.families import Entry, hf_tensors, model_entries
 from megatron_apo.weights.hf_io import HFReader, identity

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.model.precision import assign, plain
-from megatron_apo.parallel.topology import Topology
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.families import Entry, hf_tensors, model_entries, tied_head_entry
 from megatron_apo.weights.hf_writer import write_hf_folder
 

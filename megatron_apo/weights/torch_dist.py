@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_apo.parallel.topology import Topology
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.whole_folder import whole_folder
 
 # Every layer and every expert a tensor of its own: Megatron-Core keeps the stacked kind for old checkpoints only

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_apo.parallel.topology import Topology
 from megatron_apo.runtime.collective import on_driver
+from megatron_apo.runtime.topology import Topology
 
 
 def check_empty(out: Path, key: str = "output folder") -> None:

@@ -25,7 +25,8 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 
-from megatron_apo.data.packing import aligned, balance, plan_micro_batches
+from megatron_apo.config import aligned
+from megatron_apo.data.packing import balance, plan_micro_batches
 
 LENGTHS: list[int] = json.loads((Path(__file__).parent / "lengths.json").read_text())["lengths"]
 TARGET = 0.03

@@ -27,9 +27,10 @@ from megatron_apo.config import ParallelConfig, build_recipe
 from megatron_apo.data.layout import plan_batch
 from megatron_apo.data.rollouts import RolloutBatch, groups_of
 from megatron_apo.data.sequences import Sequences
+from megatron_apo.parallel.groups import distributed
 from megatron_apo.parallel.scatter import scatter
-from megatron_apo.parallel.topology import Topology, distributed
-from megatron_apo.ports import free_port
+from megatron_apo.runtime.ports import free_port
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.memory import private_bytes
 
 PROMPT_TOKENS = 512

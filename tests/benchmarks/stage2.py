@@ -63,12 +63,12 @@ def measure(recipe: Recipe, rounds: int) -> None:
     from megatron_apo.data.rollouts import RolloutBatch
     from megatron_apo.learner.learner import Learner
     from megatron_apo.model.hf_config import read_hf_config
-    from megatron_apo.parallel.topology import distributed
+    from megatron_apo.parallel.groups import distributed
+    from megatron_apo.preflight import open_training
     from megatron_apo.rollout.rollouts import Rollouts
-    from megatron_apo.stages.curriculum import open_curriculum
 
     with distributed(recipe.parallel) as topology:
-        curriculum = open_curriculum(recipe) if topology.is_driver else None
+        data = open_training(recipe) if topology.is_driver else None
         learner = Learner.build(recipe, topology)
         found: defaultdict[str, list[float]] = defaultdict(list)
 
@@ -81,12 +81,12 @@ def measure(recipe: Recipe, rounds: int) -> None:
             return value
 
         def values_of(batch: RolloutBatch) -> dict[str, float]:
-            return topology.broadcast(curriculum.values(batch) if curriculum else None)
+            return topology.broadcast(data.values(batch) if data else None)
 
         def prompts_of(step: int) -> list[Prompt]:
-            return curriculum.of_step(recipe, step, learner.objective.samples_per_prompt) if curriculum else []
+            return data.prompts_of(recipe, step, learner.objective.samples_per_prompt) if data else []
 
-        inputs = curriculum.inputs if curriculum else None
+        inputs = data.inputs if data else None
         with Rollouts(recipe, topology, learner.policy, read_hf_config(recipe.model.path), inputs) as rollouts:
             rollouts.sync(0)
             for step in range(rounds + 2):

@@ -19,7 +19,8 @@ from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner.checkpoint import Checkpoints
 from megatron_apo.learner.learner import Learner
 from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.parallel.topology import Topology, distributed
+from megatron_apo.parallel.groups import distributed
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.stream import WeightStream
 from tests.batches import make_batch, no_values
 from tests.dist.ranks import parallel_of

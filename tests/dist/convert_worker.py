@@ -21,7 +21,7 @@ from megatron_apo import cli
 from megatron_apo.learner.checkpoint import MODEL
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.parallel.topology import distributed
+from megatron_apo.parallel.groups import distributed
 from megatron_apo.weights import torch_dist
 from megatron_apo.weights.stream import WeightStream
 from tests.dist.ranks import parallel_of

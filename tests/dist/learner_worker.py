@@ -22,7 +22,8 @@ from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner.learner import GradientError, Learner
 from megatron_apo.model.cpu_compat import cuda_type_names
 from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.parallel.topology import Topology, distributed
+from megatron_apo.parallel.groups import distributed
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream
 from tests.batches import make_batch
@@ -109,8 +110,8 @@ def policy_and_reference_swapped(learner: Learner) -> None:
 
 
 def reference_of_the_other_minibatch(learner: Learner) -> None:
-    anchors = learner._anchor_log_probs
-    learner._anchor_log_probs = lambda *arguments: anchors(*arguments)[::-1]  # type: ignore[method-assign]
+    denominators = learner._denominator_log_probs
+    learner._denominator_log_probs = lambda *arguments: denominators(*arguments)[::-1]  # type: ignore[method-assign]
 
 
 def micro_batch_dropped(learner: Learner) -> None:

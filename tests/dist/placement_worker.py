@@ -19,8 +19,9 @@ from megatron_apo.learner.learner import Learner
 from megatron_apo.learner.optim import Trainable
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.model.placement import HostCopy
+from megatron_apo.parallel.groups import distributed
 from megatron_apo.parallel.pipeline import forward_log_probs
-from megatron_apo.parallel.topology import Topology, distributed
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream
 from tests.batches import no_values

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from megatron_apo.config import ParallelConfig
-from megatron_apo.ports import free_port
+from megatron_apo.runtime.ports import free_port
 from tests.models import EXPERTS, VARIANTS
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_apo.config import load_recipe
-from megatron_apo.parallel.topology import distributed
+from megatron_apo.parallel.groups import distributed
 from megatron_apo.stages.train import train
 from tests.dist.ranks import parallel_of
 

@@ -26,7 +26,7 @@ from megatron_apo.learner import optimizer_state
 from megatron_apo.learner.optim import Trainable, make_trainable
 from megatron_apo.model.build import build_model
 from megatron_apo.model.precision import Precision
-from megatron_apo.parallel.topology import distributed
+from megatron_apo.parallel.groups import distributed
 from megatron_apo.telemetry.memory import pop_private_peak_bytes
 from megatron_apo.weights import torch_dist
 from tests.dist.ranks import parallel_of

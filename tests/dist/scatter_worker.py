@@ -16,8 +16,8 @@ import numpy as np
 from megatron_apo.config import build_recipe
 from megatron_apo.data.layout import plan_batch
 from megatron_apo.data.rollouts import RolloutBatch
+from megatron_apo.parallel.groups import distributed
 from megatron_apo.parallel.scatter import scatter
-from megatron_apo.parallel.topology import distributed
 from tests.batches import make_batch
 from tests.dist.ranks import parallel_of
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_apo.learner.checkpoint import read_record
 from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.parallel import launch
+from megatron_apo.runtime import launch
 from megatron_apo.stages.convert import hf_to_megatron, megatron_to_hf
 from megatron_apo.weights.hf_io import HFReader, model_hash
 from tests.dist.checkpoint_worker import recipe_of

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from megatron_apo.config import RecipeError, load_recipe
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
-from megatron_apo.stages.curriculum import open_curriculum
+from megatron_apo.preflight import open_training
 from megatron_apo.weights import hf_io
 from tests.batches import make_batch
 from tests.dist.ranks import start_ranks
@@ -96,7 +96,7 @@ def test_rows_say_what_was_learned_and_nothing_of_sampling(replayed) -> None:
 def refusal(work: Path, *overrides: str) -> list[str]:
     recipe = load_recipe(work / "recipe.yaml", [f"run.dir={work / 'refused'}", *overrides])
     with pytest.raises(RecipeError) as caught:
-        open_curriculum(recipe)
+        open_training(recipe)
     return caught.value.problems
 
 
@@ -110,7 +110,7 @@ def test_missing_batches_are_said_before_work(work: Path, tmp_path: Path) -> Non
 def test_every_batch_is_held_against_recipe_model_and_store(work: Path, tmp_path: Path) -> None:
     """One line a file, all at once, before anything starts."""
     recipe = load_recipe(work / "recipe.yaml")
-    prompts = open_curriculum(recipe).prompts
+    prompts = open_training(recipe).prompts
     folder, good = RolloutFolder(tmp_path / "rollouts"), random_batch(recipe, prompts, 0)
     some = [good.sequences.prompt(row).tolist() for row in range(16)]
     ids = list(good.prompt_ids)
@@ -138,10 +138,10 @@ def test_every_batch_is_held_against_recipe_model_and_store(work: Path, tmp_path
 
 def test_a_replay_needs_nothing_that_an_engine_needs(work: Path) -> None:
     recipe = load_recipe(work / "recipe.yaml", ["data.eval=null", "rollout.sleep_while_training=true", "rollout.tp=3"])
-    open_curriculum(recipe)
+    open_training(recipe)
     recipe.train.replay = None
     with pytest.raises(RecipeError, match="sleep_while_training(.|\n)*rollout.tp: 3(.|\n)*data.eval: missing"):
-        open_curriculum(recipe)
+        open_training(recipe)
 
 
 def test_a_run_hashes_its_reference_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,5 +151,5 @@ def test_a_run_hashes_its_reference_once(work: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(hf_io, "model_hash", lambda folder: computed.append(folder) or usual(folder))
     recipe = load_recipe(work / "recipe.yaml", [f"run.dir={work / 'hashed'}"])
     for _ in range(3):
-        open_curriculum(recipe)
+        open_training(recipe)
     assert len(computed) == 1

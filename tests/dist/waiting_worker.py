@@ -18,10 +18,11 @@ from torch import Tensor
 
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.parallel.topology import Topology, distributed
+from megatron_apo.parallel.groups import distributed
 from megatron_apo.rollout.server import ServerError
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
 from megatron_apo.runtime.collective import on_driver
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream, export_hf, load_weights
 from tests.dist.ranks import parallel_of

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_apo import guard
+from megatron_apo.runtime import guard
 
 LIMIT_S = 600
 LOOK_EVERY_S = 2.0  # looking through all processes takes a hundredth of a second

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from megatron_apo import guard
 from megatron_apo.config import RolloutConfig
 from megatron_apo.rollout.client import RolloutClient
 from megatron_apo.rollout.server import VLLMServer
 from megatron_apo.rollout.weight_sync import WeightSync
+from megatron_apo.runtime import guard
 from tests.e2e.command import Command
 
 torch.set_num_threads(1)  # the tiny reference models share the cores with the servers under test

@@ -22,11 +22,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_apo import guard
 from megatron_apo.config import load_recipe
-from megatron_apo.ports import free_port
+from megatron_apo.preflight import open_training
+from megatron_apo.runtime import guard
+from megatron_apo.runtime.ports import free_port
 from megatron_apo.stages.convert import megatron_to_hf
-from megatron_apo.stages.curriculum import open_curriculum
 from megatron_apo.values.fingerprint import StoreError
 from megatron_apo.values.store import VStarStore
 from megatron_apo.weights.stream import WeightStream
@@ -151,7 +151,7 @@ def refusal(quickstart: Path, run: Path, *overrides: str) -> str:
     """What training says before any work, asked in this process."""
     recipe = load_recipe(str(quickstart / "recipe.yaml"), [f"run.dir={run}", *overrides])
     with pytest.raises(StoreError) as caught:
-        open_curriculum(recipe)
+        open_training(recipe)
     return str(caught.value)
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megatron_apo.rollout.client import Completion, GenerateRequest, RolloutClient, Sampling, eos_token_ids
+from megatron_apo.model.tokenizer import eos_token_ids
+from megatron_apo.rollout.client import Completion, GenerateRequest, RolloutClient, Sampling
 from megatron_apo.rollout.server import ServerError
 from tests.e2e.conftest import EOS, MAX_MODEL_LEN, VOCABULARY, Rollouts, log_probs
 

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from megatron_apo.config import Recipe, build_recipe
-from megatron_apo.data.layout import lay_out
+from megatron_apo.data.layout import make_micro_batches
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner.learner import Learner
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
+from megatron_apo.parallel.groups import alone
 from megatron_apo.parallel.pipeline import forward_log_probs
-from megatron_apo.parallel.topology import Topology, alone
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.timers import Phase
 from megatron_apo.weights.families import hf_tensors
 from megatron_apo.weights.stream import WeightStream
@@ -171,7 +172,7 @@ def measure(recipe: Recipe, spec: ModelSpec, topology: Topology, batch: RolloutB
     assert recipe.optimizer.clip_grad == 0
     learner = prepared(recipe, spec, topology)
     parts = {}
-    micro_batches = [micro.to(topology.device) for micro in lay_out(recipe, batch.sequences)]
+    micro_batches = [micro.to(topology.device) for micro in make_micro_batches(recipe, batch.sequences)]
     for micro, log_prob_R in zip(micro_batches, forward_log_probs(learner.policy, micro_batches), strict=True):
         counts = batch.sequences.response_lengths_B[micro.indices].tolist()
         parts.update(zip(micro.indices, log_prob_R.double().cpu().split(counts), strict=True))

@@ -12,8 +12,8 @@ import argparse
 from statistics import median
 
 from megatron_apo.config import RecipeError
-from megatron_apo.parallel.topology import Topology
-from megatron_apo.telemetry.flops import forward_flops
+from megatron_apo.model.flops import forward_flops
+from megatron_apo.runtime.topology import Topology
 from tests.gpu.common import (
     FP8_RECIPES,
     SHAPES,

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_apo.config import RecipeError
 from megatron_apo.model.hf_config import ModelSpec
-from megatron_apo.parallel.topology import Topology
+from megatron_apo.runtime.topology import Topology
 from tests.gpu.common import (
     FP8_RECIPES,
     Errors,

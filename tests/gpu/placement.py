@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from megatron_apo.config import RecipeError
-from megatron_apo.data.layout import lay_out
+from megatron_apo.data.layout import make_micro_batches
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.model.placement import Reference
 from megatron_apo.parallel.pipeline import forward_log_probs
-from megatron_apo.parallel.topology import Topology
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.units import data_size
 from tests.batches import no_values
 from tests.gpu.common import Verdict, free_memory, job, parse, prepared, random_batch, recipe_of, spec_of
@@ -87,7 +87,7 @@ def run(spec: ModelSpec, topology: Topology, *overrides: str) -> Found:
     learner = prepared(recipe, spec, topology)
     policy, trainable, reference = learner.policy, learner.trainable, learner.reference
     batch = random_batch(spec, _LENGTHS)
-    micro = [one.to(topology.device) for one in lay_out(recipe, batch.sequences)]
+    micro = [one.to(topology.device) for one in make_micro_batches(recipe, batch.sequences)]
 
     def log_probs(model: Reference) -> list[Tensor]:
         with model.active() as chunks:

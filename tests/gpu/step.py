@@ -25,10 +25,10 @@ import psutil
 import torch
 
 from megatron_apo.config import Recipe, RecipeError
+from megatron_apo.model.flops import training_rates
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.model.precision import has_transformer_engine
-from megatron_apo.parallel.topology import Topology
-from megatron_apo.telemetry.flops import training_rates
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.gpu import peak_tflops
 from megatron_apo.telemetry.timers import Phase
 from megatron_apo.telemetry.units import data_size
@@ -137,7 +137,7 @@ def report(
     seconds = {phase: fmean(step[phase].seconds for step in steps) for phase in steps[0]}
     tflops = recipe.telemetry.peak_tflops or peak_tflops(device_name(), recipe.model.fp8 is not None)
     peak = tflops and tflops * 1e12
-    rates = training_rates(spec, lengths, seconds, num_ranks=1, peak_flops=peak, anchor_computed=True)
+    rates = training_rates(spec, lengths, seconds, num_ranks=1, peak_flops=peak, denominator_computed=True)
     part_of = {phase: part for part, phase in _PARTS.items()}
     print(f"{'':12}{'seconds':>9}{'peak':>11}{'tokens/s':>10}{'TFLOP/s':>9}{'MFU':>8}")
     for phase, phase_s in seconds.items():

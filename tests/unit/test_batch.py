@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_apo.data.batch import make_micro_batch
-from megatron_apo.data.packing import aligned
+from megatron_apo.config import aligned
+from megatron_apo.data.batch import IGNORE, make_micro_batch
 from megatron_apo.data.sequences import Sequences
-from megatron_apo.model.build import IGNORE
+from megatron_apo.model.attention import PackedLayout
 
 TOKENS = st.lists(st.integers(0, 50), min_size=1, max_size=12)
 PAIRS = st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=6)
@@ -27,9 +27,10 @@ def rows_of(micro):
     flat = [
         torch.stack([micro.input_BS, micro.position_BS, micro.label_BS], dim=-1)[b] for b in range(len(micro.input_BS))
     ]
-    if micro.layout is None:
+    layout = PackedLayout.of(micro)
+    if layout is None:
         return [[tuple(t) for t in row.tolist()] for row in flat]
-    bounds = micro.layout.cu_seqlens_q.tolist()
+    bounds = layout.cu_seqlens_q.tolist()
     return [[tuple(t) for t in flat[0][a:b].tolist()] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
@@ -66,7 +67,8 @@ def test_one_token_prompts_and_responses(packing):
         assert micro.input_BS.tolist() == [[5, 6, 7, 8, 9, 3]]
         assert micro.position_BS.tolist() == [[0, 0, 1, 2, 0, 1]]
         assert micro.label_BS.tolist() == [[1, IGNORE, IGNORE, 2, 3, 4]]
-        assert micro.layout.cu_seqlens_q.tolist() == [0, 1, 4, 6] and micro.layout.max_seqlen_q == 3
+        layout = PackedLayout.of(micro)
+        assert layout.cu_seqlens_q.tolist() == [0, 1, 4, 6] and layout.max_seqlen_q == 3
     else:
         assert micro.input_BS.tolist() == [[5, 0, 0], [6, 7, 8], [9, 3, 0]]
         assert micro.label_BS.tolist() == [[1, IGNORE, IGNORE], [IGNORE, IGNORE, 2], [3, 4, IGNORE]]
@@ -78,13 +80,14 @@ def test_alignment_pads_every_packed_sequence_and_the_width_of_padded_ones():
     assert packed.input_BS.tolist() == [[5, 0, 6, 7, 8, 0, 9, 3]]
     assert packed.position_BS.tolist() == [[0, 1, 0, 1, 2, 3, 0, 1]]
     assert packed.label_BS.tolist() == [[1, IGNORE, IGNORE, IGNORE, 2, IGNORE, 3, 4]]
-    assert packed.layout.cu_seqlens_q.tolist() == [0, 2, 6, 8] and packed.layout.max_seqlen_q == 4
+    layout = PackedLayout.of(packed)
+    assert layout.cu_seqlens_q.tolist() == [0, 2, 6, 8] and layout.max_seqlen_q == 4
     # One tensor for all bounds: by its identity Transformer Engine knows that nothing lies between sequences.
-    bounds = [packed.layout.cu_seqlens_q_padded, packed.layout.cu_seqlens_kv, packed.layout.cu_seqlens_kv_padded]
-    assert all(tensor is packed.layout.cu_seqlens_q for tensor in bounds)
+    bounds = [layout.cu_seqlens_q_padded, layout.cu_seqlens_kv, layout.cu_seqlens_kv_padded]
+    assert all(tensor is layout.cu_seqlens_q for tensor in bounds)
     padded = make_micro_batch(*sequences, packing=False, multiple=2)
     assert padded.input_BS.tolist() == [[5, 0, 0, 0], [6, 7, 8, 0], [9, 3, 0, 0]]
-    assert padded.label_BS[1].tolist() == [IGNORE, IGNORE, 2, IGNORE] and padded.layout is None
+    assert padded.label_BS[1].tolist() == [IGNORE, IGNORE, 2, IGNORE] and PackedLayout.of(padded) is None
 
 
 def test_a_micro_batch_needs_no_row_but_its_own():

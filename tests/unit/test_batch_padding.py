@@ -11,17 +11,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_apo.config import ParallelConfig, Recipe, build_recipe
-from megatron_apo.data.batch import MicroBatch, make_micro_batch
-from megatron_apo.data.layout import lay_out
-from megatron_apo.data.packing import aligned
+from megatron_apo.config import ParallelConfig, Recipe, aligned, build_recipe
+from megatron_apo.data.batch import IGNORE, MicroBatch, make_micro_batch
+from megatron_apo.data.layout import make_micro_batches
 from megatron_apo.data.sequences import Sequences
 from megatron_apo.model.attention import PackedLayout
-from megatron_apo.model.build import IGNORE, build_model
+from megatron_apo.model.build import build_model
+from megatron_apo.model.context import ContextSplit, context_split
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.objectives import APO, Samples
-from megatron_apo.parallel.context import ContextSplit, context_split
-from megatron_apo.parallel.topology import alone
+from megatron_apo.parallel.groups import alone
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import load_weights
 from tests.models import make_model
@@ -103,14 +102,16 @@ def run(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], responses: 
     ids = [str(index) for index in range(len(responses))]
     rewards = torch.tensor([index % 3 - 1.0 for index in range(len(responses))])
     targets = OBJECTIVE.prepare(Samples(ids, rewards, None), dict.fromkeys(ids, 0.5))
-    anchor = [[-4.0 + 0.01 * token for token in response] for response in responses]
+    denominator = [[-4.0 + 0.01 * token for token in response] for response in responses]
     model.zero_grad()
     log_probs, total, count = {}, 0.0, 0
     for micro in micro_batches:
-        found_BS = model(micro.input_BS, micro.position_BS, None, labels=micro.label_BS, packed_seq_params=micro.layout)
+        found_BS = model(
+            micro.input_BS, micro.position_BS, None, labels=micro.label_BS, packed_seq_params=PackedLayout.of(micro)
+        )
         found_R = put_together(found_BS, splits_of(micro, cp))[micro.label_BS != IGNORE]
-        anchor_R = torch.tensor([value for index in micro.indices for value in anchor[index]])
-        term = OBJECTIVE.loss(found_R, anchor_R, micro.sequence_R, targets.select(micro.indices))
+        denominator_R = torch.tensor([value for index in micro.indices for value in denominator[index]])
+        term = OBJECTIVE.loss(found_R, denominator_R, micro.sequence_R, targets.select(micro.indices))
         term.total.backward()
         parts = found_R.detach().split([len(responses[index]) for index in micro.indices])
         log_probs |= dict(zip(micro.indices, parts, strict=True))
@@ -122,8 +123,8 @@ def run(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], responses: 
     return [log_probs[index] for index in range(len(responses))], total, count, gradients
 
 
-def assert_padding_is_in_no_sum(model, laid_out: Sequence[MicroBatch], prompts, responses, cp: int) -> None:
-    found, total, num_counted, gradients = run(model, laid_out, responses, cp)
+def assert_padding_is_in_no_sum(model, micro_batches: Sequence[MicroBatch], prompts, responses, cp: int) -> None:
+    found, total, num_counted, gradients = run(model, micro_batches, responses, cp)
     alone_each = [make_micro_batch([index], Sequences.of(prompts, responses), False) for index in range(len(prompts))]
     wanted, total_alone, _, gradients_alone = run(model, alone_each, responses)
     assert num_counted == len(prompts)
@@ -143,12 +144,12 @@ def assert_padding_is_in_no_sum(model, laid_out: Sequence[MicroBatch], prompts, 
 def test_padding_changes_no_sum(built, seed, groups, recipe, room):
     model = built
     prompts, responses = draw_batch(seed, groups * recipe.parallel.micro_batch_group)
-    laid_out = lay_out(with_room(recipe, room), Sequences.of(prompts, responses))
-    sizes = [sum(micro.lengths) for micro in laid_out]
+    micro_batches = make_micro_batches(with_room(recipe, room), Sequences.of(prompts, responses))
+    sizes = [sum(micro.lengths) for micro in micro_batches]
     assert all(size % recipe.micro_batch_alignment == 0 for size in sizes)
     assert recipe.parallel.vpp == 1 or len(set(sizes)) == 1
-    assert all(length % recipe.alignment == 0 for micro in laid_out for length in micro.lengths)
-    assert_padding_is_in_no_sum(model, laid_out, prompts, responses, recipe.parallel.cp)
+    assert all(length % recipe.alignment == 0 for micro in micro_batches for length in micro.lengths)
+    assert_padding_is_in_no_sum(model, micro_batches, prompts, responses, recipe.parallel.cp)
 
 
 def padding_first(micro: MicroBatch, reals: list[int]) -> MicroBatch:
@@ -165,12 +166,12 @@ def padding_first(micro: MicroBatch, reals: list[int]) -> MicroBatch:
 
 def padding_to_the_next(micro: MicroBatch, reals: list[int]) -> MicroBatch:
     """Each sequence ends where it has its last token, and what follows is the next one's."""
-    assert micro.layout is not None
+    assert micro.packed
     ends = torch.tensor(micro.lengths).cumsum(0) - torch.tensor(micro.lengths)
     starts = [0, *(int(end) + real for end, real in zip(ends, reals, strict=False))]
     lengths = [after - before for before, after in zip(starts, starts[1:], strict=False)]
     lengths.append(sum(micro.lengths) - sum(lengths))
-    return replace(micro, layout=PackedLayout.from_lengths(lengths))
+    return replace(micro, lengths=tuple(lengths))
 
 
 def padding_counted(micro: MicroBatch, reals: list[int]) -> MicroBatch:
@@ -201,18 +202,18 @@ def test_what_the_padding_holds_changes_no_bit(built, seed, recipe):
     if model.config.num_moe_experts:
         pytest.skip("experts get their tokens in batches whose sizes, and so rounding, depend on all tokens")
     prompts, responses = draw_batch(seed, 4)
-    laid_out = lay_out(with_room(recipe, 2), Sequences.of(prompts, responses))
-    found, total, _, gradients = run(model, laid_out, responses)
+    micro_batches = make_micro_batches(with_room(recipe, 2), Sequences.of(prompts, responses))
+    found, total, _, gradients = run(model, micro_batches, responses)
     generator = torch.Generator().manual_seed(seed)
-    for micro in laid_out:
-        widths = micro.lengths if micro.layout else [micro.input_BS.shape[1]] * len(micro.indices)
+    for micro in micro_batches:
+        widths = micro.lengths if micro.packed else [micro.input_BS.shape[1]] * len(micro.indices)
         real, start = torch.zeros_like(micro.input_BS, dtype=torch.bool), 0
         for index, width in zip(micro.indices, widths, strict=False):
             real.view(-1)[start : start + len(prompts[index]) + len(responses[index]) - 1] = True
             start += width
         noise = torch.randint(NUM_VOCAB, micro.input_BS.shape, generator=generator)
         micro.input_BS = torch.where(real, micro.input_BS, noise)
-    other, other_total, _, other_gradients = run(model, laid_out, responses)
+    other, other_total, _, other_gradients = run(model, micro_batches, responses)
     assert all(torch.equal(a, b) for a, b in zip(found, other, strict=True)) and total == other_total
     # The embedding of a token that is only padding gets zeros either way.
     assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_apo.config import load_recipe
-from megatron_apo.inputs import load_inputs
-from megatron_apo.stages.curriculum import open_curriculum
+from megatron_apo.preflight import open_training
+from megatron_apo.rollout.inputs import load_inputs
 from tests.benchmarks import logprob_head, long_step, packing
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def test_the_long_steps_recipe_is_refused_for_nothing_but_its_missing_store(tmp_
     """By what `megatron-apo train` checks before it starts a rank; the store is stage 1's to make."""
     recipe = load_recipe(long_step.write_run(tmp_path, tokens, 4, []))
     with pytest.raises(ValueError) as caught:
-        open_curriculum(recipe)
+        open_training(recipe)
     missing = f"{tmp_path / 'vstar' / 'manifest.json'}: not there;"
     assert str(caught.value).startswith(missing) and "\n" not in str(caught.value)
     assert (len(load_inputs(recipe).training.prompts), len(load_inputs(recipe).evaluation)) == (4, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_apo import guard
+from megatron_apo.runtime import guard
 from megatron_apo.values.claims import Claims
 
 

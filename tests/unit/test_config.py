@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from megatron_apo.config import RECIPES, RecipeError, build_recipe, describe_fields, load_recipe, recipe_path
+from megatron_apo.config import (
+    RECIPES,
+    RecipeError,
+    build_recipe,
+    changed_for_resume,
+    describe_fields,
+    fields_marked,
+    load_recipe,
+    recipe_path,
+)
+from megatron_apo.values.fingerprint import Fingerprint
 
 PATHS = ["model.path=m", "data.train=t.jsonl", "vstar.dir=v"]
 
@@ -183,3 +193,30 @@ def test_every_field_is_described() -> None:
     assert ("vstar.adaptive.step", "4", "samples of a further round") in rows
     assert "vstar.adaptive" in [key for key, _, _ in rows]
     assert [key for key, _, description in rows if not description] == []
+
+
+def test_what_fields_are_to_a_store_is_what_a_store_keeps() -> None:
+    """Each value that a fingerprint takes from the recipe is marked so at its field, by the name it has there."""
+    names = list(fields_marked("fingerprint").values())
+    assert len(set(names)) == len(names) and set(names) <= set(Fingerprint.model_fields)
+    # What is no plain value of a field: hashes, what a tokenizer or a reward says of itself, or a resolved default.
+    computed = {"schema_version", "model_hash", "tokenizer_hash", "template_hash", "template", "thinking"}
+    computed |= {"stop_token_ids", "reward_name", "reward_version", "dataset_hash"}
+    assert set(Fingerprint.model_fields) - set(names) == computed
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_a_changed_field_is_named_unless_it_may_change() -> None:
+    """Every field of every section, one at a time."""
+    saved = build_recipe({}, ["model.path=m", "data.train=t", "vstar.dir=v", "optimizer.schedule=constant"])
+    free = fields_marked("resume")
+    for section_name in type(saved).model_fields:
+        section = getattr(saved, section_name)
+        for key in type(section).model_fields:
+            name = f"{section_name}.{key}"
+            changed = saved.model_copy(update={section_name: section.model_copy(update={key: "another value"})})
+            named = [found for found, _, _ in changed_for_resume(changed, saved)]
+            assert named == ([] if name in free or section_name in free else [name]), name
+    decaying = build_recipe({}, ["model.path=m", "data.train=t", "vstar.dir=v", "optimizer.schedule=linear"])
+    longer = decaying.model_copy(update={"train": decaying.train.model_copy(update={"steps": 1000})})
+    assert changed_for_resume(longer, decaying) == [("train.steps", 1000, 200)]

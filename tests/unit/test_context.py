@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 
-from megatron_apo.parallel.context import context_split
+from megatron_apo.model.context import context_split
 
 
 class Group:

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_apo.config import FP8Config, ParallelConfig, Recipe, build_recipe
-from megatron_apo.data.batch import MicroBatch
-from megatron_apo.data.layout import lay_out, plan_batch
+from megatron_apo.data.batch import IGNORE, MicroBatch
+from megatron_apo.data.layout import make_micro_batches, plan_batch
 from megatron_apo.data.sequences import Sequences
-from megatron_apo.model.build import IGNORE
 
 # Tokens that a rank makes FP8 and gathers: Transformer Engine's `assert_dim_for_fp8_exec` and `is_quantizable`.
 LOCAL = {None: 1, "tensorwise": 8, "mxfp8": 32, "blockwise": 128}
@@ -87,10 +86,10 @@ def test_every_rank_can_compute_its_share(
         assert micro.label_BS[micro.label_BS != IGNORE].tolist() == wanted
         assert len(micro.sequence_R) == len(wanted)
     if vpp > 1:
-        assert len({width(micro) for micro in every}) == 1, "one schedule runs the anchor of all minibatches"
-    laid_out = [sum(width(micro) for own in per_rank for micro in own) for per_rank in found]
+        assert len({width(micro) for micro in every}) == 1, "one schedule runs the denominator of all minibatches"
+    padded = [sum(width(micro) for own in per_rank for micro in own) for per_rank in found]
     real = [sum(lengths[row] for row in rows) for rows in batch]
-    padding = max(1 - mine / all_ for mine, all_ in zip(real, laid_out, strict=True))
+    padding = max(1 - mine / all_ for mine, all_ in zip(real, padded, strict=True))
     assert plan.metrics()["layout/padding"] == pytest.approx(padding)
 
 
@@ -115,13 +114,13 @@ def test_interleaved_micro_batches_are_as_long_as_the_longest_of_all_minibatches
     assert found["layout/padding"] == pytest.approx(50 / 60)  # of the second minibatch
     assert found["layout/micro_batch_imbalance"] == 0
     # A batch that is no rollout batch is laid out by itself.
-    alone = lay_out(recipe, batch_of([5, 7]))
+    alone = make_micro_batches(recipe, batch_of([5, 7]))
     assert {micro.lengths for micro in alone} == {(7,), (5, 2)}
 
 
 def test_no_sequences_and_unequal_minibatches_are_refused():
     recipe = recipe_of(ParallelConfig())
     with pytest.raises(ValueError, match="0 sequences"):
-        lay_out(recipe, batch_of([]))
+        make_micro_batches(recipe, batch_of([]))
     with pytest.raises(AssertionError, match="7 sequences do not divide into 2 minibatches"):
         plan_batch(recipe, batch_of([5] * 7), num_minibatches=2)

@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 from megatron_apo.learner.diagnostics import LogRatioError, StepRecord, _Totals, diagnose
 from megatron_apo.objectives import LossTerm, Stats
-from megatron_apo.parallel.topology import Topology
+from megatron_apo.runtime.topology import Topology
 
 
-def micro_batch(loss, count, log_prob, anchor, sampler):
+def micro_batch(loss, count, log_prob, denominator, sampler):
     term = LossTerm(torch.tensor(loss), count, Stats({"loss": torch.tensor(loss)}))
-    return diagnose(term, torch.tensor(log_prob), torch.tensor(anchor), torch.tensor(sampler))
+    return diagnose(term, torch.tensor(log_prob), torch.tensor(denominator), torch.tensor(sampler))
 
 
 def two_minibatches():

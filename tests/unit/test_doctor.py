@@ -8,6 +8,8 @@ import pytest
 
 from megatron_apo import doctor
 from megatron_apo.config import load_recipe
+from megatron_apo.preflight import training_problems
+from megatron_apo.runtime.machine import Machine
 
 HOPPER = (9, 0)
 
@@ -72,10 +74,12 @@ def test_a_recipe_that_needs_what_is_not_here(installed, tmp_path):
     recipe = load_recipe("quickstart", [*overrides, "model.dtype=bf16", "model.fp8.recipe=mxfp8"])
     shape = "model.fp8: intermediate_size is 264 on a rank of parallel.tp=1, which 32 does not divide"
     installed(te=False, apex=False)
-    found = doctor.recipe_problems(recipe, [HOPPER] * 2)
+    found = training_problems(recipe, recipe.model.folders, Machine((HOPPER,) * 2, (80 * 2**30,) * 2))
     assert found[0].startswith("model.fp8: FP8 needs Transformer Engine on a GPU, and it is not installed here")
     assert found[1].startswith(shape) and found[1].endswith(" (model.path)")
     installed(te=True, apex=False)
-    found = doctor.recipe_problems(recipe, [HOPPER] * 2)
+    found = training_problems(recipe, recipe.model.folders, Machine((HOPPER,) * 2, (80 * 2**30,) * 2))
     assert found[0].startswith("model.fp8.recipe: mxfp8 needs Blackwell") and found[1].startswith(shape)
-    assert doctor.recipe_problems(recipe, [(10, 0)] * 2)[0].startswith(shape)
+    assert training_problems(recipe, recipe.model.folders, Machine(((10, 0),) * 2, (80 * 2**30,) * 2))[0].startswith(
+        shape
+    )

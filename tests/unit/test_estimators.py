@@ -10,7 +10,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from megatron_apo.values import EstimatorName
+from megatron_apo.config import EstimatorName
 from megatron_apo.values.estimators import ESTIMATORS, binary_value, fit_beta_prior, log_mean_exp, standard_error
 from megatron_apo.values.samples import SampledRewards, SamplesPerPrompt
 from tests.stores import bias_and_rmse, binomial, closed_form, true_value, zeros_and_ones

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_apo.config import ParallelConfig, TrainConfig
 from megatron_apo.model.build import build_model
 from megatron_apo.model.precision import Precision
-from megatron_apo.parallel.topology import alone
+from megatron_apo.parallel.groups import alone
 from tests.unit.test_precision import EXPERTS
 
 FOUR = replace(EXPERTS, num_layers=2, num_experts=8, experts_per_token=4)

@@ -14,7 +14,7 @@ from secrets import token_hex
 
 import pytest
 
-from megatron_apo import guard
+from megatron_apo.runtime import guard
 
 # A child that maps shared memory as C++ does, which nobody unlinks but the guard; both run until they are ended.
 COMMAND = """

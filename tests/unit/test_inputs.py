@@ -9,9 +9,8 @@ import pytest
 
 from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.data.arithmetic import build_tokenizer, write_model
-from megatron_apo.data.sft import read_examples
-from megatron_apo.inputs import stop_token_ids
-from megatron_apo.rollout.client import eos_token_ids
+from megatron_apo.model.tokenizer import eos_token_ids, stop_token_ids
+from megatron_apo.preflight import warmup_examples
 
 
 @pytest.fixture
@@ -42,4 +41,4 @@ def test_an_id_that_the_model_does_not_have(chosen: str, model: Path) -> None:
 
 def test_demonstrations_need_an_end(model: Path) -> None:
     with pytest.raises(ValueError, match=r"^sampling.stop_token_ids: \[\] gives .*name an id, or null$"):
-        read_examples(recipe(model, "[]"))
+        warmup_examples(recipe(model, "[]"))

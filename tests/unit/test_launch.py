@@ -12,8 +12,8 @@ import pytest
 
 import megatron_apo
 from megatron_apo.config import build_recipe
-from megatron_apo.parallel import launch
-from megatron_apo.parallel.launch import RankFailed, is_rank, run_command, spawn, spawn_stage
+from megatron_apo.runtime import launch
+from megatron_apo.runtime.launch import RankFailed, is_rank, run_command, spawn, spawn_stage
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def test_the_callers_own_children_are_not_touched():
 
 def test_ranks_end_with_their_parent():
     code = (
-        "import functools, os, subprocess; from megatron_apo import guard;"
+        "import functools, os, subprocess; from megatron_apo.runtime import guard;"
         "child = subprocess.Popen(['sleep', '300'], preexec_fn=functools.partial(guard.end_with, os.getpid()));"
         "print(child.pid, flush=True); child.wait()"
     )

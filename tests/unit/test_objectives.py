@@ -64,7 +64,7 @@ def test_order_of_sequences_within_a_micro_batch():
 def test_micro_batches_add_up(lengths, cut, seed):
     cut = min(cut, len(lengths) - 1)
     generator = torch.Generator().manual_seed(seed)
-    log_prob, anchor = torch.randn(2, sum(lengths), generator=generator)
+    log_prob, denominator = torch.randn(2, sum(lengths), generator=generator)
     objective = APO(beta2=0.3)
     prepared = Prepared({"advantage": torch.rand(len(lengths), generator=generator)}, {})
 
@@ -73,7 +73,7 @@ def test_micro_batches_add_up(lengths, cut, seed):
         start, end = sum(lengths[:first]), sum(lengths[:last])
         sequence_R = torch.repeat_interleave(torch.arange(last - first), counts)
         return objective.loss(
-            log_prob[start:end], anchor[start:end], sequence_R, prepared.select(range(first, last))
+            log_prob[start:end], denominator[start:end], sequence_R, prepared.select(range(first, last))
         ).total
 
     whole = total(0, len(lengths))
@@ -145,11 +145,11 @@ def expected_gradient(objective, policy, theta, theta_ref, reward_B, value):
     """E over y ~ pi of the loss's gradient in theta, through `prepare` and `loss`."""
     theta = theta.detach().requires_grad_()
     log_prob_R, sequence_R, log_pi_B = enumerated(policy, theta)
-    anchor_R = enumerated(policy, theta_ref)[0]
+    denominator_R = enumerated(policy, theta_ref)[0]
     samples = Samples(["p"] * len(reward_B), reward_B, torch.bincount(sequence_R))
     targets = objective.prepare(samples, {"p": value}).select(range(len(reward_B)))
     leaf = log_prob_R.detach().requires_grad_()
-    (by_log_prob_R,) = torch.autograd.grad(objective.loss(leaf, anchor_R, sequence_R, targets).total, leaf)
+    (by_log_prob_R,) = torch.autograd.grad(objective.loss(leaf, denominator_R, sequence_R, targets).total, leaf)
     weight_R = log_pi_B.detach().exp()[sequence_R]
     return torch.autograd.grad((weight_R * by_log_prob_R * log_prob_R).sum(), theta)[0]
 

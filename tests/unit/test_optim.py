@@ -16,7 +16,7 @@ from megatron_apo.learner import optimizer_state
 from megatron_apo.learner.optim import _adam_arguments, make_trainable
 from megatron_apo.learner.optimizer_state import RESHARDABLE
 from megatron_apo.model.build import build_model
-from megatron_apo.parallel.topology import alone
+from megatron_apo.parallel.groups import alone
 from megatron_apo.weights import torch_dist
 from megatron_apo.weights.torch_dist import LAYOUT
 from tests.unit.test_precision import SPEC

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_apo.data.packing import Balance, aligned, balance, plan_micro_batches
+from megatron_apo.config import aligned
+from megatron_apo.data.packing import Balance, balance, plan_micro_batches
 from tests.benchmarks.packing import LENGTHS as LONG_TAILED
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=60)

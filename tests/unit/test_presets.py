@@ -301,7 +301,7 @@ def test_a_long_value_is_shown_in_part(tokenizer, tmp_path):
 
 
 def test_warm_start_pairs_are_shown_in_the_same_way(tokenizer, tmp_path):
-    from megatron_apo.data.sft import read_examples
+    from megatron_apo.preflight import warmup_examples
 
     tokenizer.save_pretrained(tmp_path / "start")
     (tmp_path / "start" / "generation_config.json").write_text('{"eos_token_id": 0}')
@@ -315,7 +315,7 @@ def test_warm_start_pairs_are_shown_in_the_same_way(tokenizer, tmp_path):
     ]
     sets += ["data.preset=gsm8k", "data.system=Count."]
     recipe = build_recipe({}, sets)
-    examples = read_examples(recipe)
+    examples = warmup_examples(recipe)
     shown = row_format(recipe.data).show("2+2?")
     assert [tokenizer.decode(ids) for ids in examples.prompts] == [f"<system>Count.\n<user>{shown}\n<assistant>"]
     assert [tokenizer.decode(ids[:-1]) for ids in examples.responses] == ["#### 4"]

@@ -22,7 +22,7 @@ from megatron_apo.model.layer_spec import block_spec
 from megatron_apo.model.megatron_config import transformer_config
 from megatron_apo.model.precision import Precision
 from megatron_apo.model.recompute import check_recompute, recompute_modules
-from megatron_apo.parallel.topology import alone
+from megatron_apo.parallel.groups import alone
 from tests.unit.test_precision import EXPERTS, SPEC
 
 # Of two layers: how often the layers, their feed-forward parts (or the experts in them) and attention are computed, as

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner.diagnostics import StepRecord
+from megatron_apo.learner.rollout_metrics import peak_flops, response_metrics, rollout_metrics, sampling_metrics
+from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.objectives import Stats
-from megatron_apo.parallel.topology import Topology
-from megatron_apo.rollout.evaluation import Evaluation
 from megatron_apo.rollout.weight_sync import SyncReport
-from megatron_apo.telemetry.recorder import Recorder, machine_metrics
-from megatron_apo.telemetry.responses import response_metrics, sampling_metrics
+from megatron_apo.runtime.topology import Topology
+from megatron_apo.telemetry.recorder import Evaluation, Recorder, machine_metrics
 from megatron_apo.telemetry.timers import Phase
 from tests.batches import make_batch
 
@@ -95,6 +95,23 @@ def record(topology: Topology) -> StepRecord:
     return found.gather(topology)
 
 
+def log(
+    recorder: Recorder, recipe: Recipe, learned: StepRecord, step: int, batch: RolloutBatch, phases: dict, lr: float
+) -> None:
+    """A step as the training loop has it written."""
+    seconds = {name: phase.seconds for name, phase in phases.items()}
+    rollouts = rollout_metrics(
+        batch,
+        {"p": 0.25},
+        seconds,
+        read_hf_config(recipe.model.path),
+        num_ranks=recorder._topology.world_size,
+        peak_flops=peak_flops(recipe, torch.device("cpu")),
+        denominator_computed=True,
+    )
+    recorder.log(step, {**rollouts, **learned.metrics(), "lr": lr}, phases)
+
+
 def write_run(recipe: Recipe, topology: Topology, steps: int) -> tuple[list[dict], dict]:
     """(rows, summary) of a run whose steps take 8 s; memory of the phase "train" grows by 1 GB a step."""
     times = {"generate": 5.0, "reference": 0.5, "train": 1.0, "optimizer": 0.5, "sync": 1.0, "step": 8.0}
@@ -103,7 +120,7 @@ def write_run(recipe: Recipe, topology: Topology, steps: int) -> tuple[list[dict
         recorder.proved(1e-6)
         for step in range(1, steps + 1):
             phases = {name: Phase(value, 10**9 * (step if name == "train" else 1)) for name, value in times.items()}
-            recorder.log(step, record(topology).metrics(), batch_of([2, 2]), {"p": 0.25}, phases, lr=1e-6)
+            log(recorder, recipe, record(topology), step, batch_of([2, 2]), phases, lr=1e-6)
         recorder.evaluated(steps, Evaluation(0.5, None, 0.5, None, 1, 1, 0.0))
         recorder.finish({})
     rows = [json.loads(line) for line in (recipe.run.dir / "metrics.jsonl").read_text().splitlines()]
@@ -161,7 +178,7 @@ def test_the_driver_alone_writes_and_has_what_every_rank_sent(
         with Recorder(recipe, replace(topology, rank=rank, world_size=2), lambda: None) as recorder:
             recorder.synced(SyncReport(0, 0.1, 100, {}))
             recorder.proved(1e-6)
-            recorder.log(1, record(topology).metrics(), batch_of([2, 2]), {"p": 0.25}, phases, lr=1e-6)
+            log(recorder, recipe, record(topology), 1, batch_of([2, 2]), phases, lr=1e-6)
             recorder.evaluated(1, Evaluation(0.5, None, 0.5, None, 1, 1, 0.0))
             recorder.finish({})
         assert len(sent) == 2 * rank and (tmp_path / "run").exists() == (rank == 0)
@@ -201,8 +218,7 @@ def test_a_resumed_run_has_no_step_twice_and_counts_all_of_them(tmp_path: Path, 
             recorder.synced(None)
             recorder.proved(None)
             for step in steps:
-                learned, lr = record(topology).metrics(), float(step + 10 * start)
-                recorder.log(step, learned, batch_of([2]), {"p": 0.25}, phases, lr=lr)
+                log(recorder, recipe, record(topology), step, batch_of([2]), phases, lr=float(step + 10 * start))
             if start:
                 recorder.evaluated(4, None)
                 recorder.finish({})

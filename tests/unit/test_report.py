@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from megatron_apo.config import build_recipe
+from megatron_apo.stages.report import write_report
 from megatron_apo.telemetry.plots import smooth
-from megatron_apo.telemetry.report import write_report
 from megatron_apo.telemetry.units import data_size, duration
 from megatron_apo.values.store import StoreRow, StoreWriter
 from tests.stores import FINGERPRINT

@@ -330,7 +330,7 @@ class TurnedPool(InlineRewardPool):
     def grade(self, requests: list[GradeRequest]) -> list[Grade]:
         grades = [self.submit(item) for item in requests]
         while not all(grade.done() for grade in grades):
-            self.turn(wait_s=1.0)
+            self.poll(wait_s=1.0)
         return [grade.result() for grade in grades]
 
 
@@ -355,15 +355,15 @@ def test_a_pool_turned_late_fails_nobody_for_it(misbehaving):
         pool.grade([request("1")] * 40)  # so that the next batch has several
         grades = [pool.submit(request(str(i))) for i in range(30)]
         for _ in range(3):
-            pool.turn()
+            pool.poll()
             time.sleep(0.7)
-        pool.turn(wait_s=1.0)
+        pool.poll(wait_s=1.0)
         assert [grade.result(timeout=0) for grade in grades] == [Grade(float(i)) for i in range(30)]
         assert not pool.failures
         hangs = pool.submit(request("hang"))
-        pool.turn()
+        pool.poll()
         time.sleep(0.7)
-        pool.turn()
+        pool.poll()
         assert hangs.result(timeout=0) == Grade(-9.0, "timeout")
         awaited = pool.submit(request("5"))
     with pytest.raises(RuntimeError, match="closed"):

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 from megatron_apo.config import build_recipe
 from megatron_apo.data.prompts import Prompt
-from megatron_apo.inputs import Inputs
-from megatron_apo.parallel.topology import Topology
 from megatron_apo.rollout import rollouts as rollouts_file
+from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.payload import weights_path, write_loaded
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.weight_sync import SyncError
+from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.safetensors_file import checksum
 from tests.batches import make_batch
 

@@ -15,7 +15,7 @@ from megatron_apo.config import ParallelConfig
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.model.precision import Precision
-from megatron_apo.parallel.topology import alone
+from megatron_apo.parallel.groups import alone
 from megatron_apo.weights.families import EMBEDDING, EXPERT_ROWS, layer_rows, model_entries, tied_head_entry
 from megatron_apo.weights.rules import QKV, Copy, GatedMLP, Vocabulary
 from tests.models import VARIANTS, make_model

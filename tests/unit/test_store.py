@@ -551,19 +551,23 @@ def test_a_writer_makes_no_folder_before_it_has_a_shard(tmp_path):
 @pytest.mark.parametrize("key", ["vstar.prompts_per_shard", "vstar.keep_responses", "rollout.dtype"])
 def test_shards_that_were_made_otherwise_are_refused(tmp_path, key):
     """Also where the fingerprint and the number of shards are the same: 16 prompts are two shards of 8 or of 9."""
-    made = {"vstar.prompts_per_shard": 8, "vstar.keep_responses": False, "rollout.dtype": "bfloat16"}
-    StoreWriter(tmp_path / "store", FINGERPRINT, 2, made).write_shard(0, rows(0, 8))
-    with pytest.raises(StoreError, match=f"shard-00000.parquet: made with {key}={made[key]} where this store has 9;"):
-        StoreWriter(tmp_path / "store", FINGERPRINT, 2, made | {key: 9})
-    other = StoreWriter(tmp_path / "other", FINGERPRINT, 2, made | {key: 9}).write_shard(1, rows(8, 16))
-    writer = StoreWriter(tmp_path / "store", FINGERPRINT, 2, made)
+    settings = {"vstar.prompts_per_shard": 8, "vstar.keep_responses": False, "rollout.dtype": "bfloat16"}
+    StoreWriter(tmp_path / "store", FINGERPRINT, 2, settings).write_shard(0, rows(0, 8))
+    with pytest.raises(
+        StoreError, match=f"shard-00000.parquet: made with {key}={settings[key]} where this store has 9;"
+    ):
+        StoreWriter(tmp_path / "store", FINGERPRINT, 2, settings | {key: 9})
+    other = StoreWriter(tmp_path / "other", FINGERPRINT, 2, settings | {key: 9}).write_shard(1, rows(8, 16))
+    writer = StoreWriter(tmp_path / "store", FINGERPRINT, 2, settings)
     shutil.copy(other, tmp_path / "store")
-    with pytest.raises(StoreError, match=f"shard-00001.parquet: made with {key}=9 where this store has {made[key]};"):
+    with pytest.raises(
+        StoreError, match=f"shard-00001.parquet: made with {key}=9 where this store has {settings[key]};"
+    ):
         writer.finish()
     other.unlink()
     (tmp_path / "store" / other.name).unlink()
     writer.write_shard(1, rows(8, 16))
-    assert writer.finish().made == VStarStore.open(tmp_path / "store").made == made
+    assert writer.finish().settings == VStarStore.open(tmp_path / "store").settings == settings
 
 
 def test_a_finished_store_is_not_signed_again(folder):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_apo.runtime import guard
 from megatron_apo.telemetry.memory import MemorySampler, pop_private_peak_bytes, private_bytes, tree_private_bytes
 from megatron_apo.telemetry.metrics import MetricsWriter, read_metrics
 from megatron_apo.telemetry.summary import RunSummary, read_summary
@@ -242,7 +243,7 @@ def python(code: str) -> Iterator[int]:
             assert process.stdout is not None and process.stdout.readline() == "ready\n"
             yield process.pid
         finally:
-            process.kill()
+            guard.kill([*guard.descendants(process.pid), process.pid])
 
 
 def test_private_memory_is_what_was_allocated_and_no_mapped_file(tmp_path: Path) -> None:

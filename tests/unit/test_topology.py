@@ -12,7 +12,7 @@ from megatron_apo.config import ParallelConfig
 from megatron_apo.model.build import build_model
 from megatron_apo.model.megatron_config import transformer_config
 from megatron_apo.model.precision import Precision
-from megatron_apo.parallel.topology import _device_index, alone
+from megatron_apo.parallel.groups import _device_index, alone
 from tests.unit.test_precision import EXPERTS, SPEC
 
 

@@ -30,13 +30,13 @@ def make_store(
     folder: Path,
     rewards: dict[int, list[float]],
     num_shards: int = 1,
-    made: dict[str, str] | None = None,
+    settings: dict[str, str] | None = None,
     every_cut: bool = False,
     **changes,
 ) -> VStarStore:
     """Rewards by the number of a prompt; lengths count up from 1 through the whole store, every fourth or all cut."""
     changes = {"samples_per_prompt": len(next(iter(rewards.values()), [0])), **changes}
-    writer = StoreWriter(folder, FINGERPRINT.model_copy(update=changes), num_shards, made)
+    writer = StoreWriter(folder, FINGERPRINT.model_copy(update=changes), num_shards, settings)
     rows, length = [], 0
     for number, of in rewards.items():
         lengths = list(range(length + 1, length + len(of) + 1))
@@ -328,7 +328,7 @@ def test_the_command_compares(tmp_path: Path) -> None:
     make_store(tmp_path / "a", {1: [1.0, 0.0], 2: [1.0, 1.0]})
     make_store(tmp_path / "b", {1: [1.0, 0.0], 2: [1.0, 1.0]}, seed=4)
     make_store(tmp_path / "c", {1: [1.0, 0.0], 2: [1.0, 0.0]})
-    make_store(tmp_path / "d", {2: [1.0, 1.0], 1: [1.0, 0.0]}, made={"rollout.dtype": "bfloat16"}, every_cut=True)
+    make_store(tmp_path / "d", {2: [1.0, 1.0], 1: [1.0, 0.0]}, settings={"rollout.dtype": "bfloat16"}, every_cut=True)
     code, text = vstar(tmp_path / "a", "--diff", tmp_path / "b")
     assert code == 0 and re.search(r"^seed +3 \| 4$", text, re.M)
     code, text = vstar(tmp_path / "a", "--diff", tmp_path / "d")

@@ -10,7 +10,7 @@ from megatron_apo.data.sft import Examples
 from megatron_apo.learner.learner import GradientError
 from megatron_apo.learner.optim import make_trainable
 from megatron_apo.model.build import build_model
-from megatron_apo.parallel.topology import alone
+from megatron_apo.parallel.groups import alone
 from megatron_apo.stages import warmup
 from tests.unit.test_precision import SPEC
 

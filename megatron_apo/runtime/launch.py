@@ -17,10 +17,10 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
-from megatron_apo import guard
 from megatron_apo.config import Recipe
-from megatron_apo.model.gpus import visible_gpus
-from megatron_apo.ports import free_port
+from megatron_apo.runtime import guard
+from megatron_apo.runtime.gpus import visible_gpus
+from megatron_apo.runtime.ports import free_port
 
 _STOP_LIMIT_S = 10.0
 _TOGETHER_S = 3.0

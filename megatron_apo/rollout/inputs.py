@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_apo.config import Recipe, SamplingConfig
+from megatron_apo.config import Recipe, SamplingConfig, fields_marked, values_marked
 from megatron_apo.data.prompts import LoadedPrompts, Prompt, PromptRenderer, load_prompts
-from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.model.tokenizer import load_tokenizer, stop_token_ids
 from megatron_apo.rewards import GradeRequest, get_reward
-from megatron_apo.rollout.client import Sampling, eos_token_ids
+from megatron_apo.rollout.client import Sampling
 from megatron_apo.values.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
@@ -57,56 +56,19 @@ def load_inputs(recipe: Recipe) -> Inputs:
     return Inputs(tokenizer, renderer, training, evaluation, stop_token_ids(recipe, recipe.model.path))
 
 
-def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder; `key`: the recipe's key that names it."""
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise ValueError(f"{key}: {folder} is not a folder; give a Hugging Face model folder")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{key}: no tokenizer can be read from {folder} ({' '.join(str(error).split())[:200]})"
-        ) from error
-
-
-def stop_token_ids(recipe: Recipe, folder: Path) -> tuple[int, ...]:
-    """The ids that end a response: the recipe's, else the EOS ids of the model in `folder`.
-
-    Raises `ValueError` for an id that the model does not have.
-    """
-    chosen = recipe.sampling.stop_token_ids
-    if chosen is None:
-        return eos_token_ids(folder)
-    if chosen:
-        last = read_hf_config(folder).vocab_size - 1
-        if min(chosen) < 0 or max(chosen) > last:
-            raise ValueError(f"sampling.stop_token_ids: {chosen} does not fit {folder}, whose ids are 0 to {last}")
-    return tuple(chosen)
-
-
 def store_fingerprint(recipe: Recipe, inputs: Inputs) -> Fingerprint:
     """Everything that V* under this recipe depends on. Reads the reference's weights once a run, for their hash."""
     from megatron_apo.weights.hf_io import known_model_hash
 
     reward = get_reward(recipe.reward.name, recipe.reward.options)
+    names = fields_marked("fingerprint")
+    settings = {names[key]: value for key, value in values_marked(recipe, "fingerprint").items()}
     return Fingerprint(
         model_hash=known_model_hash(recipe.model.reference_path, recipe.run.dir / "reference_hash.json"),
         **inputs.renderer.fingerprint(),
-        temperature=recipe.sampling.temperature,
-        top_p=recipe.sampling.top_p,
-        top_k=recipe.sampling.top_k,
-        max_response_tokens=recipe.sampling.max_response_tokens,
         stop_token_ids=list(inputs.stop_token_ids),
         reward_name=reward.name,
         reward_version=reward.version,
-        reward_options=recipe.reward.options,
-        failure_reward=recipe.reward.failure_reward,
-        truncated=recipe.reward.truncated,
         dataset_hash=inputs.training.dataset_hash,
-        max_prompt_tokens=recipe.data.max_prompt_tokens,
-        samples_per_prompt=recipe.vstar.samples_per_prompt,
-        adaptive=recipe.vstar.adaptive.model_dump(mode="json") if recipe.vstar.adaptive else None,
-        seed=recipe.vstar.seed,
+        **settings,
     )

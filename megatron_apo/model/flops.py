@@ -46,13 +46,14 @@ def training_rates(
     *,
     num_ranks: int,
     peak_flops: float | None,
-    anchor_computed: bool,
+    denominator_computed: bool,
 ) -> dict[str, float]:
     """A step's tokens/s of all ranks, TFLOP/s of one rank, and MFU where `peak_flops` (of one rank, a second) is known.
 
-    By part: `reference` (the anchor's forward, unless it needs none), `forward_backward` (the phase "train" alone) and
-    `train`, which is both and the optimizer. `seconds` are those of the phases. Names as in metrics.jsonl. Under FP8
-    the peak is FP8's, though attention and the output head stay bf16: MFU then is of a peak that no such step reaches.
+    By part: `reference` (the forward of the ratio's denominator, where it needs one), `forward_backward` (the phase
+    "train" alone) and `train`, which is both and the optimizer. `seconds` are those of the phases. Names as in
+    metrics.jsonl. Under FP8 the peak is FP8's, though attention and the output head stay bf16: MFU then is of a peak
+    that no such step reaches.
     """
     sequences = list(sequences)
     tokens = sum(prompt + response for prompt, response in sequences)
@@ -60,11 +61,11 @@ def training_rates(
     parts = {
         "forward_backward": (_TRAINING * forward, seconds["train"]),
         "train": (
-            (_TRAINING + anchor_computed) * forward,
+            (_TRAINING + denominator_computed) * forward,
             seconds["reference"] + seconds["train"] + seconds["optimizer"],
         ),
     }
-    if anchor_computed:
+    if denominator_computed:
         parts["reference"] = forward, seconds["reference"]
     rates = {}
     for part, (flops, part_s) in parts.items():

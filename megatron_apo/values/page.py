@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_apo.telemetry import page, plots
 from megatron_apo.telemetry.units import number
-from megatron_apo.telemetry.vstar_text import NOT_BINARY
 from megatron_apo.values.summary import EstimatorsAt, Summary, Values
+from megatron_apo.values.text import NOT_BINARY
 
 
 def write_page(path: Path, found: Summary, estimators: Sequence[EstimatorsAt]) -> None:

@@ -111,7 +111,7 @@ def _distance(rows: Rows) -> str:
 
 
 def _vstar(run_dir: Path, recipe: Tree) -> str:
-    from megatron_apo.telemetry.vstar_page import lengths_figure, values_figure
+    from megatron_apo.values.page import lengths_figure, values_figure
     from megatron_apo.values.store import VStarStore
     from megatron_apo.values.summary import summarize
 

@@ -1,17 +1,19 @@
-"""A recipe against a machine: every misfit at once, each with its key; the GPUs are those that CUDA would show."""
+"""A recipe against a machine: every problem at once, each with its key; the GPUs are those that CUDA would show."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pynvml
 import pytest
 
-from megatron_apo import fit
+from megatron_apo import preflight
 from megatron_apo.config import build_recipe
-from megatron_apo.model import gpus
 from megatron_apo.rollout.server import device_name
+from megatron_apo.runtime import gpus
+from megatron_apo.runtime.machine import Machine
 
 HOPPER = (9, 0)
 GIB = 2**30
@@ -19,27 +21,32 @@ CONFIG = {"model_type": "qwen3", "num_attention_heads": 4, "num_hidden_layers": 
 CONFIG |= {"intermediate_size": 256, "vocab_size": 32, "num_key_value_heads": 2, "head_dim": 32}
 
 
-@pytest.fixture
-def misfits(tmp_path, monkeypatch):
-    """misfits(gpus, overrides of the recipe, changes of config.json) -> lines"""
-    monkeypatch.setattr("megatron_apo.model.precision.has_transformer_engine", lambda: False)
-    monkeypatch.delenv("RANK", raising=False)
+def machine(gpus, **known):
+    """A machine with these GPUs, of 80 GiB each."""
+    return Machine(tuple(gpus), **{"gpu_memory_bytes": (80 * GIB,) * len(gpus), **known})
 
-    def check(machine, *overrides, **changes):
+
+@pytest.fixture
+def problems(tmp_path, monkeypatch):
+    """problems(machine or its gpus, overrides of the recipe, changes of config.json) -> lines"""
+    monkeypatch.setattr("megatron_apo.model.precision.has_transformer_engine", lambda: False)
+
+    def check(where, *overrides, **changes):
         (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"max_position_embeddings": 4096} | changes))
         recipe = build_recipe({}, [f"model.path={tmp_path}", "data.train=d.jsonl", "vstar.dir=v", *overrides])
-        return fit.misfits(recipe, {"model.path": tmp_path, "model.reference": tmp_path}, machine)
+        here = where if isinstance(where, Machine) else machine(where)
+        return preflight.training_problems(recipe, {"model.path": tmp_path, "model.reference": tmp_path}, here)
 
     return check
 
 
-def test_a_recipe_that_fits(misfits):
-    assert misfits([]) == misfits([HOPPER]) == misfits([HOPPER] * 2, "parallel.tp=2") == []
-    assert misfits([], "parallel.tp=2", "parallel.dp=4") == []  # as many ranks on a CPU as one likes
+def test_a_recipe_that_fits(problems):
+    assert problems([]) == problems([HOPPER]) == problems([HOPPER] * 2, "parallel.tp=2") == []
+    assert problems([], "parallel.tp=2", "parallel.dp=4") == []  # as many ranks on a CPU as one likes
 
 
-def test_every_misfit_is_named_at_once_and_once(misfits):
-    found = misfits(
+def test_every_problem_is_named_at_once_and_once(problems):
+    found = problems(
         [HOPPER],
         "model.dtype=bf16",
         "model.layers=te",
@@ -65,35 +72,33 @@ def test_every_misfit_is_named_at_once_and_once(misfits):
     assert all(line.endswith(" (model.path)") for line in found[3:])
 
 
-def test_a_rank_does_not_count_the_gpus(misfits, monkeypatch):
-    (line,) = misfits([HOPPER], "parallel.tp=2")
+def test_a_rank_does_not_count_the_gpus(problems):
+    (line,) = problems([HOPPER], "parallel.tp=2")
     assert "2 ranks, and here are 1 GPUs" in line
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "1")
-    assert misfits([HOPPER], "parallel.tp=2") == []
+    assert problems(machine([HOPPER], ranks_here=1), "parallel.tp=2") == []
 
 
-def test_stage_1_asks_for_what_its_engine_needs_alone(misfits, tmp_path):
-    misfits([])
+def test_stage_1_asks_for_what_its_engine_needs_alone(problems, tmp_path):
+    problems([])
     overrides = ["parallel.tp=3", "model.dtype=bf16", "model.layers=te", "rollout.tp=3"]
     recipe = build_recipe({}, [f"model.path={tmp_path}", "data.train=d.jsonl", "vstar.dir=v", *overrides])
-    assert fit.engine_misfits(recipe, {"model.reference": tmp_path}, [HOPPER]) == [
+    assert preflight.sampling_problems(recipe, {"model.reference": tmp_path}, machine([HOPPER])) == [
         "rollout.tp: 3 workers, and here are 1 GPUs; use at most as many, or name more in CUDA_VISIBLE_DEVICES",
         "rollout.tp: 3 does not divide the model's 4 heads; use a divisor (model.reference)",
     ]
 
 
-def test_an_engine_that_does_not_fit(misfits):
-    (line,) = misfits([HOPPER] * 2, "rollout.tp=4")
+def test_an_engine_that_does_not_fit(problems):
+    (line,) = problems([HOPPER] * 2, "rollout.tp=4")
     assert line.startswith("rollout.tp: 4 workers, and here are 2 GPUs;")
-    (line,) = misfits([], "rollout.tp=3")
+    (line,) = problems([], "rollout.tp=3")
     assert line == "rollout.tp: 3 does not divide the model's 4 heads; use a divisor (model.path)"
 
 
 @pytest.mark.parametrize(("tp", "fits"), [(1, True), (2, True), (4, False), (12, True), (3, True)])
-def test_workers_share_kv_heads_evenly(misfits, tp, fits):
+def test_workers_share_kv_heads_evenly(problems, tp, fits):
     """12 heads in 6 groups: 4 workers would have one and a half each. 12 have half of one, which both hold."""
-    found = misfits([], f"rollout.tp={tp}", num_attention_heads=12, num_key_value_heads=6, hidden_size=384)
+    found = problems([], f"rollout.tp={tp}", num_attention_heads=12, num_key_value_heads=6, hidden_size=384)
     line = "rollout.tp: 4 and the model's 6 KV heads do not divide; use one of [1, 2, 3, 6, 12] (model.path)"
     assert found == ([] if fits else [line])
 
@@ -114,13 +119,13 @@ WEIGHTS, STATE = 15.23, 12 / 2 * 15.23  # GB of bf16 weights; of fp32 main weigh
         (["rollout.kv_cache_gib=52"], 51.63),
     ],
 )
-def test_an_engine_that_a_gpu_cannot_hold(misfits, monkeypatch, overrides, most):
-    monkeypatch.setattr(fit, "gpu_memory_bytes", lambda: [80 * GIB, 90 * GIB, 1])
-    monkeypatch.setattr(fit, "engine_problems", lambda _: [])
-    found = misfits([HOPPER] * 3, *overrides, **QWEN_7B)
+def test_an_engine_that_a_gpu_cannot_hold(problems, monkeypatch, overrides, most):
+    monkeypatch.setattr(preflight, "engine_problems", lambda _: [])
+    here = machine([HOPPER] * 3, gpu_memory_bytes=(80 * GIB, 90 * GIB, 1))
+    found = problems(here, *overrides, **QWEN_7B)
     assert len(found) == (most is not None)
     assert all(line.startswith("rollout.kv_cache_gib: ") and f"use less than {most}, or" in line for line in found)
-    assert misfits([], *overrides[-1:], **QWEN_7B) == []  # the host's memory is another matter
+    assert problems([], *overrides[-1:], **QWEN_7B) == []  # the host's memory is another matter
 
 
 @pytest.mark.parametrize(
@@ -136,33 +141,31 @@ def test_an_engine_that_a_gpu_cannot_hold(misfits, monkeypatch, overrides, most)
         (["rollout.sleep_while_training=true", "rollout.dtype=bfloat16"], WEIGHTS),
     ],
 )
-def test_what_waits_in_host_memory_fits_it(misfits, monkeypatch, overrides, needed):
-    monkeypatch.setattr(fit, "engine_misfits", lambda *_: [])
-    memory = SimpleNamespace(available=needed * 1.001e9)
-    monkeypatch.setattr(fit.psutil, "virtual_memory", lambda: memory)
-    assert misfits([HOPPER] * 4, "model.dtype=bf16", *overrides, **QWEN_7B) == []
-    memory.available = needed * 0.999e9
-    (line,) = misfits([HOPPER] * 4, "model.dtype=bf16", *overrides, **QWEN_7B)
+def test_what_waits_in_host_memory_fits_it(problems, monkeypatch, overrides, needed):
+    monkeypatch.setattr(preflight, "sampling_problems", lambda *_: [])
+
+    def with_room(share):
+        return machine([HOPPER] * 4, available_bytes=int(needed * share * 1e9))
+
+    assert problems(with_room(1.001), "model.dtype=bf16", *overrides, **QWEN_7B) == []
+    (line,) = problems(with_room(0.999), "model.dtype=bf16", *overrides, **QWEN_7B)
     assert overrides[0].replace("=", ": ") in line and "would wait in this machine's memory" in line
-    assert misfits([], "model.dtype=bf16", *overrides, **QWEN_7B) == []
+    assert problems([], "model.dtype=bf16", *overrides, **QWEN_7B) == []
 
 
-def test_a_machine_holds_what_its_own_ranks_park(misfits, monkeypatch):
-    monkeypatch.setattr(fit, "engine_misfits", lambda *_: [])
-    monkeypatch.setattr(fit.psutil, "virtual_memory", lambda: SimpleNamespace(available=1.5 * WEIGHTS * 1e9))
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "1")):
-        monkeypatch.setenv(name, value)
+def test_a_machine_holds_what_its_own_ranks_offload(problems, monkeypatch):
+    monkeypatch.setattr(preflight, "sampling_problems", lambda *_: [])
+    here = machine([HOPPER] * 2, available_bytes=int(1.5 * WEIGHTS * 1e9), ranks_here=1)
     asked = ["model.dtype=bf16", "model.reference_mode=offload", "parallel.dp=2"]
-    assert misfits([HOPPER] * 2, *asked, **QWEN_7B) == []
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    (line,) = misfits([HOPPER] * 2, *asked, **QWEN_7B)
+    assert problems(here, *asked, **QWEN_7B) == []
+    (line,) = problems(replace(here, ranks_here=2), *asked, **QWEN_7B)
     assert line.startswith(
         "model.reference_mode: offload (30.46 GB) would wait in this machine's memory, of which 22.8"
     )
 
 
-def test_a_folder_that_is_no_model(misfits):
-    (line,) = misfits([], model_type="bert")
+def test_a_folder_that_is_no_model(problems):
+    (line,) = problems([], model_type="bert")
     assert "model_type 'bert' is not supported" in line and line.endswith(" (model.path)")
 
 

@@ -1,0 +1,91 @@
+"""What a batch of rollouts and the time it took say of a step, by the names of metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import fmean
+
+import numpy as np
+import torch
+
+from megatron_apo.config import Recipe
+from megatron_apo.data.rollouts import RolloutBatch
+from megatron_apo.model.flops import training_rates
+from megatron_apo.model.hf_config import ModelSpec
+from megatron_apo.telemetry.gpu import peak_tflops
+
+
+def rollout_metrics(
+    batch: RolloutBatch,
+    values: Mapping[str, float],
+    seconds: Mapping[str, float],
+    spec: ModelSpec,
+    *,
+    num_ranks: int,
+    peak_flops: float | None,
+    denominator_computed: bool,
+) -> dict[str, float]:
+    """Rewards against V*, lengths, and the rates of each part of a step.
+
+    values: V* by prompt id. seconds: of the step's phases. The rest: see `training_rates`.
+    """
+    rewards, vstar = batch.reward_B.tolist(), [values[prompt_id] for prompt_id in batch.prompt_ids]
+    advantages = [reward - value for reward, value in zip(rewards, vstar, strict=True)]
+    prompt_lengths, response_lengths = batch.sequences.prompt_lengths_B, batch.sequences.response_lengths_B
+    generate_s = seconds.get("generate")  # nothing is sampled in a replay
+    return {
+        "reward/mean": fmean(rewards),
+        **response_metrics(batch),
+        **(sampling_metrics(batch, seconds["step"], generate_s) if generate_s else {}),
+        "advantage/mean": fmean(advantages),
+        "advantage/second_moment": fmean(value * value for value in advantages),
+        "value/mean": fmean(vstar),
+        **training_rates(
+            spec,
+            list(zip(prompt_lengths.tolist(), response_lengths.tolist(), strict=True)),
+            seconds,
+            num_ranks=num_ranks,
+            peak_flops=peak_flops,
+            denominator_computed=denominator_computed,
+        ),
+    }
+
+
+def response_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """Lengths, by the names of metrics.jsonl."""
+    lengths = batch.sequences.response_lengths_B.tolist()
+    return {
+        "response/mean_tokens": fmean(lengths),
+        "response/p50_tokens": float(np.percentile(lengths, 50)),
+        "response/p95_tokens": float(np.percentile(lengths, 95)),
+        "response/max_tokens": max(lengths),
+        "response/truncated": float(batch.truncated_B.mean()),
+    }
+
+
+def sampling_metrics(batch: RolloutBatch, step_s: float, generate_s: float) -> dict[str, float]:
+    """What the sampling of the batch was like, in a step of so many seconds of which vLLM took `generate_s`.
+
+    `rollout/slowest_share` is the share of the step in which only the slowest response was still running,
+    `rollout/slowest_1pct_share` that in which only the slowest 1 % (at least one) were.
+    """
+    arrivals = sorted(batch.seconds_B.tolist())
+
+    def share(num_slowest: int) -> float:
+        before = arrivals[-1 - num_slowest] if len(arrivals) > num_slowest else 0.0
+        return (arrivals[-1] - before) / step_s
+
+    return {
+        "tokens_per_s/generate": int(batch.sequences.response_lengths_B.sum()) / generate_s,
+        "rollout/slowest_share": share(1),
+        "rollout/slowest_1pct_share": share(math.ceil(len(batch) / 100)),
+    }
+
+
+def peak_flops(recipe: Recipe, device: torch.device) -> float | None:
+    """Most FLOPs a second that one rank's device can do in the recipe's precision, where that is known."""
+    tflops = recipe.telemetry.peak_tflops
+    if tflops is None and device.type == "cuda":
+        tflops = peak_tflops(torch.cuda.get_device_name(device), fp8=recipe.model.fp8 is not None)
+    return tflops and tflops * 1e12

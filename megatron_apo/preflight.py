@@ -1,0 +1,298 @@
+"""Everything that is refused before work. A command, rank 0 and the doctor ask the same list, so they say the same.
+
+    data = open_training(recipe)        # stage 2's prompts and V*; raises for anything that training would trip over
+    problems(recipe, "train")           # the same as lines, for the doctor
+
+Each check is a function of what it reads: the recipe, the `Machine`, a model's config.json. What can be found together
+is reported together: machine, models and folders first, then the data, then what depends on both. Starts nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib import util
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_apo.config import Recipe, RecipeError, RolloutConfig, values_marked
+from megatron_apo.data.sft import Examples, read_examples
+from megatron_apo.learner.checkpoint import check_resume, next_step
+from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, check_layout, check_served, read_hf_config
+from megatron_apo.model.precision import Layers, check_precision, layer_kind, optimizer_problems
+from megatron_apo.model.recompute import check_recompute
+from megatron_apo.model.tokenizer import load_tokenizer, stop_token_ids
+from megatron_apo.rollout.inputs import Inputs, load_inputs, store_fingerprint
+from megatron_apo.rollout.replay import check_replay
+from megatron_apo.rollout.server import engine_problems, served_length
+from megatron_apo.rollout.training_data import TrainingData
+from megatron_apo.runtime.machine import Machine
+from megatron_apo.telemetry.units import data_size
+from megatron_apo.telemetry.weights_and_biases import wandb_problems
+from megatron_apo.values.store import MANIFEST, StoreWriter, VStarStore
+from megatron_apo.weights.hf_io import HFReader
+from megatron_apo.weights.whole_folder import check_empty
+
+Stage = Literal["warmup", "estimate-vstar", "train", "evaluate"]
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2}  # of a number, as recipes name its type
+
+
+def open_warmup(recipe: Recipe, machine: Machine | None = None) -> Examples:
+    """The warm start's pairs. Raises `ValueError`, a line for each problem, as all of these do."""
+    warmup = recipe.warmup
+    if warmup.data is None or warmup.start is None:
+        raise ValueError("warmup.data and warmup.start: both are needed for a warm start; set them in the recipe")
+    start = warmup.start
+    _raise(
+        training_problems(recipe, {"warmup.start": start}, machine or Machine.here()),
+        lambda: HFReader(start).check(read_hf_config(start)),
+        lambda: check_empty(recipe.model.path, "model.path (the warm start writes it)"),
+    )
+    return warmup_examples(recipe)
+
+
+def warmup_examples(recipe: Recipe) -> Examples:
+    """`warmup.data`, rendered and tokenized."""
+    start = recipe.warmup.start
+    assert start is not None
+    return read_examples(recipe, load_tokenizer(start, "warmup.start"), stop_token_ids(recipe, start))
+
+
+def check_sampling(recipe: Recipe, machine: Machine | None = None) -> None:
+    """What stage 1's engine needs of machine and reference."""
+    offline = [
+        f"rollout.{name}: {value!r} is for a server, and stage 1 has vLLM in its own process; leave it out"
+        for name in ("python", "extra_args")
+        if (value := getattr(recipe.rollout, name))
+    ]
+    key = "model.reference" if recipe.model.reference else "model.path"
+    models = {key: recipe.model.reference_path}
+    _raise(offline + sampling_problems(recipe, models, machine or Machine.here()))
+
+
+def open_sampling(recipe: Recipe) -> tuple[Inputs, StoreWriter]:
+    """Stage 1's prompts, and the store that it fills."""
+    inputs = load_inputs(recipe)
+    num_shards = -(-len(inputs.training.prompts) // recipe.vstar.prompts_per_shard)
+    settings = values_marked(recipe, "shards")
+    return inputs, StoreWriter(recipe.vstar.dir, store_fingerprint(recipe, inputs), num_shards, settings)
+
+
+def open_training(recipe: Recipe, machine: Machine | None = None) -> TrainingData:
+    """Stage 2's prompts and their V*, from a store that is proven to be this run's."""
+    _raise(_run_problems(recipe, machine or Machine.here()))
+    inputs = load_inputs(recipe)
+    store = VStarStore.open(recipe.vstar.dir, recipe.vstar.samples_used)
+    store.check(store_fingerprint(recipe, inputs))
+    check_resume(recipe)
+    data = TrainingData.of(recipe, inputs, store)
+    check_replay(recipe, next_step(recipe.run.dir), data.vstar)
+    return data
+
+
+def open_evaluation(recipe: Recipe, machine: Machine | None = None) -> Inputs:
+    """The held-out prompts of `model.path`, by its own tokenizer."""
+    missing = [] if recipe.data.eval else ["data.eval: missing; give held-out prompts to evaluate on"]
+    models = {"model.path": recipe.model.path}
+    _raise(missing + sampling_problems(recipe, models, machine or Machine.here()))
+    return load_inputs(recipe)
+
+
+def problems(recipe: Recipe, stage: Stage, machine: Machine | None = None) -> list[str]:
+    """What `megatron-apo STAGE` would say of this recipe before any work; nothing if it would start."""
+    machine = machine or Machine.here()
+
+    def estimate_vstar() -> None:
+        check_sampling(recipe, machine)
+        open_sampling(recipe)
+
+    checks: dict[Stage, Callable[[], object]] = {
+        "warmup": lambda: open_warmup(recipe, machine),
+        "estimate-vstar": estimate_vstar,
+        "train": lambda: open_training(recipe, machine),
+        "evaluate": lambda: open_evaluation(recipe, machine),
+    }
+    return lines_of([checks[stage]])
+
+
+def next_stage(recipe: Recipe) -> Stage:
+    """The first stage whose outcome is not there yet."""
+    if recipe.warmup.data is not None and not recipe.model.path.exists():
+        return "warmup"
+    return "train" if (recipe.vstar.dir / MANIFEST).exists() else "estimate-vstar"
+
+
+def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machine) -> list[str]:
+    """What keeps a valid recipe from training here, one line each.
+
+    models: key of the recipe -> the Hugging Face folder there, of which only config.json is read.
+    """
+    parallel, gpus, found = recipe.parallel, machine.gpus, []
+    layers: Layers = "local"
+    try:
+        layers = layer_kind(recipe.model, parallel, machine.capability)
+    except RecipeError as error:
+        found += error.problems
+    found += optimizer_problems(recipe.optimizer, machine.capability)
+    if gpus and parallel.world_size > len(gpus) and machine.ranks_here is None:
+        found.append(
+            f"parallel.dp: tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} x dp={parallel.dp} is "
+            f"{parallel.world_size} ranks, and here are {len(gpus)} GPUs; use a smaller layout, or start the ranks on "
+            "several machines with torchrun"
+        )
+    if recipe.train.replay is None:
+        found += sampling_problems(recipe, models, machine)
+    checks = (
+        lambda spec, _: check_layout(spec, parallel),
+        lambda spec, _: check_precision(spec, parallel, recipe.model.fp8),
+        lambda spec, _: check_recompute(spec, parallel, recipe.train, layers),
+        lambda spec, _: _check_host_memory(spec, recipe, machine),
+    )
+    return found + _of_models(models, checks, known=found) + wandb_problems(recipe.telemetry.wandb)
+
+
+def sampling_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machine) -> list[str]:
+    """`training_problems` of vLLM alone."""
+    rollout, gpus = recipe.rollout, machine.gpus
+    found = _interpreter_problems(rollout) + engine_problems(rollout)
+    if gpus and rollout.tp > len(gpus):
+        found.append(
+            f"rollout.tp: {rollout.tp} workers, and here are {len(gpus)} GPUs; use at most as many, or name "
+            "more in CUDA_VISIBLE_DEVICES"
+        )
+    checks = (
+        lambda spec, _: check_served(spec),
+        lambda spec, _: _check_engine(spec, rollout.tp),
+        lambda spec, _: _check_engine_memory(spec, rollout, machine),
+        lambda _, folder: served_length(rollout, folder, recipe.max_sequence_tokens),
+    )
+    return found + _of_models(models, checks, known=found)
+
+
+def _interpreter_problems(rollout: RolloutConfig) -> list[str]:
+    """Where vLLM is."""
+    if rollout.python and not shutil.which(rollout.python):
+        return [f"rollout.python: {rollout.python} is not an interpreter on this machine; name one that has vLLM"]
+    if not rollout.python and not util.find_spec("vllm"):
+        return ["rollout.python: vLLM is not installed here; name an interpreter that has it"]
+    return []
+
+
+def _run_problems(recipe: Recipe, machine: Machine) -> list[str]:
+    """Policy, reference, the run's folder and what is written there."""
+    found = training_problems(recipe, recipe.model.folders, machine)
+    specs: list[dict[str, Any]] = []
+    for folder in recipe.model.folders.values():
+        try:
+            spec = read_hf_config(folder)
+            specs.append(asdict(spec))
+            HFReader(folder).check(spec)
+        except ModelConfigError as error:
+            found += [line for line in str(error).splitlines() if not any(line in other for other in found)]
+    if len(specs) == 2:
+        policy, reference = specs
+        found += [
+            f"model.reference: {name} is {reference[name]!r}, but {value!r} in model.path; the reference must be the "
+            "same model with other weights"
+            for name, value in policy.items()
+            if reference[name] != value
+        ]
+    out = recipe.run.dir / "checkpoints" / "hf"
+    if out.exists():
+        found.append(f"run.dir: {out} is there already; give another run.dir, or remove it")
+    if recipe.data.eval is None and recipe.train.replay is None:
+        found.append("data.eval: missing; training reports on held-out prompts")
+    return found
+
+
+def _raise(found: Sequence[str], *checks: Callable[[], object]) -> None:
+    """Raise `RecipeError` with what was found and what the checks refuse, if there is anything."""
+    if found := [*found, *lines_of(checks, known=found)]:
+        raise RecipeError(found)
+
+
+def lines_of(checks: Iterable[Callable[[], object]], known: Sequence[str] = ()) -> list[str]:
+    """What the checks raise `ValueError` for, one line each, without what is within a line of `known` or before."""
+    found: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            lines = str(error).splitlines()
+            found += [line for line in lines if not any(line in other for other in (*known, *found))]
+    return found
+
+
+def _of_models(
+    models: Mapping[str, Path], checks: Sequence[Callable[[ModelSpec, Path], object]], known: Sequence[str]
+) -> list[str]:
+    """What the checks refuse of each model that can be read, or why it cannot, with the key that names it."""
+    found: list[str] = []
+    for key, folder in models.items():
+
+        def check_all(folder: Path = folder) -> None:
+            spec = read_hf_config(folder)
+            if lines := lines_of(partial(check, spec, folder) for check in checks):
+                raise ValueError("\n".join(lines))
+
+        found += [f"{line} ({key})" for line in lines_of([check_all], known=[*known, *found])]
+    return found
+
+
+def _check_engine(spec: ModelSpec, tp: int) -> None:
+    """By vLLM's own conditions (config/model.py, and the attention of each family in model_executor/models)."""
+    if spec.num_heads % tp:
+        raise ValueError(f"rollout.tp: {tp} does not divide the model's {spec.num_heads} heads; use a divisor")
+    groups = spec.num_query_groups
+    if groups % tp and tp % groups:
+        fits = [size for size in range(1, spec.num_heads + 1) if _tp_fits(spec, size)]
+        raise ValueError(f"rollout.tp: {tp} and the model's {groups} KV heads do not divide; use one of {fits}")
+
+
+def _tp_fits(spec: ModelSpec, tp: int) -> bool:
+    return not spec.num_heads % tp and not (spec.num_query_groups % tp and tp % spec.num_query_groups)
+
+
+def _check_engine_memory(spec: ModelSpec, rollout: RolloutConfig, machine: Machine) -> None:
+    """Weights and KV cache alone are held against a GPU; what else vLLM and the trainer need is not known before."""
+    if not machine.gpus:
+        return
+    room = min(machine.gpu_memory_bytes[: rollout.tp])
+    weights = spec.num_weights * (1 if rollout.quantization else _BYTES[rollout.dtype]) // rollout.tp
+    if weights + rollout.kv_cache_gib * 2**30 > room:
+        most = math.floor((room - weights) / 2**30 * 100) / 100
+        raise ValueError(
+            f"rollout.kv_cache_gib: {rollout.kv_cache_gib:g} beside {data_size(weights)} of weights does not fit a GPU "
+            f"of {data_size(room)}; use {f'less than {most:g}, or ' if most > 0 else ''}a larger rollout.tp"
+        )
+
+
+def _check_host_memory(spec: ModelSpec, recipe: Recipe, machine: Machine) -> None:
+    """What leaves this machine's GPUs has to go somewhere; on a CPU nothing leaves."""
+    if not machine.gpus:
+        return
+    model, parallel, optimizer = recipe.model, recipe.parallel, recipe.optimizer
+    replicas = parallel.dp * parallel.cp
+    held = (spec.num_weights - spec.num_expert_weights) * replicas + spec.num_expert_weights * replicas // parallel.ep
+    ranks_here = machine.ranks_here or min(parallel.world_size, len(machine.gpus))
+    here = ranks_here / parallel.world_size
+    needs = {}
+    if recipe.train.offload_while_sampling:
+        each = (2 * _BYTES[optimizer.moments] + (4 if model.dtype == "bf16" else 0)) * (1 - optimizer.cpu_offload)
+        state = spec.num_weights if optimizer.distributed else held
+        needs["train.offload_while_sampling: true"] = state * each * here
+    if model.reference_mode != "resident":  # in swap the policy's weights wait as well
+        copies = 2 if model.reference_mode == "swap" else 1
+        needs[f"model.reference_mode: {model.reference_mode}"] = copies * held * _BYTES[model.dtype] * here
+    if recipe.rollout.sleep_while_training and recipe.train.replay is None:
+        needs["rollout.sleep_while_training: true"] = spec.num_weights * _BYTES[recipe.rollout.dtype]
+    available = machine.available_bytes
+    if sum(needs.values()) > available:
+        parts = ", ".join(f"{setting} ({data_size(size)})" for setting, size in needs.items())
+        raise ValueError(
+            f"{parts} would wait in this machine's memory, of which {data_size(available)} are available; leave one "
+            "out, or use a machine with more"
+        )
