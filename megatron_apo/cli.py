@@ -17,6 +17,7 @@ import typer
 
 import megatron_apo
 from megatron_apo.config import EstimatorName
+from megatron_apo.runtime.garbage import not_collected
 
 if TYPE_CHECKING:
     from megatron_apo.config import Recipe
@@ -78,7 +79,8 @@ def quickstart(
 def warmup(recipe: RecipeOption, overrides: Overrides = None) -> None:
     """Supervised warm start of warmup.start on warmup.data, exported to model.path."""
     loaded = _load(recipe, overrides)
-    from megatron_apo.stages import start
+    with not_collected():
+        from megatron_apo.stages import start
 
     start.warmup(loaded)
 
@@ -101,11 +103,13 @@ def estimate_vstar(
     if merge and check:
         raise typer.BadParameter("--merge checks what it closes; give one of them", param_hint="--merge, --check")
     if merge or check:
-        from megatron_apo.stages import estimate_vstar as stage
+        with not_collected():
+            from megatron_apo.stages import estimate_vstar as stage
 
         (stage.merge if merge else stage.check)(loaded)
         return
-    from megatron_apo.stages import start
+    with not_collected():
+        from megatron_apo.stages import start
 
     start.estimate_vstar(loaded, worker, workers)
 
@@ -123,7 +127,8 @@ def train(
     loaded = _load(recipe, overrides)
     loaded.train.record |= record
     loaded.train.replay = replay or loaded.train.replay
-    from megatron_apo.stages import start
+    with not_collected():
+        from megatron_apo.stages import start
 
     start.train(loaded)
 
@@ -136,7 +141,8 @@ def evaluate(
 ) -> None:
     """avg@k at the sampling temperature, and greedy, on data.eval."""
     loaded = _load(recipe, overrides)
-    from megatron_apo.stages import evaluate as stage
+    with not_collected():
+        from megatron_apo.stages import evaluate as stage
 
     stage.run(loaded, model)
 
@@ -144,7 +150,8 @@ def evaluate(
 @convert_app.command("hf-to-megatron")
 def hf_to_megatron(hf: HFOption, out: OutOption, dtype: DtypeOption = None, ranks: RanksOption = None) -> None:
     """Write a Hugging Face model as a Megatron distributed checkpoint, which any layout can load."""
-    from megatron_apo.stages import convert
+    with not_collected():
+        from megatron_apo.stages import convert
 
     convert.hf_to_megatron(hf, out, dtype, ranks)
 
@@ -158,7 +165,8 @@ def megatron_to_hf(
     ranks: RanksOption = None,
 ) -> None:
     """Write a Megatron distributed checkpoint, converted or of training, as a Hugging Face folder."""
-    from megatron_apo.stages import convert
+    with not_collected():
+        from megatron_apo.stages import convert
     from megatron_apo.telemetry.units import parse_size
 
     convert.megatron_to_hf(megatron, out, dtype, parse_size(max_shard_size, "--max-shard-size"), ranks)
@@ -179,7 +187,8 @@ def verify(
     only: Annotated[Literal["tensors", "log-probs"] | None, typer.Option(help="this part alone")] = None,
 ) -> None:
     """Hold a Megatron checkpoint against a Hugging Face folder: names, shapes, every bit, and log-probs."""
-    from megatron_apo.stages import verify as stage
+    with not_collected():
+        from megatron_apo.stages import verify as stage
 
     stage.verify(hf, megatron, stage.Layout(tp, pp, ep), prompts, tolerance, ranks, only)
 

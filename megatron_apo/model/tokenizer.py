@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_apo.config import Recipe
 from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.runtime.garbage import not_collected
 from megatron_apo.telemetry.units import one_line
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder; `key`: the recipe's key that names it."""
-    from transformers import AutoTokenizer
+    with not_collected():
+        from transformers import AutoTokenizer
 
     if not folder.is_dir():
         raise ValueError(f"{key}: {folder} is not a folder; give a Hugging Face model folder")

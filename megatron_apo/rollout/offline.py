@@ -20,6 +20,7 @@ from typing import Any
 from megatron_apo.config import RolloutConfig
 from megatron_apo.rollout.client import Sampling
 from megatron_apo.rollout.server import ServerError, engine_options, served_length
+from megatron_apo.runtime.garbage import not_collected
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class OfflineEngine:
         options = engine_options(rollout) | {"max_model_len": served_length(rollout, model, max_sequence_tokens)}
         try:
             with _output_to(log_path):
-                from vllm import LLM
+                with not_collected():
+                    from vllm import LLM
 
                 self.llm = LLM(
                     model=str(model),

