@@ -512,10 +512,28 @@ class OptimizerConfig(Section):
 
 
 class RolloutConfig(Section):
-    host: str = Field(
-        "127.0.0.1", json_schema_extra=MAY_CHANGE, description="interface the server binds to; keep it private"
+    replicas: int = Field(
+        1,
+        ge=1,
+        json_schema_extra=MAY_CHANGE,
+        description="vLLM engines, each of tp GPUs (CPU: workers) of its own",
     )
-    port: int = Field(0, ge=0, le=65535, json_schema_extra=MAY_CHANGE, description="0: a free port")
+    host: str = Field(
+        "127.0.0.1", json_schema_extra=MAY_CHANGE, description="interface an engine binds to; keep it private"
+    )
+    advertise_host: str | None = Field(
+        None,
+        min_length=1,
+        json_schema_extra=MAY_CHANGE,
+        description="address by which engines are reached; none: rollout.host, or this machine",
+    )
+    port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        json_schema_extra=MAY_CHANGE,
+        description="of the first engine, the next ones follow; 0: free ports",
+    )
     python: str | None = Field(
         None, json_schema_extra=MAY_CHANGE, description="Python interpreter that has vLLM; none: this one"
     )
@@ -574,6 +592,11 @@ class RolloutConfig(Section):
             found.append(
                 f"rollout.max_num_batched_tokens: {self.max_num_batched_tokens} is below rollout.max_num_seqs="
                 f"{self.max_num_seqs}; use at least that"
+            )
+        if self.port and self.port + self.replicas - 1 > 65535:
+            found.append(
+                f"rollout.port: {self.port} leaves no ports for rollout.replicas={self.replicas}; use at most "
+                f"{65536 - self.replicas}, or 0"
             )
         if self.quantization == "fp8" and self.dtype == "float32":
             found.append(

@@ -97,7 +97,9 @@ def open_evaluation(recipe: Recipe, machine: Machine | None = None) -> Inputs:
     """The held-out prompts of `model.path`, by its own tokenizer."""
     missing = [] if recipe.data.eval else ["data.eval: missing; give held-out prompts to evaluate on"]
     models = {"model.path": recipe.model.path}
-    _raise(missing + sampling_problems(recipe, models, machine or Machine.here()))
+    machine = machine or Machine.here()
+    engines = sampling_problems(recipe, models, machine) + _replicas_problems(recipe.rollout, machine)
+    _raise(missing + engines)
     return load_inputs(recipe)
 
 
@@ -144,7 +146,7 @@ def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
             "several machines with torchrun"
         )
     if recipe.train.replay is None:
-        found += sampling_problems(recipe, models, machine)
+        found += sampling_problems(recipe, models, machine) + _replicas_problems(recipe.rollout, machine)
     checks = (
         lambda spec, _: check_layout(spec, parallel),
         lambda spec, _: check_precision(spec, parallel, recipe.model.fp8),
@@ -170,6 +172,17 @@ def sampling_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
         lambda _, folder: served_length(rollout, folder, recipe.max_sequence_tokens),
     )
     return found + _of_models(models, checks, known=found)
+
+
+def _replicas_problems(rollout: RolloutConfig, machine: Machine) -> list[str]:
+    num_gpus = len(machine.gpus)
+    if rollout.tp <= num_gpus < rollout.replicas * rollout.tp:
+        return [
+            f"rollout.replicas: {rollout.replicas} engines of rollout.tp={rollout.tp} need "
+            f"{rollout.replicas * rollout.tp} GPUs, and here are {num_gpus}; use at most {num_gpus // rollout.tp}, "
+            "or name more in CUDA_VISIBLE_DEVICES"
+        ]
+    return []
 
 
 def _interpreter_problems(rollout: RolloutConfig) -> list[str]:
@@ -288,7 +301,9 @@ def _check_host_memory(spec: ModelSpec, recipe: Recipe, machine: Machine) -> Non
         copies = 2 if model.reference_mode == "swap" else 1
         needs[f"model.reference_mode: {model.reference_mode}"] = copies * held * _BYTES[model.dtype] * here
     if recipe.rollout.sleep_while_training and recipe.train.replay is None:
-        needs["rollout.sleep_while_training: true"] = spec.num_weights * _BYTES[recipe.rollout.dtype]
+        needs["rollout.sleep_while_training: true"] = (
+            recipe.rollout.replicas * spec.num_weights * _BYTES[recipe.rollout.dtype]
+        )
     available = machine.available_bytes
     if sum(needs.values()) > available:
         parts = ", ".join(f"{setting} ({data_size(size)})" for setting, size in needs.items())

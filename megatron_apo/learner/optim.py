@@ -73,7 +73,7 @@ class Trainable:
         return self.optimizer.param_groups[0]["lr"]
 
     @contextmanager
-    def parked(self, wanted: bool = True) -> Iterator[None]:
+    def offloaded(self, wanted: bool = True) -> Iterator[None]:
         """Within, if `wanted`: nothing but the weights is on the device, whose memory is free for other processes.
 
         Main weights and Adam's moments wait in the host's (pinned) memory: 12 bytes for each parameter of this rank's

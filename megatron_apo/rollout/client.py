@@ -15,8 +15,9 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -73,6 +74,10 @@ class Completion:
     seconds: float = field(compare=False)
 
 
+Body = dict[str, Any]
+Outcome = dict[str, Any] | BaseException  # an answer, or why there is none
+
+
 class RolloutClient:
     """One connection pool to one server. Every method blocks and raises ServerDied when the server is gone, ServerError
     (one line) when it refuses. `timeout_s` bounds one call."""
@@ -83,8 +88,10 @@ class RolloutClient:
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-client", daemon=True)
         self._thread.start()
         self._session = self._run(self._open_session(url, token))
+        self._sent: set[asyncio.Task[dict[str, Any]]] = set()
 
     def close(self) -> None:
+        self.cancel()
         self._run(self._session.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -106,19 +113,14 @@ class RolloutClient:
 
         `on_completion(index, completion)` is called in this thread as each arrives. The first failure ends the call.
         """
-        parameters = sampling.parameters() | {"logprobs": 0}  # the sampled token's
-        bodies = [
-            {"token_ids": list(request.token_ids), "sampling_params": parameters | {"seed": request.seed}}
-            for request in requests
-        ]
         completions: dict[int, Completion] = {}
 
         def read(index: int, answer: dict[str, Any], seconds: float) -> None:
-            completions[index] = _read_completion(answer, seconds)
+            completions[index] = read_completion(answer, seconds)
             if on_completion is not None:
                 on_completion(index, completions[index])
 
-        self._generate_all(bodies, read)
+        self._generate_all({index: generate_body(request, sampling) for index, request in enumerate(requests)}, read)
         return [completions[index] for index in range(len(requests))]
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -127,7 +129,10 @@ class RolloutClient:
         A sequence has at most the server's `max_model_len` tokens (one fewer where that is the model's own limit).
         """
         parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
-        bodies = [{"token_ids": list(sequence), "sampling_params": parameters} for sequence in sequences]
+        bodies = {
+            index: {"token_ids": list(sequence), "sampling_params": parameters}
+            for index, sequence in enumerate(sequences)
+        }
         scores: dict[int, list[float]] = {}
 
         def read(index: int, answer: dict[str, Any], _: float) -> None:
@@ -136,6 +141,30 @@ class RolloutClient:
 
         self._generate_all(bodies, read)
         return [scores[index] for index in range(len(sequences))]
+
+    def send(self, bodies: Mapping[int, Body], deliver: Callable[[int, Outcome], None]) -> None:
+        """Send generate requests, all at once, and return.
+
+        `deliver(index, answer)` is called for each exactly once, in the client's thread, with the error in place of an
+        answer that will not come.
+        """
+
+        def post_all() -> None:
+            for index, body in bodies.items():
+                task = self._loop.create_task(self._post(body))
+                self._sent.add(task)
+                task.add_done_callback(partial(finish, index))
+
+        def finish(index: int, task: asyncio.Task[dict[str, Any]]) -> None:
+            self._sent.discard(task)
+            error = ServerDied("the request was cancelled") if task.cancelled() else task.exception()
+            deliver(index, task.result() if error is None else error)
+
+        self._loop.call_soon_threadsafe(post_all)
+
+    def cancel(self) -> None:
+        """Give up what was sent and is not answered: its outcome is a ServerDied."""
+        self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._sent])
 
     def health(self) -> None:
         """Raise ServerDied unless server and engine answer."""
@@ -199,32 +228,22 @@ class RolloutClient:
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         return self._run(self._exchange(method, path, None if body is None else json.dumps(body).encode()))
 
-    def _generate_all(self, bodies: list[dict[str, Any]], read: Callable[[int, dict[str, Any], float], None]) -> None:
+    def _generate_all(self, bodies: dict[int, Body], read: Callable[[int, dict[str, Any], float], None]) -> None:
         """Send all bodies at once; call `read(index, answer, seconds)` in this thread as answers arrive."""
-        arrived: SimpleQueue[tuple[int, dict[str, Any] | None, float]] = SimpleQueue()
+        arrived: SimpleQueue[tuple[int, Outcome, float]] = SimpleQueue()
         start = time.perf_counter()
-
-        async def post(index: int, body: dict[str, Any]) -> None:
-            answer = await self._exchange("POST", "/inference/v1/generate", json.dumps(body).encode())
-            arrived.put((index, answer, time.perf_counter() - start))
-
-        async def post_all() -> None:
-            try:
-                async with asyncio.TaskGroup() as group:  # the first failure cancels the rest
-                    for index, body in enumerate(bodies):
-                        group.create_task(post(index, body))
-            finally:
-                arrived.put((-1, None, 0.0))
-
-        future = asyncio.run_coroutine_threadsafe(post_all(), self._loop)
+        self.send(bodies, lambda index, outcome: arrived.put((index, outcome, time.perf_counter() - start)))
         try:
-            while (item := arrived.get())[1] is not None:
-                read(*item)
-            future.result()
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None
+            for _ in bodies:
+                index, outcome, seconds = arrived.get()
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                read(index, outcome, seconds)
         finally:
-            future.cancel()
+            self.cancel()
+
+    async def _post(self, body: Body) -> dict[str, Any]:
+        return await self._exchange("POST", "/inference/v1/generate", json.dumps(body).encode())
 
     async def _exchange(self, method: str, path: str, body: bytes | None) -> Any:
         headers = {"Content-Type": "application/json"} if body is not None else None
@@ -243,7 +262,12 @@ class RolloutClient:
         raise ServerError(f"the rollout server answered {path} with {response.status}: {message}")
 
 
-def _read_completion(answer: dict[str, Any], seconds: float) -> Completion:
+def generate_body(request: GenerateRequest, sampling: Sampling) -> Body:
+    parameters = sampling.parameters() | {"seed": request.seed, "logprobs": 0}  # the sampled token's
+    return {"token_ids": list(request.token_ids), "sampling_params": parameters}
+
+
+def read_completion(answer: dict[str, Any], seconds: float) -> Completion:
     choice = answer["choices"][0]
     if choice["finish_reason"] not in ("stop", "length"):
         raise ServerError(f"a request ended with {choice['finish_reason']!r} instead of a response")

@@ -1,50 +1,40 @@
-"""avg@k at the sampling temperature, and greedy, of the weights that a server holds."""
+"""avg@k at the sampling temperature, and greedy, of the weights that the engines hold."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.order import sample_seeds
-from megatron_apo.data.prompts import Prompt
 from megatron_apo.rewards.pool import RewardPool
-from megatron_apo.rollout.client import GenerateRequest, RolloutClient
 from megatron_apo.rollout.inputs import Inputs
+from megatron_apo.rollout.sampler import GradedSampling, generate_bodies
 from megatron_apo.telemetry.recorder import Evaluation
 
 
-def evaluate_policy(recipe: Recipe, inputs: Inputs, client: RolloutClient, pool: RewardPool) -> Evaluation:
-    """Evaluate the weights that the server holds, on `inputs.evaluation`."""
-    k = recipe.eval.samples
+def begin_evaluation(recipe: Recipe, inputs: Inputs, pool: RewardPool) -> GradedSampling:
+    """k responses of each of `inputs.evaluation`, then a greedy one; a prompt's repeats are its samples 0, 1, ..."""
     prompts = inputs.evaluation
-    sampled, truncated = _rewards(
-        recipe, inputs, client, pool, [prompt for prompt in prompts for _ in range(k)], greedy=False
-    )
-    greedy, _ = _rewards(recipe, inputs, client, pool, prompts, greedy=True)
-    per_prompt = sampled.reshape(len(prompts), k).mean(axis=1)
+    repeated = [prompt for prompt in prompts for _ in range(recipe.eval.samples)]
+    bodies = generate_bodies(recipe, "eval", 0, repeated, inputs.sampling(recipe.sampling))
+    bodies += generate_bodies(recipe, "eval", 0, prompts, inputs.sampling(recipe.sampling, greedy=True))
+    return GradedSampling(inputs, pool, [*repeated, *prompts], bodies)
+
+
+def finished_evaluation(recipe: Recipe, inputs: Inputs, sampling: GradedSampling) -> Evaluation:
+    """What `begin_evaluation` began and the engines have answered."""
+    k, num_prompts = recipe.eval.samples, len(inputs.evaluation)
+    rewards = sampling.reward_B
+    per_prompt, greedy = rewards[: k * num_prompts].reshape(num_prompts, k).mean(axis=1), rewards[k * num_prompts :]
+    sampled = sampling.completions[: k * num_prompts]
     return Evaluation(
         mean=float(per_prompt.mean()),
         stderr=_stderr(per_prompt),
         greedy=float(greedy.mean()),
         greedy_stderr=_stderr(greedy),
         samples_per_prompt=k,
-        num_prompts=len(prompts),
-        truncated=truncated,
+        num_prompts=num_prompts,
+        truncated=float(np.mean([completion.finish_reason == "length" for completion in sampled])),
     )
-
-
-def _rewards(
-    recipe: Recipe, inputs: Inputs, client: RolloutClient, pool: RewardPool, prompts: list[Prompt], *, greedy: bool
-) -> tuple[np.ndarray, float]:
-    """([len(prompts)] rewards, share truncated) of one response each; a prompt's repeats are its samples 0, 1, ..."""
-    seeds = sample_seeds(recipe.run.seed, "eval", 0, [prompt.prompt_id for prompt in prompts])
-    requests = [GenerateRequest(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    completions = client.generate(requests, inputs.sampling(recipe.sampling, greedy=greedy))
-    grades = pool.grade(
-        [inputs.grade_request(p, c.token_ids, c.finish_reason) for p, c in zip(prompts, completions, strict=True)]
-    )
-    truncated = float(np.mean([completion.finish_reason == "length" for completion in completions]))
-    return np.array([grade.reward for grade in grades]), truncated
 
 
 def _stderr(values: np.ndarray) -> float | None:

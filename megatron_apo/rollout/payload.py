@@ -27,7 +27,9 @@ def weights_path(folder: Path) -> Path:
 class PayloadWriter:
     """Writes tensors in the order of `metadata` and refuses anything that is not in it.
 
-    Raises ValueError naming a tensor that is doubled, missing, extra, out of order, or of another dtype or shape.
+    The bytes are written once, whoever reads them: `link` gives another folder of the same file system the file too,
+    which lasts as long as one of its names. Raises ValueError naming a tensor that is doubled, missing, extra, out of
+    order, or of another dtype or shape.
     """
 
     def __init__(self, folder: Path, metadata: Sequence[Meta]):
@@ -38,9 +40,13 @@ class PayloadWriter:
         self.checksums: dict[str, str] = {}
         self.num_bytes = 0
         header = FileLayout.of(metadata).header
-        self.path = weights_path(folder)
-        self.file = self.path.with_suffix(".writing").open("xb")
+        self.path = _unfinished(folder)
+        self.file = self.path.open("xb")
         self.file.write(header)
+
+    def link(self, folder: Path) -> None:
+        """What is written becomes readable in `folder` as well."""
+        os.link(self.path, _unfinished(folder))
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor. `tensor` is the full HF tensor, on any device."""
@@ -58,16 +64,24 @@ class PayloadWriter:
         self.num_bytes += len(data)
 
     def close(self) -> None:
-        """Publish the file. Raises ValueError naming the tensors that never came."""
+        """All is written. Raises ValueError naming the tensors that never came."""
         missing = [meta.name for meta in self.metadata[len(self.checksums) :]]
         if missing:
             raise ValueError(f"the source left out {', '.join(missing)}")
         self.file.close()
-        os.replace(self.file.name, self.path)
 
     def abandon(self) -> None:
         """Let go of the file, finished or not."""
         self.file.close()
+
+
+def publish(folder: Path) -> None:
+    """Give the finished file its name in a folder."""
+    os.replace(_unfinished(folder), weights_path(folder))
+
+
+def _unfinished(folder: Path) -> Path:
+    return weights_path(folder).with_suffix(".writing")
 
 
 def write_loaded(folder: Path, rank: int, checksums: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from megatron_apo.data.layout import plan_batch
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
 from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.runtime.collective import kept_on_driver
+from megatron_apo.runtime.collective import driver_only
 
 if TYPE_CHECKING:
     from megatron_apo.runtime.topology import Topology
@@ -24,8 +24,6 @@ _READERS = 8  # files read at once
 class Replay(AbstractContextManager["Replay"]):
     """Stands where `Rollouts` does, and samples from train.replay. No weights are given to anyone, none are proven, and
     nothing is evaluated: those methods answer None."""
-
-    server_pid = None
 
     def __init__(self, recipe: Recipe, topology: Topology):
         assert recipe.train.replay is not None
@@ -45,9 +43,15 @@ class Replay(AbstractContextManager["Replay"]):
     def evaluate(self, step: int) -> None:
         pass
 
+    def memory_pids(self) -> dict[str, int | None]:
+        return {}
+
+    def step_metrics(self) -> dict[str, float]:
+        return {}
+
     def sample(self, prompts: Sequence[Prompt], step: int) -> RolloutBatch | None:
         """The batch that step `step` learned from, on the driver; its prompts are those that were recorded."""
-        return kept_on_driver(self._topology, lambda: self._folder.read(step))
+        return driver_only(self._topology, lambda: self._folder.read(step))
 
 
 def check_replay(recipe: Recipe, start: int, vstar: PromptValues) -> None:

@@ -1,52 +1,51 @@
 """Graded responses from vLLM for every trainer rank, and vLLM kept on the policy's weights.
 
-    with Rollouts(recipe, topology, policy, spec, inputs, parked=...) as rollouts:
-        rollouts.sync(0)                          # vLLM serves the trainer's weights, proven
+    with Rollouts(recipe, topology, policy, spec, inputs, offloaded=...) as rollouts:
+        rollouts.sync(0)                          # the engines serve the trainer's weights
         batch = rollouts.sample(prompts, step)    # a RolloutBatch on the driver, None elsewhere
 
-Every method is called on every rank. Server, graders and tokenizer live on the driver (global rank 0). A server that
-dies is restarted once a step, given the weights again, proven and asked again; a second death in the same step ends the
-run.
+Every method is called on every rank; engines, graders and tokenizer live on the driver (global rank 0). What happens
+when an engine fails:
 
-Trainer and vLLM take turns at a GPU's memory. vLLM has it within `parked`, where the trainer's is elsewhere: when a
-server starts, samples, evaluates and scores probes. With rollout.sleep_while_training it sleeps otherwise; a sync wakes
-the weights, and the KV cache follows at the next turn.
+- One that dies while others serve is started again beside them. The next sync gives it the weights, and it serves again
+  once these are proven.
+- When none is left, all are restarted, given the weights and proven, and the work goes on. A second time in the same
+  step ends the run.
+- One in which a weight update raised is restarted at once, for it can hold a mixture of two versions. A second such
+  failure in the same step ends the run.
+- Weights that are not the trainer's (`SyncError`) end the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-
-import numpy as np
-import torch
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.layout import make_micro_batches
-from megatron_apo.data.order import sample_seeds
 from megatron_apo.data.prompts import Prompt
-from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch, groups_of
-from megatron_apo.data.sequences import Sequences
-from megatron_apo.model.build import LogProbModel, at_temperature
+from megatron_apo.data.rollouts import RolloutBatch
+from megatron_apo.model.build import LogProbModel
 from megatron_apo.model.hf_config import ModelSpec
-from megatron_apo.parallel.pipeline import forward_log_probs
-from megatron_apo.rewards.pool import Grade, RewardPool
-from megatron_apo.rollout.client import Completion, GenerateRequest, RolloutClient
-from megatron_apo.rollout.evaluation import evaluate_policy
+from megatron_apo.rewards.pool import RewardPool
+from megatron_apo.rollout.engine import State
+from megatron_apo.rollout.evaluation import begin_evaluation, finished_evaluation
+from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.inputs import Inputs
-from megatron_apo.rollout.server import ServerDied, VLLMServer
-from megatron_apo.rollout.weight_sync import SyncError, SyncReport, WeightSync
-from megatron_apo.runtime.collective import Answer, on_all, on_driver
+from megatron_apo.rollout.proof import policy_log_probs, prove
+from megatron_apo.rollout.sampler import GradedSampling, begin_step, finished_batch
+from megatron_apo.rollout.server import ServerDied
+from megatron_apo.rollout.sharing import MemorySharing
+from megatron_apo.rollout.weight_sync import SyncError, SyncReport, UpdateFailed, WeightSync
+from megatron_apo.runtime.collective import Answer, driver_only, on_driver
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.recorder import Evaluation
 from megatron_apo.weights.stream import WeightStream
 
 
 class Rollouts:
-    """Use as a context manager. `policy`: this rank's model chunks; `inputs` is None except on the driver; `parked()`:
-    a context within which this rank's device has room for vLLM; `phase(name)`: measures "generate" and "evaluate",
-    which are vLLM's work alone, and "offload", in which the two change places."""
+    """Use as a context manager. `policy`: this rank's model chunks; `inputs` is None except on the driver;
+    `offloaded()`: a context within which this rank's device has room for vLLM; `phase(name)`: measures "generate" and
+    "evaluate", which are vLLM's work alone, and "offload", in which the two change places."""
 
     def __init__(
         self,
@@ -55,30 +54,39 @@ class Rollouts:
         policy: Sequence[LogProbModel],
         spec: ModelSpec,
         inputs: Inputs | None,
-        parked: Callable[[], AbstractContextManager[None]] = nullcontext,
+        offloaded: Callable[[], AbstractContextManager[None]] = nullcontext,
         phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
     ):
         self._recipe = recipe
         self._topology = topology
         self._policy = policy
-        self._stream = WeightStream(policy, spec, topology)
         self._inputs = inputs
-        self._parked = parked
         self._phase = phase
         self._stack = ExitStack()
-        self._server: VLLMServer | None = None
-        self._client: RolloutClient | None = None
+        self._fleet = Fleet.of(recipe, recipe.model.path) if topology.is_driver else None
         self._pool: RewardPool | None = None
-        self._sync: WeightSync
+        self._memory = MemorySharing(
+            topology, self._fleet, offloaded, phase, sleeps=recipe.rollout.sleep_while_training
+        )
+        self._sync = WeightSync(
+            WeightStream(policy, spec, topology),
+            self._fleet.engines if self._fleet else (),
+            rank=topology.rank,
+            group=topology.host_group,
+        )
         self._version = 0
-        self._moment = "the start"
-        self._died_in: str | None = None
+        self._report: SyncReport | None = None  # of the last sync
         self._probes: list[list[int]] = []  # the last that `prove` was given
+        self._answered_by: dict[int, int] = {}
+        self._activity = "the start"
+        self._all_lost_in: str | None = None
+        self._update_failed_in: str | None = None
 
     def __enter__(self) -> Rollouts:
         try:
-            self._serve(self._start)
-            self._meet()
+            on_driver(self._topology, self._start_graders)
+            self._memory.start_engines()
+            on_driver(self._topology, lambda: self.fleet.connect())
         except BaseException:
             self._stack.close()
             raise
@@ -88,9 +96,10 @@ class Rollouts:
         self._stack.close()
 
     @property
-    def server_pid(self) -> int | None:
-        """The server's root process, on the driver."""
-        return self._server.process.pid if self._server and self._server.process else None
+    def fleet(self) -> Fleet:
+        """The engines, on the driver."""
+        assert self._fleet is not None
+        return self._fleet
 
     @property
     def pool(self) -> RewardPool:
@@ -99,19 +108,32 @@ class Rollouts:
         return self._pool
 
     @property
+    def inputs(self) -> Inputs:
+        """Tokenizer and prompts, on the driver."""
+        assert self._inputs is not None
+        return self._inputs
+
+    @property
     def grader_failures(self) -> dict[str, int]:
         """How often graders failed, by reason; nothing except on the driver."""
         return dict(self._pool.failures) if self._pool else {}
 
-    def sync(self, version: int) -> SyncReport:
-        """Give the server the policy's present weights and call them `version`."""
-        self._version = version
-        return self._surviving(self._give_weights)
+    def memory_pids(self) -> dict[str, int | None]:
+        """The root process of each engine that runs here, by name; nothing except on the driver."""
+        return self._fleet.pids() if self._fleet else {}
 
-    def _give_weights(self) -> SyncReport:
-        """`sync` of the last version."""
-        self._wake("weights")
-        return self._sync.sync(self._version)
+    def step_metrics(self) -> dict[str, float]:
+        """How many of the last step's responses each of several engines gave; nothing except on the driver."""
+        engines = self._fleet.engines if self._fleet else []
+        numbers = [engine.number for engine in engines] if len(engines) > 1 else []
+        return {f"rollout/engine{number}/responses": self._answered_by.get(number, 0) for number in numbers}
+
+    def sync(self, version: int) -> SyncReport:
+        """Give the engines the policy's present weights and call them `version`."""
+        self._version = version
+        for engine in self._fleet.engines if self._fleet else ():
+            engine.version = None
+        return self._with_restart(self._give_weights)
 
     def prove(self, batch: RolloutBatch) -> float:
         """Largest |log-prob difference| between vLLM and the policy on the first sequences of a batch.
@@ -122,165 +144,115 @@ class Rollouts:
         rows = range(min(self._recipe.sync.probe_sequences, len(batch)))
         probes = [batch.sequences.row(row).tolist() for row in rows] if self._topology.is_driver else None
         self._probes = self._topology.broadcast(probes)
-        return self._surviving(self._prove)
-
-    def _prove(self) -> float:
-        """`prove` on the last probes."""
-        ours = self._own_log_probs(self._probes)
-        expected = self._sync.source_checksums()
-        tolerance = self._recipe.sync.tolerance(self._recipe.model, self._recipe.rollout)
-        with self._turn():
-            return self._sync.prove(self._probes, ours, tolerance, expected)
-
-    def _own_log_probs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        """The policy's log-probs of each sequence's tokens but the first, at temperature 1, on every rank."""
-        first, rest = [s[:1] for s in sequences], [s[1:] for s in sequences]
-        micro_batches = [
-            micro.to(self._topology.device) for micro in make_micro_batches(self._recipe, Sequences.of(first, rest))
-        ]
-        with at_temperature(self._policy, 1.0):
-            found = forward_log_probs(self._policy, micro_batches)
-        ours: list[list[float]] = [[] for _ in sequences]
-        for micro, log_prob_R in zip(micro_batches, found, strict=False):  # `found` is empty before the last stage
-            parts = log_prob_R.split([len(rest[index]) for index in micro.indices])
-            for index, values in zip(micro.indices, parts, strict=True):
-                ours[index] = values.tolist()
-        return self._topology.broadcast(ours, src=self._topology.last_stage_rank)
+        return self._with_restart(lambda: self._prove(State.SERVING))
 
     def sample(self, prompts: Sequence[Prompt], step: int) -> RolloutBatch | None:
         """One graded response for each prompt (given on the driver), in their order; on the driver, None elsewhere."""
-        self._moment = f"step {step}"
-        sampled: list[RolloutBatch] = []
-        self._surviving(lambda: self._on_turn("generate", lambda: sampled.append(self._sample(prompts, step))))
-        return sampled[-1] if sampled else None
+        self._begin(f"step {step}")
+        sampling = self._sampled("generate", lambda: begin_step(self._recipe, self.inputs, self.pool, prompts, step))
+        return driver_only(self._topology, lambda: finished_batch(sampling, self._version, step))
 
     def evaluate(self, step: int) -> Evaluation:
-        """avg@k and greedy of the weights that the server holds, on the recipe's held-out prompts."""
-        self._moment = f"the evaluation after step {step}"
+        """avg@k and greedy of the weights that the engines hold, on the recipe's held-out prompts."""
+        self._begin(f"the evaluation after step {step}")
+        sampling = self._sampled("evaluate", lambda: begin_evaluation(self._recipe, self.inputs, self.pool))
+        return on_driver(self._topology, lambda: finished_evaluation(self._recipe, self.inputs, sampling))
 
-        def work() -> Evaluation:
-            assert self._client and self._inputs
-            return evaluate_policy(self._recipe, self._inputs, self._client, self.pool)
+    def _start_graders(self) -> None:
+        self._stack.callback(self.fleet.stop)
+        self._pool = self._stack.enter_context(RewardPool(self._recipe.reward))
 
-        return self._surviving(lambda: self._on_turn("evaluate", work))
+    def _begin(self, activity: str) -> None:
+        self._activity = activity
+        if self._fleet:
+            self._fleet.activity = activity
 
-    def _sample(self, prompts: Sequence[Prompt], step: int) -> RolloutBatch:
-        assert self._client and self._inputs
-        grading: dict[int, Future[Grade]] = {}
+    def _sampled(self, phase: str, begin: Callable[[], GradedSampling]) -> GradedSampling | None:
+        """What `begin` begins, answered and graded; on the driver, None elsewhere."""
+        sampling = driver_only(self._topology, begin)
 
-        def grade(index: int, completion: Completion) -> None:
-            request = self._inputs.grade_request(prompts[index], completion.token_ids, completion.finish_reason)
-            grading[index] = self.pool.submit(request)
+        def advance() -> None:
+            assert sampling
+            sampling.advance(self.fleet)
+            self._answered_by = sampling.queue.answered_by
 
-        seeds = sample_seeds(self._recipe.run.seed, "train", step, [prompt.prompt_id for prompt in prompts])
-        requests = [GenerateRequest(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        completions = self._client.generate(requests, self._inputs.sampling(self._recipe.sampling), grade)
-        if stale := {completion.weight_version for completion in completions} - {str(self._version)}:
-            raise SyncError(f"step {step}: responses of weight versions {sorted(stale)}, expected {self._version}")
-        prompt_ids = tuple(prompt.prompt_id for prompt in prompts)
-        return RolloutBatch(
-            prompt_ids=prompt_ids,
-            group_B=groups_of(prompt_ids),
-            sequences=Sequences.of([prompt.token_ids for prompt in prompts], [one.token_ids for one in completions]),
-            log_prob_R=np.array([value for one in completions for value in one.log_probs], dtype=np.float32),
-            reward_B=np.array([grading[index].result().reward for index in range(len(prompts))], dtype=np.float64),
-            finish_reason_B=np.array([FINISH_REASONS.index(one.finish_reason) for one in completions], dtype=np.uint8),
-            weight_version_B=np.array([int(one.weight_version) for one in completions], dtype=np.int64),
-            seconds_B=np.array([one.seconds for one in completions], dtype=np.float64),
-        )
+        def work() -> None:
+            with self._memory.for_engines(), self._phase(phase):
+                on_driver(self._topology, advance)
 
-    def _start(self) -> None:
-        """On the driver: graders and server."""
-        recipe = self._recipe
-        self._pool = self._stack.enter_context(RewardPool(recipe.reward))
-        server = VLLMServer(
-            recipe.rollout,
-            recipe.model.path,
-            log_path=recipe.run.dir / "logs" / "vllm.log",
-            seed=recipe.run.seed,
-            max_model_len=recipe.max_sequence_tokens,
-            shm_dir=recipe.sync.dir,
-        )
-        self._stack.callback(server.stop)
-        self._stack.callback(lambda: self._client and self._client.close())
-        self._server = server
-        self._start_server()
+        self._with_restart(work)
+        return sampling
 
-    def _start_server(self) -> None:
-        assert self._server
-        self._server.start()
-        self._client = RolloutClient(
-            self._server.url, self._server.token, timeout_s=self._recipe.rollout.request_timeout_s
-        )
+    def _give_weights(self) -> SyncReport:
+        """Bring the engines that answer to the last version, and prove those that were restarted."""
 
-    def _restart(self) -> None:
-        assert self._server and self._client
-        self._client.close()
-        self._client = None
-        self._server.stop()
-        self._start_server()
+        def prepare() -> bool:
+            self.fleet.finish_starts()
+            self.fleet.connect()
+            return bool(self.fleet.lacking(self._version))
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """vLLM's: it is awake within, and the trainer's memory comes back only when it sleeps again."""
-        with ExitStack() as stack:
-            with self._phase("offload"):
-                stack.enter_context(self._parked())
-                self._wake()
-            yield
-            with self._phase("offload"):
-                self._sleep()
-                stack.close()
+        if on_driver(self._topology, prepare):
+            self._memory.wake("weights")
+            with suppress(ServerDied, UpdateFailed):  # of all engines, which have noted it
+                engines = self._fleet.lacking(self._version) if self._fleet else None
+                self._report = self._sync.sync(self._version, engines)
+        if reasons := on_driver(self._topology, lambda: self.fleet.failures(State.UNUSABLE)):
+            if self._update_failed_in == self._activity:
+                raise SyncError(f"a weight update failed twice in {self._activity}: {reasons[0]}")
+            self._update_failed_in = self._activity
+            if self._topology.is_driver:
+                print(f"a weight update failed in {self._activity} ({reasons[0]}); restarting its engine", flush=True)
+            self._memory.start_engines()
+            return self._give_weights()
+        on_driver(self._topology, lambda: self.fleet.require_one())
+        if restarted := on_driver(self._topology, lambda: self.fleet.numbers(State.UNPROVEN)):
+            worst = self._prove(State.UNPROVEN)
+            for number in on_driver(
+                self._topology, lambda: [n for n in self.fleet.numbers(State.SERVING) if n in restarted]
+            ):
+                if self._topology.is_driver:
+                    print(
+                        f"rollout engine {number} serves again, with the weights of version {self._version}; its "
+                        f"log-probs differ from the trainer's by at most {worst:.2g}",
+                        flush=True,
+                    )
+        assert self._report is not None
+        return self._report
 
-    def _on_turn(self, phase: str, work: Callable[[], Answer]) -> Answer:
-        with self._turn(), self._phase(phase):
-            return on_driver(self._topology, work)
+    def _prove(self, state: State) -> float:
+        """`prove` of the engines in this state, on the last probes; before there are any, on held-out prompts."""
+        if not self._probes:
+            self._probes = self._topology.broadcast(self._prompt_probes() if self._topology.is_driver else None)
+        ours = policy_log_probs(self._recipe, self._topology, self._policy, self._probes)
+        expected = self._sync.source_checksums()
+        tolerance = self._recipe.sync.tolerance(self._recipe.model, self._recipe.rollout)
+        with self._memory.for_engines():
+            engines = self._fleet.in_state(state) if self._fleet else None
+            worst = prove(self._sync, self._probes, ours, tolerance, expected, engines)
+            on_driver(self._topology, lambda: self.fleet.attend_to_lost())
+        return worst
 
-    def _wake(self, *tags: str) -> None:
-        if self._recipe.rollout.sleep_while_training:
-            self._make_room()
-            on_driver(self._topology, lambda: self._client and self._client.wake_up(*tags))
+    def _prompt_probes(self) -> list[list[int]]:
+        prompts = self.inputs.evaluation or self.inputs.training.prompts
+        scored = [list(prompt.token_ids) for prompt in prompts if len(prompt.token_ids) > 1]
+        return scored[: self._recipe.sync.probe_sequences]
 
-    def _make_room(self) -> None:
-        """Let go of the memory that torch has freed but keeps, on every rank before vLLM, on any device, takes it."""
-        if self._topology.device.type == "cuda":
-            on_all(self._topology, torch.cuda.empty_cache)
-
-    def _sleep(self) -> None:
-        if self._recipe.rollout.sleep_while_training:
-            on_driver(self._topology, lambda: self._client and self._client.sleep())
-
-    def _serve(self, start: Callable[[], None]) -> None:
-        """Start a server, which takes all its memory at once."""
-        with self._parked():
-            self._make_room()
-            on_driver(self._topology, start)
-            self._sleep()
-
-    def _meet(self) -> None:
-        folder = self._server.payload_dir if self._server else None
-        rank, group = self._topology.rank, self._topology.host_group
-        self._sync = WeightSync(self._stream, client=self._client, folder=folder, rank=rank, group=group)
-        self._sync.init()
-
-    def _surviving(self, work: Callable[[], Answer]) -> Answer:
-        """Do collective `work`; if the server dies in it, restart it, give it the weights, do the work again."""
+    def _with_restart(self, work: Callable[[], Answer]) -> Answer:
+        """Do collective `work`. When no engine is left, restart all once a step, give them the weights and go on."""
         try:
             return work()
         except ServerDied as death:
-            if self._died_in == self._moment:
-                tail = on_driver(self._topology, lambda: self._server.log_tail() if self._server else "")
-                raise ServerDied(f"{death}; it died twice in {self._moment}. The end of its log:\n{tail}") from None
-            self._died_in = self._moment
+            who = "the rollout server" if self._recipe.rollout.replicas == 1 else "the last rollout engine"
+            if self._all_lost_in == self._activity:
+                tail = on_driver(self._topology, lambda: self.fleet.log_tail())
+                raise ServerDied(f"{death}; it died twice in {self._activity}. The end of its log:\n{tail}") from None
+            self._all_lost_in = self._activity
             if self._topology.is_driver:
-                print(f"the rollout server died in {self._moment} ({death}); restarting it once", flush=True)
-            self._serve(self._restart)
+                print(f"{who} died in {self._activity} ({death}); restarting it once", flush=True)
+            self._memory.start_engines()
 
-            def again() -> Answer:
-                self._meet()
+            def go_on() -> Answer:
                 self._give_weights()
-                if self._probes:
-                    self._prove()
                 return work()
 
-            return self._surviving(again)
+            return self._with_restart(go_on)

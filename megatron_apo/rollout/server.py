@@ -1,6 +1,6 @@
 """Starts, watches and stops one vLLM server: `with VLLMServer(recipe.rollout, model, ...) as server: ...`
 
-The server is `python -m vllm.entrypoints.openai.api_server` (`vllm serve` looks up a distribution named `vllm`, which
+The server is `python -m megatron_apo.rollout.api_server`, which starts vLLM's
 the CPU wheel is not), in any interpreter that has vLLM and this package. It runs under `guard.py`, so that no exit of
 this process, SIGKILL included, leaves one of its processes, its shared memory or its folders behind.
 """
@@ -67,15 +67,18 @@ class VLLMServer:
         seed: int,
         max_model_len: int,
         shm_dir: Path | None = None,
+        replica: int | None = None,
     ):
         """`model`: HF folder. `max_model_len`: longest prompt + response, tokens. `shm_dir`: parent of `payload_dir`
-        (None: /dev/shm). `log_path` is appended to."""
+        (None: /dev/shm). `log_path` is appended to. `replica`: which of `rollout.replicas` on this machine it is, with
+        cores or GPUs and a port of its own (None: it is alone here)."""
         self.rollout = rollout
         self.model = model
         self.log_path = log_path
         self.seed = seed
         self.max_model_len = max_model_len
         self.shm_dir = shm_dir or Path("/dev/shm")
+        self.replica = replica
         self.process: subprocess.Popen[bytes] | None = None
         self.url = self.token = ""
         self.payload_dir = Path()
@@ -85,9 +88,10 @@ class VLLMServer:
         assert self.process is None, "the server is already started"
         if not (self.model / "config.json").is_file():
             raise ServerError(f"model: {self.model} has no config.json; give a Hugging Face folder")
-        port = _port(self.rollout.host, self.rollout.port)
+        wanted = self.rollout.port and self.rollout.port + (self.replica or 0)
+        port = _port(self.rollout.host, wanted)
         command = self._command(port)
-        self.url = f"http://{self.rollout.host}:{port}"
+        self.url = f"http://{advertised_host(self.rollout)}:{port}"
         self.token = secrets.token_urlsafe(32)
         self.shm_dir.mkdir(parents=True, exist_ok=True)
         self.payload_dir = guard.unused_name("megatron-apo-", self.shm_dir)
@@ -113,25 +117,31 @@ class VLLMServer:
             raise
 
     def stop(self) -> None:
-        """End every process of the server. Returns at once when it is not running."""
-        if self.process is None:
+        """End every process of the server. Returns at once when it is not running. From any thread, also while another
+        is in `start`, which then raises."""
+        if (process := self.process) is None:
             return
-        self.process.terminate()
+        process.terminate()
         try:
-            self.process.wait(STOP_LIMIT_S)
+            process.wait(STOP_LIMIT_S)
         except subprocess.TimeoutExpired:
             guard.end_all(lambda: [pid for pid in self.pids() if not guard.is_zombie(pid)])
-            self.process.wait()
+            process.wait()
         for folder in self._folders:  # a guard that was killed has not removed them
             shutil.rmtree(folder, ignore_errors=True)
         self.process = None
 
     def alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        return (process := self.process) is not None and process.poll() is None
 
     def pids(self) -> list[int]:
         """Every process of the server (for memory accounting)."""
-        return [self.process.pid, *guard.descendants(self.process.pid)] if self.process is not None else []
+        return [pid, *guard.descendants(pid)] if (pid := self.pid) is not None else []
+
+    @property
+    def pid(self) -> int | None:
+        """The server's root process."""
+        return process.pid if (process := self.process) is not None else None
 
     def log_tail(self) -> str:
         """The last lines that this start of the server logged."""
@@ -148,12 +158,13 @@ class VLLMServer:
         self.stop()
 
     def _wait_until_ready(self) -> None:
-        assert self.process is not None
+        process = self.process
+        assert process is not None
         request = urllib.request.Request(f"{self.url}/health", headers={"Authorization": f"Bearer {self.token}"})
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy must not see the token
         end = time.monotonic() + self.rollout.start_timeout_s
         while time.monotonic() < end:
-            if (status := self.process.poll()) is not None:
+            if (status := process.poll()) is not None:
                 raise ServerError(
                     f"vLLM ended with status {status} at its start; {self.log_path} ends:\n{self.log_tail()}"
                 )
@@ -179,7 +190,7 @@ class VLLMServer:
             "middleware": "megatron_apo.rollout.vllm_plugin.TokenCheck",
             "uvicorn-log-level": "warning",
         }
-        command = [rollout.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command = [rollout.python or sys.executable, "-m", "megatron_apo.rollout.api_server"]
         command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
         for name, value in engine_options(rollout).items():
             flag = name.replace("_", "-")
@@ -203,7 +214,7 @@ class VLLMServer:
             "VLLM_SERVER_DEV_MODE": "1",  # the weight-transfer routes; the token check guards them
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # connections outlive the trainer's part of a step
         }
-        return engine_environment(os.environ | own, self.rollout)
+        return engine_environment(os.environ | own, self.rollout, self.replica)
 
 
 def engine_options(rollout: RolloutConfig) -> dict[str, Any]:
@@ -248,25 +259,45 @@ def device_name() -> str:
     return gpu_names()[0] if visible_gpus() else "CPU"
 
 
-def engine_environment(inherited: Mapping[str, str], rollout: RolloutConfig) -> dict[str, str]:
-    """What a process with a vLLM engine of these settings is started with: torch and OpenMP look once, when loaded."""
+def engine_environment(
+    inherited: Mapping[str, str], rollout: RolloutConfig, replica: int | None = None
+) -> dict[str, str]:
+    """What a process with a vLLM engine of these settings is started with: torch and OpenMP look once, when loaded.
+
+    replica: which of `rollout.replicas` it is, with GPUs or cores of its own; None: it has those of all.
+    """
     environment = {name: value for name, value in inherited.items() if name not in LAUNCHER_VARIABLES}
     environment.pop("VLLM_RPC_BASE_PATH", None)  # so that its sockets lie in TMPDIR
     environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return environment if _has_gpu(rollout) else environment | _cpu_environment(rollout.tp, rollout.threads)
+    if _has_gpu(rollout):
+        return environment | ({} if replica is None else _own_gpus(environment, rollout.tp, replica))
+    return environment | _cpu_environment(rollout, replica)
 
 
-def _cpu_environment(tp: int, threads: int | None) -> dict[str, str]:
+def _own_gpus(environment: Mapping[str, str], tp: int, replica: int) -> dict[str, str]:
+    """The GPUs of one replica: `tp` in a row of those that CUDA_VISIBLE_DEVICES leaves."""
+    count = len(drivers_gpus())
+    names = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
+    own = names[replica * tp : (replica + 1) * tp]
+    if len(own) < tp:
+        raise ServerError(f"rollout.replicas: no GPUs are left for engine {replica} of rollout.tp={tp}: {count} here")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(name.strip() for name in own)}
+
+
+def _cpu_environment(rollout: RolloutConfig, replica: int | None) -> dict[str, str]:
     """Give each worker its threads, and let idle ones sleep: trainer and rollouts take turns on the same cores."""
     cores = sorted(os.sched_getaffinity(0))
-    per_worker = threads or max(1, len(cores) // tp)
+    tp, replicas = rollout.tp, 1 if replica is None else rollout.replicas
+    per_worker = rollout.threads or max(1, len(cores) // (tp * replicas))
     # vLLM compiles its sampler whatever --enforce-eager says: 15 s of the first call, for nothing.
     shared = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_COMPILE_DISABLE": "1"}
     if tp == 1:
         # The worker lives in the engine core: one process fewer to start, and no shared-memory queue between the two,
         # whose reader spins for a second after each message (distributed/device_communicators/shm_broadcast.py:139).
         return shared | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(per_worker)}
-    groups = [[cores[(worker * per_worker + i) % len(cores)] for i in range(per_worker)] for worker in range(tp)]
+    first = (replica or 0) * tp
+    workers = range(first, first + tp)
+    groups = [[cores[(worker * per_worker + i) % len(cores)] for i in range(per_worker)] for worker in workers]
     bind = "|".join(",".join(map(str, dict.fromkeys(group))) for group in groups)
     return shared | {"VLLM_CPU_OMP_THREADS_BIND": bind}
 
@@ -316,6 +347,13 @@ def longest_request(model: Path, max_model_len: int) -> int:
             f"max_position_embeddings {limit}; lower one of them"
         )
     return min(max_model_len + 1, limit)
+
+
+def advertised_host(rollout: RolloutConfig) -> str:
+    """Under which name others reach a server, as it stands in a URL."""
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # all interfaces is no address; whoever asks is on this machine
+    host = rollout.advertise_host or everywhere.get(rollout.host, rollout.host)
+    return f"[{host}]" if ":" in host else host
 
 
 def _port(host: str, wanted: int) -> int:

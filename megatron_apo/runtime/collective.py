@@ -24,7 +24,7 @@ class RankError(RuntimeError):
     """An error of another rank."""
 
 
-def kept_on_driver(topology: Ranks, work: Callable[[], Answer]) -> Answer | None:
+def driver_only(topology: Ranks, work: Callable[[], Answer]) -> Answer | None:
     """As `on_driver`, for a value that is the driver's alone: None on the other ranks."""
     kept: list[Answer] = []
     on_driver(topology, lambda: kept.append(work()))

@@ -27,7 +27,7 @@ from megatron_apo.rewards.pool import UNFINISHED, Grade, InlineRewardPool
 from megatron_apo.rollout.inputs import Inputs, load_inputs, store_fingerprint
 from megatron_apo.rollout.offline import OfflineEngine, Sample
 from megatron_apo.rollout.server import device_name
-from megatron_apo.telemetry.memory import long_lived
+from megatron_apo.telemetry.memory import garbage_collection_frozen
 from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.values.claims import Claims
 from megatron_apo.values.sampling import more_samples
@@ -161,7 +161,7 @@ def sample_all(job: Job, sampler: Sampler, claims: Claims, index: int | None, pr
     while index is not None:
         sampler.open(index)
         ask_again = 0.0
-        with long_lived():
+        with garbage_collection_frozen():
             while sampler.is_busy:
                 if sampler.wants_more and time.monotonic() >= ask_again:
                     if (following := claims.take()) is not None:

@@ -9,28 +9,24 @@ from pathlib import Path
 from megatron_apo.config import Recipe
 from megatron_apo.preflight import open_evaluation
 from megatron_apo.rewards.pool import RewardPool
-from megatron_apo.rollout.client import RolloutClient
-from megatron_apo.rollout.evaluation import evaluate_policy
-from megatron_apo.rollout.server import VLLMServer
+from megatron_apo.rollout.evaluation import begin_evaluation, finished_evaluation
+from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.telemetry.units import with_error
 
 
 def run(recipe: Recipe, model: Path | None = None) -> None:
-    """Evaluate an HF folder (default: model.path) with a server and its own tokenizer; print, and write
+    """Evaluate an HF folder (default: model.path) with rollout.replicas engines and its own tokenizer; print, and write
     RUN/evaluation-<folder>.json."""
     model = model or recipe.model.path
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": model})})
     inputs = open_evaluation(recipe)
-    server = VLLMServer(
-        recipe.rollout,
-        model,
-        log_path=recipe.run.dir / "logs" / "vllm-evaluate.log",
-        seed=recipe.run.seed,
-        max_model_len=recipe.max_sequence_tokens,
-    )
-    with RewardPool(recipe.reward) as pool, server:
-        with RolloutClient(server.url, server.token, timeout_s=recipe.rollout.request_timeout_s) as client:
-            found = evaluate_policy(recipe, inputs, client, pool)
+    fleet = Fleet.of(recipe, model, log_name="vllm-evaluate")
+    with RewardPool(recipe.reward) as pool, fleet:
+        fleet.start()
+        fleet.serve_own_weights()
+        sampling = begin_evaluation(recipe, inputs, pool)
+        sampling.advance(fleet)
+        found = finished_evaluation(recipe, inputs, sampling)
     path = recipe.run.dir / f"evaluation-{_label(recipe.run.dir, model)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(found) | {"model": str(model)}, indent=1) + "\n")

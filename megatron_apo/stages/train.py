@@ -20,24 +20,24 @@ from megatron_apo.preflight import open_training
 from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.training_data import TrainingData
-from megatron_apo.runtime.collective import kept_on_driver, on_driver
+from megatron_apo.runtime.collective import driver_only, on_driver
 from megatron_apo.runtime.topology import Topology
-from megatron_apo.telemetry.memory import long_lived
+from megatron_apo.telemetry.memory import garbage_collection_frozen
 from megatron_apo.telemetry.recorder import Recorder
 from megatron_apo.weights.stream import WeightStream, export_hf
 
 
 def train(recipe: Recipe, topology: Topology) -> None:
     """The whole of stage 2, on every rank."""
-    data = kept_on_driver(topology, lambda: open_training(recipe))
+    data = driver_only(topology, lambda: open_training(recipe))
     learner = Learner.build(recipe, topology)
     checkpoints = Checkpoints(recipe, topology, learner)
     start = checkpoints.restore()
     with (
         _rollouts(recipe, topology, learner, data) as rollouts,
-        Recorder(recipe, topology, lambda: rollouts.server_pid, start) as recorder,
+        Recorder(recipe, topology, rollouts.memory_pids, start) as recorder,
         Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress,
-        long_lived(),
+        garbage_collection_frozen(),
     ):
         recorder.synced(rollouts.sync(start))
         if start == 0:
@@ -61,7 +61,9 @@ def train(recipe: Recipe, topology: Topology) -> None:
             if (step + 1) % recipe.sync.probe_every == 0:
                 recorder.proved(rollouts.prove(batch))
             phases = learner.timer.pop()
-            recorder.log(step + 1, learner.step_metrics(record, batch, values, phases), phases)
+            recorder.log(
+                step + 1, {**learner.step_metrics(record, batch, values, phases), **rollouts.step_metrics()}, phases
+            )
             if recipe.eval.every and (step + 1) % recipe.eval.every == 0 and step + 1 < recipe.train.steps:
                 recorder.evaluated(step + 1, rollouts.evaluate(step))
             checkpoints.save_if_due(step + 1)
@@ -84,6 +86,6 @@ def _rollouts(
         learner.policy,
         read_hf_config(recipe.model.path),
         data.inputs if data else None,
-        partial(learner.trainable.parked, recipe.train.offload_while_sampling),
+        partial(learner.trainable.offloaded, recipe.train.offload_while_sampling),
         learner.timer.phase,
     )

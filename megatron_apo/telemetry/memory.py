@@ -58,7 +58,7 @@ def pop_private_peak_bytes() -> int:
 
 
 @contextmanager
-def long_lived() -> Iterator[None]:
+def garbage_collection_frozen() -> Iterator[None]:
     """What exists now is not searched for garbage in this block, which takes 0.25 s every few steps."""
     gc.freeze()
     try:

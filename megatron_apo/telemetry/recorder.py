@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -53,15 +54,18 @@ class Evaluation:
 class Recorder:
     """Use as a context manager around the run."""
 
-    def __init__(self, recipe: Recipe, topology: Topology, server_pid: Callable[[], int | None], start: int = 0):
-        """server_pid: of the rollout server's root, whose memory is counted apart; None except on the driver.
+    def __init__(
+        self, recipe: Recipe, topology: Topology, memory_pids: Callable[[], Mapping[str, int | None]], start: int = 0
+    ):
+        """memory_pids: the roots of the engines' processes, by name (None: not running), whose memory is counted apart;
+        none except on the driver.
 
         start: steps already taken. The rows of these count; those of later steps, which a killed run left and which
         will be written again, are removed.
         """
         self._recipe = recipe
         self._topology = topology
-        self._server_pid = server_pid
+        self._memory_pids = memory_pids
         self._start = start
         self._gpu: GpuMonitor | None = None
         self._stack = ExitStack()
@@ -77,7 +81,8 @@ class Recorder:
         if self._topology.device.type == "cuda":
             self._gpu = self._stack.enter_context(GpuMonitor(gpu_uuid(self._topology.device)))
         if self._topology.is_driver:
-            self._stack.enter_context(self._memory.watch("vllm server", self._server_pid))
+            for name in self._memory_pids():
+                self._stack.enter_context(self._memory.watch(name, partial(self._pid_of, name)))
             self._recipe.save(self._recipe.run.dir / "recipe.yaml")
             telemetry, config = self._recipe.telemetry, self._recipe.model_dump(mode="json")
             self._writer = self._stack.enter_context(
@@ -87,6 +92,9 @@ class Recorder:
             )
             self._read_history()
         return self
+
+    def _pid_of(self, name: str) -> int | None:
+        return self._memory_pids()[name]
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)

@@ -37,18 +37,18 @@ CASES = {
     "bf16-replicated": ("qwen3-tied", "bf16", False),
     "experts": ("qwen3_moe", "bf16", True),
 }
-# name: (reference mode, parked while sampling)
+# name: (reference mode, offloaded while sampling)
 RUNS = {
     "resident": ("resident", False),
     "offload": ("offload", False),
     "swap": ("swap", False),
-    "parked": ("resident", True),
+    "offloaded": ("resident", True),
     "all": ("swap", True),
 }
 # These cases go through all runs; the others through the first, one that frees weights, and one that does all else.
 EVERY_RUN = ("fp32", "bf16")
 # With copies from the host that bring nothing, each of these must come out differently.
-BROKEN = ("offload", "swap", "parked")
+BROKEN = ("offload", "swap", "offloaded")
 
 
 def cases_of(layout: str) -> list[str]:
@@ -91,8 +91,8 @@ def recipe_of(work: Path, case: str, parallel: ParallelConfig, mode: str = "resi
 
 
 def measure(work: Path, case: str, run: str, layout: str, topology: Topology) -> dict:
-    """Three steps of the loop: park, log-probs of the reference, one optimizer step against them."""
-    mode, parked = RUNS[run]
+    """Three steps of the loop: offload, log-probs of the reference, one optimizer step against them."""
+    mode, offloaded = RUNS[run]
     recipe = recipe_of(work, case, parallel_of(layout), mode)
     spec = read_hf_config(recipe.model.path)
     learner = Learner.build(recipe, topology)
@@ -103,8 +103,8 @@ def measure(work: Path, case: str, run: str, layout: str, topology: Topology) ->
     found: dict = {"reference": [], "norms": [], "bytes": []}
     for _ in range(STEPS):
         sizes = {"before": device_bytes(trainable)}
-        with trainable.parked(parked):
-            sizes["parked"] = device_bytes(trainable)
+        with trainable.offloaded(offloaded):
+            sizes["offloaded"] = device_bytes(trainable)
         sizes["after"] = device_bytes(trainable)
         with reference.active() as chunks:
             log_probs = forward_log_probs(chunks, micro)
@@ -115,7 +115,7 @@ def measure(work: Path, case: str, run: str, layout: str, topology: Topology) ->
         found["norms"].append(learner.learn(part, no_values(part)).metrics()["grad_norm"])
     found["weights"] = dict(WeightStream(learner.policy, spec, topology))
     state = [tensor.clone() for tensor in optimizer_tensors(trainable)]
-    for context in (reference.active(), trainable.parked(parked)):
+    for context in (reference.active(), trainable.offloaded(offloaded)):
         try:
             with context:
                 raise Interrupted

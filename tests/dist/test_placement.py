@@ -69,7 +69,7 @@ def test_comparison_notices(layout, measured):
     runs = measured(layout)["fp32"]
     for run in BROKEN:
         assert differences(runs[f"broken {run}"], runs["resident"]) != [], run
-    assert not runs["broken parked"]["restored"]
+    assert not runs["broken offloaded"]["restored"]
 
 
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)
@@ -82,13 +82,13 @@ def test_an_exception_leaves_everything_as_it_was(layout, measured):
 def test_memory_is_free_where_it_should_be(layout, measured):
     for case, runs in measured(layout).items():
         for run in runs_of(case):
-            mode, parked = RUNS[run]
+            mode, offloaded = RUNS[run]
             for step, sizes in enumerate(runs[run]["bytes"]):
                 label = f"{case} {run} step {step}"
-                before, inside = sizes["before"], sizes["parked"]
+                before, inside = sizes["before"], sizes["offloaded"]
                 assert sizes["after"] == before, label
                 assert inside["weights"] == before["weights"] > 0 and before["gradients"] > 0, label
-                if parked:
+                if offloaded:
                     assert inside["gradients"] == inside["state"] == 0, label
                 else:
                     assert inside == before, label
@@ -100,5 +100,5 @@ def test_memory_is_free_where_it_should_be(layout, measured):
 def test_what_leaves_is_what_the_docstring_says(measured):
     """12 bytes for each parameter of the shard beside bf16 weights, 8 beside fp32 ones, give or take padding."""
     for case, each in (("fp32", 8), ("bf16", 12)):
-        sizes = measured("dp2")[case]["parked"]["bytes"][-1]["before"]
+        sizes = measured("dp2")[case]["offloaded"]["bytes"][-1]["before"]
         assert sizes["state"] == pytest.approx(each * sizes["gradients"] / 4 / 2, rel=0.05), case

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.groups import distributed
+from megatron_apo.rollout.engine import Address, Engine, State
 from megatron_apo.rollout.server import ServerError
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
 from megatron_apo.runtime.collective import on_driver
@@ -74,12 +75,10 @@ def sync(folder: Path, topology: Topology, weights: Nothing | WeightStream, paus
     def refuse() -> None:
         raise ServerError("refused")
 
-    there = topology.is_driver
-    client = SimpleNamespace(pause=pause, start_weight_update=refuse) if there else None
-    given = WeightSync(
-        weights, client=client, folder=folder if there else None, rank=topology.rank, group=topology.host_group
-    )
-    given.num_workers = 1
+    client = SimpleNamespace(pause=pause, start_weight_update=refuse, cancel=lambda: None)
+    engine = Engine(Address("", "", folder))
+    engine._client, engine.state = client, State.STARTED  # type: ignore[assignment]
+    given = WeightSync(weights, [engine] if topology.is_driver else [], rank=topology.rank, group=topology.host_group)
     try:
         given.sync(1)
     except SyncError as error:

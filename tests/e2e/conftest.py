@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 
 from megatron_apo.config import RolloutConfig
 from megatron_apo.rollout.client import RolloutClient
+from megatron_apo.rollout.engine import Address, Engine
 from megatron_apo.rollout.server import VLLMServer
-from megatron_apo.rollout.weight_sync import WeightSync
+from megatron_apo.rollout.weight_sync import Source, WeightSync
 from megatron_apo.runtime import guard
 from tests.e2e.command import Command
 
@@ -103,21 +104,30 @@ class ModelSource:
 
 @dataclass
 class Rollouts:
-    """A running server, its client, and the model that it was started with."""
+    """A running engine, and the model that it was started with."""
 
-    server: VLLMServer
-    client: RolloutClient
+    engine: Engine
     family: str
     tied: bool
+
+    @property
+    def server(self) -> VLLMServer | Address:
+        return self.engine.server
+
+    @property
+    def client(self) -> RolloutClient:
+        return self.engine.client
 
     def model(self, seed: int) -> PreTrainedModel:
         return tiny_model(self.family, self.tied, seed)
 
     def sync(self, model: PreTrainedModel) -> WeightSync:
         """A WeightSync over `model`, introduced to the server."""
-        sync = WeightSync(ModelSource(model), client=self.client, folder=self.server.payload_dir)
-        sync.init()
-        return sync
+        return self.sync_of(ModelSource(model))
+
+    def sync_of(self, source: Source) -> WeightSync:
+        self.engine.connect()
+        return WeightSync(source, [self.engine])
 
 
 StartServer = Callable[..., Rollouts]
@@ -133,15 +143,14 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServ
         tiny_model(family, tied, seed=0).save_pretrained(folder / "model")
         config = RolloutConfig(tp=tp, kv_cache_gib=0.1, **options)
         server = VLLMServer(config, folder / "model", log_path=folder / "vllm.log", seed=0, max_model_len=MAX_MODEL_LEN)
-        server.start()
-        rollouts = Rollouts(server, RolloutClient(server.url, server.token, timeout_s=120), family, tied)
+        rollouts = Rollouts(Engine(server, timeout_s=120), family, tied)
+        rollouts.engine.start()
         started.append(rollouts)
         return rollouts
 
     yield start
     for rollouts in started:
-        rollouts.client.close()
-        rollouts.server.stop()
+        rollouts.engine.stop()
 
 
 @pytest.fixture(scope="session")

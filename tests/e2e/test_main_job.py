@@ -10,19 +10,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
 from megatron_apo.config import load_recipe
+from megatron_apo.data.rollouts import RolloutFolder
 from megatron_apo.preflight import open_training
 from megatron_apo.runtime import guard
 from megatron_apo.runtime.ports import free_port
@@ -46,14 +50,19 @@ SMALL = [
     "train.save_every=2",
     "eval.max_prompts=16",
     "eval.every=2",
+    "train.record=true",
     "telemetry.progress=false",
     "reward.name=parity:Parity",
 ]
 # A user's reward, which an untrained model earns about half of the time, so that three steps have something to learn.
 PARITY = """
+import os
 class Parity:
     name, version = "parity", "1"
     def __call__(self, request):
+        if "GRADED" in os.environ:
+            with open(os.environ["GRADED"], "a") as file:
+                file.write(request.prompt + request.response + "\\n")
         return float(len(request.response) % 2)
 """
 
@@ -268,6 +277,125 @@ def test_a_second_death_in_a_step_stops_the_run(quickstart: Path, command, tmp_p
     assert "restarting it once" in run.output and "Traceback" not in run.output
     assert "died twice" in run.output or "at its start" in run.output, run.output
     assert "EngineCore" in run.output  # the end of the server's log
+
+
+# `train` as the job's only rank. In its process two faults are put into the weights' way to an engine: before the sync
+# of version 3, half of engine 0's payload is cut off; in that of version 4, engine 1 is killed.
+FAULTY_TRANSFER = """
+import os, signal
+from collections import Counter
+from pathlib import Path
+from megatron_apo import cli
+from megatron_apo.rollout.weight_sync import _Payload
+
+publish, syncs = _Payload.publish, Counter()
+
+def faulty(self, engine):
+    publish(self, engine)
+    syncs[engine.number] += 1
+    if (engine.number, syncs[engine.number]) == (0, 4):
+        (path,) = self.folders[engine].glob("*.safetensors")
+        data = path.read_bytes()
+        path.unlink()  # the others' names are of the same file
+        path.write_bytes(data[: len(data) // 2])
+    if (engine.number, syncs[engine.number]) == (1, 5):
+        for pid in engine.server.pids():
+            if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text():
+                os.kill(pid, signal.SIGKILL)
+
+_Payload.publish = faulty
+cli.main()
+"""
+
+
+@dataclass(frozen=True)
+class TwoEngines:
+    """A finished run of two engines. killed: the engine that was killed in the second step."""
+
+    run: Path
+    output: str
+    graded: list[str]
+    killed: int
+
+
+@pytest.fixture(scope="module")
+def two_engines(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> TwoEngines:
+    """Five steps over two engines. In the second, one of them is killed while it has requests to answer."""
+    folder = tmp_path_factory.mktemp("two")
+    graded = folder / "graded"
+    slow = ["rollout.max_num_seqs=2", "eval.samples=1", "eval.max_prompts=4", "eval.every=0"]
+    arguments = train_arguments(quickstart, folder / "run", "parallel.pp=1", "rollout.replicas=2", *slow)
+    environment = as_only_rank() | {"GRADED": str(graded), "PYTHONPATH": str(quickstart.parent)}
+    command = Command(folder / "command", *arguments, "train.steps=5", program=("-c", FAULTY_TRANSFER), **environment)
+    try:
+        command.wait_for(lambda: steps_done(folder / "run") >= 1)
+        before = num_lines(graded)
+        command.wait_for(lambda: num_lines(graded) >= before + 4)
+        command.processes(ENGINE)[-1].kill()
+        assert command.wait() == 0, command.output
+    finally:
+        command.stop()
+    killed = re.search(r"rollout engine (\d) died in step 1 ", command.output)
+    assert killed, command.output
+    return TwoEngines(folder / "run", command.output, graded.read_text().splitlines(), int(killed[1]))
+
+
+def num_lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_an_engine_killed_in_a_step_serves_again_with_proven_weights(two_engines: TwoEngines) -> None:
+    killed, output = two_engines.killed, two_engines.output
+    asked_again = re.search(rf"rollout engine {killed} died in step 1 .*unfinished requests, (\d+)\n", output)
+    assert asked_again and 1 <= int(asked_again[1]) <= 3, output  # two that it decodes, and one that waits in it
+    proven = re.search(rf"engine {killed} serves again, with the weights of version 2; .* by at most (\S+)\n", output)
+    assert proven and float(proven[1]) <= 1e-4, output
+    training = training_rows(two_engines.run)
+    by_engine = [[row[f"rollout/engine{number}/responses"] for number in range(2)] for row in training]
+    assert [sum(counts) for counts in by_engine] == [32] * 5
+    assert by_engine[1][1 - killed] > by_engine[1][killed]
+    assert min(by_engine[2]) > 8, by_engine  # the step after: both of them
+    log = (two_engines.run / "logs" / f"vllm-{killed}.log").read_text()
+    assert log.count("Starting vLLM server on") >= 2
+    assert max(row["mismatch/max"] for row in training) <= 1e-4
+    summary = json.loads((two_engines.run / "summary.json").read_text())
+    assert {"vllm server 0", "vllm server 1"} <= set(summary["peak_memory_bytes"])
+    assert summary["max_log_prob_difference"] <= 1e-4 and summary["sync"]["count"] == 6
+
+
+def test_nothing_is_sampled_or_graded_twice_over_a_death(two_engines: TwoEngines) -> None:
+    batches = [RolloutFolder(two_engines.run / "rollouts").read(step) for step in range(5)]
+    assert len(two_engines.graded) == 5 * 32 + 2 * (4 + 4), "each response once; two evaluations, sampled and greedy"
+    for step, batch in enumerate(batches):
+        assert len(set(batch.prompt_ids)) == 32 and set(batch.weight_version_B.tolist()) == {step}
+
+
+def test_two_engines_sample_what_one_samples(quickstart: Path, two_engines: TwoEngines) -> None:
+    one, two = (RolloutFolder(run / "rollouts").read(0) for run in (quickstart, two_engines.run))
+    assert two.prompt_ids == one.prompt_ids
+    rows = range(len(one))
+    same = [np.array_equal(two.sequences.row(row), one.sequences.row(row)) for row in rows]
+    print(f"{same.count(False)} of {len(one)} responses differ between one engine and two")
+    assert [two.sequences.prompt(row).tolist() for row in rows] == [one.sequences.prompt(row).tolist() for row in rows]
+    assert all(two.reward_B[row] == one.reward_B[row] for row in rows if same[row])
+    assert sum(same) >= len(one) // 2  # seeds and weights are the same; rounding may change the course of a few
+
+
+def test_an_engine_whose_update_raised_is_restarted(two_engines: TwoEngines) -> None:
+    output = two_engines.output
+    failed = re.search(r"a weight update failed in step 2 \((.*)\); restarting its engine\n", output)
+    assert failed and "/update_weights" in failed[1], output
+    assert "rollout engine 0 serves again, with the weights of version 3;" in output
+    row = training_rows(two_engines.run)[3]
+    assert min(row["rollout/engine0/responses"], row["rollout/engine1/responses"]) > 8
+
+
+def test_an_engine_killed_in_a_sync_does_not_keep_the_other_from_its_weights(two_engines: TwoEngines) -> None:
+    output = two_engines.output
+    assert "rollout engine 1 died in step 3 (" in output
+    row = training_rows(two_engines.run)[4]
+    assert row["rollout/engine0/responses"] == 32 and row["mismatch/max"] <= 1e-4
+    assert "rollout engine 1 serves again, with the weights of version 5;" in output
 
 
 @pytest.mark.full  # `test_untied_model_trains_until_sigterm` has the other signal

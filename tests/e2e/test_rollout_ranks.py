@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_apo.rollout.client import RolloutClient
+from megatron_apo.rollout.engine import Address, Engine
+from megatron_apo.rollout.proof import prove
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
 from tests.e2e.conftest import ModelSource, Rollouts, log_probs, tiny_model
@@ -37,25 +38,28 @@ def trainer_rank(rank: int, store: str, url: str, token: str, folder: Path) -> l
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    client = RolloutClient(url, token) if rank == 0 else None
+    engines = []
+    if rank == 0:
+        engines = [Engine(Address(url, token, folder))]
+        engines[0].start()
+        engines[0].connect()
     model = tiny_model("qwen3", True, seed=61)
     source = HalvedSource(model)
-    sync = WeightSync(source, client=client, folder=folder if rank == 0 else None, rank=rank)
-    sync.init()
+    sync = WeightSync(source, engines, rank=rank)
     report = sync.sync(version=5)
     told = [report.version, len(report.checksums) > 0]
-    told.append(sync.prove([SEQUENCE], [log_probs(model, SEQUENCE)], 1e-4) <= 1e-4)
+    told.append(prove(sync, [SEQUENCE], [log_probs(model, SEQUENCE)], 1e-4) <= 1e-4)
     source.lost = "model.norm.weight"
     for attempt in (
         lambda: sync.sync(version=6),
-        lambda: sync.prove([SEQUENCE], [log_probs(model, SEQUENCE[::-1])], 1e-4),
+        lambda: prove(sync, [SEQUENCE], [log_probs(model, SEQUENCE[::-1])], 1e-4),
     ):
         try:
             attempt()
         except (SyncError, ServerDied) as error:
             told.append(f"{type(error).__name__}: {error}")
         if rank == 0:
-            client.resume()
+            engines[0].client.resume()
         dist.barrier()
     dist.destroy_process_group()
     return told

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from megatron_apo.rollout.client import GenerateRequest, RolloutClient, Sampling
+from megatron_apo.rollout.client import GenerateRequest, Sampling
+from megatron_apo.rollout.engine import Address, Engine
+from megatron_apo.rollout.proof import prove
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
 from tests.e2e.conftest import (
@@ -56,7 +57,7 @@ def prove_two_updates(rollouts: Rollouts) -> WeightSync:
         report = sync.sync(version)
         assert report.checksums == checksums(new)
         assert report.num_bytes == sum(4 * value.numel() for value in new.parameters())
-        assert sync.prove(SEQUENCES, references(new), 1e-4, checksums(new)) <= 1e-4
+        assert prove(sync, SEQUENCES, references(new), 1e-4, checksums(new)) <= 1e-4
         worst = max(
             abs(ours - theirs)
             for row, other in zip(rollouts.client.score(SEQUENCES), references(old), strict=True)
@@ -91,21 +92,16 @@ sys.stdin.read()
 """
 
 
-@dataclass(frozen=True)
-class OthersServer:
-    """What a test needs of a server that another process started."""
-
-    payload_dir: Path
-
-
 def test_untied_with_qkv_bias_over_two_workers_whose_trainer_is_killed(tmp_path: Path) -> None:
     tiny_model("qwen2", tied=False, seed=0).save_pretrained(tmp_path / "model")
     command = [sys.executable, "-c", TRAINER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as trainer:
         try:
             url, token, pids, folder = json.loads(trainer.stdout.readline())
-            with RolloutClient(url, token, timeout_s=120) as client:
-                rollouts = Rollouts(OthersServer(Path(folder)), client, "qwen2", tied=False)
+            engine = Engine(Address(url, token, Path(folder)), timeout_s=120)
+            engine.start()
+            with engine.client as client:
+                rollouts = Rollouts(engine, "qwen2", tied=False)
                 sync = prove_two_updates(rollouts)
                 assert len(pids) >= 5, "guard, API server, engine core, two workers"
                 everything = traces(pids)
@@ -152,11 +148,11 @@ def test_a_stale_tensor_is_named_and_the_server_serves_nothing(rollouts: Rollout
     old, new = rollouts.model(seed=21), rollouts.model(seed=22)
     sync = rollouts.sync(old)
     sync.sync(version=1)
-    assert sync.prove(SEQUENCES, references(old)) <= 1e-4
+    assert prove(sync, SEQUENCES, references(old)) <= 1e-4
     sync.source = StaleSource(new, old)
     sync.sync(version=2)
     with pytest.raises(SyncError, match=rf"position \d+, token \d+: vLLM .*; stale: {STALE}$"):
-        sync.prove(SEQUENCES, references(new), 1e-4, checksums(new) if knows_checksums else None)
+        prove(sync, SEQUENCES, references(new), 1e-4, checksums(new) if knows_checksums else None)
     assert rollouts.client.is_paused()
     recover(rollouts)
 
@@ -168,7 +164,7 @@ def test_a_stale_copy_inside_vllm_shows_in_the_probe(rollouts: Rollouts) -> None
     sync.sync(version=1)
     theirs = references(rollouts.model(seed=32))
     with pytest.raises(SyncError, match="no checksum is amiss"):
-        sync.prove(SEQUENCES, theirs, 1e-4, checksums(new))
+        prove(sync, SEQUENCES, theirs, 1e-4, checksums(new))
     recover(rollouts)
 
 
@@ -199,8 +195,7 @@ def test_a_source_that_breaks_its_word_is_named(rollouts: Rollouts) -> None:
         rf"{name}: the source gave torch.float32 \[1, .* declared": [*good[:5], (name, value[None]), *good[6:]],
     }  # fmt: skip
     for message, items in cases.items():
-        sync = WeightSync(BrokenSource(model, items), client=rollouts.client, folder=rollouts.server.payload_dir)
-        sync.init()
+        sync = rollouts.sync_of(BrokenSource(model, items))
         with pytest.raises(SyncError, match=message):
             sync.sync(version=1)
         assert rollouts.client.is_paused()
@@ -233,8 +228,7 @@ def test_tensors_that_do_not_fit_the_servers_model_are_named(rollouts: Rollouts)
     }
     try:
         for message, items in cases.items():
-            sync = WeightSync(DeclaredSource(items), client=rollouts.client, folder=rollouts.server.payload_dir)
-            sync.init()
+            sync = rollouts.sync_of(DeclaredSource(items))
             with pytest.raises(SyncError, match=message):
                 sync.sync(version=1)
             assert rollouts.client.is_paused()
@@ -260,4 +254,4 @@ def recover(rollouts: Rollouts) -> None:
     model = rollouts.model(seed=0)
     sync = rollouts.sync(model)
     sync.sync(version=0)
-    assert sync.prove(SEQUENCES, references(model)) <= 1e-4
+    assert prove(sync, SEQUENCES, references(model)) <= 1e-4

@@ -4,8 +4,8 @@
 
 A small dense model and a mixture of experts learn for two steps. The reference's log-probs must then be what they were
 before, and the same in each mode; the policy's weights and the optimizer's state must be the same after the reference
-was active, and after `Trainable.parked`. `held` is allocated between steps, `parked` within that; at least nine tenths
-of what should leave must have left. A minute on one GPU.
+was active, and after `Trainable.offloaded`. `held` is allocated between steps, `offloaded` within that; at least nine
+tenths of what should leave must have left. A minute on one GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     args = parse(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
     verdict = Verdict()
     with job() as topology:
-        print(f"{'':32}{'held':>11}{'parked':>11}")
+        print(f"{'':32}{'held':>11}{'offloaded':>11}")
         for family in ["qwen3"] if args.tiny else ["qwen3", "qwen3_moe"]:
             spec = spec_of(COMMON | {"model_type": family} | FAMILIES[family])
             for dtype, layers in (("fp32", "local"), ("bf16", "local"), ("bf16", "te")):
@@ -63,10 +63,10 @@ def compare(spec: ModelSpec, dtype: str, layers: str, topology: Topology, verdic
         resident = resident or found
         figures["other than resident"] = (float(differ(found.log_probs, resident.log_probs)), 0.0)
         if topology.device.type == "cuda":
-            figures["parked"] = (found.parked, found.held - _LEFT * found.optimizer_bytes)
+            figures["offloaded"] = (found.offloaded, found.held - _LEFT * found.optimizer_bytes)
             if mode != "resident":
                 figures["held"] = (found.held, resident.held - _LEFT * found.weight_bytes)
-        cells = f"{data_size(found.held):>11}{data_size(found.parked):>11}"
+        cells = f"{data_size(found.held):>11}{data_size(found.offloaded):>11}"
         print(f"{name:<32}{cells}  {verdict.of(name, **figures)}", flush=True)
 
 
@@ -75,13 +75,13 @@ class Found:
     log_probs: list[Tensor]  # the reference's
     changed: dict[str, bool]  # what must not have
     held: int  # bytes, as the following
-    parked: int
+    offloaded: int
     weight_bytes: int
     optimizer_bytes: int  # gradients included
 
 
 def run(spec: ModelSpec, topology: Topology, *overrides: str) -> Found:
-    """Two steps, the reference before and after them, and the optimizer parked."""
+    """Two steps, the reference before and after them, and the optimizer offloaded."""
     # A rate that bf16 weights can follow.
     recipe = recipe_of([*overrides, f"train.prompts_per_step={len(_LENGTHS)}", "optimizer.lr=0.01"])
     learner = prepared(recipe, spec, topology)
@@ -111,11 +111,11 @@ def run(spec: ModelSpec, topology: Topology, *overrides: str) -> Found:
     optimizer_bytes = sum(4 * weight.numel() for weight in weights) + size(trainable._own_tensors())
     before = [tensor.cpu() for tensor in before]
     held = allocated()
-    with trainable.parked():
-        parked = allocated()
-    changed["the parking's traces"] = differ(state(), before)
+    with trainable.offloaded():
+        offloaded = allocated()
+    changed["the offloading's traces"] = differ(state(), before)
     changed["another policy"] = differ(log_probs(Reference(policy)), learned)
-    return Found(first, changed, held, parked, size(weights), optimizer_bytes)
+    return Found(first, changed, held, offloaded, size(weights), optimizer_bytes)
 
 
 def differ(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:

@@ -8,7 +8,7 @@ recipe says can be changed at the end of the line, e.g. `model.fp8.recipe=tensor
 first step warms up; the others' means are shown. The limit: a first log-ratio that the learner allows. Five minutes on
 one GPU.
 
-The last phase, `park`, is what `train.offload_while_sampling` adds to a step: optimizer state to the host and back.
+The last phase, `offload`, is what `train.offload_while_sampling` adds to a step: optimizer state to the host and back.
 
 A 7B in bf16 with fp32 optimizer state takes 18 bytes a parameter (2 weight, 4 gradient, 12 master and moments), and 2
 more while the reference computes: 142 GiB of a GPU that has 139. Here its moments are bf16, which takes Transformer
@@ -124,7 +124,7 @@ def run(
     for _ in range(steps + 1):
         with learner.timer.phase("step"):
             record = learner.learn(batch, no_values(batch))
-        with learner.timer.phase("park"), learner.trainable.parked():
+        with learner.timer.phase("offload"), learner.trainable.offloaded():
             pass
         found.append((record.first_log_ratio, learner.timer.pop()))
     return found[0][0], learner.first_log_ratio_tolerance, [phases for _, phases in found[1:]]

@@ -80,6 +80,7 @@ def test_a_problem_names_key_value_allowed_and_fix() -> None:
     [
         (["train.prompts_per_step=6", "train.minibatches=2", "parallel.dp=2"], "train.prompts_per_step", "8"),
         (["data.max_prompt_tokens=5000"], "train.tokens_per_micro_batch", "6024"),  # 5000 + 1024
+        (["rollout.port=65535", "rollout.replicas=3"], "rollout.port", "65533"),
         (
             ["rollout.max_num_seqs=5000", "rollout.max_num_batched_tokens=4000"],
             "rollout.max_num_batched_tokens",

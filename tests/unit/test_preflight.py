@@ -95,6 +95,15 @@ def test_an_engine_that_does_not_fit(problems):
     assert line == "rollout.tp: 3 does not divide the model's 4 heads; use a divisor (model.path)"
 
 
+def test_each_replica_has_gpus_of_its_own(misfits):
+    assert misfits([HOPPER] * 4, "rollout.tp=2", "rollout.replicas=2") == misfits([], "rollout.replicas=9") == []
+    (line,) = misfits([HOPPER] * 5, "rollout.tp=2", "rollout.replicas=3")
+    assert line == (
+        "rollout.replicas: 3 engines of rollout.tp=2 need 6 GPUs, and here are 5; use at most 2, or name more in "
+        "CUDA_VISIBLE_DEVICES"
+    )
+
+
 @pytest.mark.parametrize(("tp", "fits"), [(1, True), (2, True), (4, False), (12, True), (3, True)])
 def test_workers_share_kv_heads_evenly(problems, tp, fits):
     """12 heads in 6 groups: 4 workers would have one and a half each. 12 have half of one, which both hold."""
@@ -139,6 +148,7 @@ def test_an_engine_that_a_gpu_cannot_hold(problems, monkeypatch, overrides, most
         (["model.reference_mode=swap"], 2 * WEIGHTS),
         (["model.reference_mode=offload", "train.offload_while_sampling=true"], STATE + WEIGHTS),
         (["rollout.sleep_while_training=true", "rollout.dtype=bfloat16"], WEIGHTS),
+        (["rollout.sleep_while_training=true", "rollout.dtype=bfloat16", "rollout.replicas=2"], 2 * WEIGHTS),
     ],
 )
 def test_what_waits_in_host_memory_fits_it(problems, monkeypatch, overrides, needed):

@@ -115,7 +115,7 @@ def log(
 def write_run(recipe: Recipe, topology: Topology, steps: int) -> tuple[list[dict], dict]:
     """(rows, summary) of a run whose steps take 8 s; memory of the phase "train" grows by 1 GB a step."""
     times = {"generate": 5.0, "reference": 0.5, "train": 1.0, "optimizer": 0.5, "sync": 1.0, "step": 8.0}
-    with Recorder(recipe, topology, lambda: None) as recorder:
+    with Recorder(recipe, topology, dict) as recorder:
         recorder.synced(SyncReport(0, 0.1, 100, {}))
         recorder.proved(1e-6)
         for step in range(1, steps + 1):
@@ -175,7 +175,7 @@ def test_the_driver_alone_writes_and_has_what_every_rank_sent(
     recipe = make_recipe(tmp_path)
     for rank, peak in ((1, 7), (0, 5)):
         phases = {name: Phase(1.0, peak) for name in ("generate", "reference", "train", "optimizer", "sync", "step")}
-        with Recorder(recipe, replace(topology, rank=rank, world_size=2), lambda: None) as recorder:
+        with Recorder(recipe, replace(topology, rank=rank, world_size=2), dict) as recorder:
             recorder.synced(SyncReport(0, 0.1, 100, {}))
             recorder.proved(1e-6)
             log(recorder, recipe, record(topology), 1, batch_of([2, 2]), phases, lr=1e-6)
@@ -214,7 +214,7 @@ def test_a_resumed_run_has_no_step_twice_and_counts_all_of_them(tmp_path: Path, 
     recipe, times = make_recipe(tmp_path), {"reference": 0.5, "train": 1.0, "optimizer": 0.5, "step": 2.0}
     phases = {name: Phase(value, 1) for name, value in times.items()}  # of a replay: nothing is generated
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # killed after step 3, resumed after step 2
-        with Recorder(recipe, topology, lambda: None, start) as recorder:
+        with Recorder(recipe, topology, dict, start) as recorder:
             recorder.synced(None)
             recorder.proved(None)
             for step in steps:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_apo.config import ModelConfig, RolloutConfig, SyncConfig
 from megatron_apo.rollout import server as server_file
-from megatron_apo.rollout.server import VLLMServer, engine_options, engine_problems, served_length
+from megatron_apo.rollout.server import (
+    ServerError,
+    VLLMServer,
+    advertised_host,
+    engine_environment,
+    engine_options,
+    engine_problems,
+    served_length,
+)
 
 QWEN_7B = {
     "model_type": "qwen2",
@@ -65,6 +74,80 @@ def test_what_needs_a_gpu_is_refused_without_one(gpu: bool) -> None:
     else:
         with pytest.raises(ValueError, match="sleep_while_training: true needs a GPU"):
             engine_options(wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({}, "127.0.0.1"),
+        ({"host": "10.0.0.7"}, "10.0.0.7"),
+        ({"host": "0.0.0.0"}, "127.0.0.1"),
+        ({"host": "0.0.0.0", "advertise_host": "node7"}, "node7"),
+        ({"host": "::"}, "[::1]"),
+        ({"host": "::", "advertise_host": "fd00::7"}, "[fd00::7]"),
+    ],
+)
+def test_an_engine_is_reached_by_an_address_that_it_need_not_bind(settings: dict, where: str) -> None:
+    assert advertised_host(RolloutConfig(**settings)) == where
+
+
+def test_a_server_on_all_interfaces_is_waited_for_where_it_is_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a vLLM, but what is started binds and answers as told."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    script = "import http.server as h, sys; h.test(h.SimpleHTTPRequestHandler, bind='0.0.0.0', port=int(sys.argv[1]))"
+    (tmp_path / "health").touch()
+    monkeypatch.chdir(tmp_path)
+    server = VLLMServer(
+        RolloutConfig(host="0.0.0.0"), tmp_path, log_path=tmp_path / "log", seed=0, max_model_len=9, shm_dir=tmp_path
+    )
+    monkeypatch.setattr(server, "_command", lambda port: [sys.executable, "-c", script, str(port)])
+    with server:
+        assert server.url.startswith("http://127.0.0.1:")
+        assert server.alive() and server.pid in server.pids()
+
+
+def test_replicas_have_cores_gpus_and_ports_of_their_own(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_file.os, "sched_getaffinity", lambda _: set(range(10, 18)))
+    monkeypatch.setattr(server_file, "drivers_gpus", lambda: [(9, 0)] * 4)
+    inherited = {"CUDA_VISIBLE_DEVICES": "7,5, 3,GPU-1,9"}  # CUDA ignores what follows a name that it does not know
+
+    def environments(**settings: object) -> list[dict[str, str]]:
+        rollout = RolloutConfig(replicas=2, **settings)
+        return [engine_environment(inherited, rollout, replica) for replica in range(2)]
+
+    if gpu:
+        assert [one["CUDA_VISIBLE_DEVICES"] for one in environments(tp=2)] == ["7,5", "3,GPU-1"]
+        assert [one["CUDA_VISIBLE_DEVICES"] for one in environments()] == ["7", "5"]
+        assert engine_environment(inherited, RolloutConfig())["CUDA_VISIBLE_DEVICES"] == "7,5, 3,GPU-1,9"
+        assert engine_environment({}, RolloutConfig(replicas=2), 1)["CUDA_VISIBLE_DEVICES"] == "1"
+        with pytest.raises(ServerError, match="no GPUs are left for engine 1 of rollout.tp=3: 4 here"):
+            environments(tp=3)
+    else:
+        assert [one["OMP_NUM_THREADS"] for one in environments()] == ["4", "4"]
+        assert [one["OMP_NUM_THREADS"] for one in environments(threads=3)] == ["3", "3"]
+        assert [one["VLLM_CPU_OMP_THREADS_BIND"] for one in environments(tp=2)] == ["10,11|12,13", "14,15|16,17"]
+        alone = engine_environment(inherited, RolloutConfig(replicas=2))  # stage 1's engine
+        assert alone["OMP_NUM_THREADS"] == "8"
+
+
+def test_ports_of_replicas_follow_each_other(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[int] = []
+
+    def note(host: str, port: int) -> int:
+        wanted.append(port)
+        raise ServerError("noted")
+
+    monkeypatch.setattr(server_file, "_port", note)
+    for settings in ({"port": 7000, "replicas": 3}, {"replicas": 3}):
+        for replica in range(3):
+            server = VLLMServer(
+                RolloutConfig(**settings), model, log_path=model / "log", seed=0, max_model_len=9, replica=replica
+            )
+            with pytest.raises(ServerError, match="noted"):
+                server.start()
+    assert wanted == [7000, 7001, 7002, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

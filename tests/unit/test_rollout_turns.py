@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from megatron_apo.config import build_recipe
 from megatron_apo.data.prompts import Prompt
+from megatron_apo.rollout import fleet as fleet_file
 from megatron_apo.rollout import rollouts as rollouts_file
 from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.payload import weights_path, write_loaded
@@ -94,12 +95,17 @@ def one_rank() -> Topology:
     return Topology(**place, **groups, dp=1, device=torch.device("cpu"), host_group=dist.new_group())
 
 
+def log_probs(value: float) -> Any:
+    """The trainer's, of any tokens."""
+    return lambda recipe, topology, policy, sequences: [[value] * (len(s) - 1) for s in sequences]
+
+
 @pytest.fixture
 def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Makes Rollouts of a recipe's overrides whose server is `http` and whose parking is an event."""
+    """Makes Rollouts of a recipe's overrides whose server is `http` and whose offloading is an event."""
 
     class Server(SimpleNamespace):
-        process = None
+        pid = None
         token = ""
 
         def start(self) -> None:
@@ -117,8 +123,8 @@ def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
             return [SimpleNamespace(name="w", dtype=WEIGHT.dtype, shape=WEIGHT.shape)]
 
     @contextmanager
-    def parked() -> Iterator[None]:
-        http.events.append("parked")
+    def offloaded() -> Iterator[None]:
+        http.events.append("offloaded")
         try:
             yield
         finally:
@@ -134,11 +140,11 @@ def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
             stop_token_ids=(1,),
         )
         recipe = build_recipe({}, [*paths, *overrides])
-        return Rollouts(recipe, one_rank(), [], None, inputs, parked)  # type: ignore[arg-type]
+        return Rollouts(recipe, one_rank(), [], None, inputs, offloaded)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(rollouts_file, "VLLMServer", lambda *_, **__: Server())
+    monkeypatch.setattr(fleet_file, "VLLMServer", lambda *_, **__: Server())
     monkeypatch.setattr(rollouts_file, "WeightStream", lambda *_: Stream([("w", WEIGHT)]))
-    monkeypatch.setattr(Rollouts, "_own_log_probs", lambda self, found: [[0.0] * (len(s) - 1) for s in found])
+    monkeypatch.setattr(rollouts_file, "policy_log_probs", log_probs(0.0))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield make
     dist.destroy_process_group()
@@ -150,10 +156,10 @@ def test_vllm_sleeps_whenever_the_trainers_memory_is_back(start: Any, http: Any)
         return events
 
     def turn(*work: str) -> list[str]:
-        return ["parked", "/wake_up", *work, "/sleep?level=1", "back"]
+        return ["offloaded", "/wake_up", *work, "/sleep?level=1", "back"]
 
     with start("rollout.sleep_while_training=true") as rollouts:
-        assert happened() == ["parked", "start", "/sleep?level=1", "back", *MEETING]
+        assert happened() == ["offloaded", "start", "/sleep?level=1", "back", *MEETING]
         rollouts.sync(0)
         assert happened() == ["/wake_up?tags=weights", *UPDATE]
         assert rollouts.evaluate(0).num_prompts == 1
@@ -164,12 +170,12 @@ def test_vllm_sleeps_whenever_the_trainers_memory_is_back(start: Any, http: Any)
         assert happened() == turn(GENERATE)
 
 
-def test_without_sleep_nothing_is_asked_but_parking_is_the_same(start: Any, http: Any) -> None:
+def test_without_sleep_nothing_is_asked_but_offloading_is_the_same(start: Any, http: Any) -> None:
     with start() as rollouts:
         rollouts.sync(0)
         rollouts.sample([PROMPT], 1)
         assert rollouts._sync.group is rollouts._topology.host_group  # its GPUs would wait in the default one
-    assert http.events == ["parked", "start", "back", *MEETING, *UPDATE, "parked", GENERATE, "back"]
+    assert http.events == ["offloaded", "start", "back", *MEETING, *UPDATE, "offloaded", GENERATE, "back"]
 
 
 def test_a_server_that_died_starts_again_where_there_is_room(start: Any, http: Any) -> None:
@@ -178,15 +184,16 @@ def test_a_server_that_died_starts_again_where_there_is_room(start: Any, http: A
         http.events, http.deaths = [], 1
         rollouts.sample([PROMPT], 1)
     assert http.events == [
-        *("parked", "/wake_up", GENERATE, "back"),  # a dead server is not put to sleep
-        *("parked", "start", "/sleep?level=1", "back", *MEETING),
+        *("offloaded", "/wake_up", GENERATE, "back"),  # a dead server is not put to sleep
+        *("offloaded", "start", "/sleep?level=1", "back", *MEETING),
         *("/wake_up?tags=weights", *UPDATE),
-        *("parked", "/wake_up", GENERATE, "/sleep?level=1", "back"),
+        *("offloaded", "/wake_up", GENERATE, "/sleep?level=1", "back"),  # the proof, of a held-out prompt
+        *("offloaded", "/wake_up", GENERATE, "/sleep?level=1", "back"),
     ]
 
 
 def test_the_proof_is_held_to_its_precision(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Rollouts, "_own_log_probs", lambda self, found: [[-0.3, -0.3] for _ in found])
+    monkeypatch.setattr(rollouts_file, "policy_log_probs", log_probs(-0.3))
     with start("model.dtype=bf16", "rollout.dtype=bfloat16") as rollouts:
         rollouts.sync(0)
         assert rollouts.prove(make_batch([[5]], [[6, 7]])) == pytest.approx(0.3)

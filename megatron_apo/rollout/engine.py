@@ -1,0 +1,141 @@
+"""A handle to one vLLM engine: a server that is started here, or one that runs elsewhere and is known by its address.
+
+What an engine may be asked depends on its state. It serves requests when it holds the policy's weights and, once it was
+started anew, when that is proven (`proof.py`). Whoever meets an error of an engine tells it (`fail`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TypeVar
+
+from megatron_apo.rollout.client import RolloutClient
+from megatron_apo.rollout.server import ServerDied, VLLMServer
+
+Answer = TypeVar("Answer")
+
+
+class State(Enum):
+    DOWN = "not started, or dead"
+    UNUSABLE = "a weight update raised in it, which leaves it outside vLLM's protocol and between two versions"
+    STARTED = "it answers, and holds weights that are not the policy's"
+    UNPROVEN = "it was given the policy's weights after a restart, and nobody has looked whether it has them"
+    SERVING = "it may be asked for responses"
+
+
+@dataclass(frozen=True)
+class Address:
+    """A server that somebody else started. `payload_dir`: where its workers read payloads."""
+
+    url: str
+    token: str
+    payload_dir: Path
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+class Engine:
+    """One engine of a fleet. `timeout_s` bounds one request.
+
+    version: of the weights it holds; None: others than the policy's, or not whole. num_workers: its processes that load
+    weights, 0 until it was asked. failure: what it failed with last.
+    """
+
+    def __init__(self, server: VLLMServer | Address, *, number: int = 0, timeout_s: float = 3600):
+        self.server = server
+        self.number = number
+        self._timeout_s = timeout_s
+        self._client: RolloutClient | None = None
+        self.state = State.DOWN
+        self.version: int | None = None
+        self.num_workers = 0
+        self.needs_proof = False
+        self.failure: Exception | None = None
+
+    def start(self) -> None:
+        """Start the server, or start it again. Returns when it answers; raises ServerError when it does not."""
+        self.stop()
+        self.server.start()
+        self._client = RolloutClient(self.server.url, self.server.token, timeout_s=self._timeout_s)
+        self.state = State.STARTED
+        self.needs_proof = self.failure is not None
+        self.version, self.num_workers = None, 0
+
+    def stop(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        self.server.stop()
+        self.state = State.DOWN
+
+    def connect(self) -> None:
+        """Introduce the trainer to vLLM's weight transfer."""
+        self.client.init_weight_transfer_engine({})
+        self.num_workers = self.client.num_workers()
+
+    @property
+    def client(self) -> RolloutClient:
+        assert self._client is not None, "the engine is not started"
+        return self._client
+
+    @property
+    def payload_dir(self) -> Path:
+        """Where a payload for its workers is written; removed with the server."""
+        return self.server.payload_dir
+
+    @property
+    def can_start(self) -> bool:
+        """What runs elsewhere is joined once, and is its owner's to start again."""
+        return self.failure is None or not isinstance(self.server, Address)
+
+    @property
+    def answers(self) -> bool:
+        return self.state not in (State.DOWN, State.UNUSABLE)
+
+    @property
+    def pid(self) -> int | None:
+        """The root of its processes, where they run here."""
+        return None if isinstance(self.server, Address) else self.server.pid
+
+    def holds(self, version: int) -> None:
+        """A weight update is complete."""
+        self.version = version
+        self.state = State.UNPROVEN if self.needs_proof else State.SERVING
+
+    def is_proven(self) -> None:
+        """It was seen to hold the policy's weights."""
+        self.needs_proof = False
+        self.state = State.SERVING
+
+    def fail(self, error: Exception) -> None:
+        """It died, or otherwise failed where there is no way on but a restart. Its open requests are given up."""
+        self.failure = error
+        self.version = None
+        self.state = State.DOWN if isinstance(error, ServerDied) else State.UNUSABLE
+        self.client.cancel()
+
+    def log_tail(self) -> str:
+        return "" if isinstance(self.server, Address) else self.server.log_tail()
+
+
+def at_once(engines: Sequence[Engine], work: Callable[[Engine], Answer]) -> dict[Engine, Answer | Exception]:
+    """Do `work` with all engines at the same time: each one's answer, or the error that it raised."""
+
+    def attempt(engine: Engine) -> Answer | Exception:
+        try:
+            return work(engine)
+        except Exception as error:  # told by engine
+            return error
+
+    if len(engines) <= 1:
+        return {engine: attempt(engine) for engine in engines}
+    with ThreadPoolExecutor(len(engines), "engine") as threads:
+        return dict(zip(engines, threads.map(attempt, engines), strict=True))

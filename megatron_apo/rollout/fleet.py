@@ -1,0 +1,277 @@
+"""All engines of a run, on the driver: who is asked for what, and what becomes of the requests of one that dies.
+
+    fleet = Fleet.of(recipe, model)
+    fleet.start()                          # all servers at the same time
+    fleet.generate(queue, on_completion)   # every request answered once, by whichever engine has the least to do
+
+One thread drives a fleet. Engines start in threads of their own, so that one that died is started again while the
+others sample.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from heapq import heapify, heappop, heappush
+from pathlib import Path
+from queue import SimpleQueue
+
+from megatron_apo.config import Recipe
+from megatron_apo.rollout.client import Body, Completion, Outcome, RolloutClient, read_completion
+from megatron_apo.rollout.engine import Answer, Engine, State, at_once
+from megatron_apo.rollout.server import ServerDied, VLLMServer
+
+
+class RequestQueue:
+    """Requests in order. Each is open, in flight at one engine, or answered, and goes back to open when its engine
+    dies: so none is lost, and none that was answered is asked again."""
+
+    def __init__(self, bodies: Sequence[Body]):
+        self.bodies = bodies
+        self.answers: dict[int, Completion] = {}
+        self.answered_by: Counter[int] = Counter()  # how many each engine answered, by its number
+        self.start_s = time.perf_counter()
+        self._open = list(range(len(bodies)))
+        heapify(self._open)
+
+    @property
+    def has_open(self) -> bool:
+        return bool(self._open)
+
+    @property
+    def completions(self) -> list[Completion]:
+        """Of all requests, in their order."""
+        return [self.answers[index] for index in range(len(self.bodies))]
+
+    def take(self) -> int:
+        """The first open request, which is in flight from now on."""
+        return heappop(self._open)
+
+    def put_back(self, index: int) -> None:
+        heappush(self._open, index)
+
+
+class Fleet(AbstractContextManager["Fleet"]):
+    """As a context manager it stops at the end what was started.
+
+    window: requests that an engine has in flight at most, where there are several engines. activity: what the run is
+    at, for messages. may_start: whether an engine that is lost can be started again now, or memory must be made for it
+    first (`sharing.py`).
+    """
+
+    def __init__(self, engines: Sequence[Engine], window: int):
+        self.engines = list(engines)
+        self.activity = "the start"
+        self.may_start = True
+        self._window = window if len(engines) > 1 else None
+        self._starts: dict[Engine, Future[None]] = {}
+        self._threads: list[threading.Thread] = []
+        self._told: set[Engine] = set()  # lost engines of which a message was printed
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: Path, log_name: str = "vllm") -> Fleet:
+        """rollout.replicas engines of this machine, not started. Their logs: RUN/logs/<log_name>[-<number>].log."""
+        rollout = recipe.rollout
+        is_alone = rollout.replicas == 1
+        engines = []
+        for number in range(rollout.replicas):
+            server = VLLMServer(
+                rollout,
+                model,
+                log_path=recipe.run.dir / "logs" / f"{log_name}{'' if is_alone else f'-{number}'}.log",
+                seed=recipe.run.seed,
+                max_model_len=recipe.max_sequence_tokens,
+                shm_dir=recipe.sync.dir,
+                replica=None if is_alone else number,
+            )
+            engines.append(Engine(server, number=number, timeout_s=rollout.request_timeout_s))
+        # What an engine does not decode yet waits in it: the next sequence begins where one has ended.
+        return cls(engines, window=rollout.max_num_seqs + max(1, rollout.max_num_seqs // 8))
+
+    # --- starting and ending
+
+    def start(self) -> None:
+        """Start all engines that are down, and wait for those and for the ones that were starting."""
+        self.begin_starts([engine for engine in self.engines if not engine.answers])
+        self.finish_starts()
+
+    def begin_starts(self, engines: Sequence[Engine]) -> None:
+        """Start engines in the background. Those that are starting, and those that failed elsewhere, are left alone."""
+        for engine in engines:
+            if engine.can_start and engine not in self._starts:
+                self._starts[engine] = future = Future()
+                thread = threading.Thread(target=_start, args=(engine, future), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def finish_starts(self) -> None:
+        """Wait for the engines that are starting. Raises ServerError for one that does not start."""
+        while self._starts:
+            engine, future = next(iter(self._starts.items()))
+            future.result()
+            del self._starts[engine]
+            self._told.discard(engine)
+        self._threads.clear()
+
+    def connect(self) -> None:
+        """Make the engines that were started ready to take weights."""
+        new = [engine for engine in self.engines if engine.answers and not engine.num_workers]
+        self._take(at_once(new, Engine.connect))
+
+    def serve_own_weights(self) -> None:
+        """Let the engines serve what they were started with. One that dies is not started again."""
+        self.may_start = False
+        for engine in self.answering:
+            engine.state = State.SERVING
+
+    def stop(self) -> None:
+        for thread in self._threads:
+            while thread.is_alive():
+                for engine in self._starts:
+                    engine.server.stop()
+                thread.join(0.2)
+        at_once(self.engines, Engine.stop)
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    # --- what the engines are
+
+    @property
+    def answering(self) -> list[Engine]:
+        return [engine for engine in self.engines if engine.answers]
+
+    @property
+    def serving(self) -> list[Engine]:
+        return [engine for engine in self.engines if engine.state is State.SERVING]
+
+    def in_state(self, state: State) -> list[Engine]:
+        return [engine for engine in self.engines if engine.state is state]
+
+    def numbers(self, state: State) -> list[int]:
+        return [engine.number for engine in self.in_state(state)]
+
+    def failures(self, state: State) -> list[str]:
+        """What those in a state of failure failed with."""
+        return [str(engine.failure) for engine in self.in_state(state) if engine.failure]
+
+    def lacking(self, version: int) -> list[Engine]:
+        """Those that can be given weights and do not hold these."""
+        return [engine for engine in self.answering if engine.version != version]
+
+    def require_one(self) -> None:
+        """Raise ServerDied where none answers; see to those that were lost."""
+        if not self.answering:
+            raise self.death()
+        self.attend_to_lost()
+
+    def pids(self) -> dict[str, int | None]:
+        """The root process of each engine that runs here, by what it is called in a summary."""
+        if len(self.engines) == 1:
+            return {"vllm server": self.engines[0].pid}
+        return {f"vllm server {engine.number}": engine.pid for engine in self.engines}
+
+    def attend_to_lost(self, unfinished: int = 0) -> None:
+        """Say which engines were lost, and start them again if they may be, while others serve.
+
+        Where none serves it is the caller's to restart them and to give them weights.
+        """
+        for engine in self.in_state(State.DOWN):
+            if self.serving and engine.failure and engine not in self._told:
+                self._told.add(engine)
+                asked = f"; the others are asked its unfinished requests, {unfinished}" if unfinished else ""
+                print(f"rollout engine {engine.number} died in {self.activity} ({engine.failure}){asked}", flush=True)
+        if self.serving and self.may_start:
+            self.begin_starts([engine for engine in self.in_state(State.DOWN) if engine in self._told])
+
+    # --- what they are asked
+
+    def ask(self, call: Callable[[RolloutClient], Answer]) -> dict[Engine, Answer]:
+        """One call to every engine that answers, all at the same time; those that die in it are left out."""
+        return self._take(at_once(self.answering, lambda engine: call(engine.client)))
+
+    def _take(self, outcomes: dict[Engine, Answer | Exception]) -> dict[Engine, Answer]:
+        answers = {}
+        for engine, outcome in outcomes.items():
+            if isinstance(outcome, ServerDied):
+                engine.fail(outcome)
+            elif isinstance(outcome, Exception):
+                raise outcome
+            else:
+                answers[engine] = outcome
+        self.attend_to_lost()
+        return answers
+
+    def generate(self, queue: RequestQueue, on_completion: Callable[[int, Completion], None]) -> None:
+        """Have the queue's open requests answered; `on_completion(index, completion)` is called once for each.
+
+        Requests of an engine that dies are asked of the others. Raises ServerDied when none is left; asked again, this
+        goes on with what is unanswered. A request that is refused ends the call, and so does an error of the caller's.
+        """
+        arrived: SimpleQueue[tuple[Engine, int, Outcome, float]] = SimpleQueue()
+        in_flight: dict[Engine, set[int]] = {engine: set() for engine in self.engines}
+        given_up: Counter[Engine] = Counter()
+
+        def hand_out() -> None:
+            shares: dict[Engine, dict[int, Body]] = {}
+            while queue.has_open and (engine := self._least_busy(in_flight)):
+                index = queue.take()
+                in_flight[engine].add(index)
+                shares.setdefault(engine, {})[index] = queue.bodies[index]
+            for engine, bodies in shares.items():
+                engine.client.send(
+                    bodies,
+                    lambda index, outcome, engine=engine: arrived.put((engine, index, outcome, time.perf_counter())),
+                )
+
+        try:
+            hand_out()
+            while any(in_flight.values()):
+                engine, index, outcome, now = arrived.get()
+                in_flight[engine].discard(index)
+                if isinstance(outcome, ServerDied):
+                    queue.put_back(index)
+                    given_up[engine] += 1
+                    if engine.answers:
+                        engine.fail(outcome)
+                    if not in_flight[engine]:
+                        self.attend_to_lost(given_up[engine])
+                elif isinstance(outcome, BaseException):
+                    raise outcome
+                else:
+                    queue.answers[index] = completion = read_completion(outcome, now - queue.start_s)
+                    queue.answered_by[engine.number] += 1
+                    on_completion(index, completion)
+                hand_out()
+        finally:
+            for engine in self.answering:
+                engine.client.cancel()
+        if queue.has_open:
+            raise self.death()
+
+    def death(self) -> ServerDied:
+        """Why there is no engine left to ask."""
+        return ServerDied([*self.failures(State.DOWN), "no rollout engine is running"][0])
+
+    def log_tail(self) -> str:
+        """The last lines that the engines which are down have logged."""
+        return "\n".join(engine.log_tail() for engine in self.in_state(State.DOWN))
+
+    def _least_busy(self, in_flight: dict[Engine, set[int]]) -> Engine | None:
+        """Who is asked next: of the engines that serve and have room, the one with the fewest requests in flight."""
+        engine = min(self.serving, key=lambda engine: len(in_flight[engine]), default=None)
+        if engine is None or (self._window is not None and len(in_flight[engine]) >= self._window):
+            return None
+        return engine
+
+
+def _start(engine: Engine, started: Future[None]) -> None:
+    try:
+        engine.start()
+        started.set_result(None)
+    except BaseException as error:  # whoever waits for the start raises it
+        started.set_exception(error)

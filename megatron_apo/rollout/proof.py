@@ -1,0 +1,104 @@
+"""Are the trainer's weights there? vLLM's log-probs of a few sequences against those that the policy computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_apo.config import Recipe
+from megatron_apo.data.layout import lay_out
+from megatron_apo.data.sequences import Sequences
+from megatron_apo.model.build import LogProbModel, at_temperature
+from megatron_apo.parallel.pipeline import forward_log_probs
+from megatron_apo.rollout.engine import Engine, at_once
+from megatron_apo.rollout.server import ServerDied
+from megatron_apo.rollout.weight_sync import SyncError, WeightSync
+from megatron_apo.runtime.topology import Topology
+from megatron_apo.telemetry.units import some
+
+
+def policy_log_probs(
+    recipe: Recipe, topology: Topology, policy: Sequence[LogProbModel], sequences: Sequence[list[int]]
+) -> list[list[float]]:
+    """The policy's log-probs of each sequence's tokens but the first, at temperature 1, on every rank. Collective."""
+    first, rest = [s[:1] for s in sequences], [s[1:] for s in sequences]
+    micro_batches = [micro.to(topology.device) for micro in lay_out(recipe, Sequences.of(first, rest))]
+    with at_temperature(policy, 1.0):
+        found = forward_log_probs(policy, micro_batches)
+    ours: list[list[float]] = [[] for _ in sequences]
+    for micro, log_prob_R in zip(micro_batches, found, strict=False):  # `found` is empty before the last stage
+        parts = log_prob_R.split([len(rest[index]) for index in micro.indices])
+        for index, values in zip(micro.indices, parts, strict=True):
+            ours[index] = values.tolist()
+    return topology.broadcast(ours, src=topology.last_stage_rank)
+
+
+def prove(
+    sync: WeightSync,
+    sequences: Sequence[Sequence[int]] = (),
+    log_probs: Sequence[Sequence[float]] = (),
+    tolerance: float = 1e-4,
+    expected_checksums: dict[str, str] | None = None,
+    engines: Sequence[Engine] | None = None,
+) -> float:
+    """Compare vLLM's log-probs of `sequences` with the trainer's; return the largest absolute difference. Collective.
+
+    Arguments count on rank 0 only, the result is on every rank. `log_probs[i]` are, at temperature 1, of
+    `sequences[i]`'s tokens but the first, or of its last `len(log_probs[i])` tokens. `expected_checksums` (name ->
+    checksum, of all tensors or some) are of the weights that the trainer's log-probs were computed with. `engines`:
+    those to ask (none: all of `sync` that answer). One that dies is left out; ServerDied is raised when none is left.
+    Raises SyncError beyond `tolerance`, or where the last sync sent other tensors than expected, naming the worst
+    token and the tensors to blame as far as checksums tell: those that differ from `expected_checksums`, else those
+    that came unchanged in the last sync while others changed. The engine is then paused.
+    """
+
+    def compare() -> float:
+        worst = 0.0
+        asked = [engine for engine in sync.engines if engine.answers] if engines is None else engines
+        suspects = sync.suspects(expected_checksums)
+        for engine, scores in at_once(asked, lambda engine: engine.client.score(sequences)).items():
+            if isinstance(scores, ServerDied):
+                engine.fail(scores)
+                continue
+            if isinstance(scores, Exception):
+                raise scores
+            difference, where = largest_difference(sequences, scores, log_probs)
+            worst = max(worst, difference)
+            if difference > tolerance or suspects:
+                engine.client.pause()
+                raise SyncError(_mismatch(difference, tolerance, where, suspects or sync.unchanged()))
+            engine.is_proven()
+        if not any(engine.answers for engine in sync.engines):
+            raise ServerDied(str(sync.engines[-1].failure) if sync.engines else "no rollout engine is running")
+        return worst
+
+    return sync.on_rank_0(compare)
+
+
+def largest_difference(
+    sequences: Sequence[Sequence[int]], ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]
+) -> tuple[float, str]:
+    """Largest |vLLM - trainer|, and where it is. Not-a-number counts as infinite."""
+    worst, where = 0.0, "anywhere"
+    for row, (tokens, server, trainer) in enumerate(zip(sequences, ours, theirs, strict=True)):
+        first = len(tokens) - len(trainer)
+        if first < 1:
+            raise SyncError(
+                f"probe sequence {row}: {len(trainer)} log-probs for {len(tokens)} tokens, the first has none"
+            )
+        difference = (torch.tensor(server[first - 1 :]).double() - torch.tensor(trainer).double()).abs()
+        difference = difference.nan_to_num(nan=float("inf"))
+        if len(difference) and difference.max() > worst:
+            at = int(difference.argmax())
+            worst = float(difference[at])
+            where = (
+                f"at probe sequence {row}, position {first + at}, token {tokens[first + at]}: "
+                f"vLLM {server[first - 1 + at]:.6f}, trainer {trainer[at]:.6f}"
+            )
+    return worst, where
+
+
+def _mismatch(difference: float, tolerance: float, where: str, suspects: list[str]) -> str:
+    blame = f"stale: {some(suspects)}" if suspects else "no checksum is amiss: a copy that vLLM made is stale"
+    return f"vLLM's log-probs differ from the trainer's by {difference:.3g} (allowed: {tolerance:g}) {where}; {blame}"

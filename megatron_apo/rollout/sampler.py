@@ -1,0 +1,87 @@
+"""From prompts to graded responses, whichever engines answer and whichever die."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_apo.config import Recipe
+from megatron_apo.data.order import sample_seeds
+from megatron_apo.data.prompts import Prompt
+from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch, groups_of
+from megatron_apo.data.sequences import Sequences
+from megatron_apo.rewards.pool import Grade, RewardPool
+from megatron_apo.rollout.client import Body, Completion, GenerateRequest, Sampling, generate_body
+from megatron_apo.rollout.fleet import Fleet, RequestQueue
+from megatron_apo.rollout.inputs import Inputs
+from megatron_apo.rollout.weight_sync import SyncError
+
+
+class GradedSampling:
+    """Prompts that are sampled once each, and their responses graded as they arrive, over as many `advance` as it takes
+    until no engine dies any more."""
+
+    def __init__(self, inputs: Inputs, pool: RewardPool, prompts: Sequence[Prompt], bodies: Sequence[Body]):
+        self.prompts = prompts
+        self.queue = RequestQueue(bodies)
+        self._inputs = inputs
+        self._pool = pool
+        self._grading: dict[int, Future[Grade]] = {}
+
+    def advance(self, fleet: Fleet) -> None:
+        """Returns when all responses are there and graded. Raises ServerDied when no engine is left."""
+        fleet.generate(self.queue, self._grade)
+        for grade in self._grading.values():
+            grade.result()
+
+    @property
+    def completions(self) -> list[Completion]:
+        return self.queue.completions
+
+    @property
+    def reward_B(self) -> NDArray[np.float64]:
+        return np.array([self._grading[index].result().reward for index in range(len(self.prompts))], dtype=np.float64)
+
+    def _grade(self, index: int, completion: Completion) -> None:
+        request = self._inputs.grade_request(self.prompts[index], completion.token_ids, completion.finish_reason)
+        self._grading[index] = self._pool.submit(request)
+
+
+def begin_step(
+    recipe: Recipe, inputs: Inputs, pool: RewardPool, prompts: Sequence[Prompt], step: int
+) -> GradedSampling:
+    """A step's sampling: one response for each prompt."""
+    bodies = generate_bodies(recipe, "train", step, prompts, inputs.sampling(recipe.sampling))
+    return GradedSampling(inputs, pool, prompts, bodies)
+
+
+def generate_bodies(
+    recipe: Recipe, purpose: str, step: int, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[Body]:
+    """Requests with seeds that are a function of run, purpose, step and prompt; a prompt's repeats have several."""
+    seeds = sample_seeds(recipe.run.seed, purpose, step, [prompt.prompt_id for prompt in prompts])
+    pairs = zip(prompts, seeds, strict=True)
+    return [generate_body(GenerateRequest(prompt.token_ids, seed), sampling) for prompt, seed in pairs]
+
+
+def finished_batch(sampling: GradedSampling, version: int, step: int) -> RolloutBatch:
+    """The graded responses in the order of the prompts. Raises SyncError for a response of other weights."""
+    completions = sampling.completions
+    if stale := {completion.weight_version for completion in completions} - {str(version)}:
+        raise SyncError(f"step {step}: responses of weight versions {sorted(stale)}, expected {version}")
+    prompt_ids = tuple(prompt.prompt_id for prompt in sampling.prompts)
+    return RolloutBatch(
+        prompt_ids=prompt_ids,
+        group_B=groups_of(prompt_ids),
+        sequences=Sequences.of(
+            [prompt.token_ids for prompt in sampling.prompts], [one.token_ids for one in completions]
+        ),
+        log_prob_R=np.array([value for one in completions for value in one.log_probs], dtype=np.float32),
+        reward_B=sampling.reward_B,
+        finish_reason_B=np.array([FINISH_REASONS.index(one.finish_reason) for one in completions], dtype=np.uint8),
+        weight_version_B=np.array([int(one.weight_version) for one in completions], dtype=np.int64),
+        seconds_B=np.array([one.seconds for one in completions], dtype=np.float64),
+    )

@@ -1,0 +1,156 @@
+"""A counterpart of an engine for tests of what is asked of it, when, and what becomes of its death: an HTTP server in
+this process that speaks the routes of vLLM that the trainer uses, without a model behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from safetensors.torch import load_file
+
+from megatron_apo.rollout.client import GenerateRequest, Sampling, generate_body
+from megatron_apo.rollout.engine import Engine
+from megatron_apo.rollout.payload import weights_path, write_loaded
+from megatron_apo.weights.safetensors_file import checksum
+
+GENERATE = "/inference/v1/generate"
+LIMIT_S = 20.0
+SAMPLING = Sampling(max_tokens=2, stop_token_ids=(1,))
+
+
+def requests(number: int) -> list[dict[str, Any]]:
+    """Bodies of requests whose seeds, by which a `Server` knows them, are 0, 1, ..."""
+    return [generate_body(GenerateRequest([5, 6], seed), SAMPLING) for seed in range(number)]
+
+
+def until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not true():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.005)
+
+
+class Server:
+    """Started and stopped as `VLLMServer` is.
+
+    events: paths in the order in which they were asked, "score" and "generate" for the two uses of one route, and
+    "start"; asked, answered: seeds of generate requests. While `held`, these wait for `release`. faults: what becomes
+    of the next request of a route ("die", or a status). delay_s: of every generate request. score: the log-prob of
+    every token.
+    """
+
+    def __init__(self, folder: Path, events: list[str] | None = None):
+        self._folder = folder
+        self.events = [] if events is None else events
+        self.asked: list[int] = []
+        self.answered: list[int] = []
+        self.num_starts = 0
+        self.held, self.delay_s, self.score = False, 0.0, 0.0
+        self.faults: dict[str, str | int] = {}
+        self.before_update: Callable[[Path], None] = lambda payload: None
+        self.pid, self.token, self.url = None, "", ""
+        self.payload_dir = Path()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        self.num_starts += 1
+        self.version = "default"
+        self.payload_dir = self._folder / f"payloads-{self.num_starts}"
+        self.payload_dir.mkdir(parents=True)
+        self.events.append("start")
+        started = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
+        self._thread.start()
+        assert started.wait(LIMIT_S)
+
+    def stop(self) -> None:
+        self.die()
+
+    def die(self) -> None:
+        """As after SIGKILL: connections end, nobody listens, and the guard has removed the payloads."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            if threading.current_thread() is not self._thread:
+                self._thread.join(LIMIT_S)
+
+    def log_tail(self) -> str:
+        return "the end of its log"
+
+    def release(self, number: int = 1) -> None:
+        """Answer so many of the requests that wait, in the order in which they came."""
+        assert self._loop
+        for _ in range(number):
+            self._loop.call_soon_threadsafe(self._gate.release)
+
+    def _run(self, started: threading.Event) -> None:
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+        self._gate = asyncio.Semaphore(0)
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        runner = web.AppRunner(app, shutdown_timeout=0)
+        loop.run_until_complete(runner.setup())
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        loop.run_until_complete(site.start())
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self._loop = loop  # from now on it can be stopped
+        started.set()
+        loop.run_forever()
+        shutil.rmtree(self.payload_dir, ignore_errors=True)
+        for connection in runner.server.connections if runner.server else ():
+            if connection.transport is not None:
+                connection.transport.abort()
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.run_until_complete(runner.cleanup())
+        loop.close()
+
+    async def _handle(self, request: web.Request) -> web.Response:
+        body = await request.json() if request.can_read_body else {}
+        path, is_score = request.path, "prompt_logprobs" in body.get("sampling_params", {})
+        self.events.append(("score" if is_score else "generate") if path == GENERATE else request.path_qs)
+        fault = self.faults.pop(path, None)
+        if fault == "die":
+            self.die()
+            await asyncio.sleep(LIMIT_S)
+        if isinstance(fault, int):
+            return web.json_response({"error": "it raised"}, status=fault)
+        if path == "/get_world_size":
+            return web.json_response({"world_size": 1})
+        if path == "/update_weights":
+            folder = Path(body["update_info"]["folder"])
+            await asyncio.to_thread(self.before_update, weights_path(folder))
+            write_loaded(folder, 0, {name: checksum(value) for name, value in load_file(weights_path(folder)).items()})
+        if path == "/finish_weight_update":
+            self.version = body["weight_version"]
+        if path == GENERATE:
+            return await (self._scored(body) if is_score else self._generated(body))
+        return web.json_response({})
+
+    async def _scored(self, body: dict[str, Any]) -> web.Response:
+        entries = [{str(token): {"logprob": self.score}} for token in body["token_ids"][1:]]
+        return web.json_response({"prompt_logprobs": [None, *entries]})
+
+    async def _generated(self, body: dict[str, Any]) -> web.Response:
+        seed = body["sampling_params"]["seed"]
+        self.asked.append(seed)
+        await asyncio.sleep(self.delay_s)
+        if self.held:
+            await self._gate.acquire()
+        self.answered.append(seed)
+        choice = {"token_ids": [seed % 1000, 1], "finish_reason": "stop"}
+        choice |= {"weight_versions": [{"version": self.version}], "logprobs": {"content": [{"logprob": 0.0}] * 2}}
+        return web.json_response({"choices": [choice]})
+
+
+def engines_of(servers: list[Server]) -> list[Engine]:
+    return [Engine(server, number=number, timeout_s=LIMIT_S) for number, server in enumerate(servers)]  # type: ignore

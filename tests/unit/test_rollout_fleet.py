@@ -1,0 +1,322 @@
+"""Several engines: who is asked for what, and that nothing is lost or done twice when one dies. The counterparts are
+HTTP servers without a model; test_main_job.py has the same with vLLM."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_apo.rollout.client import Completion
+from megatron_apo.rollout.engine import Address, Engine, State
+from megatron_apo.rollout.fleet import Fleet, RequestQueue
+from megatron_apo.rollout.proof import prove
+from megatron_apo.rollout.server import ServerDied, ServerError
+from megatron_apo.rollout.weight_sync import SyncError, UpdateFailed, WeightSync
+from megatron_apo.weights.stream import TensorMeta
+from tests.engines import LIMIT_S, Server, engines_of, requests, until
+
+MakeFleet = Callable[..., tuple[Fleet, list[Server]]]
+
+
+@pytest.fixture
+def make_fleet(tmp_path: Path) -> Iterator[MakeFleet]:
+    """make_fleet(number of engines, window) -> (a fleet that serves, its servers)"""
+    made: list[Fleet] = []
+
+    def make(number: int, window: int = 3) -> tuple[Fleet, list[Server]]:
+        servers = [Server(tmp_path / f"engine{index}") for index in range(number)]
+        fleet = Fleet(engines_of(servers), window)
+        made.append(fleet)
+        fleet.start()
+        fleet.connect()
+        for engine in fleet.engines:
+            engine.holds(1)
+        return fleet, servers
+
+    yield make
+    for fleet in made:
+        fleet.stop()
+
+
+class Asking:
+    """`Fleet.generate` in a thread of its own."""
+
+    def __init__(self, fleet: Fleet, queue: RequestQueue):
+        self.told: list[int] = []
+        self._done: Future[None] = Future()
+        threading.Thread(target=self._run, args=(fleet, queue), daemon=True).start()
+
+    def _run(self, fleet: Fleet, queue: RequestQueue) -> None:
+        try:
+            fleet.generate(queue, self._tell)
+            self._done.set_result(None)
+        except Exception as error:
+            self._done.set_exception(error)
+
+    def _tell(self, index: int, completion: Completion) -> None:
+        assert completion.token_ids == [index, 1]
+        self.told.append(index)
+
+    def finish(self) -> None:
+        self._done.result(LIMIT_S)
+
+
+def hold(*servers: Server) -> None:
+    for server in servers:
+        server.held = True
+
+
+def test_requests_go_in_order_to_who_has_least_to_do(make_fleet: MakeFleet) -> None:
+    fleet, (first, second) = make_fleet(2)
+    hold(first, second)
+    queue = RequestQueue(requests(12))
+    asking = Asking(fleet, queue)
+    until(lambda: len(first.asked + second.asked) == 6)  # two windows of three
+    assert (first.asked, second.asked) == ([0, 2, 4], [1, 3, 5])
+    second.release(2)
+    until(lambda: len(second.asked) == 5)
+    assert (first.asked, second.asked[3:]) == ([0, 2, 4], [6, 7])  # the slower one gets no more than it can do
+    for server in (first, second):
+        server.release(12)
+    asking.finish()
+    assert sorted(asking.told) == list(range(12)) and queue.answered_by == {
+        0: len(first.answered), 1: len(second.answered)
+    }  # fmt: skip
+    assert [one.token_ids[0] for one in queue.completions] == list(range(12))
+
+
+def test_one_engine_has_everything_in_flight_at_once(make_fleet: MakeFleet) -> None:
+    fleet, (server,) = make_fleet(1, window=3)
+    hold(server)
+    asking = Asking(fleet, RequestQueue(requests(12)))
+    until(lambda: len(server.asked) == 12)
+    server.release(12)
+    asking.finish()
+
+
+def test_an_engines_death_costs_its_unfinished_requests_a_second_asking_and_nothing_else(
+    make_fleet: MakeFleet, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fleet, (first, second) = make_fleet(2)
+    fleet.activity = "step 3"
+    hold(first, second)
+    queue = RequestQueue(requests(12))
+    asking = Asking(fleet, queue)
+    until(lambda: len(first.asked + second.asked) == 6)
+    second.release(2)  # 1 and 3
+    until(lambda: len(second.asked) == 5 and len(asking.told) == 2)
+    unfinished = second.asked[2:]
+    second.die()
+    first.release(12)
+    asking.finish()
+    assert sorted(asking.told) == list(range(12)), "each response is told once"
+    times = Counter(first.asked + second.asked)
+    assert {seed for seed, count in times.items() if count > 1} == set(unfinished) == {5, 6, 7}
+    assert set(times) == set(range(12)) and max(times.values()) == 2
+    assert [one.token_ids[0] for one in queue.completions] == list(range(12))
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("rollout engine")]
+    assert line.startswith("rollout engine 1 died in step 3 (") and line.endswith(
+        "; the others are asked its unfinished requests, 3"
+    )
+
+
+def test_a_restarted_engine_is_asked_for_nothing_before_it_holds_proven_weights(make_fleet: MakeFleet) -> None:
+    fleet, (first, second) = make_fleet(2)
+    hold(first)
+    second.faults["/inference/v1/generate"] = "die"
+    asking = Asking(fleet, RequestQueue(requests(12)))
+    until(lambda: second.num_starts == 2)  # while the other one still has all its requests to answer
+    assert not first.answered
+    before = list(second.asked)
+    first.release(12)
+    asking.finish()
+    fleet.finish_starts()
+    fleet.connect()
+    assert second.asked == before and fleet.engines[1].state is State.STARTED
+
+    def sample() -> None:
+        first.held = False
+        Asking(fleet, RequestQueue(requests(6))).finish()
+
+    sample()
+    fleet.engines[1].holds(1)  # a sync gave it the weights
+    assert fleet.engines[1].state is State.UNPROVEN
+    sample()
+    assert second.asked == before
+    fleet.engines[1].is_proven()
+    sample()
+    assert second.asked != before
+
+
+def test_when_none_is_left_what_was_answered_stays(make_fleet: MakeFleet, capfd: pytest.CaptureFixture[str]) -> None:
+    fleet, servers = make_fleet(2)
+    hold(*servers)
+    queue = RequestQueue(requests(8))
+    asking = Asking(fleet, queue)
+    until(lambda: sum(len(server.asked) for server in servers) == 6)
+    servers[0].release(2)
+    until(lambda: len(asking.told) == 2)
+    for server in servers:
+        server.die()
+    with pytest.raises(ServerDied):
+        asking.finish()
+    answered, before = set(asking.told), [len(server.asked) for server in servers]
+    fleet.start()
+    for server, engine in zip(servers, fleet.engines, strict=True):
+        server.held = False
+        engine.is_proven()
+    again = Asking(fleet, queue)
+    again.finish()
+    assert sorted(again.told) == sorted(set(range(8)) - answered)
+    asked_again = [seed for server, count in zip(servers, before, strict=True) for seed in server.asked[count:]]
+    assert sorted(asked_again) == sorted(again.told)
+    assert [one.token_ids[0] for one in queue.completions] == list(range(8))
+    seconds = [one.seconds for one in queue.completions]
+    assert min(seconds[index] for index in again.told) > max(seconds[index] for index in answered)  # of the step
+
+
+def test_an_engine_that_runs_elsewhere_is_asked_and_not_restarted(tmp_path: Path) -> None:
+    elsewhere, here = (Server(tmp_path / name) for name in ("elsewhere", "here"))
+    elsewhere.start()
+    address = Address(elsewhere.url, elsewhere.token, elsewhere.payload_dir)
+    with Fleet([Engine(address, number=0), *engines_of([here])], window=3) as fleet:
+        fleet.engines[1].number = 1
+        fleet.start()
+        fleet.connect()
+        WeightSync(Source(), fleet.engines).sync(1)
+        Asking(fleet, RequestQueue(requests(6))).finish()
+        assert (len(elsewhere.answered), len(here.answered)) == (3, 3)
+        elsewhere.die()
+        Asking(fleet, RequestQueue(requests(6))).finish()
+        fleet.start()
+        assert [engine.state for engine in fleet.engines] == [State.DOWN, State.SERVING] and elsewhere.num_starts == 1
+        assert fleet.pids() == {"vllm server 0": None, "vllm server 1": None}
+    assert elsewhere.num_starts == here.num_starts == 1
+
+
+def test_a_refused_request_ends_the_call(make_fleet: MakeFleet) -> None:
+    fleet, (first, second) = make_fleet(2)
+    hold(first, second)
+    second.faults["/inference/v1/generate"] = 400
+    asking = Asking(fleet, RequestQueue(requests(6)))
+    with pytest.raises(ServerError, match="400: it raised"):
+        asking.finish()
+    assert asking.told == [] and fleet.serving == fleet.engines
+
+
+# --- weights
+
+WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3), "v": torch.ones(3)}
+
+
+class Source:
+    def __init__(self, weights: dict[str, torch.Tensor] = WEIGHTS):
+        self.weights = weights
+
+    def metadata(self) -> list[TensorMeta]:
+        return [TensorMeta(name, value.dtype, tuple(value.shape)) for name, value in self.weights.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.weights.items()
+
+
+def test_the_payload_is_written_once_and_loaded_by_all_at_the_same_time(make_fleet: MakeFleet) -> None:
+    fleet, servers = make_fleet(3)
+    together, files = threading.Barrier(3), set()
+
+    def look(path: Path) -> None:
+        together.wait(LIMIT_S)  # breaks where an engine begins when another is done
+        files.add((path, os.stat(path).st_ino, os.stat(path).st_nlink))
+
+    for server in servers:
+        server.before_update = look
+    report = WeightSync(Source(), fleet.engines).sync(4)
+    assert len({path for path, _, _ in files}) == 3 and len({inode for _, inode, _ in files}) == 1
+    assert {links for _, _, links in files} == {3}
+    assert [server.version for server in servers] == ["4"] * 3 and report.checksums.keys() == WEIGHTS.keys()
+    assert [engine.version for engine in fleet.engines] == [4] * 3
+    assert not any(list(server.payload_dir.iterdir()) for server in servers)
+
+
+@pytest.mark.parametrize("route", ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update"])
+def test_an_engine_that_dies_in_a_sync_does_not_keep_the_others_from_the_weights(
+    route: str, make_fleet: MakeFleet, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fleet, servers = make_fleet(3)
+    servers[0].faults[route] = "die"  # the one whose folder the payload may have been written in
+    WeightSync(Source(), fleet.engines).sync(4)
+    assert [engine.state for engine in fleet.engines] == [State.DOWN, State.SERVING, State.SERVING]
+    assert [server.version for server in servers[1:]] == ["4"] * 2
+    fleet.attend_to_lost()
+    assert "rollout engine 0 died in the start (" in capfd.readouterr().out
+    fleet.finish_starts()
+    assert servers[0].num_starts == 2 and fleet.numbers(State.STARTED) == [0]
+
+
+def test_each_engines_workers_account_for_what_they_loaded(make_fleet: MakeFleet) -> None:
+    fleet, servers = make_fleet(2)
+
+    def other_value(path: Path) -> None:
+        """In one engine's folder a file of its own, in which one number is another."""
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data[:-4] + b"\0\0\0\0")
+
+    servers[1].before_update = other_value
+    with pytest.raises(SyncError, match="worker 0 loaded other values of v$") as caught:
+        WeightSync(Source(), fleet.engines).sync(4)
+    assert not isinstance(caught.value, UpdateFailed)
+    assert servers[0].version == "4" and servers[1].version == "default"
+
+
+def test_an_update_that_raised_leaves_the_engine_unusable(make_fleet: MakeFleet) -> None:
+    fleet, (first, second) = make_fleet(2)
+    second.faults["/update_weights"] = 500
+    sync = WeightSync(Source(), fleet.engines)
+    sync.sync(4)
+    assert (
+        fleet.numbers(State.UNUSABLE) == [1]
+        and "/update_weights with 500: it raised" in fleet.failures(State.UNUSABLE)[0]
+    )
+    num_events = len(second.events)
+    sync.sync(5)
+    fleet.ask(lambda client: client.wake_up())
+    Asking(fleet, RequestQueue(requests(6))).finish()
+    assert len(second.events) == num_events and second.events[-1] == "/update_weights", "it is never asked again"
+    first.faults["/update_weights"] = 500
+    with pytest.raises(UpdateFailed, match="500: it raised"):
+        sync.sync(6)
+
+
+def test_a_proof_is_of_every_engine_and_says_which_weights(make_fleet: MakeFleet) -> None:
+    fleet, (first, second) = make_fleet(2)
+    sync = WeightSync(Source(), fleet.engines)
+    sync.sync(4)
+    first.score, second.score = -0.1, -0.2
+    assert prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], 0.1) == pytest.approx(0.05)
+    first.score = -0.5
+    with pytest.raises(SyncError, match=r"by 0\.35 \(allowed: 0\.1\)"):
+        prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], 0.1)
+    assert first.events[-1].startswith("/pause")
+    first.score, second.score = -0.15, -0.5
+    with pytest.raises(SyncError, match=r"by 0\.35"):
+        prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], 0.1)
+    second.score = -0.15
+    with pytest.raises(SyncError, match="stale: v$"):
+        prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], 0.1, report_with(sync, v="other"))
+    first.faults["/inference/v1/generate"] = "die"
+    assert prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], 0.1) == 0.0  # of the one that is left
+    second.faults["/inference/v1/generate"] = "die"
+    with pytest.raises(ServerDied):
+        prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], 0.1, engines=fleet.serving)
+
+
+def report_with(sync: WeightSync, **others: str) -> dict[str, str]:
+    return sync.checksums[-1] | others

@@ -1,0 +1,237 @@
+"""What a step sees of engines that fail: restarted, given the weights, proven, and only then asked again. The
+counterparts are HTTP servers without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_apo.config import build_recipe
+from megatron_apo.data.prompts import Prompt
+from megatron_apo.rollout import fleet as fleet_file
+from megatron_apo.rollout import rollouts as rollouts_file
+from megatron_apo.rollout.inputs import Inputs
+from megatron_apo.rollout.rollouts import Rollouts
+from megatron_apo.rollout.server import ServerDied
+from megatron_apo.rollout.weight_sync import SyncError
+from megatron_apo.weights.stream import TensorMeta
+from tests.engines import GENERATE, LIMIT_S, Server
+from tests.unit.test_rollout_turns import one_rank
+
+PROMPTS = [
+    Prompt(prompt_id=f"p{n}", text="1+2=", text_hash="h", token_ids=(5, 6, n), answer="3", row=n) for n in range(8)
+]
+MEETING = ["start", "/init_weight_transfer_engine", "/get_world_size"]
+UPDATE = ["/pause?mode=wait&clear_cache=true", "/start_weight_update", "/update_weights", "/finish_weight_update"]
+UPDATE += ["/resume"]
+WEIGHT = torch.arange(6.0)
+
+
+class Stream(list):
+    def metadata(self) -> list[TensorMeta]:
+        return [TensorMeta("w", WEIGHT.dtype, tuple(WEIGHT.shape))]
+
+
+class Job:
+    """Rollouts over `servers`; `events`: what happened to all of them, with "offloaded" and "back" of the trainer's
+    memory. graded: texts that were asked to be graded."""
+
+    def __init__(self, folder: Path, number: int):
+        self.events: list[str] = []
+        self.servers = [Server(folder / f"engine{index}") for index in range(number)]
+        self.graded = 0
+
+    @contextmanager
+    def offloaded(self) -> Iterator[None]:
+        for server in self.servers:
+            server.events.append("offloaded")
+        yield
+        for server in self.servers:
+            server.events.append("back")
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        self.graded += 1
+        return "3"
+
+    def events_of(self, number: int) -> list[str]:
+        """Since the last call, without the trainer's."""
+        found = [event for event in self.servers[number].events if event not in ("offloaded", "back")]
+        self.servers[number].events.clear()
+        return found
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Rollouts, Job]]]:
+    def make(number: int, *overrides: str) -> tuple[Rollouts, Job]:
+        job = Job(tmp_path, number)
+        monkeypatch.setattr(fleet_file, "VLLMServer", lambda *_, replica, **__: job.servers[replica or 0])
+        inputs = Inputs(
+            tokenizer=SimpleNamespace(decode=job.decode),  # type: ignore[arg-type]
+            renderer=SimpleNamespace(asks_to_think=False),  # type: ignore[arg-type]
+            training=SimpleNamespace(prompts=PROMPTS),  # type: ignore[arg-type]
+            evaluation=[],
+            stop_token_ids=(1,),
+        )
+        paths = ["model.path=m", "data.train=t", "vstar.dir=v", "reward.name=arithmetic", f"run.dir={tmp_path}/run"]
+        settings = [f"rollout.replicas={number}", f"rollout.request_timeout_s={LIMIT_S}", "sync.probe_sequences=1"]
+        recipe = build_recipe({}, [*paths, *settings, *overrides])
+        return Rollouts(recipe, one_rank(), [], None, inputs, job.offloaded), job  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rollouts_file, "WeightStream", lambda *_: Stream([("w", WEIGHT)]))
+    monkeypatch.setattr(rollouts_file, "policy_log_probs", lambda *_: [[0.0, 0.0]])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield make
+    dist.destroy_process_group()
+
+
+def test_an_engine_that_dies_in_a_step_serves_again_after_the_next_sync_and_its_proof(
+    start: Callable[..., tuple[Rollouts, Job]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rollouts, job = start(2)
+    with rollouts:
+        rollouts.sync(0)
+        first = rollouts.sample(PROMPTS, 0)
+        assert first.prompt_ids == tuple(prompt.prompt_id for prompt in PROMPTS) and set(first.reward_B) <= {0.0, 1.0}
+        assert rollouts.step_metrics() == {"rollout/engine0/responses": 4, "rollout/engine1/responses": 4}
+        assert job.events_of(1) == [*MEETING, *UPDATE, *["generate"] * 4]
+        job.servers[1].faults[GENERATE], job.servers[1].delay_s = "die", 0.2
+        second = rollouts.sample(PROMPTS, 1)
+        assert len(second) == 8 and rollouts.step_metrics()["rollout/engine0/responses"] == 8
+        assert job.graded == 16, "each response is graded once"
+        job.servers[1].delay_s = 0
+        rollouts.sync(1)
+        asked = job.events_of(1)
+        assert asked[asked.index("start") :] == [*MEETING, *UPDATE, "score"]
+        third = rollouts.sample(PROMPTS, 2)
+        assert third.weight_version_B.tolist() == [1] * 8
+        assert rollouts.step_metrics() == {"rollout/engine0/responses": 4, "rollout/engine1/responses": 4}
+        assert job.events_of(0).count("start") == 1
+    said = [line for line in capfd.readouterr().out.splitlines() if "rollout engine" in line]
+    assert [line.partition(" (")[0] for line in said] == [
+        "rollout engine 1 died in step 1",
+        "rollout engine 1 serves again, with the weights of version 1; its log-probs differ from the trainer's by at "
+        "most 0",
+    ]
+
+
+def test_a_restarted_engine_without_the_weights_ends_the_run(start: Callable[..., tuple[Rollouts, Job]]) -> None:
+    rollouts, job = start(2)
+    with rollouts:
+        rollouts.sync(0)
+        job.servers[1].faults[GENERATE] = "die"
+        rollouts.sample(PROMPTS, 0)
+        job.servers[1].score = -0.5
+        with pytest.raises(SyncError, match=r"by 0\.5 \(allowed: 0\.0001\)"):
+            rollouts.sync(1)
+
+
+def test_an_engine_starts_again_while_the_trainers_memory_is_elsewhere(
+    start: Callable[..., tuple[Rollouts, Job]],
+) -> None:
+    rollouts, job = start(2, "rollout.sleep_while_training=true")
+    server = job.servers[1]
+    with rollouts:
+        rollouts.sync(0)
+        server.events.clear()
+        server.faults[GENERATE] = "die"
+        rollouts.sample(PROMPTS, 0)
+        events = [event for event in server.events if event != "generate"]
+        assert events == ["offloaded", "/wake_up", "start", "/sleep?level=1", "back"]
+        server.events.clear()
+        rollouts.sync(1)
+        assert server.events == [
+            *(*MEETING[1:], "/wake_up?tags=weights", *UPDATE),
+            *("offloaded", "/wake_up", "score", "/sleep?level=1", "back"),
+        ]
+        server.events.clear()
+        server.faults["/update_weights"] = "die"  # now: it has no memory to start in before the next turn
+        rollouts.sync(2)
+        assert server.events == ["/wake_up?tags=weights", *UPDATE[:3]]
+        server.events.clear()
+        assert len(rollouts.sample(PROMPTS, 1)) == 8
+        assert server.events == ["offloaded", "start", "/sleep?level=1", "back"]
+        rollouts.sync(3)
+        rollouts.sample(PROMPTS, 2)
+        assert rollouts.step_metrics() == {"rollout/engine0/responses": 4, "rollout/engine1/responses": 4}
+
+
+def test_when_the_last_engine_dies_all_are_restarted_and_the_step_goes_on(
+    start: Callable[..., tuple[Rollouts, Job]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rollouts, job = start(2)
+    with rollouts:
+        rollouts.sync(0)
+        for server in job.servers:
+            server.faults[GENERATE] = "die"
+        assert len(rollouts.sample(PROMPTS, 0)) == 8
+        assert job.graded == 8
+        for number in range(2):
+            asked = job.events_of(number)
+            again = asked[len(asked) - asked[::-1].index("start") - 1 :]
+            assert again[:9] == [*MEETING, *UPDATE, "score"] and set(again[9:]) == {"generate"}
+        job.servers[0].faults[GENERATE] = job.servers[1].faults[GENERATE] = "die"
+        assert len(rollouts.sample(PROMPTS, 1)) == 8, "once a step"
+        start_again = [server.start for server in job.servers]
+        for server, begin in zip(job.servers, start_again, strict=True):
+            server.faults[GENERATE] = "die"
+            server.start = lambda begin=begin, server=server: (begin(), server.faults.update({"/pause": "die"}))
+        with pytest.raises(ServerDied, match=r"died twice in step 2. The end of its log:\nthe end of its log"):
+            rollouts.sample(PROMPTS, 2)
+    assert capfd.readouterr().out.count("the last rollout engine died in step") == 3
+
+
+def test_an_engine_whose_update_raised_is_restarted_and_not_asked_again(
+    start: Callable[..., tuple[Rollouts, Job]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rollouts, job = start(2)
+    with rollouts:
+        rollouts.sync(0)
+        rollouts.sample(PROMPTS, 0)
+        for number in range(2):
+            job.events_of(number)
+        job.servers[1].faults["/update_weights"] = 500
+        rollouts.sync(1)
+        assert job.events_of(1) == [*UPDATE[:3], *MEETING, *UPDATE, "score"]
+        assert job.events_of(0) == UPDATE  # once
+        rollouts.sample(PROMPTS, 1)
+        assert rollouts.step_metrics() == {"rollout/engine0/responses": 4, "rollout/engine1/responses": 4}
+        assert "a weight update failed in step 0 (" in capfd.readouterr().out
+        begin = job.servers[1].start
+
+        def start_faulty() -> None:
+            begin()
+            job.servers[1].faults["/update_weights"] = 500
+
+        job.servers[1].start = start_faulty  # type: ignore[method-assign]
+        job.servers[1].faults["/update_weights"] = 500
+        with pytest.raises(SyncError, match=r"failed twice in step 1: .*/update_weights with 500: it raised"):
+            rollouts.sync(2)
+
+
+def test_one_engine_whose_update_raised_is_restarted_as_well(start: Callable[..., tuple[Rollouts, Job]]) -> None:
+    rollouts, job = start(1)
+    with rollouts:
+        job.servers[0].faults["/finish_weight_update"] = 500
+        rollouts.sync(0)
+        assert job.events_of(0) == [*MEETING, *UPDATE[:4], *MEETING, *UPDATE, "score"]
+        assert len(rollouts.sample(PROMPTS, 0)) == 8
+
+
+def test_an_evaluation_is_of_all_engines(start: Callable[..., tuple[Rollouts, Job]]) -> None:
+    rollouts, job = start(2, "eval.samples=2")
+    rollouts.inputs.evaluation.extend(PROMPTS[:4])
+    with rollouts:
+        rollouts.sync(0)
+        found = rollouts.evaluate(0)
+        assert (found.num_prompts, found.samples_per_prompt, job.graded) == (4, 2, 12)
+        assert [len(server.answered) for server in job.servers] == [6, 6]
+        job.servers[0].faults[GENERATE] = "die"
+        assert rollouts.evaluate(1) == found
+        assert job.graded == 24
