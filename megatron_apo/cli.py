@@ -6,7 +6,6 @@ Mistakes of the user are one line without a traceback (`--debug` shows it); the 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 import warnings
@@ -18,6 +17,8 @@ import typer
 import megatron_apo
 from megatron_apo.config import EstimatorName
 from megatron_apo.runtime.garbage import not_collected
+from megatron_apo.runtime.job import is_later_rank
+from megatron_apo.runtime.signals import unwind_on_sigterm
 
 if TYPE_CHECKING:
     from megatron_apo.config import Recipe
@@ -26,7 +27,8 @@ DEBUG = "MEGATRON_APO_DEBUG"
 
 app = typer.Typer(
     help="A*-PO: V* of a reference policy offline, then one regression per prompt online.",
-    epilog="Exit codes: 0 done; 1 the run failed; 2 the command line or the recipe is wrong; 130 Ctrl-C; 143 SIGTERM.",
+    epilog="Exit codes: 0 done; 1 the run failed; 2 the command line or the recipe is wrong; 76 a rank was lost; "
+    "130 Ctrl-C; 143 SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -302,8 +304,7 @@ def _quiet_upstream() -> None:
 def main() -> None:
     """Run the command line and exit."""
     _quiet_upstream()
-    # Like Ctrl-C, SIGTERM unwinds the stack, so that servers and ranks are stopped on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    unwind_on_sigterm()
     try:
         app(prog_name="megatron-apo")
     except (ValueError, OSError, RuntimeError) as error:
@@ -311,6 +312,8 @@ def main() -> None:
             raise
         from megatron_apo.config import RecipeError
 
+        if is_later_rank():
+            traceback.print_exc()  # into its log
         for line in error.problems if isinstance(error, RecipeError) else [str(error)]:
             if line:
                 print(f"error: {line}", file=sys.stderr)

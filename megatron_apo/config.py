@@ -165,7 +165,9 @@ class ParallelConfig(Section):
     threads_per_rank: int = Field(
         1, ge=1, description="CPU threads of each trainer rank; optimizer.cpu_offload updates by them"
     )
-    timeout_s: float = Field(1800, gt=0, description="how long a collective may wait before the run is stopped")
+    timeout_s: float = Field(
+        1800, gt=0, description="how long a collective may wait, or a rank be silent, until the run ends"
+    )
 
     @property
     def world_size(self) -> int:
@@ -875,11 +877,11 @@ def describe_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> list[t
 
 def fields_marked(name: str) -> dict[str, Any]:
     """The sections ("parallel") and fields ("train.record") that have the mark `name`, and what each is marked with."""
-    found = {}
+    found: dict[str, Any] = {}
     for section_name, section in Recipe.model_fields.items():
-        fields = {section_name: section} | {
-            f"{section_name}.{key}": field for key, field in _section(section.annotation).model_fields.items()
-        }
+        kind = _section(section.annotation)
+        assert kind is not None
+        fields = {section_name: section} | {f"{section_name}.{key}": field for key, field in kind.model_fields.items()}
         found |= {
             key: field.json_schema_extra[name]
             for key, field in fields.items()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -13,7 +12,10 @@ import torch.distributed as dist
 
 from megatron_apo.config import ParallelConfig
 from megatron_apo.model import cpu_compat
-from megatron_apo.runtime.launch import RANK_LOST
+from megatron_apo.runtime.heartbeat import Heartbeat, announce
+from megatron_apo.runtime.hosts import join_store, meet
+from megatron_apo.runtime.job import Job, read_job
+from megatron_apo.runtime.signals import RANK_LOST
 from megatron_apo.runtime.topology import Topology
 
 _PATIENCE = datetime.timedelta(days=7)  # of `host_group`: a rank that dies ends the others without it
@@ -27,51 +29,60 @@ class RankLost(RuntimeError):
 
 @contextmanager
 def distributed(parallel: ParallelConfig) -> Iterator[Topology]:
-    """Join the job described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; leave it at the end."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if world_size != parallel.world_size:
+    """Join the job that this process is a rank of (`runtime/job.py`); leave it at the end.
+
+    A rank of it that falls silent meanwhile ends the run within `parallel.timeout_s` (`runtime/heartbeat.py`).
+    """
+    job = read_job()
+    if job is None:
+        raise ValueError("RANK, WORLD_SIZE: missing; start the ranks with megatron-apo or torchrun")
+    if job.world_size != parallel.world_size:
         raise ValueError(
             f"parallel: tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} x dp={parallel.dp} needs "
-            f"{parallel.world_size} ranks, but the job has {world_size}; change the recipe or the number of ranks"
+            f"{parallel.world_size} ranks, but the job has {job.world_size}; change the recipe or the number of ranks"
         )
-    with _joined(parallel, rank, world_size, None) as topology:
-        yield topology
+    store = join_store(job, parallel.timeout_s)
+    announce(job, store)
+    places = meet(job, store, parallel.timeout_s)
+    with ExitStack() as stack:
+        if job.world_size > 1:
+            stack.enter_context(Heartbeat(job, [place.name for place in places], parallel.timeout_s))
+        yield stack.enter_context(_joined(parallel, job, dist.PrefixStore("groups", store)))
 
 
 @contextmanager
 def alone() -> Iterator[Topology]:
     """A job of this process alone, which needs no port."""
-    with _joined(ParallelConfig(), 0, 1, dist.HashStore()) as topology:
+    with _joined(ParallelConfig(), Job(0, 1, "", 0), dist.HashStore()) as topology:
         yield topology
 
 
-def _device_index(rank: int, num_gpus: int) -> int:
-    """Which of the GPUs that this process sees is its own. torchrun says LOCAL_RANK; srun SLURM_LOCALID, and may show
-    each rank its own GPU alone."""
-    if "LOCAL_RANK" not in os.environ and "SLURM_LOCALID" in os.environ and num_gpus == 1:
+def _device_index(job: Job, num_gpus: int) -> int:
+    """Which of the GPUs that this process sees is its own. srun may show each rank its own GPU alone."""
+    if job.slurm_task and num_gpus == 1:
         return 0
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank % num_gpus)))
+    local = job.rank % num_gpus if job.local_rank is None else job.local_rank
     if local >= num_gpus:
         raise ValueError(
-            f"rank {rank} is number {local} on its machine, counted from 0, and sees {num_gpus} GPUs; start one rank a "
-            "GPU, or name more GPUs in CUDA_VISIBLE_DEVICES"
+            f"rank {job.rank} is number {local} on its machine, counted from 0, and sees {num_gpus} GPUs; start one "
+            "rank a GPU, or name more GPUs in CUDA_VISIBLE_DEVICES"
         )
     return local
 
 
 @contextmanager
-def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.Store | None) -> Iterator[Topology]:
+def _joined(parallel: ParallelConfig, job: Job, store: dist.Store) -> Iterator[Topology]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     cpu_compat.install()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(_device_index(rank, torch.cuda.device_count()))
+        torch.cuda.set_device(_device_index(job, torch.cuda.device_count()))
     torch.set_num_threads(parallel.threads_per_rank)
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=timeout, store=store, rank=rank, world_size=world_size
+        "nccl" if on_gpu else "gloo", timeout=timeout, store=store, rank=job.rank, world_size=job.world_size
     )
     done = False
     try:
@@ -87,8 +98,8 @@ def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.St
         # none, so that nothing draws from them.
         model_parallel_cuda_manual_seed(0)
         topology = Topology(
-            rank=rank,
-            world_size=world_size,
+            rank=job.rank,
+            world_size=job.world_size,
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
             dp_rank=parallel_state.get_data_parallel_rank(),
@@ -116,7 +127,9 @@ def _joined(parallel: ParallelConfig, rank: int, world_size: int, store: dist.St
         done = True
     except RuntimeError as error:
         if any(text in str(error) for text in ("Connection closed by peer", "Connection reset by peer")):
-            raise RankLost(f"rank {rank}: the connection to another rank was lost; see what that rank said") from error
+            raise RankLost(
+                f"rank {job.rank}: the connection to another rank was lost; see what that rank said"
+            ) from error
         raise
     finally:
         # NCCL's shutdown waits for collectives, in which the others may be stuck: a rank that failed leaves it to the

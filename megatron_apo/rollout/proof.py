@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.layout import lay_out
+from megatron_apo.data.layout import make_micro_batches
 from megatron_apo.data.sequences import Sequences
 from megatron_apo.model.build import LogProbModel, at_temperature
 from megatron_apo.parallel.pipeline import forward_log_probs
@@ -23,7 +23,7 @@ def policy_log_probs(
 ) -> list[list[float]]:
     """The policy's log-probs of each sequence's tokens but the first, at temperature 1, on every rank. Collective."""
     first, rest = [s[:1] for s in sequences], [s[1:] for s in sequences]
-    micro_batches = [micro.to(topology.device) for micro in lay_out(recipe, Sequences.of(first, rest))]
+    micro_batches = [micro.to(topology.device) for micro in make_micro_batches(recipe, Sequences.of(first, rest))]
     with at_temperature(policy, 1.0):
         found = forward_log_probs(policy, micro_batches)
     ours: list[list[float]] = [[] for _ in sequences]

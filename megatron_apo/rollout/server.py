@@ -26,21 +26,13 @@ from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
 from megatron_apo.runtime import guard
 from megatron_apo.runtime.gpus import drivers_gpus, gpu_names, visible_gpus
+from megatron_apo.runtime.job import without_job
 from megatron_apo.runtime.ports import free_port, try_port
 
 LOG_TAIL_LINES = 30
 STOP_LIMIT_S = 15.0
-# Set by torchrun or our launcher for this process alone; vLLM would take them for its own.
-LAUNCHER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "OMP_NUM_THREADS",
-    "TORCHDYNAMO_DISABLE",
-)
+# Set by torchrun or our launcher for this process alone, beside what says that it is a rank.
+LAUNCHER_VARIABLES = ("OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE")
 
 
 class ServerError(RuntimeError):
@@ -266,7 +258,8 @@ def engine_environment(
 
     replica: which of `rollout.replicas` it is, with GPUs or cores of its own; None: it has those of all.
     """
-    environment = {name: value for name, value in inherited.items() if name not in LAUNCHER_VARIABLES}
+    # vLLM would take a rank's place in our job for one in its own.
+    environment = {name: value for name, value in without_job(inherited).items() if name not in LAUNCHER_VARIABLES}
     environment.pop("VLLM_RPC_BASE_PATH", None)  # so that its sockets lie in TMPDIR
     environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
     if _has_gpu(rollout):

@@ -1,7 +1,7 @@
-"""Starts this machine's trainer ranks, watches them, and leaves none behind.
+"""Starts this node's trainer ranks, watches them, and leaves none behind.
 
-A stage's command run by hand starts the ranks itself; under `torchrun`, where RANK and WORLD_SIZE are set, the same
-command is a rank. Rank 0 writes to the terminal, the others to RUN/logs/rank<k>.log.
+A stage's command run by hand starts the ranks itself, all of them on this machine; under `torchrun` the same command is
+a rank. Rank 0 writes to the terminal, the others to RUN/logs/rank<k>.log.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 from megatron_apo.config import Recipe
 from megatron_apo.runtime import guard
 from megatron_apo.runtime.gpus import visible_gpus
+from megatron_apo.runtime.job import Job, Node, new_secret, slurm_tasks, without_job
 from megatron_apo.runtime.ports import free_port
+from megatron_apo.runtime.signals import RANK_LOST, end_with_parent
 
 _STOP_LIMIT_S = 10.0
 _TOGETHER_S = 3.0
-RANK_LOST = 76  # exit code of a rank that ended only because another did
 _LOG_TAIL_LINES = 20
 _GUARDED = "MEGATRON_APO_GUARDED"
 
@@ -37,17 +38,12 @@ class RankFailed(RuntimeError):
         self.exit_code = exit_code
 
 
-def is_rank() -> bool:
-    """Whether this process is one rank of a job that someone else started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def spawn_stage(command: str, recipe: Recipe) -> None:
     """Run `megatron-apo COMMAND` with this recipe as the recipe's ranks on this machine.
 
     Raises `ValueError` as one of several tasks of a SLURM step: each would start a run of its own in the same folder.
     """
-    if (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
+    if (tasks := slurm_tasks()) > 1:
         raise ValueError(
             f"srun --ntasks={tasks}: {command} starts its ranks itself, one task a machine; use --ntasks=1, or run "
             f"`torchrun ... -m megatron_apo.cli {command} ...` in one task on each machine"
@@ -56,25 +52,53 @@ def spawn_stage(command: str, recipe: Recipe) -> None:
 
 
 def stage_arguments(command: str, recipe: Recipe, suffix: str = "") -> list[str]:
-    """The command line of a stage with exactly this recipe, which is written into the run as COMMAND<suffix>.yaml."""
+    """The command line of a stage with exactly this recipe, which is written into the run."""
+    return [command, "--recipe", str(write_recipe(command, recipe, suffix))]
+
+
+def write_recipe(command: str, recipe: Recipe, suffix: str = "") -> Path:
+    """Write RUN/COMMAND<suffix>.yaml, once the recipe is checked; under torchrun it is rank 0 that has checked it."""
     path = recipe.run.dir / f"{command}{suffix}.yaml"
     recipe.save(path)
-    return [command, "--recipe", str(path)]
+    return path
+
+
+def be_rank(job: Job, log_dir: Path | None = None) -> None:
+    """Be a rank, before torch is imported: one that torchrun has started does itself what our launcher does for others.
+
+    log_dir: where all ranks but rank 0 write from now on; None: they write where they do.
+    """
+    end_with_parent()
+    if job.launched:
+        return
+    for name, value in _defaults().items():
+        os.environ.setdefault(name, value)
+    if job.rank and log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        with open(log_path(log_dir, job.rank), "ab" if job.attempt else "wb") as log:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+                os.dup2(log.fileno(), stream.fileno())
 
 
 def spawn(arguments: Sequence[str], *, world_size: int, log_dir: Path) -> None:
-    """Run `megatron-apo ARGUMENTS` as `world_size` ranks and wait for them.
+    """Run `megatron-apo ARGUMENTS` as `world_size` ranks on this machine and wait for them."""
+    address = "127.0.0.1"
+    spawn_node(arguments, Node(0, world_size, world_size, address, free_port(address), new_secret()), log_dir)
 
-    The first rank to fail ends the others; then `RankFailed` is raised. Also when this process is interrupted, every
-    process that the ranks started is gone before this returns.
+
+def spawn_node(arguments: Sequence[str], node: Node, log_dir: Path) -> None:
+    """Run `megatron-apo ARGUMENTS` as the ranks of this node and wait for them.
+
+    The first rank to fail ends the others here; then `RankFailed` is raised. Also when this process is interrupted,
+    every process that the ranks started is gone before this returns.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    port = free_port("127.0.0.1")
     failed, code = _supervise(
-        [partial(_start_rank, arguments, rank, world_size, port, log_dir) for rank in range(world_size)]
+        [partial(_start_rank, arguments, node.job(local_rank), log_dir) for local_rank in range(node.num_ranks)]
     )
     if failed is not None:
-        raise RankFailed(_describe(failed, code, log_dir), code)
+        raise RankFailed(_describe(node.first_rank + failed, code, log_dir), code)
 
 
 def run_command(arguments: Sequence[str]) -> None:
@@ -118,24 +142,19 @@ def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple
     return failed, code if code >= 0 else 128 - code
 
 
-def _start_rank(
-    arguments: Sequence[str], rank: int, world_size: int, port: int, log_dir: Path
-) -> subprocess.Popen[bytes]:
-    environment = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+def _start_rank(arguments: Sequence[str], job: Job, log_dir: Path) -> subprocess.Popen[bytes]:
+    environment = _defaults() | without_job(os.environ) | job.variables()
+    return _start(arguments, environment, None if job.rank == 0 else log_path(log_dir, job.rank))
+
+
+def _defaults() -> dict[str, str]:
+    """A rank's environment where the user says nothing else."""
+    found = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not visible_gpus():
         # Megatron-Core asks torch to compile functions that no CPU rank calls: importing the compiler for it takes a
         # quarter of a rank's start.
-        environment.setdefault("TORCHDYNAMO_DISABLE", "1")
-    return _start(arguments, environment, None if rank == 0 else _log_path(log_dir, rank))
+        found["TORCHDYNAMO_DISABLE"] = "1"
+    return found
 
 
 def _start(
@@ -157,7 +176,8 @@ def _start(
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
     """Index of the first rank that failed; None when all ended well.
 
-    An error that all ranks raise together is rank 0's to tell: it has a moment to end as well.
+    An error that all ranks raise together is the first's to tell, which writes to the terminal where it is rank 0: it
+    has a moment to end as well.
     """
     while True:
         codes = [rank.poll() for rank in ranks]
@@ -209,7 +229,7 @@ def _describe(rank: int, code: int, log_dir: Path) -> str:
     if rank == 0:
         return _killed("rank 0", code)
     message = f"rank {rank} ended with status {code}"
-    path = _log_path(log_dir, rank)
+    path = log_path(log_dir, rank)
     lines = path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     return "\n".join([f"{message}; the end of {path}:", *lines])
 
@@ -222,5 +242,5 @@ def _killed(what: str, code: int) -> str:
     return f"{what} was ended by signal {code - 128}{hint}"
 
 
-def _log_path(log_dir: Path, rank: int) -> Path:
+def log_path(log_dir: Path, rank: int) -> Path:
     return log_dir / f"rank{rank}.log"

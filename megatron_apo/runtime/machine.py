@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import psutil
 
 from megatron_apo.runtime.gpus import Capability, gpu_memory_bytes, visible_gpus
-from megatron_apo.runtime.launch import is_rank
+from megatron_apo.runtime.job import is_rank, num_local_ranks
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Machine:
             tuple(gpu_memory_bytes()) if gpus else (),
             psutil.virtual_memory().available,
             # torchrun says how many there are; without a word, as many as there are GPUs.
-            int(os.environ.get("LOCAL_WORLD_SIZE", len(gpus) or 1)) if is_rank() else None,
+            (num_local_ranks() or len(gpus) or 1) if is_rank() else None,
         )
 
     @property

@@ -26,6 +26,7 @@ from megatron_apo.config import ParallelConfig
 from megatron_apo.learner.checkpoint import MODEL, Dtype, Record, read_record, torch_dtype
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.runtime import launch
+from megatron_apo.runtime.job import read_job
 from megatron_apo.telemetry.summary import versions
 from megatron_apo.telemetry.units import data_size
 from megatron_apo.weights.families import hf_tensors
@@ -127,10 +128,11 @@ def run_ranks(
     of which runs `megatron-apo convert ARGUMENTS`. parallel: their layout; None: side by side."""
     ranks = ranks or default_ranks()
     with _without_gpus():
-        if launch.is_rank():
+        if job := read_job():
+            launch.be_rank(job)
             from megatron_apo.parallel.groups import distributed
 
-            with distributed(parallel or ParallelConfig(dp=int(os.environ["WORLD_SIZE"]))) as topology:
+            with distributed(parallel or ParallelConfig(dp=job.world_size)) as topology:
                 work(topology)
         elif ranks == 1:
             from megatron_apo.parallel.groups import alone

@@ -21,6 +21,7 @@ from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.training_data import TrainingData
 from megatron_apo.runtime.collective import driver_only, on_driver
+from megatron_apo.runtime.launch import write_recipe
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.memory import garbage_collection_frozen
 from megatron_apo.telemetry.recorder import Recorder
@@ -30,6 +31,8 @@ from megatron_apo.weights.stream import WeightStream, export_hf
 def train(recipe: Recipe, topology: Topology) -> None:
     """The whole of stage 2, on every rank."""
     data = driver_only(topology, lambda: open_training(recipe))
+    if topology.is_driver:
+        write_recipe("train", recipe)
     learner = Learner.build(recipe, topology)
     checkpoints = Checkpoints(recipe, topology, learner)
     start = checkpoints.restore()

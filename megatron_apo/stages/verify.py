@@ -17,7 +17,7 @@ from rich.table import Table
 from megatron_apo.config import ParallelConfig
 from megatron_apo.learner.checkpoint import MODEL, read_record, torch_dtype
 from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, check_layout, read_hf_config
-from megatron_apo.runtime import launch
+from megatron_apo.runtime.job import is_rank
 from megatron_apo.stages.convert import run_ranks, streamed_conversion
 from megatron_apo.telemetry.units import some
 from megatron_apo.weights.hf_io import HFReader
@@ -60,7 +60,7 @@ def verify(
     """
     if prompts is None and layout != Layout():
         raise ValueError("--prompts: missing; --tp, --pp and --ep are for the log-probs of a file of prompts")
-    if launch.is_rank() and prompts and only is None:
+    if is_rank() and prompts and only is None:
         raise ValueError("--only: missing; a job of ranks compares tensors or log-probs, start one for each")
     spec = _same_spec(hf, megatron)
     check_layout(spec, layout.parallel)

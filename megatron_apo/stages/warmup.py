@@ -20,6 +20,7 @@ from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import SFT, MicroTargets
 from megatron_apo.parallel.pipeline import forward_backward
 from megatron_apo.preflight import warmup_examples
+from megatron_apo.runtime.launch import write_recipe
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream, export_hf, load_weights
@@ -46,6 +47,8 @@ def train(recipe: Recipe, topology: Topology) -> None:
     )
     trainable = make_trainable(chunks, config, total_steps=warmup.steps)
     examples = warmup_examples(recipe)
+    if topology.is_driver:
+        write_recipe("warmup", recipe)
     with Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress:
         task = progress.add_task("warm start (SFT)", total=warmup.steps)
         for step in range(warmup.steps):

@@ -6,10 +6,13 @@ import importlib
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
@@ -18,7 +21,9 @@ from pathlib import Path
 import pytest
 
 from megatron_apo.config import ParallelConfig
+from megatron_apo.runtime import guard
 from megatron_apo.runtime.ports import free_port
+from tests.dist.hosts import Host
 from tests.models import EXPERTS, VARIANTS
 
 ROOT = Path(__file__).parents[2]
@@ -40,25 +45,42 @@ def variants_of(layout: str) -> list[str]:
 
 def start_ranks(module: str, work: Path, layout: str, *arguments: str) -> None:
     """Run MODULE's main with `WORK LAYOUT [ARGUMENTS]` as the layout's ranks; fails with the log of one that fails."""
+    with running_ranks(module, work, layout, *arguments) as ranks:
+        for rank in ranks:
+            rank.process.join(LIMIT_S)
+            if (code := rank.process.exitcode) != 0:
+                why = "took too long" if code is None else "failed"
+                pytest.fail(f"{rank.log.stem} of {layout} {why}:\n{rank.log.read_text()[-3000:]}")
+
+
+@dataclass(frozen=True)
+class Rank:
+    process: multiprocessing.process.BaseProcess
+    log: Path
+
+
+@contextmanager
+def running_ranks(
+    module: str, work: Path, layout: str, *arguments: str, hosts: Sequence[Host] = (), **environment: str
+) -> Iterator[list[Rank]]:
+    """The ranks of `start_ranks`, which run; killed at the end. hosts: each rank's; none: this one."""
     world_size = parallel_of(layout).world_size
     port = free_port("127.0.0.1")
-    environment = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    told = (module, (str(work), layout, *arguments), environment)
-    logs = [work / f"rank{rank}.log" for rank in range(world_size)]
-    ranks = [forks().Process(target=_be_rank, args=(*told, rank, log)) for rank, log in enumerate(logs)]
+    own = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told = (module, (str(work), layout, *arguments), own | environment)
+    ranks = []
+    for rank in range(world_size):
+        log, host = work / f"rank{rank}.log", hosts[rank] if hosts else None
+        ranks.append(Rank(forks().Process(target=_be_rank, args=(*told, rank, log, host)), log))
     try:
-        for process in ranks:
-            process.start()
-        for process, log in zip(ranks, logs, strict=True):
-            process.join(LIMIT_S)
-            if process.exitcode != 0:
-                why = "took too long" if process.exitcode is None else "failed"
-                pytest.fail(f"{log.stem} of {layout} {why}:\n{log.read_text()[-3000:]}")
+        for rank in ranks:
+            rank.process.start()
+        yield ranks
     finally:
-        for process in ranks:
-            if process.pid is not None:
-                process.kill()
-                process.join()
+        for rank in ranks:
+            if rank.process.pid is not None:
+                rank.process.kill()
+                rank.process.join()
 
 
 @cache
@@ -74,10 +96,15 @@ def forks() -> BaseContext:
     return context
 
 
-def _be_rank(module: str, arguments: Sequence[str], environment: dict[str, str], rank: int, log: Path) -> None:
+def _be_rank(
+    module: str, arguments: Sequence[str], environment: dict[str, str], rank: int, log: Path, host: Host | None
+) -> None:
+    guard.LIBC.prctl(guard.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # it may wait for ever, were the tests killed
     with log.open("wb") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
+    if host is not None:
+        host.enter()
     os.environ.update(environment, RANK=str(rank))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")

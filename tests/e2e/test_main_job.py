@@ -36,6 +36,7 @@ from megatron_apo.values.store import VStarStore
 from megatron_apo.weights.stream import WeightStream
 from tests.e2e.command import ENGINE, Command
 from tests.e2e.conftest import assert_all_gone, traces
+from tests.e2e.torchrun import start_agents
 
 FILE = "model.safetensors"
 
@@ -241,13 +242,16 @@ def test_a_stale_tensor_stops_the_run_with_its_name(
 def test_another_layout_trains_alike_over_the_death_of_its_server(
     layout: tuple[str, ...], quickstart: Path, command, tmp_path: Path
 ) -> None:
-    """Against the quickstart's TP 2: moments and master weights survive their way to host memory and back, and
-    the server that is started in place of a dead one holds the trained weights."""
+    """Against the quickstart's TP 2: moments and master weights survive their way to host memory and back, and the
+    server that is started in place of a dead one holds the trained weights. Under torchrun, which leaves as much of a
+    run as our launcher does."""
     placement = ["model.reference_mode=swap", "train.offload_while_sampling=true", "train.entropy=true"]
-    run = command(*train_arguments(quickstart, tmp_path / "run", *layout, *placement, "train.steps=6"))
+    arguments = train_arguments(quickstart, tmp_path / "run", *layout, *placement)
+    run, second = start_agents(command, tmp_path / "agents", *arguments)
     run.wait_for(lambda: steps_done(tmp_path / "run") >= 1)
     assert run.kill(ENGINE)
     assert run.wait() == 0, run.output
+    assert second.wait() == 0, second.output
     assert run.output.count("restarting it once") == 1
     expected, found = training_rows(quickstart), training_rows(tmp_path / "run")
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
@@ -258,7 +262,14 @@ def test_another_layout_trains_alike_over_the_death_of_its_server(
     assert found[0]["kl/per_token"] == 0.0
     assert all(0 < row["entropy/per_token"] < math.log(18) for row in found)  # 18 tokens in the vocabulary
     assert max(row["mismatch/max"] for row in found) <= 1e-4
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["max_log_prob_difference"] <= 1e-4
+    whole, summary = (json.loads((folder / "summary.json").read_text()) for folder in (quickstart, tmp_path / "run"))
+    assert summary["max_log_prob_difference"] <= 1e-4
+    assert summary.keys() == whole.keys() - {"vstar"} and summary["versions"] == whole["versions"]
+    assert summary["phases_s"].keys() == {"train"} and summary["phases_s"]["train"] > sum(
+        row["time/step_s"] for row in found
+    )
+    assert load_recipe(str(tmp_path / "run" / "train.yaml"), []) == load_recipe(arguments[2], arguments[3:])
+    assert (tmp_path / "run" / "logs" / "rank1.log").is_file()
 
 
 def test_a_second_death_in_a_step_stops_the_run(quickstart: Path, command, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import pytest
 import megatron_apo
 from megatron_apo.config import build_recipe
 from megatron_apo.runtime import launch
-from megatron_apo.runtime.launch import RankFailed, is_rank, run_command, spawn, spawn_stage
+from megatron_apo.runtime.job import Node, read_job
+from megatron_apo.runtime.launch import RankFailed, run_command, spawn, spawn_node, spawn_stage
+from megatron_apo.runtime.signals import RANK_LOST
 
 
 @pytest.fixture(autouse=True)
@@ -64,17 +66,53 @@ def test_several_tasks_of_a_slurm_step_start_no_run_each(tmp_path, monkeypatch):
 
 
 def test_what_a_rank_is_told(tmp_path, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    assert not is_rank()
-    rank = launch._start_rank(["--version"], 3, 8, 12345, tmp_path)
-    told = psutil.Process(rank.pid).environ()
+    """Its place as the launcher has it, and nothing of a job that the launcher is in itself."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("GROUP_RANK", "7")
+    node = Node(2, 2, 8, "10.0.0.1", 12345, "s3cret", index=1, count=4)
+    rank = launch._start_rank(["--version"], node.job(1), tmp_path)
+    told, command = psutil.Process(rank.pid).environ(), psutil.Process(rank.pid).cmdline()
     assert rank.wait() == 0
-    wanted = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "MASTER_PORT": "12345"}
-    assert wanted.items() <= told.items() and told["MASTER_ADDR"] == "127.0.0.1"
-    for name in ("RANK", "WORLD_SIZE"):
-        assert not is_rank()
-        monkeypatch.setenv(name, told[name])
-    assert is_rank()
+    job = read_job(told)
+    assert job == node.job(1)
+    assert (job.rank, job.local_rank, job.local_world_size, job.node, job.num_nodes) == (3, 1, 2, 1, 4)
+    assert "s3cret" not in " ".join(command)
+
+
+def test_a_node_names_its_ranks_by_their_place_in_the_job(capfd, tmp_path):
+    """The first rank of a second node has a log as the others have, from which its failure is told."""
+    with pytest.raises(RankFailed, match="^rank 2 ended with status 2; the end of ") as error:
+        spawn_node(["no-such-command"], Node(2, 2, 4, "10.0.0.1", 12345, "", index=1, count=2), tmp_path)
+    assert error.value.exit_code == 2 and "no-such-command" in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank2.log", "rank3.log"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ranks_share_a_secret_of_their_run(tmp_path, monkeypatch):
+    """It is in their environment and nowhere else, and another run has another."""
+    code = "import os, sys; open(f'{sys.argv[1]}/' + os.environ['RANK'], 'w').write(os.environ['MEGATRON_APO_SECRET'])"
+
+    def start(arguments, environment, log):
+        return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, start_new_session=True)
+
+    monkeypatch.setattr(launch, "_start", start)
+    secrets = []
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        spawn([str(tmp_path / run)], world_size=2, log_dir=tmp_path / run / "logs")
+        first, second = ((tmp_path / run / rank).read_text() for rank in "01")
+        assert first == second and len(first) >= 32
+        secrets.append(first)
+    assert secrets[0] != secrets[1]
+
+
+def test_a_stopped_rank_is_ended_with_the_code_of_who_missed_it(monkeypatch):
+    """It is rank 1, and in another job rank 0, which is asked first."""
+    monkeypatch.setattr(launch, "_STOP_LIMIT_S", 1.0)
+    monkeypatch.setattr(launch, "_TOGETHER_S", 0.5)
+    silent = started("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
+    assert launch._supervise([started(f"import time; time.sleep(1); exit({RANK_LOST})"), silent]) == (0, RANK_LOST)
+    assert launch._supervise([silent, started(f"import time; time.sleep(1); exit({RANK_LOST})")]) == (1, RANK_LOST)
 
 
 def test_the_first_failure_ends_the_others_and_what_they_started(monkeypatch):

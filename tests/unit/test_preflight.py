@@ -95,9 +95,9 @@ def test_an_engine_that_does_not_fit(problems):
     assert line == "rollout.tp: 3 does not divide the model's 4 heads; use a divisor (model.path)"
 
 
-def test_each_replica_has_gpus_of_its_own(misfits):
-    assert misfits([HOPPER] * 4, "rollout.tp=2", "rollout.replicas=2") == misfits([], "rollout.replicas=9") == []
-    (line,) = misfits([HOPPER] * 5, "rollout.tp=2", "rollout.replicas=3")
+def test_each_replica_has_gpus_of_its_own(problems):
+    assert problems([HOPPER] * 4, "rollout.tp=2", "rollout.replicas=2") == problems([], "rollout.replicas=9") == []
+    (line,) = problems([HOPPER] * 5, "rollout.tp=2", "rollout.replicas=3")
     assert line == (
         "rollout.replicas: 3 engines of rollout.tp=2 need 6 GPUs, and here are 5; use at most 2, or name more in "
         "CUDA_VISIBLE_DEVICES"

@@ -13,7 +13,12 @@ from megatron_apo.model.build import build_model
 from megatron_apo.model.megatron_config import transformer_config
 from megatron_apo.model.precision import Precision
 from megatron_apo.parallel.groups import _device_index, alone
+from megatron_apo.runtime.job import read_job
 from tests.unit.test_precision import EXPERTS, SPEC
+
+
+def job_of(rank, said):
+    return read_job({"RANK": str(rank), "WORLD_SIZE": "16", "MASTER_ADDR": "n0", "MASTER_PORT": "1"} | said)
 
 
 @pytest.mark.parametrize(
@@ -27,20 +32,14 @@ from tests.unit.test_precision import EXPERTS, SPEC
         ({}, 0, 1, 0),
     ],
 )
-def test_the_gpu_of_a_rank(said, rank, num_gpus, index, monkeypatch):
-    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in said.items():
-        monkeypatch.setenv(name, value)
-    assert _device_index(rank, num_gpus) == index
+def test_the_gpu_of_a_rank(said, rank, num_gpus, index):
+    assert _device_index(job_of(rank, said), num_gpus) == index
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_LOCALID"])
-def test_more_ranks_than_gpus(name, monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setenv(name, "2")
+def test_more_ranks_than_gpus(name):
     with pytest.raises(ValueError, match="^rank 10 is number 2 on its machine, .* sees 2 GPUs; "):
-        _device_index(10, 2)
+        _device_index(job_of(10, {name: "2"}), 2)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -1,0 +1,69 @@
+"""How a process of a job ends: by which signals, with which exit codes, and never after its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+RANK_LOST = 76  # exit code of a rank that ended only because another did, or fell silent
+TERMINATED = 128 + signal.SIGTERM
+_LOOK_EVERY_S = 0.5
+_UNWIND_LIMIT_S = 20.0
+
+
+def unwind_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack, as Ctrl-C does, so that servers and ranks are stopped on the way out.
+
+    The first one alone: SLURM sends it to every process of a step and torchrun passes it on, and a second would break
+    into what the first has begun to tear down.
+    """
+    unwinding = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal unwinding
+        if not unwinding:
+            unwinding = True
+            sys.exit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+def end_with_parent() -> None:
+    """End this process when its parent does: by SIGTERM, and for good if it has not unwound after a while, such as one
+    that waits in a collective, where Python handles no signal.
+
+    Our launcher asks the kernel for a signal as well (`guard.end_with`); torchrun does not, and the kernel looks at the
+    parent's thread, which a child does not know.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_EVERY_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_UNWIND_LIMIT_S)
+        end_now(TERMINATED)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def end_now(code: int, message: str = "") -> None:
+    """End this process from any thread, whatever the main thread does, once `message` and output are written.
+
+    A terminal or a pipe that takes nothing more does not keep it.
+    """
+
+    def write() -> None:
+        sys.stdout.flush()
+        if message:
+            print(message, file=sys.stderr)
+        sys.stderr.flush()
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    writer.join(2.0)
+    os._exit(code)
