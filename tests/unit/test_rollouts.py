@@ -23,7 +23,7 @@ from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.weight_sync import SyncError
 from megatron_apo.weights.stream import TensorMeta
 from tests.engines import GENERATE, LIMIT_S, Server
-from tests.unit.test_rollout_turns import one_rank
+from tests.unit.test_rollout_sharing import one_rank
 
 PROMPTS = [
     Prompt(prompt_id=f"p{n}", text="1+2=", text_hash="h", token_ids=(5, 6, n), answer="3", row=n) for n in range(8)
