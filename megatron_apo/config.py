@@ -35,8 +35,14 @@ SAME_IN_ALL_SHARDS: JsonDict = {"shards": "same"}
 
 
 def in_fingerprint(name: str) -> JsonDict:
-    """The samples of a V* store depend on it: the field `name` of the store's fingerprint (values/fingerprint.py)."""
+    """The samples of a V* store depend on it: it is the field `name` of the store's fingerprint
+    (values/fingerprint.py)."""
     return {"fingerprint": name}
+
+
+def behind_fingerprint(*names: str) -> JsonDict:
+    """As `in_fingerprint`, by way of these fields: a hash of what it names, say."""
+    return {"behind_fingerprint": list(names)}
 
 
 EstimatorName = Literal["log_mean_exp", "debiased", "beta_smoothed", "mean", "max"]
@@ -102,8 +108,15 @@ class FP8Config(Section):
 
 
 class ModelConfig(Section):
-    path: Path = Field(description="Hugging Face folder of the starting policy (config.json, safetensors, tokenizer)")
-    reference: Path | None = Field(None, description="Hugging Face folder of pi_ref; none: the same as model.path")
+    path: Path = Field(
+        json_schema_extra=behind_fingerprint("model_hash", "tokenizer_hash", "template_hash"),
+        description="Hugging Face folder of the starting policy (config.json, safetensors, tokenizer)",
+    )
+    reference: Path | None = Field(
+        None,
+        json_schema_extra=behind_fingerprint("model_hash"),
+        description="Hugging Face folder of pi_ref; none: the same as model.path",
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="what the trainer computes in; bf16 keeps master weights and gradients in fp32"
     )
@@ -202,26 +215,65 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    train: str = Field(description="prompts to train on: a .jsonl or .parquet file, or a hub dataset's name")
+    train: str = Field(
+        json_schema_extra=behind_fingerprint("dataset_hash"),
+        description="prompts to train on: a .jsonl or .parquet file, or a hub dataset's name",
+    )
     eval: str | None = Field(
         None, json_schema_extra=MAY_CHANGE, description="held-out prompts, same form; none: no evaluation"
     )
-    max_prompts: int | None = Field(None, ge=1, description="first rows of data.train; none: all")
-    subset: str | None = Field(None, description="configuration of a hub dataset, e.g. main; none: its default")
-    split: str = Field("train", description="split to read when the source is a hub dataset")
+    max_prompts: int | None = Field(
+        None,
+        ge=1,
+        json_schema_extra=behind_fingerprint("dataset_hash"),
+        description="first rows of data.train; none: all",
+    )
+    subset: str | None = Field(
+        None,
+        json_schema_extra=behind_fingerprint("dataset_hash"),
+        description="configuration of a hub dataset, e.g. main; none: its default",
+    )
+    split: str = Field(
+        "train",
+        json_schema_extra=behind_fingerprint("dataset_hash"),
+        description="split to read when the source is a hub dataset",
+    )
     preset: Literal["gsm8k", "math", "aime", "openr1", "deepscaler"] | None = Field(
         None,
+        json_schema_extra=behind_fingerprint("dataset_hash", "template_hash"),
         description="public dataset whose columns and prompt_format apply (for reward math; gsm8k: for reward gsm8k); "
         "its rows without an answer are counted, listed and left out",
     )
-    prompt_column: str | None = Field(None, description="column of the prompt's text; none: the preset's, else prompt")
-    answer_column: str | None = Field(None, description="column of the reference; none: the preset's, else answer")
-    prompt_format: str | None = Field(
-        None, description="text around {prompt}, other braces are themselves; none: the preset's, else {prompt} alone"
+    prompt_column: str | None = Field(
+        None,
+        json_schema_extra=behind_fingerprint("dataset_hash"),
+        description="column of the prompt's text; none: the preset's, else prompt",
     )
-    template: Literal["raw", "chat"] = Field("chat", description="raw: the text as it is; chat: the chat template")
-    system: str | None = Field(None, description="system message of the chat template; none: the template's default")
-    thinking: bool | None = Field(None, description="the chat template's thinking switch; none: the template's default")
+    answer_column: str | None = Field(
+        None,
+        json_schema_extra=behind_fingerprint("dataset_hash"),
+        description="column of the reference; none: the preset's, else answer",
+    )
+    prompt_format: str | None = Field(
+        None,
+        json_schema_extra=behind_fingerprint("template_hash"),
+        description="text around {prompt}, other braces are themselves; none: the preset's, else {prompt} alone",
+    )
+    template: Literal["raw", "chat"] = Field(
+        "chat",
+        json_schema_extra=behind_fingerprint("template"),
+        description="raw: the text as it is; chat: the chat template",
+    )
+    system: str | None = Field(
+        None,
+        json_schema_extra=behind_fingerprint("template_hash"),
+        description="system message of the chat template; none: the template's default",
+    )
+    thinking: bool | None = Field(
+        None,
+        json_schema_extra=behind_fingerprint("thinking"),
+        description="the chat template's thinking switch; none: the template's default",
+    )
     max_prompt_tokens: int = Field(
         1024,
         ge=1,
@@ -270,12 +322,18 @@ class SamplingConfig(Section):
         description="length cap of a response; part of V*'s provenance",
     )
     stop_token_ids: list[int] | None = Field(
-        None, description="ids that end a response; null: the model's EOS ids; []: nothing does but the length cap"
+        None,
+        json_schema_extra=behind_fingerprint("stop_token_ids"),
+        description="ids that end a response; null: the model's EOS ids; []: nothing does but the length cap",
     )
 
 
 class RewardConfig(Section):
-    name: str = Field("math", description="arithmetic, gsm8k, math, or your own as my_module:MyReward")
+    name: str = Field(
+        "math",
+        json_schema_extra=behind_fingerprint("reward_name"),
+        description="arithmetic, gsm8k, math, or your own as my_module:MyReward",
+    )
     options: dict[str, Any] = Field(
         default_factory=dict,
         json_schema_extra=in_fingerprint("reward_options"),

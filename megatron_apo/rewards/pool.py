@@ -31,6 +31,7 @@ from megatron_apo.config import RewardConfig
 from megatron_apo.rewards import GradeRequest, reward_target
 from megatron_apo.rewards.text import thinking_is_unfinished
 from megatron_apo.rewards.worker import Answer, Graded, Progress, Ready, Refused, WorkerSpec
+from megatron_apo.runtime.job import without_job
 
 _BATCH_S = 0.1  # what a worker gets should last about so long: it hides a round trip, and enough is left to share out
 _LARGEST_BATCH = 256  # samples
@@ -313,7 +314,10 @@ class _Worker:
                 # -P and PYTHONPATH: exactly this process's import path, so that a user's reward is found as it is here.
                 [sys.executable, "-P", "-m", "megatron_apo.rewards.worker"]
                 + [str(theirs.fileno()), str(progress_fd), str(os.getpid())],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                env=without_job(
+                    os.environ
+                )  # a reward is a user's code: it is no rank, and has no business with the secret
+                | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), progress_fd],
                 process_group=0,  # Ctrl-C is the trainer's to handle, and what a grader starts dies with it

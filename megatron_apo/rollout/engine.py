@@ -21,7 +21,7 @@ Answer = TypeVar("Answer")
 
 class State(Enum):
     DOWN = "not started, or dead"
-    UNUSABLE = "a weight update raised in it, which leaves it outside vLLM's protocol and between two versions"
+    UNUSABLE = "a weight update raised in it: it is outside vLLM's protocol and between two versions, and is restarted"
     STARTED = "it answers, and holds weights that are not the policy's"
     UNPROVEN = "it was given the policy's weights after a restart, and nobody has looked whether it has them"
     SERVING = "it may be asked for responses"
@@ -119,7 +119,7 @@ class Engine:
         """It died, or otherwise failed where there is no way on but a restart. Its open requests are given up."""
         self.failure = error
         self.version = None
-        self.state = State.DOWN if isinstance(error, ServerDied) else State.UNUSABLE
+        self.state = State.UNUSABLE if self.can_start and not isinstance(error, ServerDied) else State.DOWN
         self.client.cancel()
 
     def log_tail(self) -> str:

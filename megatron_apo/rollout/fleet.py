@@ -23,7 +23,7 @@ from queue import SimpleQueue
 from megatron_apo.config import Recipe
 from megatron_apo.rollout.client import Body, Completion, Outcome, RolloutClient, read_completion
 from megatron_apo.rollout.engine import Answer, Engine, State, at_once
-from megatron_apo.rollout.server import ServerDied, VLLMServer
+from megatron_apo.rollout.server import ServerDied, ServerError, VLLMServer
 
 
 class RequestQueue:
@@ -109,12 +109,19 @@ class Fleet(AbstractContextManager["Fleet"]):
                 thread.start()
 
     def finish_starts(self) -> None:
-        """Wait for the engines that are starting. Raises ServerError for one that does not start."""
+        """Wait for the engines that are starting. One that does not start is left for the next step while others
+        answer; raises ServerError where none does."""
         while self._starts:
             engine, future = next(iter(self._starts.items()))
-            future.result()
             del self._starts[engine]
-            self._told.discard(engine)
+            error = future.exception()
+            if error is None:
+                self._told.discard(engine)
+                continue
+            engine.failure = ServerDied(str(error))
+            if not isinstance(error, ServerError) or not (self.answering or self._starts):
+                raise error
+            print(f"rollout engine {engine.number} did not start ({error}); the others go on without it", flush=True)
         self._threads.clear()
 
     def connect(self) -> None:
@@ -175,18 +182,19 @@ class Fleet(AbstractContextManager["Fleet"]):
             return {"vllm server": self.engines[0].pid}
         return {f"vllm server {engine.number}": engine.pid for engine in self.engines}
 
-    def attend_to_lost(self, unfinished: int = 0) -> None:
-        """Say which engines were lost, and start them again if they may be, while others serve.
+    def attend_to_lost(self, engines: Sequence[Engine] | None = None, unfinished: int = 0) -> None:
+        """Say which of `engines` (none: of all) were lost, and start them again if they may be, while others serve.
 
         Where none serves it is the caller's to restart them and to give them weights.
         """
-        for engine in self.in_state(State.DOWN):
+        lost = [engine for engine in self.in_state(State.DOWN) if engines is None or engine in engines]
+        for engine in lost:
             if self.serving and engine.failure and engine not in self._told:
                 self._told.add(engine)
                 asked = f"; the others are asked its unfinished requests, {unfinished}" if unfinished else ""
                 print(f"rollout engine {engine.number} died in {self.activity} ({engine.failure}){asked}", flush=True)
         if self.serving and self.may_start:
-            self.begin_starts([engine for engine in self.in_state(State.DOWN) if engine in self._told])
+            self.begin_starts([engine for engine in lost if engine in self._told])
 
     # --- what they are asked
 
@@ -239,7 +247,7 @@ class Fleet(AbstractContextManager["Fleet"]):
                     if engine.answers:
                         engine.fail(outcome)
                     if not in_flight[engine]:
-                        self.attend_to_lost(given_up[engine])
+                        self.attend_to_lost([engine], given_up[engine])
                 elif isinstance(outcome, BaseException):
                     raise outcome
                 else:

@@ -11,7 +11,7 @@ from megatron_apo.data.layout import make_micro_batches
 from megatron_apo.data.sequences import Sequences
 from megatron_apo.model.build import LogProbModel, at_temperature
 from megatron_apo.parallel.pipeline import forward_log_probs
-from megatron_apo.rollout.engine import Engine, at_once
+from megatron_apo.rollout.engine import Engine, State, at_once
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
 from megatron_apo.runtime.topology import Topology
@@ -47,7 +47,7 @@ def prove(
     Arguments count on rank 0 only, the result is on every rank. `log_probs[i]` are, at temperature 1, of
     `sequences[i]`'s tokens but the first, or of its last `len(log_probs[i])` tokens. `expected_checksums` (name ->
     checksum, of all tensors or some) are of the weights that the trainer's log-probs were computed with. `engines`:
-    those to ask (none: all of `sync` that answer). One that dies is left out; ServerDied is raised when none is left.
+    those to ask (none: all of `sync` that answer). One that dies is left out; ServerDied is raised when none serves.
     Raises SyncError beyond `tolerance`, or where the last sync sent other tensors than expected, naming the worst
     token and the tensors to blame as far as checksums tell: those that differ from `expected_checksums`, else those
     that came unchanged in the last sync while others changed. The engine is then paused.
@@ -69,7 +69,7 @@ def prove(
                 engine.client.pause()
                 raise SyncError(_mismatch(difference, tolerance, where, suspects or sync.unchanged()))
             engine.is_proven()
-        if not any(engine.answers for engine in sync.engines):
+        if not any(engine.state is State.SERVING for engine in sync.engines):
             raise ServerDied(str(sync.engines[-1].failure) if sync.engines else "no rollout engine is running")
         return worst
 

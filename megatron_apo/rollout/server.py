@@ -1,8 +1,8 @@
 """Starts, watches and stops one vLLM server: `with VLLMServer(recipe.rollout, model, ...) as server: ...`
 
-The server is `python -m megatron_apo.rollout.api_server`, which starts vLLM's
-the CPU wheel is not), in any interpreter that has vLLM and this package. It runs under `guard.py`, so that no exit of
-this process, SIGKILL included, leaves one of its processes, its shared memory or its folders behind.
+The server is `python -m megatron_apo.rollout.api_server`, vLLM's own API server (see there), in any interpreter that
+has vLLM and this package. It runs under `guard.py`, so that no exit of this process, SIGKILL included, leaves one of
+its processes, its shared memory or its folders behind.
 """
 
 from __future__ import annotations

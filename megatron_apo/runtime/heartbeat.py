@@ -8,6 +8,9 @@ own counter. Each process then ends from a thread, since its main thread may han
 
 A call to a store whose host is gone can hang too. So a second thread looks at when the first was last answered.
 Only time in which a process runs counts: a job that is stopped as a whole and continued later goes on.
+
+All beats go through rank 0's store: a link that is cut between two other hosts alone is not seen. Nor does a rank beat
+while its main thread is in a call that keeps Python's interpreter lock.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from megatron_apo.runtime.signals import RANK_LOST, end_now
 LIMIT = 2 / 3  # of parallel.timeout_s; the rest is for beats, for telling the others, and for ending
 _BEATS = 30  # in parallel.timeout_s
 _LONGEST_INTERVAL_S = 10.0
-_LEAVE_LIMIT_S = 1.0
+_LEAVING_INTERVAL_S = 0.05
+_UNWIND_LIMIT_S = 30.0  # a rank that has seen another fail has servers to stop, and a reason to tell
+_FAILED_LIMIT_S = 1.0  # for a rank that fails to say so
 _DONE, _FAILED, _LOST = "done", "failed", "lost "  # what a counter says last
 
 
@@ -49,6 +54,7 @@ class Heartbeat:
         self._seen: dict[int, str] = {}
         self._answers = 0
         self._last_word = ""
+        self._leaving = False
         self._given = threading.Event()  # the last word is in the store
         self._wake = threading.Event()
         self._ended = threading.Event()
@@ -60,16 +66,25 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._leaving = True
+        self._wake.set()
         if kind is None and self._job.rank == 0:
             self._all_left.wait()
         self._say(_DONE if kind is None else _FAILED)
-        self._given.wait(min(self._interval_s, _LEAVE_LIMIT_S))
+        # A word that is lost would be missed: a rank that ends well waits for it as long as others wait for the rank.
+        self._given.wait(LIMIT * self._timeout_s if kind is None else _FAILED_LIMIT_S)
         self._ended.set()
+
+    @property
+    def _pause_s(self) -> float:
+        """Between two beats."""
+        return min(self._interval_s, _LEAVING_INTERVAL_S) if self._leaving else self._interval_s
 
     def _beat(self) -> None:
         client, count = None, 0
         while True:
-            self._wake.wait(self._interval_s if count else 0)
+            self._wake.wait(self._pause_s if count else 0)
+            self._wake.clear()
             last = self._last_word
             try:
                 client = client or store_client(self._job, self._timeout_s)
@@ -77,10 +92,12 @@ class Heartbeat:
                 values = client.multi_get([_key(rank) for rank in self._watched])
             except (RuntimeError, OSError):  # the store is gone, for good or for a moment
                 client = None
-                time.sleep(self._interval_s)
+                time.sleep(self._pause_s)
                 continue
             self._seen = {rank: value.decode() for rank, value in zip(self._watched, values, strict=True)}
             self._answers += 1
+            if all(word in (_DONE, _FAILED) for word in self._seen.values()):
+                self._all_left.set()
             count += 1
             if last:
                 self._given.set()
@@ -88,9 +105,9 @@ class Heartbeat:
 
     def _watch(self) -> None:
         ages, seen = dict.fromkeys(self._watched, 0.0), dict[int, str]()
-        unanswered_s, answers, tick = 0.0, 0, self._interval_s / 2
+        unanswered_s, answers = 0.0, 0
         limit, before = LIMIT * self._timeout_s, time.monotonic()
-        while not self._ended.wait(tick):
+        while not self._ended.wait(tick := min(self._pause_s / 2, 1.0)):
             now = time.monotonic()
             passed, before = min(now - before, 4 * tick), now
             unanswered_s = 0.0 if self._answers != answers else unanswered_s + passed
@@ -100,13 +117,12 @@ class Heartbeat:
                     0.0 if new.get(rank) in (None, _DONE) or new[rank] != seen.get(rank) else ages[rank] + passed
                 )
             seen = new
-            if all(seen.get(rank) in (_DONE, _FAILED) for rank in self._watched):
-                self._all_left.set()
             if self._job.rank and seen.get(0, "").startswith(_LOST):
                 end_now(RANK_LOST, seen[0].removeprefix(_LOST))
             if unanswered_s > limit and seen.get(0) != _DONE:
                 self._end_run(self._unanswered(unanswered_s))
-            if silent := [rank for rank in self._watched if ages[rank] > limit]:
+            patience = {_FAILED: max(limit, _UNWIND_LIMIT_S)}
+            if silent := [rank for rank in self._watched if ages[rank] > patience.get(seen.get(rank, ""), limit)]:
                 self._end_run(self._silent(silent, max(ages[rank] for rank in silent)))
 
     def _unanswered(self, age_s: float) -> str:

@@ -19,7 +19,8 @@ from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import SFT, MicroTargets
 from megatron_apo.parallel.pipeline import forward_backward
-from megatron_apo.preflight import warmup_examples
+from megatron_apo.preflight import open_warmup
+from megatron_apo.runtime.collective import on_driver
 from megatron_apo.runtime.launch import write_recipe
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
@@ -28,6 +29,9 @@ from megatron_apo.weights.stream import WeightStream, export_hf, load_weights
 
 def train(recipe: Recipe, topology: Topology) -> None:
     """Train `warmup.start` on `warmup.data` and export it to `model.path`, on every rank."""
+    examples = on_driver(topology, lambda: open_warmup(recipe))
+    if topology.is_driver:
+        write_recipe("warmup", recipe)
     warmup = recipe.warmup
     assert warmup.start is not None
     spec = read_hf_config(warmup.start)
@@ -46,9 +50,6 @@ def train(recipe: Recipe, topology: Topology) -> None:
         cpu_offload=recipe.optimizer.cpu_offload,
     )
     trainable = make_trainable(chunks, config, total_steps=warmup.steps)
-    examples = warmup_examples(recipe)
-    if topology.is_driver:
-        write_recipe("warmup", recipe)
     with Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress:
         task = progress.add_task("warm start (SFT)", total=warmup.steps)
         for step in range(warmup.steps):

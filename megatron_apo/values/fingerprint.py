@@ -10,19 +10,21 @@ from megatron_apo.config import fields_marked
 
 SCHEMA_VERSION = 2
 
-# Where a run sets what it was made with, beside the fields that are marked so: the fix named when the two differ.
-_SET_BY = {
-    "schema_version": "the version of this program",
-    "model_hash": "model.reference",
-    "tokenizer_hash": "model.path (its tokenizer)",
-    "template_hash": "model.path (its chat template), data.system and data.prompt_format",
-    "template": "data.template",
-    "thinking": "data.thinking",
-    "stop_token_ids": "sampling.stop_token_ids",
-    "reward_name": "reward.name",
-    "reward_version": "the installed version of the reward",
-    "dataset_hash": "data.train (with its split, preset and columns)",
-} | {name: key for key, name in fields_marked("fingerprint").items()}
+
+def _set_by() -> dict[str, str]:
+    """Where a run sets each field of a fingerprint: the fix that is named when two differ."""
+    found = {name: [key] for key, name in fields_marked("fingerprint").items()}
+    for key, names in fields_marked("behind_fingerprint").items():
+        for name in names:
+            found.setdefault(name, []).append(key)
+    by_program = {
+        "schema_version": "the version of this program",
+        "reward_version": "the installed version of the reward",
+    }
+    return by_program | {name: ", ".join(keys) for name, keys in found.items()}
+
+
+_SET_BY = _set_by()
 
 
 class StoreError(ValueError):

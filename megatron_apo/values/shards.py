@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
 )
 RESPONSES = pa.field("responses", pa.list_(pa.list_(pa.int32())))  # where they are kept
 _FOOTER_KEY = b"megatron_apo"
-SETTINGS_KEY = "made"  # what files call `Footer.settings`
+SETTINGS_KEY = "made"  # the name of `Footer.settings` in files, which stores of before have
 _READ_ROWS = 1 << 13  # rows decoded at once: bounds the temporaries of a large shard
 _MOST_BYTES_AT_ONCE = 1 << 22
 # Columns in which values repeat. A dictionary of ids, which do not, would slow their reading down several times.

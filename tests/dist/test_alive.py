@@ -39,12 +39,13 @@ def last_line(rank: Rank) -> str:
 
 
 def end_in_time(rank: Rank, since: float) -> None:
-    """It ends with RANK_LOST within the timeout, counted from `since`."""
+    """It ends with RANK_LOST, and by its own clock within the timeout: a busy machine may take longer."""
     rank.process.join(since + TIMEOUT_S + 10 - time.monotonic())
     took_s = time.monotonic() - since
     assert rank.process.exitcode == RANK_LOST, rank.log.read_text()
-    print(f"{rank.log.stem} ended {took_s:.2f} s after it")
-    assert took_s < TIMEOUT_S, rank.log.read_text()
+    print(f"{rank.log.stem} ended {took_s:.2f} s after it, of {TIMEOUT_S:g} s")
+    assert took_s < 2 * TIMEOUT_S
+    assert float(last_line(rank).partition(" silent for ")[2].split()[0]) < TIMEOUT_S, last_line(rank)
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
@@ -99,6 +100,17 @@ def serve_store(port: int) -> None:
 @pytest.mark.parametrize("seconds", [f"0,{1.5 * TIMEOUT_S}", f"{1.5 * TIMEOUT_S},0"])
 def test_a_rank_that_has_finished_is_not_missed(seconds: str, tmp_path: Path) -> None:
     start_ranks(WORKER, tmp_path, "pp2", str(TIMEOUT_S), seconds)
+
+
+def test_ranks_that_are_done_end_at_once(tmp_path: Path) -> None:
+    """Though beats are ten seconds apart."""
+    with running_ranks(WORKER, tmp_path, "pp2", "1800", "0,0") as ranks:
+        wait_for(joined(tmp_path))
+        since = time.monotonic()
+        for rank in ranks:
+            rank.process.join(9)
+            assert rank.process.exitcode == 0, rank.log.read_text()
+        print(f"ended {time.monotonic() - since:.2f} s after they were done")
 
 
 def test_a_job_that_is_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from megatron_apo.weights.stream import WeightStream, export_hf, load_weights
 from tests.dist.ranks import parallel_of
 
 MODEL = "qwen3-tied"
-TIMEOUT_S = 3.0
+TIMEOUT_S = 6.0
 
 
 def work() -> str:

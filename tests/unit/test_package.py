@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,3 +52,16 @@ def test_it_declares_the_command_and_the_vllm_plugin(installed: Path) -> None:
     assert entries["console_scripts", "megatron-apo"] == "megatron_apo.cli:main"
     assert entries["vllm.general_plugins", "megatron_apo"] == "megatron_apo.rollout.vllm_plugin:register"
     assert {"gpu", "fp8", "wandb", "dev"} == set(distribution.metadata.get_all("Provides-Extra"))
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    documents = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "tests/benchmarks/RESULTS.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
+    links = [(path, link) for path in documents for link in re.findall(r"\]\(([^)#]+)", path.read_text())]
+    assert len(links) > 8
+    broken = [f"{path.name}: {link}" for path, link in links if "://" not in link and not (path.parent / link).exists()]
+    assert broken == []

@@ -54,6 +54,8 @@ class Misbehaving:
             return self(request)
         if what == "pid":
             return float(os.getpid())
+        if what == "rank":
+            return float(bool({"RANK", "WORLD_SIZE", "MEGATRON_APO_SECRET"} & set(os.environ)))
         returns = {"nan": float("nan"), "inf": float("inf"), "text": "1.0", "none": None, "true": True}
         return returns[what] if what in returns else self.scale * float(what)
 
@@ -379,6 +381,13 @@ def test_a_hang_costs_its_limit_once(misbehaving):
         grades = pool.grade([request("hang" if i == 20 else str(i)) for i in range(64)])
         assert 1.0 <= time.monotonic() - started < 10.0
     assert [i for i, found in enumerate(grades) if found.failure] == [20]
+
+
+def test_a_grader_is_no_rank_and_does_not_know_the_jobs_secret(misbehaving, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MEGATRON_APO_SECRET"):
+        monkeypatch.setenv(name, "1")
+    with RewardPool(misbehaving()) as pool:
+        assert pool.grade([request("rank")]) == [Grade(0.0)]
 
 
 def test_a_worker_killed_between_batches_fails_no_sample(misbehaving):

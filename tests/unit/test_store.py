@@ -506,9 +506,9 @@ def test_check_names_each_differing_field_with_both_values_and_the_fix(pristine)
     lines = str(caught.value).splitlines()
     assert str(pristine) in lines[0] and "vstar.dir" in lines[0]
     assert lines[1:] == [
-        f"model_hash: store has '{'ab' * 32}', this run has '{'99' * 32}'; set by model.reference",
-        f"template_hash: store has '{'ef' * 32}', this run has '{'88' * 32}'; set by model.path (its chat template), "
-        "data.system and data.prompt_format",
+        f"model_hash: store has '{'ab' * 32}', this run has '{'99' * 32}'; set by model.path, model.reference",
+        f"template_hash: store has '{'ef' * 32}', this run has '{'88' * 32}'; set by model.path, data.preset, "
+        "data.prompt_format, data.system",
         "max_response_tokens: store has 32, this run has 64; set by sampling.max_response_tokens",
         "reward_version: store has '1', this run has '2'; set by the installed version of the reward",
     ]
