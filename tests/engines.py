@@ -41,8 +41,8 @@ class Server:
 
     events: paths in the order in which they were asked, "score" and "generate" for the two uses of one route, and
     "start"; asked, answered: seeds of generate requests. While `held`, these wait for `release`. faults: what becomes
-    of the next request of a route ("die", or a status). delay_s: of every generate request. score: the log-prob of
-    every token.
+    of the next request of a route: "die", a status, or "leave", no answer ever, since the engine behind the server is
+    dead. delay_s: of every generate request. score: the log-prob of every token.
     """
 
     def __init__(self, folder: Path, events: list[str] | None = None):
@@ -60,7 +60,7 @@ class Server:
 
     def start(self) -> None:
         self.num_starts += 1
-        self.version = "default"
+        self.version, self.engine_is_dead = "default", False
         self.payload_dir = self._folder / f"payloads-{self.num_starts}"
         self.payload_dir.mkdir(parents=True)
         self.events.append("start")
@@ -117,8 +117,13 @@ class Server:
     async def _handle(self, request: web.Request) -> web.Response:
         body = await request.json() if request.can_read_body else {}
         path, is_score = request.path, "prompt_logprobs" in body.get("sampling_params", {})
+        if path == "/health":
+            return web.json_response({}, status=503 if self.engine_is_dead else 200)
         self.events.append(("score" if is_score else "generate") if path == GENERATE else request.path_qs)
         fault = self.faults.pop(path, None)
+        if fault == "leave":
+            self.engine_is_dead = True
+            await asyncio.sleep(10 * LIMIT_S)
         if fault == "die":
             self.die()
             await asyncio.sleep(LIMIT_S)

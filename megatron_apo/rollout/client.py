@@ -74,24 +74,33 @@ class Completion:
     seconds: float = field(compare=False)
 
 
+HEALTH_EVERY_S = 5.0  # while something is unanswered
 Body = dict[str, Any]
 Outcome = dict[str, Any] | BaseException  # an answer, or why there is none
 
 
 class RolloutClient:
     """One connection pool to one server. Every method blocks and raises ServerDied when the server is gone, ServerError
-    (one line) when it refuses. `timeout_s` bounds one call."""
+    (one line) when it refuses. `timeout_s` bounds one call.
+
+    A request that reaches vLLM as its engine dies may be left for ever, and vLLM's API server then waits for it before
+    it ends. So while something is unanswered, the server is asked for its health now and then.
+    """
 
     def __init__(self, url: str, token: str, *, timeout_s: float = 3600):
         self.timeout_s = timeout_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-client", daemon=True)
         self._thread.start()
+        self._waiting: set[asyncio.Task[Any]] = set()
+        self._deaths: dict[asyncio.Task[Any], ServerDied] = {}
         self._session = self._run(self._open_session(url, token))
+        self._health = asyncio.run_coroutine_threadsafe(self._watch_health(), self._loop)
         self._sent: set[asyncio.Task[dict[str, Any]]] = set()
 
     def close(self) -> None:
         self.cancel()
+        self._health.cancel()
         self._run(self._session.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -246,6 +255,34 @@ class RolloutClient:
         return await self._exchange("POST", "/inference/v1/generate", json.dumps(body).encode())
 
     async def _exchange(self, method: str, path: str, body: bytes | None) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self._waiting.add(task)
+        try:
+            return await self._request(method, path, body)
+        except asyncio.CancelledError:
+            if death := self._deaths.get(task):
+                raise death from None
+            raise
+        finally:
+            self._waiting.discard(task)
+            self._deaths.pop(task, None)
+
+    async def _watch_health(self) -> None:
+        while True:
+            await asyncio.sleep(HEALTH_EVERY_S)
+            if not self._waiting:
+                continue
+            try:
+                await self._request("GET", "/health", None)
+            except ServerDied as death:
+                for task in self._waiting:
+                    self._deaths[task] = death
+                    task.cancel()
+            except ServerError:
+                pass  # it is busy; `timeout_s` ends that
+
+    async def _request(self, method: str, path: str, body: bytes | None) -> Any:
         headers = {"Content-Type": "application/json"} if body is not None else None
         try:
             async with self._session.request(method, path, data=body, headers=headers) as response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from megatron_apo.rollout.proof import prove
 from megatron_apo.rollout.server import ServerDied, ServerError
 from megatron_apo.rollout.weight_sync import SyncError, UpdateFailed, WeightSync
 from megatron_apo.weights.stream import TensorMeta
-from tests.engines import LIMIT_S, Server, engines_of, requests, until
+from tests.engines import GENERATE, LIMIT_S, Server, engines_of, requests, until
 
 MakeFleet = Callable[..., tuple[Fleet, list[Server]]]
 
@@ -320,3 +321,21 @@ def test_a_proof_is_of_every_engine_and_says_which_weights(make_fleet: MakeFleet
 
 def report_with(sync: WeightSync, **others: str) -> dict[str, str]:
     return sync.checksums[-1] | others
+
+
+@pytest.mark.parametrize("path", ["/start_weight_update", GENERATE])
+def test_a_request_that_a_dead_engine_leaves_is_given_up(path: str, tmp_path: Path, monkeypatch) -> None:
+    """vLLM's server lives on, and waits for an answer of an engine that died as it was asked."""
+    monkeypatch.setattr("megatron_apo.rollout.client.HEALTH_EVERY_S", 0.1)
+    server = Server(tmp_path)
+    (engine,) = engines_of([server])
+    engine.start()
+    try:
+        engine.client.pause()
+        time.sleep(0.3)
+        engine.client.pause()  # a server that is well is asked on
+        server.faults[path] = "leave"
+        with pytest.raises(ServerDied, match=r"engine is dead: /health"):
+            engine.client.start_weight_update() if path != GENERATE else engine.client.score([[1, 2, 3]])
+    finally:
+        engine.stop()
