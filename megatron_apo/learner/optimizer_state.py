@@ -129,7 +129,7 @@ class _Tensors:
         """Elements `start` to `end` of a rank's flattened tensor, fp32 in main memory, of which no more is touched than
         the rows that have them. Its key is `prefix` and that of `description`."""
         whole = torch.empty(description.data.shape)
-        for piece in _pieces(description, f"{prefix}.{description.key}", whole):
+        for piece in _saved_slices(description, f"{prefix}.{description.key}", whole):
             rows = _rows(piece.data, start, end)
             if len(rows):
                 self._fill(piece, rows)
@@ -168,7 +168,7 @@ class _Into(DefaultLoadPlanner):
         return self._target
 
 
-def _pieces(description: Sharded, key: str, data: Tensor) -> list[ShardedTensor]:
+def _saved_slices(description: Sharded, key: str, data: Tensor) -> list[ShardedTensor]:
     """The saved tensors' pieces that make up a rank's tensor, as views of `data`."""
     if isinstance(description, ShardedTensorFactory):
         return list(nested_values(replace(description, key=key, data=data).build()))

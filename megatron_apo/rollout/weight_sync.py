@@ -135,7 +135,7 @@ class WeightSync:
         if self.rank == 0:
             try:
                 value = work()
-            except (ServerError, SyncError) as failure:
+            except Exception as failure:  # whatever it is, the others wait for an answer
                 error = failure
         self.raise_together(error)
         box = [value]

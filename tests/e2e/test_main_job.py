@@ -290,32 +290,32 @@ def test_a_second_death_in_a_step_stops_the_run(quickstart: Path, command, tmp_p
     assert "EngineCore" in run.output  # the end of the server's log
 
 
-# `train` as the job's only rank. In its process two faults are put into the weights' way to an engine: before the sync
-# of version 3, half of engine 0's payload is cut off; in that of version 4, engine 1 is killed.
+# A user's code in rank 0, which asks the reward for its version: it puts two faults into the weights' way to an engine.
+# Before the sync of version 3, half of engine 0's payload is cut off; in that of version 4, engine 1 is killed.
 FAULTY_TRANSFER = """
 import os, signal
 from collections import Counter
 from pathlib import Path
-from megatron_apo import cli
-from megatron_apo.rollout.weight_sync import _Payload
 
-publish, syncs = _Payload.publish, Counter()
+if os.environ.get("RANK") == "0":
+    from megatron_apo.rollout.weight_sync import _Payload
 
-def faulty(self, engine):
-    publish(self, engine)
-    syncs[engine.number] += 1
-    if (engine.number, syncs[engine.number]) == (0, 4):
-        (path,) = self.folders[engine].glob("*.safetensors")
-        data = path.read_bytes()
-        path.unlink()  # the others' names are of the same file
-        path.write_bytes(data[: len(data) // 2])
-    if (engine.number, syncs[engine.number]) == (1, 5):
-        for pid in engine.server.pids():
-            if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text():
-                os.kill(pid, signal.SIGKILL)
+    publish, syncs = _Payload.publish, Counter()
 
-_Payload.publish = faulty
-cli.main()
+    def faulty(self, engine):
+        publish(self, engine)
+        syncs[engine.number] += 1
+        if (engine.number, syncs[engine.number]) == (0, 4):
+            (path,) = self.folders[engine].glob("*.safetensors")
+            data = path.read_bytes()
+            path.unlink()  # the others' names are of the same file
+            path.write_bytes(data[: len(data) // 2])
+        if (engine.number, syncs[engine.number]) == (1, 5):
+            for pid in engine.server.pids():
+                if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, signal.SIGKILL)
+
+    _Payload.publish = faulty
 """
 
 
@@ -331,13 +331,14 @@ class TwoEngines:
 
 @pytest.fixture(scope="module")
 def two_engines(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> TwoEngines:
-    """Five steps over two engines. In the second, one of them is killed while it has requests to answer."""
+    """Five steps of two ranks over two engines. In the second, an engine is killed while it has requests to answer."""
     folder = tmp_path_factory.mktemp("two")
+    (folder / "parity.py").write_text(PARITY + FAULTY_TRANSFER)
     graded = folder / "graded"
     slow = ["rollout.max_num_seqs=2", "eval.samples=1", "eval.max_prompts=4", "eval.every=0"]
-    arguments = train_arguments(quickstart, folder / "run", "parallel.pp=1", "rollout.replicas=2", *slow)
-    environment = as_only_rank() | {"GRADED": str(graded), "PYTHONPATH": str(quickstart.parent)}
-    command = Command(folder / "command", *arguments, "train.steps=5", program=("-c", FAULTY_TRANSFER), **environment)
+    arguments = train_arguments(quickstart, folder / "run", "rollout.replicas=2", *slow)
+    environment = {"GRADED": str(graded), "PYTHONPATH": str(folder)}
+    command = Command(folder / "command", *arguments, "train.steps=5", **environment)
     try:
         command.wait_for(lambda: steps_done(folder / "run") >= 1)
         before = num_lines(graded)
