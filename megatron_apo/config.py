@@ -642,7 +642,7 @@ class RolloutConfig(Section):
         600, gt=0, json_schema_extra=MAY_CHANGE, description="how long a server may take to answer"
     )
     request_timeout_s: float = Field(
-        3600, gt=0, json_schema_extra=MAY_CHANGE, description="how long one rollout batch may take"
+        3600, gt=0, json_schema_extra=MAY_CHANGE, description="how long an engine may take over one request"
     )
 
     def problems(self) -> list[str]:

@@ -64,7 +64,7 @@ class Completion:
 
     `log_probs`: of each token under the distribution it was sampled from (temperature applied; natural logarithm).
     `weight_version`: of the weights that made it; "default" before the first sync.
-    `seconds`: from the call, which sends all requests at once, to its arrival.
+    `seconds`: from the start of the call that asked for a batch of responses to the arrival of this one.
     """
 
     token_ids: list[int]

@@ -50,7 +50,7 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class Job:
+class SamplingJob:
     """The store to be filled. Raises before any sampling if the recipe's files do not fit together."""
 
     recipe: Recipe
@@ -58,7 +58,7 @@ class Job:
     writer: StoreWriter
 
     @classmethod
-    def open(cls, recipe: Recipe) -> Job:
+    def open(cls, recipe: Recipe) -> SamplingJob:
         return cls(recipe, *open_sampling(recipe))
 
     def prompts(self, index: int) -> list[Prompt]:
@@ -76,7 +76,7 @@ class Job:
 
 def run(recipe: Recipe, worker: Worker) -> None:
     """Work on `recipe.vstar.dir` until it is finished, alone or with other workers."""
-    job = Job.open(recipe)
+    job = SamplingJob.open(recipe)
     if (shards := job.writer.num_shards) < worker.count and worker.index == 0:
         print(
             f"vstar.prompts_per_shard: {recipe.vstar.prompts_per_shard} makes {shards} shards, so that "
@@ -92,7 +92,7 @@ def run(recipe: Recipe, worker: Worker) -> None:
 
 def merge(recipe: Recipe) -> None:
     """Close a store whose shards are all written. Raises `StoreError` listing those that are not."""
-    job = Job.open(recipe)
+    job = SamplingJob.open(recipe)
     RunSummary(recipe.run.dir).add({"vstar": _close(job, job.claims(Worker()))})
 
 
@@ -112,7 +112,7 @@ def _check_prompts(store: VStarStore, inputs: Inputs) -> None:
         raise StoreError(f"{store.folder}: has {len(store)} prompts where data.train has {len(ids)}; estimate V* again")
 
 
-def _close(job: Job, claims: Claims) -> dict[str, Any]:
+def _close(job: SamplingJob, claims: Claims) -> dict[str, Any]:
     """See to the manifest; for the summary: what the store holds."""
     store = job.writer.finish()
     _check_prompts(store, job.inputs)
@@ -134,7 +134,7 @@ def _close(job: Job, claims: Claims) -> dict[str, Any]:
     }
 
 
-def _fill(job: Job, worker: Worker, claims: Claims) -> None:
+def _fill(job: SamplingJob, worker: Worker, claims: Claims) -> None:
     """Start an engine, if there is anything to sample, and do."""
     recipe = job.recipe
     index = _wait_for_shard(claims, job.writer)
@@ -155,7 +155,7 @@ def _fill(job: Job, worker: Worker, claims: Claims) -> None:
         sample_all(job, Sampler(job, engine, pool, start), claims, index, progress)
 
 
-def sample_all(job: Job, sampler: Sampler, claims: Claims, index: int | None, progress: Progress) -> None:
+def sample_all(job: SamplingJob, sampler: Sampler, claims: Claims, index: int | None, progress: Progress) -> None:
     """Sample shards, `index` first, until all are written, by this worker or by others."""
     bar = progress.add_task("V*: sampling the reference", total=len(job.inputs.training.prompts))
     while index is not None:
@@ -208,7 +208,7 @@ class Sampler:
     since: the time from which on the first shard is charged.
     """
 
-    def __init__(self, job: Job, engine: OfflineEngine, pool: InlineRewardPool, since: float):
+    def __init__(self, job: SamplingJob, engine: OfflineEngine, pool: InlineRewardPool, since: float):
         self._job, self._engine, self._pool, self._since = job, engine, pool, since
         self._sampling = job.inputs.sampling(job.recipe.sampling)
         self._enough = 2 * job.recipe.rollout.max_num_seqs

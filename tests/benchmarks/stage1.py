@@ -27,7 +27,7 @@ from megatron_apo.data.prompts import Prompt
 from megatron_apo.rewards.pool import Grade, InlineRewardPool
 from megatron_apo.rollout.offline import OfflineEngine, Sample
 from megatron_apo.rollout.server import engine_environment
-from megatron_apo.stages.estimate_vstar import Job, Sampler, Worker, sample_all
+from megatron_apo.stages.estimate_vstar import Sampler, SamplingJob, Worker, sample_all
 
 TARGET = 0.95  # of the bare throughput
 DONE: Future[Grade] = Future()
@@ -64,7 +64,7 @@ def measure(folder: Path, model: Path, num_prompts: int, num_samples: int, round
     recipe = build_recipe(tree)
     assert "torch" not in sys.modules, "it has read its environment already"
     os.environ |= engine_environment({}, recipe.rollout)
-    job = Job.open(recipe)
+    job = SamplingJob.open(recipe)
     engine = OfflineEngine(
         recipe.model.path,
         recipe.rollout,
@@ -80,7 +80,7 @@ def measure(folder: Path, model: Path, num_prompts: int, num_samples: int, round
         bare.append(generate(engine, job))
         for kind, times in ((Sampler, graded), (Ungraded, ungraded)):
             own = build_recipe(tree, [f"vstar.dir={folder / f'{kind.__name__}{turn}'}"])
-            times.append(stage_1(engine, Job.open(own), kind))
+            times.append(stage_1(engine, SamplingJob.open(own), kind))
             print(f"round {turn}:", {name: times[turn] for name, times in seconds.items() if times[turn:]}, flush=True)
     print(f"{num_prompts} prompts x {num_samples}, medians of {rounds} rounds, ratios within a round")
     for name, times in seconds.items():
@@ -97,7 +97,7 @@ def throughput(times: list[float], others: list[float]) -> float:
     return median(other / own for own, other in zip(times, others, strict=True))
 
 
-def generate(engine: OfflineEngine, job: Job) -> float:
+def generate(engine: OfflineEngine, job: SamplingJob) -> float:
     from vllm import SamplingParams
 
     vstar = job.recipe.vstar
@@ -114,7 +114,7 @@ def generate(engine: OfflineEngine, job: Job) -> float:
     return round(time.monotonic() - start, 2)
 
 
-def stage_1(engine: OfflineEngine, job: Job, kind: type[Sampler]) -> float:
+def stage_1(engine: OfflineEngine, job: SamplingJob, kind: type[Sampler]) -> float:
     with InlineRewardPool(job.recipe.reward) as pool, job.claims(Worker()) as claims:
         start = time.monotonic()
         sample_all(job, kind(job, engine, pool, start), claims, claims.take(), Progress(disable=True))
