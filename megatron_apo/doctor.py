@@ -65,14 +65,13 @@ def print_findings(recipe: Recipe | None, stage: str | None = None) -> None:
 
 def recipe_problems(recipe: Recipe, stage: str | None, machine: Machine) -> list[str]:
     """What `stage` would refuse; for None what the next one would, and what stage 2 would of machine and models."""
-    from megatron_apo.preflight import next_stage, problems, training_problems
+    from megatron_apo.preflight import new_lines, next_stage, problems, training_problems
 
     if stage:
         return problems(recipe, stage, machine)
     found = problems(recipe, next_stage(recipe), machine)
     models = {key: folder for key, folder in recipe.model.folders.items() if folder.exists()}
-    later = training_problems(recipe, models, machine)
-    return found + [line for line in later if not any(line in other for other in found)]
+    return found + new_lines(training_problems(recipe, models, machine), known=found)
 
 
 def print_fields() -> None:

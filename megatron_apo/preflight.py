@@ -21,7 +21,7 @@ from typing import Any, Literal
 from megatron_apo.config import Recipe, RecipeError, RolloutConfig, values_marked
 from megatron_apo.data.sft import Examples, read_examples
 from megatron_apo.learner.checkpoint import check_resume, next_step
-from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, check_layout, check_served, read_hf_config
+from megatron_apo.model.hf_config import ModelSpec, check_layout, check_served, read_hf_config
 from megatron_apo.model.precision import Layers, check_precision, layer_kind, optimizer_problems
 from megatron_apo.model.recompute import check_recompute
 from megatron_apo.model.tokenizer import load_tokenizer, stop_token_ids
@@ -198,13 +198,13 @@ def _run_problems(recipe: Recipe, machine: Machine) -> list[str]:
     """Policy, reference, the run's folder and what is written there."""
     found = training_problems(recipe, recipe.model.folders, machine)
     specs: list[dict[str, Any]] = []
-    for folder in recipe.model.folders.values():
-        try:
-            spec = read_hf_config(folder)
-            specs.append(asdict(spec))
-            HFReader(folder).check(spec)
-        except ModelConfigError as error:
-            found += [line for line in str(error).splitlines() if not any(line in other for other in found)]
+
+    def check_weights(folder: Path) -> None:
+        spec = read_hf_config(folder)
+        specs.append(asdict(spec))
+        HFReader(folder).check(spec)
+
+    found += lines_of((partial(check_weights, folder) for folder in recipe.model.folders.values()), known=found)
     if len(specs) == 2:
         policy, reference = specs
         found += [
@@ -234,9 +234,13 @@ def lines_of(checks: Iterable[Callable[[], object]], known: Sequence[str] = ()) 
         try:
             check()
         except ValueError as error:
-            lines = str(error).splitlines()
-            found += [line for line in lines if not any(line in other for other in (*known, *found))]
+            found += new_lines(str(error).splitlines(), known=(*known, *found))
     return found
+
+
+def new_lines(lines: Iterable[str], known: Sequence[str]) -> list[str]:
+    """Those that are within no line of `known`."""
+    return [line for line in lines if not any(line in other for other in known)]
 
 
 def _of_models(

@@ -55,12 +55,14 @@ class Learner:
     def __init__(
         self,
         recipe: Recipe,
+        spec: ModelSpec,
         topology: Topology,
         objective: Objective,
         trainable: Trainable,
         reference: Reference | None,
     ):
         self.recipe = recipe
+        self.spec = spec
         self.topology = topology
         self.objective = objective
         self.trainable = trainable
@@ -103,7 +105,7 @@ class Learner:
                 build=build,
                 load=lambda chunks: load_weights(chunks, spec, topology, weights),
             )
-        return cls(recipe, topology, objective, trainable, reference)
+        return cls(recipe, spec, topology, objective, trainable, reference)
 
     @property
     def first_log_ratio_tolerance(self) -> float:
@@ -213,13 +215,18 @@ class Learner:
     def step_metrics(
         self, record: StepRecord, batch: RolloutBatch, values: Mapping[str, float], phases: Mapping[str, Phase]
     ) -> dict[str, float]:
-        """What is known of a step, by the names of metrics.jsonl. values: V* by prompt id; phases: of `timer`."""
+        """What is known of a step, by the names of metrics.jsonl; nothing except on the driver.
+
+        values: V* by prompt id; phases: of `timer`.
+        """
+        if not self.topology.is_driver:
+            return {}
         seconds = {name: phase.seconds for name, phase in phases.items()}
         rollouts = rollout_metrics(
             batch,
             values,
             seconds,
-            read_hf_config(self.recipe.model.path),
+            self.spec,
             num_ranks=self.topology.world_size,
             peak_flops=peak_flops(self.recipe, self.topology.device),
             denominator_computed=self.objective.ratio_denominator in ("reference", "old_policy"),

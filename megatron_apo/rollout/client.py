@@ -15,7 +15,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -51,11 +51,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """One prompt to continue. `key` is the caller's, untouched."""
+    """One prompt to continue."""
 
     token_ids: Sequence[int]
     seed: int
-    key: Hashable = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -35,8 +35,7 @@ class RequestQueue:
         self.answers: dict[int, Completion] = {}
         self.answered_by: Counter[int] = Counter()  # how many each engine answered, by its number
         self.start_s = time.perf_counter()
-        self._open = list(range(len(bodies)))
-        heapify(self._open)
+        self._open = list(range(len(bodies)))  # a heap
 
     @property
     def has_open(self) -> bool:
@@ -113,8 +112,8 @@ class Fleet(AbstractContextManager["Fleet"]):
         answer; raises ServerError where none does."""
         while self._starts:
             engine, future = next(iter(self._starts.items()))
-            del self._starts[engine]
             error = future.exception()
+            del self._starts[engine]  # only now: `stop` ends the starts that are waited for
             if error is None:
                 self._told.discard(engine)
                 continue

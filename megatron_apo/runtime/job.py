@@ -100,7 +100,7 @@ def read_job(environment: Mapping[str, str] = os.environ) -> Job | None:
 
     Raises a ValueError, one line a variable, for a job that is not fully described.
     """
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+    if not is_rank(environment):
         return None
     problems: list[str] = []
 

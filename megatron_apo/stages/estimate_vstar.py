@@ -27,7 +27,7 @@ from megatron_apo.rewards.pool import UNFINISHED, Grade, InlineRewardPool
 from megatron_apo.rollout.inputs import Inputs, load_inputs, store_fingerprint
 from megatron_apo.rollout.offline import OfflineEngine, Sample
 from megatron_apo.rollout.server import device_name
-from megatron_apo.telemetry.memory import garbage_collection_frozen
+from megatron_apo.runtime.garbage import garbage_collection_frozen
 from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.values.claims import Claims
 from megatron_apo.values.sampling import more_samples

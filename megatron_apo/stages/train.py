@@ -15,15 +15,14 @@ from rich.progress import Progress
 from megatron_apo.config import Recipe
 from megatron_apo.learner.checkpoint import Checkpoints
 from megatron_apo.learner.learner import Learner, recorded_rollouts
-from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.preflight import open_training
 from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.training_data import TrainingData
 from megatron_apo.runtime.collective import driver_only, on_driver
+from megatron_apo.runtime.garbage import garbage_collection_frozen
 from megatron_apo.runtime.launch import write_recipe
 from megatron_apo.runtime.topology import Topology
-from megatron_apo.telemetry.memory import garbage_collection_frozen
 from megatron_apo.telemetry.recorder import Recorder
 from megatron_apo.weights.stream import WeightStream, export_hf
 
@@ -73,7 +72,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
             progress.advance(task)
         recorder.evaluated(recipe.train.steps, rollouts.evaluate(recipe.train.steps))
         recorder.finish(rollouts.grader_failures)
-    stream = WeightStream(learner.policy, read_hf_config(recipe.model.path), topology)
+    stream = WeightStream(learner.policy, learner.spec, topology)
     export_hf(stream, topology, source=recipe.model.path, out=recipe.run.dir / "checkpoints" / "hf")
 
 
@@ -87,7 +86,7 @@ def _rollouts(
         recipe,
         topology,
         learner.policy,
-        read_hf_config(recipe.model.path),
+        learner.spec,
         data.inputs if data else None,
         partial(learner.trainable.offloaded, recipe.train.offload_while_sampling),
         learner.timer.phase,

@@ -8,7 +8,6 @@ n processes counts 1/n in each.
 
 from __future__ import annotations
 
-import gc
 import re
 import threading
 from collections.abc import Callable, Iterator, Set
@@ -55,16 +54,6 @@ def pop_private_peak_bytes() -> int:
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return 1024 * (int(sizes["VmHWM"]) - int(sizes["RssFile"]) - int(sizes["RssShmem"]))
-
-
-@contextmanager
-def garbage_collection_frozen() -> Iterator[None]:
-    """What exists now is not searched for garbage in this block, which takes 0.25 s every few steps."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 class MemorySampler:

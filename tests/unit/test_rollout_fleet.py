@@ -339,3 +339,53 @@ def test_a_request_that_a_dead_engine_leaves_is_given_up(path: str, tmp_path: Pa
             engine.client.start_weight_update() if path != GENERATE else engine.client.score([[1, 2, 3]])
     finally:
         engine.stop()
+
+
+def test_an_engine_that_does_not_start_again_is_left_while_another_answers(
+    make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is started again with the next occasion; where nobody answers, its failure is the fleet's."""
+
+    def no_start() -> None:
+        raise ServerError("no memory")
+
+    fleet, servers = make_fleet(2)
+    first, second = fleet.engines
+    monkeypatch.setattr(servers[0], "start", no_start)
+    servers[0].die()
+    first.fail(ServerDied("gone"))
+    fleet.attend_to_lost()
+    fleet.finish_starts()
+    assert "rollout engine 0 did not start (no memory); the others go on without it" in capfd.readouterr().out
+    assert fleet.answering == [second] and not first.answers
+    monkeypatch.undo()
+    fleet.attend_to_lost()
+    fleet.finish_starts()
+    assert fleet.answering == [first, second] and servers[0].num_starts == 2
+    for server, engine in zip(servers, fleet.engines, strict=True):
+        monkeypatch.setattr(server, "start", no_start)
+        server.die()
+        engine.fail(ServerDied("gone"))
+    with pytest.raises(ServerError, match="no memory"):
+        fleet.start()
+
+
+def test_a_start_that_is_waited_for_can_be_ended(make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while `finish_starts` waits: `stop` ends the server that is starting, and does not wait for it."""
+    fleet, (server,) = make_fleet(1)
+    stopped = threading.Event()
+    monkeypatch.setattr(server, "start", lambda: stopped.wait(LIMIT_S))
+
+    def interrupt(self: Future, timeout: float | None = None) -> None:
+        monkeypatch.setattr(server, "stop", stopped.set)
+        raise KeyboardInterrupt
+
+    server.die()
+    fleet.engines[0].fail(ServerDied("gone"))
+    with monkeypatch.context() as waiting:
+        waiting.setattr(Future, "exception", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fleet.start()
+    began = time.monotonic()
+    fleet.stop()
+    assert stopped.is_set() and time.monotonic() - began < LIMIT_S / 2
