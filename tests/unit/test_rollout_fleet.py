@@ -373,10 +373,16 @@ def test_an_engine_that_does_not_start_again_is_left_while_another_answers(
 def test_a_start_that_is_waited_for_can_be_ended(make_fleet: MakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while `finish_starts` waits: `stop` ends the server that is starting, and does not wait for it."""
     fleet, (server,) = make_fleet(1)
-    stopped = threading.Event()
-    monkeypatch.setattr(server, "start", lambda: stopped.wait(LIMIT_S))
+    starting, stopped = threading.Event(), threading.Event()
+
+    def start() -> None:
+        starting.set()
+        stopped.wait(LIMIT_S)
+
+    monkeypatch.setattr(server, "start", start)
 
     def interrupt(self: Future, timeout: float | None = None) -> None:
+        assert starting.wait(LIMIT_S)  # what an engine's start stops first is behind it
         monkeypatch.setattr(server, "stop", stopped.set)
         raise KeyboardInterrupt
 
