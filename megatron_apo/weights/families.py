@@ -117,11 +117,12 @@ def model_entries(spec: ModelSpec, pp: int, ep: int = 1, vpp: int = 1) -> list[E
     """
     per_chunk = spec.num_layers // (pp * vpp)
     per_rank = spec.num_experts // ep
+    rows = layer_rows(spec)  # the same objects for every layer
     entries = [_entry(EMBEDDING, pp_rank=0)]
     for layer in range(spec.num_layers):
         nth, local = divmod(layer, per_chunk)
         chunk, stage = divmod(nth, pp)
-        entries += [_entry(rule, pp_rank=stage, chunk=chunk, layer=layer, local=local) for rule in layer_rows(spec)]
+        entries += [_entry(rule, pp_rank=stage, chunk=chunk, layer=layer, local=local) for rule in rows]
         for expert in range(spec.num_experts):
             ep_rank, local_expert = divmod(expert, per_rank)
             entries += [

@@ -1,8 +1,9 @@
 """How one Megatron parameter corresponds to Hugging Face tensors, in both directions.
 
-A `Rule` knows three things: the HF names, how full HF tensors become this parameter's tensor-parallel shards (`split`),
-and how the shards become the full HF tensors again (`merge`). `merge(split(x)) == x` bitwise, for every TP that
-fits. Rules hold no state and are never changed at run time.
+A `Rule` knows four things: the HF names, how full HF tensors become this parameter's tensor-parallel shards (`split`),
+how the shards become the full HF tensors again (`merge`), and which slice of a shard is which slice of a full tensor
+(`pieces`). `merge(split(x)) == x` bitwise, for every TP that fits, and so is what the pieces of all ranks, copied one
+by one, put together. Rules hold no state and are never changed at run time.
 
 Shapes are full, unsharded: H hidden, N query heads, G query groups, D head size, F ffn, E experts, V vocabulary.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,6 +30,19 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
         "experts": spec.num_experts,
         "expert_ffn": spec.expert_ffn_size,
     }
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements that a full HF tensor and one rank's shard have in common, in one order and shape.
+
+    hf: which of the rule's HF tensors; full, shard: where in it and where in the shard, by slices of the leading
+    dimensions (the others are whole). Bounds are given, so that the slices alone say how many elements these are.
+    """
+
+    hf: int
+    full: tuple[slice, ...]
+    shard: tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,38 @@ class Rule:
         """Shards in tensor-rank order -> full HF tensors, in the order of `hf`."""
         raise NotImplementedError
 
+    def pieces(self, spec: ModelSpec, tp: int, tp_rank: int) -> tuple[Piece, ...]:
+        """What tensor rank `tp_rank` of `tp` gives to the full HF tensors, in as few pieces as there are runs of rows.
+
+        Over all tensor ranks each element is in one piece: of a replicated parameter the first rank gives everything,
+        and padding is given by none.
+        """
+        return _pieces(self, spec, tp, tp_rank)
+
+    def _pieces(self, spec: ModelSpec, tp: int, tp_rank: int) -> list[Piece]:
+        raise NotImplementedError
+
+
+@cache
+def _pieces(rule: Rule, spec: ModelSpec, tp: int, tp_rank: int) -> tuple[Piece, ...]:
+    """Worked out once for each rule: all layers, and all experts, have the same ones."""
+    return tuple(rule._pieces(spec, tp, tp_rank))
+
+
+def _split_rows(runs: Sequence[tuple[int, int, int]], tp: int, tp_rank: int) -> list[Piece]:
+    """Pieces of a parameter whose rows are `runs` (which HF tensor, its first row, number of rows) one after the other,
+    split over rows as `torch.chunk` splits them."""
+    size = -(-sum(rows for _, _, rows in runs) // tp)
+    first, end = tp_rank * size, (tp_rank + 1) * size
+    pieces, position = [], 0  # position: the run's first row in the parameter
+    for hf, start, rows in runs:
+        low, high = max(first, position), min(end, position + rows)
+        if low < high:
+            shift = start - position
+            pieces.append(Piece(hf, (slice(low + shift, high + shift),), (slice(low - first, high - first),)))
+        position += rows
+    return pieces
+
 
 @dataclass(frozen=True)
 class Copy(Rule):
@@ -72,6 +119,16 @@ class Copy(Rule):
     def merge(self, shards: Sequence[Tensor], spec: ModelSpec) -> list[Tensor]:
         return [shards[0] if self.dim is None else torch.cat(list(shards), dim=self.dim)]
 
+    def _pieces(self, spec: ModelSpec, tp: int, tp_rank: int) -> list[Piece]:
+        (shape,) = self.hf_shapes(spec)
+        if self.dim is None:
+            return _split_rows([(0, 0, shape[0])], 1, 0) if tp_rank == 0 else []
+        before = tuple(slice(0, size) for size in shape[: self.dim])
+        return [
+            Piece(0, before + piece.full, before + piece.shard)
+            for piece in _split_rows([(0, 0, shape[self.dim])], tp, tp_rank)
+        ]
+
 
 @dataclass(frozen=True)
 class Vocabulary(Rule):
@@ -89,6 +146,9 @@ class Vocabulary(Rule):
 
     def merge(self, shards: Sequence[Tensor], spec: ModelSpec) -> list[Tensor]:
         return [torch.cat(list(shards))[: spec.vocab_size]]
+
+    def _pieces(self, spec: ModelSpec, tp: int, tp_rank: int) -> list[Piece]:
+        return _split_rows([(0, 0, spec.vocab_size)], tp, tp_rank)
 
 
 @dataclass(frozen=True)
@@ -114,6 +174,11 @@ class QKV(Rule):
         parts = groups.split([query_rows, spec.head_dim, spec.head_dim], dim=1)
         return [part.flatten(0, 1) for part in parts]
 
+    def _pieces(self, spec: ModelSpec, tp: int, tp_rank: int) -> list[Piece]:
+        rows = (spec.num_heads // spec.num_query_groups * spec.head_dim, spec.head_dim, spec.head_dim)
+        runs = [(hf, group * rows[hf], rows[hf]) for group in range(spec.num_query_groups) for hf in range(3)]
+        return _split_rows(runs, tp, tp_rank)
+
 
 @dataclass(frozen=True)
 class GatedMLP(Rule):
@@ -132,3 +197,8 @@ class GatedMLP(Rule):
     def merge(self, shards: Sequence[Tensor], spec: ModelSpec) -> list[Tensor]:
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([gate for gate, _ in halves]), torch.cat([up for _, up in halves])]
+
+    def _pieces(self, spec: ModelSpec, tp: int, tp_rank: int) -> list[Piece]:
+        size = _sizes(spec)[self.shape[0]] // tp
+        full = (slice(tp_rank * size, (tp_rank + 1) * size),)
+        return [Piece(hf, full, (slice(hf * size, (hf + 1) * size),)) for hf in range(2)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, permutations
 from math import prod
 
 import pytest
@@ -17,7 +17,7 @@ from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.model.precision import Precision
 from megatron_apo.parallel.groups import alone
 from megatron_apo.weights.families import EMBEDDING, EXPERT_ROWS, layer_rows, model_entries, tied_head_entry
-from megatron_apo.weights.rules import QKV, Copy, GatedMLP, Vocabulary
+from megatron_apo.weights.rules import QKV, Copy, GatedMLP, Piece, Vocabulary
 from tests.models import VARIANTS, make_model
 from tests.specs import model_spec
 
@@ -42,11 +42,11 @@ ALL_RULES = [
     Copy("m", ("h",), shape=("experts", "hidden")),
 ]
 SPECS = st.builds(
-    lambda tp, groups, per_group, head, ffn, hidden, vocab: (
+    lambda tp, groups, shared, per_group, head, ffn, hidden, vocab: (
         tp,
         make_spec(
-            # One group is shared between ranks: its queries must split, and so must the rows of key and value.
-            num_query_groups=groups if groups == 1 else groups * tp,
+            # A group may be shared between ranks: its queries must split, and so must the rows of key and value.
+            num_query_groups=groups if shared else groups * tp,
             num_heads=per_group * tp * groups,
             head_dim=head * tp,
             ffn_size=ffn * tp,
@@ -56,8 +56,9 @@ SPECS = st.builds(
             vocab_size=vocab,
         ),
     ),
-    tp=st.sampled_from([1, 2, 4]),
+    tp=st.sampled_from([1, 2, 4, 8]),
     groups=st.integers(1, 3),
+    shared=st.booleans(),
     per_group=st.integers(1, 3),
     head=st.integers(1, 4),
     ffn=st.integers(1, 5),
@@ -83,6 +84,44 @@ def test_merge_undoes_split(rule, case):
         assert len(shards) == tp and len({shard.shape for shard in shards}) == 1
         merged = rule.merge(shards, spec)
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(merged, tensors, strict=True))
+
+
+@pytest.mark.parametrize("rule", ALL_RULES, ids=lambda rule: f"{type(rule).__name__}{rule.hf}")
+@settings(deadline=None)
+@given(case=SPECS)
+def test_pieces_put_together_what_was_split(rule, case):
+    """Bitwise, each element once, whatever is in the padding."""
+    tp, spec = case
+    tensors = full_tensors(rule, spec)
+    found = [torch.full_like(tensor, torch.nan) for tensor in tensors]
+    times = [torch.zeros_like(tensor) for tensor in tensors]
+    for tp_rank, shard in enumerate(rule.split(tensors, spec, tp)):
+        if isinstance(rule, Vocabulary):
+            shard = shard.where(tp_rank * len(shard) + torch.arange(len(shard))[:, None] < spec.vocab_size, 7.0)
+        pieces = rule.pieces(spec, tp, tp_rank)
+        for piece in pieces:
+            target = found[piece.hf][piece.full]
+            assert (
+                target.shape
+                == shard[piece.shard].shape
+                == tuple(one.stop - one.start for one in piece.full) + tuple(target.shape[len(piece.full) :])
+            )
+            target.copy_(shard[piece.shard])
+            times[piece.hf][piece.full] += 1
+        assert not any(follow_each_other(one, other) for one, other in permutations(pieces, 2)), "not merged"
+    assert all(map(torch.equal, found, tensors)) and all(bool((count == 1).all()) for count in times)
+
+
+def follow_each_other(one: Piece, other: Piece) -> bool:
+    """In the full tensor and in the shard alike, by the first dimension."""
+    pairs = ((one.full[0], other.full[0]), (one.shard[0], other.shard[0]))
+    return one.hf == other.hf and all(first.stop == second.start for first, second in pairs)
+
+
+def test_pieces_are_worked_out_once_for_all_layers():
+    spec = make_spec()
+    rows = [entry.rule for entry in model_entries(spec, 1) if entry.megatron.endswith("linear_qkv.weight")]
+    assert len(rows) == spec.num_layers and len({id(rule.pieces(spec, 2, 1)) for rule in rows}) == 1
 
 
 @pytest.mark.parametrize("bias", [False, True])
