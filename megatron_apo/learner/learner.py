@@ -36,7 +36,7 @@ from megatron_apo.parallel.scatter import scatter
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.timers import Phase, PhaseTimer
 from megatron_apo.weights.hf_io import HFReader
-from megatron_apo.weights.stream import TensorReader, load_weights
+from megatron_apo.weights.parameters import TensorReader, load_weights
 
 # [minibatch][micro-batch]
 Minibatches = list[list[MicroBatch]]

@@ -24,7 +24,8 @@ from megatron_apo.runtime.collective import on_driver
 from megatron_apo.runtime.launch import write_recipe
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
-from megatron_apo.weights.stream import WeightStream, export_hf, load_weights
+from megatron_apo.weights.parameters import load_weights
+from megatron_apo.weights.stream import WeightStream, export_hf
 
 
 def train(recipe: Recipe, topology: Topology) -> None:

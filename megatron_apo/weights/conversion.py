@@ -34,7 +34,7 @@ from megatron_apo.weights import torch_dist
 from megatron_apo.weights.families import Entry, hf_tensors, model_entries
 from megatron_apo.weights.hf_io import HFReader, identity
 from megatron_apo.weights.hf_writer import HFWriter
-from megatron_apo.weights.stream import TensorMeta
+from megatron_apo.weights.plan import TensorMeta
 from megatron_apo.weights.torch_dist import CheckpointError
 from megatron_apo.weights.whole_folder import whole_folder
 

@@ -31,7 +31,7 @@ from megatron_apo.telemetry.memory import MemorySampler
 from megatron_apo.telemetry.units import data_size
 from megatron_apo.weights.families import hf_tensors
 from megatron_apo.weights.hf_writer import HFWriter
-from megatron_apo.weights.stream import TensorMeta
+from megatron_apo.weights.plan import TensorMeta
 
 SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,11 +26,14 @@ from megatron_apo.rollout.weight_sync import SyncError, WeightSync
 from megatron_apo.runtime.collective import on_driver
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
-from megatron_apo.weights.stream import WeightStream, export_hf, load_weights
+from megatron_apo.weights.parameters import load_weights
+from megatron_apo.weights.plan import Bucket
+from megatron_apo.weights.stream import WeightStream, export_hf
 from tests.dist.ranks import parallel_of
 
 MODEL = "qwen3-tied"
 TIMEOUT_S = 6.0
+BUCKET_BYTES = 40_000  # of a layer about two
 
 
 def work() -> str:
@@ -61,12 +65,17 @@ class Slow(WeightStream):
 
 
 class Broken(WeightStream):
-    """Weights of which the driver cannot put the second layer together."""
+    """Weights of which the driver finds no memory for the second bucket."""
 
-    def _merge(self, bucket: list, flats: dict) -> Iterator[tuple[str, Tensor]]:
-        if bucket is self._buckets[1]:
-            raise RuntimeError("no memory")
-        yield from super()._merge(bucket, flats)
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for bucket, buffer in self._gather.buckets("driver", memory_for_one):
+            yield from zip([meta.name for meta in bucket.tensors], bucket.views(buffer), strict=True)
+
+
+def memory_for_one(bucket: Bucket) -> Tensor:
+    if bucket.index == 1:
+        raise RuntimeError("no memory")
+    return torch.empty(bucket.num_bytes, dtype=torch.uint8)
 
 
 def sync(folder: Path, topology: Topology, weights: Nothing | WeightStream, pause: Callable[[], object]) -> str:
@@ -102,6 +111,7 @@ def main(folder: str, layout: str) -> None:
         (path / f"synced{topology.rank}").write_text(sync(path, topology, Nothing(), work))
         chunks = build_model(spec, parallel, topology)
         load_weights(chunks, spec, topology, HFReader(path / MODEL))
-        broken = Broken(chunks, spec, topology)
+        broken = Broken(chunks, spec, topology, bucket_bytes=BUCKET_BYTES)
         (path / f"gathered{topology.rank}").write_text(sync(path, topology, broken, lambda: None))
-        export_hf(Slow(chunks, spec, topology), topology, source=path / MODEL, out=path / "exported")
+        slow = Slow(chunks, spec, topology, bucket_bytes=BUCKET_BYTES)
+        export_hf(slow, topology, source=path / MODEL, out=path / "exported")

@@ -22,7 +22,7 @@ from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.objectives import APO, Samples
 from megatron_apo.parallel.groups import alone
 from megatron_apo.weights.hf_io import HFReader
-from megatron_apo.weights.stream import load_weights
+from megatron_apo.weights.parameters import load_weights
 from tests.models import make_model
 from tests.unit.test_context import Group
 

@@ -15,7 +15,7 @@ from megatron_apo.model.hf_config import ModelConfigError, read_hf_config
 from megatron_apo.weights import hf_io
 from megatron_apo.weights.hf_io import HFReader, dequantize, model_hash
 from megatron_apo.weights.hf_writer import write_hf_folder
-from megatron_apo.weights.stream import TensorMeta
+from megatron_apo.weights.plan import TensorMeta
 from tests.models import make_model
 
 FILE = "model.safetensors"

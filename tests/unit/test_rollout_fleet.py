@@ -20,7 +20,7 @@ from megatron_apo.rollout.fleet import Fleet, RequestQueue
 from megatron_apo.rollout.proof import prove
 from megatron_apo.rollout.server import ServerDied, ServerError
 from megatron_apo.rollout.weight_sync import SyncError, UpdateFailed, WeightSync
-from megatron_apo.weights.stream import TensorMeta
+from megatron_apo.weights.plan import TensorMeta
 from tests.engines import GENERATE, LIMIT_S, Server, engines_of, requests, until
 
 MakeFleet = Callable[..., tuple[Fleet, list[Server]]]

@@ -21,7 +21,7 @@ from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.weight_sync import SyncError
-from megatron_apo.weights.stream import TensorMeta
+from megatron_apo.weights.plan import TensorMeta
 from tests.engines import GENERATE, LIMIT_S, Server
 from tests.unit.test_rollout_sharing import one_rank
 

@@ -1,0 +1,70 @@
+"""Which parameter of this rank is which row of the family's table, and Hugging Face weights read into them.
+
+    stage_parameters(chunks, spec, topology)        each parameter of this rank with its row
+    load_weights(chunks, spec, topology, reader)    every rank reads its own shards
+
+`chunks` are the rank's model chunks, as `build_model` made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_apo.model.hf_config import ModelSpec
+from megatron_apo.model.precision import assign
+from megatron_apo.runtime.topology import Topology
+from megatron_apo.weights.families import Entry, model_entries, tied_head_entry
+
+
+class TensorReader(Protocol):
+    def get(self, name: str) -> Tensor: ...
+
+
+class MappingError(ValueError):
+    """Parameters without a row in the family's table, or rows without a parameter. Lists all of them."""
+
+
+def stage_parameters(
+    chunks: Sequence[torch.nn.Module], spec: ModelSpec, topology: Topology
+) -> dict[Entry, torch.nn.Parameter]:
+    """Each of this rank's parameters with its row, in HF order. Raises `MappingError` for any that has none."""
+    entries = [
+        entry
+        for entry in model_entries(spec, topology.pp, topology.ep, topology.vpp)
+        if entry.pp_rank == topology.pp_rank and entry.ep_rank in (None, topology.ep_rank)
+    ]
+    tied_head = tied_head_entry(spec, topology.pp, topology.vpp)
+    if tied_head and tied_head.pp_rank == topology.pp_rank:
+        entries.append(tied_head)
+    parameters = {(index, name): p for index, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
+    found = {}
+    missing = []
+    for entry in entries:
+        parameter = parameters.pop((entry.chunk, entry.megatron), None)
+        if parameter is None:
+            parameter = parameters.pop((entry.chunk, entry.te), None)
+        if parameter is None:
+            missing.append(entry.megatron)
+        else:
+            found[entry] = parameter
+    if missing or parameters:
+        raise MappingError(
+            f"{spec.family}: parameters without a row: {sorted(name for _, name in parameters) or 'none'}; "
+            f"rows without a parameter: {missing or 'none'}"
+        )
+    return found
+
+
+@torch.no_grad()
+def load_weights(chunks: Sequence[torch.nn.Module], spec: ModelSpec, topology: Topology, reader: TensorReader) -> None:
+    """Copy this rank's shards of an HF checkpoint into `chunks`, cast to each parameter's dtype."""
+    for entry, parameter in stage_parameters(chunks, spec, topology).items():
+        tensors = [reader.get(name) for name in entry.hf]
+        shard = entry.rule.split(tensors, spec, topology.tp)[topology.tp_rank]
+        if shard.shape != parameter.shape:
+            raise MappingError(f"{entry.megatron}: shard {tuple(shard.shape)}, parameter {tuple(parameter.shape)}")
+        assign(parameter, shard)
