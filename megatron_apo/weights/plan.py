@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.weights.families import Entry, model_entries
 from megatron_apo.weights.rules import Rule
+from megatron_apo.weights.safetensors_file import num_bytes
 
 BUCKET_BYTES = 256 * 2**20
 ALIGNMENT_BYTES = 64  # of each tensor in a bucket, and of a bucket's size: a cache line, and more than any dtype needs
@@ -33,11 +34,6 @@ class TensorMeta:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the tensor's elements, bytes."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ class Plan:
     @cached_property
     def num_bytes(self) -> int:
         """Size of all tensors' elements, bytes."""
-        return sum(tensor.num_bytes for tensor in self.tensors)
+        return sum(map(num_bytes, self.tensors))
 
     @cached_property
     def largest_bucket_bytes(self) -> int:
@@ -126,19 +122,19 @@ class _Unit:
 
     @cached_property
     def num_bytes(self) -> int:
-        return sum(_aligned(tensor.num_bytes) for tensor in self.tensors)
+        return sum(_aligned(tensor) for tensor in self.tensors)
 
 
 def _cut(units: Sequence[_Unit], bucket_bytes: int) -> tuple[Bucket, ...]:
     buckets: list[Bucket] = []
     members: list[_Unit] = []
-    num_bytes = 0
+    filled = 0  # bytes
     for unit in units:
-        if members and (unit.pp_rank != members[0].pp_rank or num_bytes + unit.num_bytes > bucket_bytes):
+        if members and (unit.pp_rank != members[0].pp_rank or filled + unit.num_bytes > bucket_bytes):
             buckets.append(_bucket(len(buckets), members))
-            members, num_bytes = [], 0
+            members, filled = [], 0
         members.append(unit)
-        num_bytes += unit.num_bytes
+        filled += unit.num_bytes
     return (*buckets, _bucket(len(buckets), members)) if members else ()
 
 
@@ -147,10 +143,11 @@ def _bucket(index: int, units: Sequence[_Unit]) -> Bucket:
     offsets, end = [], 0
     for tensor in tensors:
         offsets.append(end)
-        end += _aligned(tensor.num_bytes)
+        end += _aligned(tensor)
     entries = tuple(entry for unit in units for entry in unit.entries)
     return Bucket(index, units[0].pp_rank, entries, tensors, tuple(offsets), end)
 
 
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def _aligned(tensor: TensorMeta) -> int:
+    """Bytes that the tensor takes in a bucket."""
+    return -(-num_bytes(tensor) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

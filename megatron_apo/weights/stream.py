@@ -55,8 +55,8 @@ class WeightStream:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         with closing(self._gather.buckets("driver")) as buckets:
             for bucket, buffer in buckets:
-                for meta, tensor in zip(bucket.tensors, bucket.views(buffer), strict=True):
-                    yield meta.name, tensor
+                yield from zip([meta.name for meta in bucket.tensors], bucket.views(buffer), strict=True)
+                del buffer  # the next is put together in other memory
 
 
 def export_hf(stream: WeightStream, topology: Topology, *, source: Path, out: Path) -> None:

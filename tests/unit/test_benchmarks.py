@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from megatron_apo.config import load_recipe
 from megatron_apo.preflight import open_training
 from megatron_apo.rollout.inputs import load_inputs
-from tests.benchmarks import logprob_head, long_step, packing
+from tests.benchmarks import logprob_head, long_step, packing, weight_plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +52,17 @@ def test_the_drawn_lengths_are_those_that_are_told():
 
     drawn = np.random.default_rng(0).lognormal(np.log(1000), 1.5, 256)
     assert packing.LENGTHS == np.clip(np.floor(drawn), 10, 16384).astype(int).tolist()
+
+
+def test_weight_plan_measures_all_tensors_of_each_stage(monkeypatch, capsys):
+    monkeypatch.setattr(weight_plan, "SPEC", replace(weight_plan.SPEC, num_layers=2, num_experts=4))
+    monkeypatch.setattr(sys, "argv", ["weight_plan", "--rounds", "1", "--ep", "2"])
+    with suppress(SystemExit):  # of so few tensors the time says nothing
+        weight_plan.main()
+    layer = 9 + 3 * 4
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{3 + 2 * layer} tensors")
+    assert f"{1 + layer} of them" in printed and f"{2 + layer} of them" in printed
 
 
 @pytest.mark.parametrize("tokens", [64, 16384])
