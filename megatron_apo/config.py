@@ -693,6 +693,44 @@ class SyncConfig(Section):
         return 1e-4 if (model.dtype, rollout.dtype) == ("fp32", "float32") else 1.0
 
 
+class MismatchConfig(Section):
+    warn: float | None = Field(
+        3.0,
+        gt=1,
+        description="a step's mean |log-prob trainer - sampler| is warned of above so many times its baseline",
+    )
+    stop: float | None = Field(
+        10.0, gt=1, description="and ends the run above so many, before the optimizer's step; none: never"
+    )
+    floor: float | None = Field(
+        None,
+        gt=0,
+        description="least baseline, nats a token; the baseline is the median of the run's first 20 steps. none: by "
+        "precision, 1e-5 in fp32",
+    )
+
+    def least_baseline(self, model: ModelConfig, rollout: RolloutConfig) -> float:
+        """`floor`, or what the mean over a step's tokens should stay well below in this precision, nats.
+
+        fp32: the demonstration has 1e-6. bf16: .002 was seen on a GPU, and vime tells of .011 with Qwen3-4B. The floors
+        are ten and five times what was seen, so that with factors of 3 and 10 an honest first step, of which no median
+        is known yet, is well below either limit: 3e-5 and 1e-4 in fp32, .03 and .1 in bf16. NeMo-RL accepts 1.05, in
+        hard cases 1.1, of the mean of exp |difference|, which is 1 more than the mean of small differences. FP8 is an
+        estimate, five times bf16's: 4 bits less, but only in factors of sums, where most errors cancel.
+        """
+        if self.floor is not None:
+            return self.floor
+        if model.fp8 or rollout.quantization or rollout.kv_cache_dtype == "fp8":
+            return 0.05
+        return 1e-5 if (model.dtype, rollout.dtype) == ("fp32", "float32") else 0.01
+
+    def problems(self) -> list[str]:
+        """Combinations that cannot work, one line each."""
+        if self.warn is not None and self.stop is not None and self.warn > self.stop:
+            return [f"mismatch.warn: {self.warn} is above mismatch.stop={self.stop}; lower it, or use null"]
+        return []
+
+
 class EvalConfig(Section):
     samples: int = Field(8, ge=1, description="k of avg@k at sampling.temperature")
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
@@ -738,6 +776,7 @@ class Recipe(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     sync: SyncConfig = Field(default_factory=SyncConfig, json_schema_extra=MAY_CHANGE)
+    mismatch: MismatchConfig = Field(default_factory=MismatchConfig, json_schema_extra=MAY_CHANGE)
     eval: EvalConfig = Field(default_factory=EvalConfig, json_schema_extra=MAY_CHANGE)
     warmup: WarmupConfig = Field(default_factory=WarmupConfig, json_schema_extra=MAY_CHANGE)
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig, json_schema_extra=MAY_CHANGE)
@@ -764,6 +803,7 @@ class Recipe(Section):
                 + f"; use at least {padded}"
             )
         found += self.rollout.problems()
+        found += self.mismatch.problems()
         found += self._adaptive_problems()
         most = self.vstar.adaptive.most if self.vstar.adaptive else self.vstar.samples_per_prompt
         if (self.vstar.samples_used or 0) > most:

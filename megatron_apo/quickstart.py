@@ -94,6 +94,8 @@ def _closing_table(summary: dict) -> Table:
     )
     table.add_row("weight sync", f"{summary['sync']['seconds_mean']:.3f} s, {summary['sync']['bytes'] / 2**20:.1f} MiB")
     table.add_row("largest trainer-vLLM log-prob difference", f"{summary['max_log_prob_difference']:.2g}")
+    if warned := summary["mismatch"]["warned_steps"]:
+        table.add_row("steps whose trainer-vLLM difference was warned of", str(warned))
     table.add_row(
         "KL to the reference",
         f"{summary['kl']['per_token']:.4f} a token, {summary['kl']['per_sequence']:.3f} a response",

@@ -9,6 +9,9 @@ import numpy as np
 from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch, groups_of
 from megatron_apo.data.sequences import Sequences
 
+# Overrides of a recipe that learns from batches like these, whose log-probs are no sampler's.
+UNSAMPLED = ["mismatch.warn=null", "mismatch.stop=null"]
+
 
 def make_batch(
     prompts: Sequence[Sequence[int]],

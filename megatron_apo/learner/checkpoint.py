@@ -5,9 +5,10 @@
       model/                                          config.json and tokenizer files, for the way back to Hugging Face
       checkpoint.json                                 a `Record`: the step, the recipe and the V* store behind it
 
-A resumed run repeats the killed one, bit for bit in the same layout and to rounding in another. Nothing else has a
-state: training draws no random numbers, prompts' order and the samples' seeds are functions of the step, and
-every rollout is used in the step that makes it.
+A resumed run repeats the killed one, bit for bit in the same layout and to rounding in another. The little that goes
+from step to step beside the above is in the record (`RunState`). Nothing else has a state: training draws no random
+numbers, prompts' order and the samples' seeds are functions of the step, and every rollout is used in the step that
+makes it.
 
 A converted model (stages/convert.py) is such a folder as well, with the weights alone.
 """
@@ -46,6 +47,7 @@ class RunState:
     recipe: dict[str, Any]
     vstar_sha256: str  # of the V* store's manifest, which has the hash of every shard
     skipped_in_a_row: int = 0  # see `Learner`
+    first_mismatches: tuple[float, ...] = ()  # see `MismatchWatch`; JSON keeps every bit of them
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Checkpoints:
         state = torch_dist.read(folder, self._learner.trainable.sharded_state(is_loading=True))
         on_all(self._topology, lambda: self._learner.trainable.load_state(state, folder))
         self._learner.skipped_in_a_row = run.skipped_in_a_row
+        self._learner.mismatch.restore(run.first_mismatches)
         return run.step
 
     def save_if_due(self, step: int) -> None:
@@ -154,8 +157,9 @@ class Checkpoints:
             return
 
         def describe(folder: Path) -> None:
-            recipe, skipped = self._recipe.model_dump(mode="json"), self._learner.skipped_in_a_row
-            run = RunState(step, recipe, _store_hash(self._recipe), skipped)
+            recipe, learner = self._recipe.model_dump(mode="json"), self._learner
+            first_mismatches = tuple(learner.mismatch.first_means)
+            run = RunState(step, recipe, _store_hash(self._recipe), learner.skipped_in_a_row, first_mismatches)
             record = Record(self._recipe.model.dtype, run=run)
             on_driver(self._topology, lambda: record.write(folder, self._recipe.model.path))
 

@@ -11,24 +11,46 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_apo.objectives import LossTerm, Stats
+from megatron_apo.objectives.base import sequence_sum
 from megatron_apo.runtime.topology import Topology
 
+# Largest exponent of a ratio that is only told: e^20 is 5e8, and its square still an fp32 number.
+_MOST_NATS = 20.0
 
-def diagnose(term: LossTerm, log_prob_R: Tensor, denominator_R: Tensor, sampler_R: Tensor) -> Stats:
+
+def diagnose(
+    term: LossTerm,
+    log_prob_R: Tensor,
+    denominator_R: Tensor,
+    sampler_R: Tensor,
+    sequence_R: Tensor,
+    num_sequences: int,
+) -> Stats:
     """The objective's own stats and, over response tokens: the log-ratio, and the distance to the sampler.
 
-    All [R], without gradient: log-probs by the policy, of the ratio's denominator, and by the engine that sampled.
+    All [R], without gradient: log-probs by the policy, of the ratio's denominator, and by the engine that sampled; the
+    sequence, of so many, that a token belongs to.
     """
     log_ratio_R = log_prob_R - denominator_R
-    mismatch_R = (log_prob_R - sampler_R).abs()
+    difference_R = log_prob_R - sampler_R
+    mismatch_R = difference_R.abs()
+    ratio_B = sequence_sum(difference_R, sequence_R, num_sequences).clamp(max=_MOST_NATS).exp()
     one = log_prob_R.new_ones(())
     sums = {
         "count": one * term.count,
         "tokens": one * len(log_prob_R),
+        "sequences": one * num_sequences,
         "log_ratio": log_ratio_R.sum(),
         "mismatch": mismatch_R.sum(),
+        "mult_prob_error": mismatch_R.clamp(max=_MOST_NATS).exp().sum(),
+        "sequence_ratio": ratio_B.sum(),
+        "sequence_ratio_square": ratio_B.square().sum(),
     }
-    maxima = {"log_ratio": log_ratio_R.abs().max(), "mismatch": mismatch_R.max()}
+    maxima = {
+        "log_ratio": log_ratio_R.abs().max(),
+        "mismatch": mismatch_R.max(),
+        "sequence_ratio": ratio_B.max(),
+    }
     return Stats({**term.stats.sums, **sums}, {**term.stats.maxima, **maxima})
 
 
@@ -45,28 +67,38 @@ class StepRecord:
     def __init__(self, reinforce_scale: float, layout: Mapping[str, float] | None = None):
         """`layout`: how evenly the batch's work was spread, by the names of metrics.jsonl."""
         self._reinforce_scale = reinforce_scale
-        self._layout = dict(layout or {})
+        self._told = dict(layout or {})
         self._minibatches: list[Stats] = []
         self._gathered: list[_Totals] = []
         self._grad_norms: list[float] = []
 
-    def add(self, stats: Sequence[Stats], grad_norm: float) -> None:
-        """One minibatch: its micro-batches' stats (none before the last stage), and its gradient's norm."""
+    def add(self, stats: Sequence[Stats]) -> None:
+        """One minibatch, before its optimizer step: its micro-batches' stats (none before the last stage)."""
         if stats:
             sums = {name: torch.stack([piece.sums[name] for piece in stats]).sum() for name in stats[0].sums}
             maxima = {name: torch.stack([piece.maxima[name] for piece in stats]).max() for name in stats[0].maxima}
             self._minibatches.append(Stats(sums, maxima))
+
+    def add_step(self, grad_norm: float) -> None:
+        """The minibatch's optimizer step: its gradient's norm."""
         self._grad_norms.append(grad_norm)
 
+    def tell(self, values: Mapping[str, float]) -> None:
+        """More of the step, by the names of metrics.jsonl."""
+        self._told.update(values)
+
     def gather(self, topology: Topology) -> StepRecord:
-        """Reduce over data-parallel replicas and tell every rank. Collective; returns itself."""
+        """Reduce the minibatches that were added since the last call over data-parallel replicas, and tell every rank.
+        Collective; returns itself.
+
+        Context- and tensor-parallel ranks of the last stage have the same stats, and count once.
+        """
+        new = self._minibatches
         if topology.is_last_stage and topology.dp > 1:
-            for stats in self._minibatches:
-                for values, op in ((stats.sums, dist.ReduceOp.SUM), (stats.maxima, dist.ReduceOp.MAX)):
-                    for value in values.values():
-                        dist.all_reduce(value, op=op, group=topology.dp_group)
-        plain = [_Totals(_plain(stats.sums), _plain(stats.maxima)) for stats in self._minibatches]
-        self._gathered = topology.broadcast(plain, src=topology.last_stage_rank)
+            new = [_reduced(stats, topology) for stats in new]
+        plain = [_Totals(_plain(stats.sums), _plain(stats.maxima)) for stats in new]
+        self._gathered += topology.broadcast(plain, src=topology.last_stage_rank)
+        self._minibatches = []
         return self
 
     def require_no_log_ratio(self, tolerance: float) -> None:
@@ -87,8 +119,25 @@ class StepRecord:
         """Largest |log-ratio| of a token in the first minibatch, nats."""
         return self._gathered[0].maxima["log_ratio"]
 
+    @property
+    def mismatch(self) -> float:
+        """Mean |log-prob difference| of policy and sampler over the first minibatch's tokens, nats."""
+        first = self._gathered[0].sums
+        return first["mismatch"] / first["tokens"]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether policy and reference computed numbers for every token of the first minibatch."""
+        return math.isfinite(self._gathered[0].sums["log_ratio"])
+
     def metrics(self) -> dict[str, float]:
-        """By the names of metrics.jsonl."""
+        """By the names of metrics.jsonl.
+
+        mismatch/token_mult_prob_error is NeMo-RL's: the mean over tokens of exp |log pi - log pi_sampler|.
+        mismatch/sequence_ratio_* is pi / pi_sampler of a whole response; of its mean, 1 is expected where the sampler
+        is only noisy. mismatch/sequence_ess: (sum w)^2 / (B sum w^2) of these ratios w, the share of the responses that
+        would be left as an effective sample if they were weighted so. Exponents are cut at 20.
+        """
         first, total_count = self._gathered[0], sum(totals.sums["count"] for totals in self._gathered)
         finite = [norm for norm in self._grad_norms if math.isfinite(norm)]
         grad_norm = sum(finite) / len(finite) if finite else math.nan
@@ -97,12 +146,16 @@ class StepRecord:
             "kl/per_token": first.sums["log_ratio"] / first.sums["tokens"],
             "kl/per_sequence": first.sums["log_ratio"] / first.sums["count"],
             "mismatch/max": first.maxima["mismatch"],
-            "mismatch/mean": first.sums["mismatch"] / first.sums["tokens"],
+            "mismatch/mean": self.mismatch,
+            "mismatch/token_mult_prob_error": first.sums["mult_prob_error"] / first.sums["tokens"],
+            "mismatch/sequence_ratio_mean": first.sums["sequence_ratio"] / first.sums["sequences"],
+            "mismatch/sequence_ratio_max": first.maxima["sequence_ratio"],
+            "mismatch/sequence_ess": _effective_share(first.sums),
             "grad_norm": grad_norm,
             "grad_norm_reinforce": grad_norm / self._reinforce_scale,
             "skipped_steps": len(self._grad_norms) - len(finite),
             **({"entropy/per_token": first.sums["entropy"] / first.sums["tokens"]} if "entropy" in first.sums else {}),
-            **self._layout,
+            **self._told,
         }
 
 
@@ -112,6 +165,21 @@ class _Totals:
 
     sums: dict[str, float]
     maxima: dict[str, float]
+
+
+def _reduced(stats: Stats, topology: Topology) -> Stats:
+    """A minibatch's stats over all data-parallel replicas."""
+    found = []
+    for values, op in ((stats.sums, dist.ReduceOp.SUM), (stats.maxima, dist.ReduceOp.MAX)):
+        together = torch.stack([value.float() for value in values.values()])
+        dist.all_reduce(together, op=op, group=topology.dp_group)
+        found.append(dict(zip(values, together, strict=True)))
+    return Stats(*found)
+
+
+def _effective_share(sums: Mapping[str, float]) -> float:
+    square = sums["sequence_ratio_square"] * sums["sequences"]
+    return sums["sequence_ratio"] ** 2 / square if square else math.nan  # all ratios may round to 0
 
 
 def _plain(values: Mapping[str, Tensor]) -> dict[str, float]:

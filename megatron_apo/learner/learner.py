@@ -24,6 +24,7 @@ from megatron_apo.data.layout import BatchPlan, plan_batch
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
 from megatron_apo.data.sequences import Sequences
 from megatron_apo.learner.diagnostics import StepRecord, diagnose
+from megatron_apo.learner.mismatch import MismatchWatch
 from megatron_apo.learner.optim import Trainable, make_trainable
 from megatron_apo.learner.rollout_metrics import peak_flops, rollout_metrics
 from megatron_apo.model.build import LogProbModel, build_model
@@ -50,6 +51,7 @@ class Learner:
     """Policy, optimizer and reference of a run, on this rank.
 
     skipped_in_a_row: optimizer steps that were skipped since the last one that was not.
+    mismatch: what the distance between trainer and sampler is held against.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Learner:
         self.reference = reference
         self.timer = PhaseTimer()
         self.skipped_in_a_row = 0
+        self.mismatch = MismatchWatch(recipe.mismatch, recipe.mismatch.least_baseline(recipe.model, recipe.rollout))
 
     @classmethod
     def build(
@@ -139,14 +142,15 @@ class Learner:
         values: V* by prompt id.
 
         A step whose gradient is not finite changes nothing and is counted; the batch is kept in RUN/rollouts/skipped.
-        Raises `GradientError` after train.max_skipped_steps such steps in a row.
+        Raises `GradientError` after train.max_skipped_steps such steps in a row, and `MismatchError` before the first
+        optimizer step where the sampler's log-probs are too far from the policy's.
         """
         plan = self.plan(batch.sequences)
         minibatches = self.micro_batches(plan, batch)
         targets = self.objective.prepare(self.samples(batch), values)
         denominators = self._denominator_log_probs(minibatches, batch)
         record = StepRecord(self.objective.reinforce_scale, plan.metrics())
-        for micro_batches, denominator in zip(minibatches, denominators, strict=True):
+        for number, (micro_batches, denominator) in enumerate(zip(minibatches, denominators, strict=True)):
             with self.timer.phase("train"):
                 self.trainable.zero_grad()
                 stats = forward_backward(
@@ -156,9 +160,12 @@ class Learner:
                         log_prob_R, micro_batches[index], denominator[index], targets, batch
                     ),
                 )
+                record.add(stats)
+            if number == 0:  # the weights are still those that sampled
+                self._judge_mismatch(record.gather(self.topology), step)
             with self.timer.phase("optimizer"):
                 grad_norm = self.trainable.step()
-            record.add(stats, grad_norm)
+            record.add_step(grad_norm)
             self._count_skipped(grad_norm, batch, step)
         return record.gather(self.topology)
 
@@ -169,9 +176,21 @@ class Learner:
         own_targets: MicroTargets = targets.select(micro.indices)
         term = self.objective.loss(log_prob_R, denominator_R, micro.sequence_R, own_targets)
         assert term.count == (len(log_prob_R) if self.objective.unit == "token" else len(micro.indices))
-        return replace(
-            term, stats=diagnose(term, log_prob_R.detach(), denominator_R, self._sampler_log_probs(micro, batch))
-        )
+        sampler_R = self._sampler_log_probs(micro, batch)
+        stats = diagnose(term, log_prob_R.detach(), denominator_R, sampler_R, micro.sequence_R, len(micro.indices))
+        return replace(term, stats=stats)
+
+    def _judge_mismatch(self, record: StepRecord, step: int) -> None:
+        """By the numbers that every rank has, so that all of them raise `MismatchError` or none.
+
+        Where policy or reference computed no number, so will the gradient: that step is skipped (`_count_skipped`).
+        """
+        if not record.is_finite:
+            return
+        told, warning = self.mismatch.judge(record.mismatch, step)
+        record.tell(told)
+        if warning and self.topology.is_driver:
+            print(f"warning: {warning}", flush=True)
 
     def micro_batches(self, plan: BatchPlan, batch: RolloutBatch) -> Minibatches:
         """This replica's micro-batches of each minibatch, on this rank's device."""

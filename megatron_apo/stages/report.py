@@ -79,6 +79,8 @@ def _headline(summary: Tree, rows: Rows, recipe: Tree) -> str:
     for name, result in results.items():
         title, value = f"avg@{k} {_HEADINGS.get(name, name)}", page.with_error(result["mean"], result["stderr"])
         cards.append(page.card(title, value, f"greedy {result['greedy']:.3f}"))
+    if warned := _warned_steps(rows):
+        cards.append(page.card("mismatch warned of", f"{len(warned)} steps", f"the first is step {warned[0]}"))
     phases = summary.get("phases_s", {})
     if phases:
         cards.append(page.card("wall clock", duration(_total(phases)), f"{len(phases.keys() - {'total'})} phases"))
@@ -196,14 +198,36 @@ def _total(phases_s: Mapping[str, float]) -> float:
 
 
 def _agreement(rows: Rows, summary: Tree) -> str:
-    blocks = _lines(rows, "|log-prob difference| trainer − vLLM", ["mismatch/max", "mismatch/mean"], log=True)
+    limits = {name: _series(rows, f"mismatch/{name}_limit") for name in ("warn", "stop")}
+    blocks = _lines(
+        rows,
+        "|log-prob difference| trainer − vLLM, nats",
+        ["mismatch/max", "mismatch/mean"],
+        log=True,
+        limits={f"limit of the mean, {name}": line for name, line in limits.items() if line[0]},
+    )
+    blocks += _lines(
+        rows,
+        "probability ratio trainer / vLLM",
+        [
+            "mismatch/token_mult_prob_error",
+            *(f"mismatch/sequence_{name}" for name in ("ratio_mean", "ratio_max", "ess")),
+        ],
+    )
     facts = []
+    if warned := _warned_steps(rows):
+        facts.append(("steps above the mean's warning limit", f"{len(warned)}, the first is {warned[0]}"))
     if "max_log_prob_difference" in summary:
         facts.append(("largest log-prob difference", f"{summary['max_log_prob_difference']:.2e}"))
     if "sync" in summary:
         facts.append(("weight sync, mean", f"{summary['sync']['seconds_mean']:.3f} s"))
         facts.append(("weights sent each sync", data_size(summary["sync"]["bytes"])))
-    return blocks + (page.table("Weight sync", ("what", "value"), facts) if facts else "")
+    return blocks + (page.table("Agreement and weight sync", ("what", "value"), facts) if facts else "")
+
+
+def _warned_steps(rows: Rows) -> list[int]:
+    """Steps whose mismatch was above mismatch.warn's limit."""
+    return [step for step, warned in zip(*_series(rows, "mismatch/warned"), strict=True) if warned]
 
 
 def _optimization(rows: Rows) -> str:
@@ -237,12 +261,19 @@ def _recipe(recipe: Tree) -> str:
 # ---- pieces
 
 
-def _lines(rows: Rows, title: str, names: Sequence[str], log: bool = False, percent: bool = False) -> str:
+def _lines(
+    rows: Rows,
+    title: str,
+    names: Sequence[str],
+    log: bool = False,
+    percent: bool = False,
+    limits: Mapping[str, plots.Line] | None = None,
+) -> str:
     lines = {name.split("/")[-1].replace("_", " "): _series(rows, name) for name in names}
     lines = {name: line for name, line in lines.items() if line[0]}
     if not lines:
         return page.missing(f"{title}: nothing in metrics.jsonl")
-    return page.figure(plots.line_chart(title, lines, log=log, percent=percent), "", title=title)
+    return page.figure(plots.line_chart(title, lines, log=log, percent=percent, limits=limits), "", title=title)
 
 
 def _series(rows: Rows, name: str) -> tuple[list[int], list[float]]:

@@ -70,20 +70,27 @@ def reward_chart(reward: Line, evaluations: Mapping[str, Points]) -> str:
 
 
 def line_chart(
-    title: str, lines: Mapping[str, Line], log: bool = False, percent: bool = False, x_label: str = "step"
+    title: str,
+    lines: Mapping[str, Line],
+    log: bool = False,
+    percent: bool = False,
+    x_label: str = "step",
+    limits: Mapping[str, Line] | None = None,
 ) -> str:
-    """One line for each name over steps, or over what `x_label` says."""
+    """One line for each name over steps, or over what `x_label` says. limits: what they are held against, dashed."""
 
     def draw(axes: Axes) -> None:
         for color, (name, (steps, values)) in zip(SERIES, lines.items(), strict=False):
             axes.plot(steps, values, color=color, label=name)
+        for style, (name, (steps, values)) in zip(("--", ":"), (limits or {}).items(), strict=False):
+            axes.plot(steps, values, color=MUTED, linestyle=style, linewidth=1.0, label=name)
         if log:
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=min(0.0, *(float(np.min(values)) for _, values in lines.values())))
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        if len(lines) > 1:
+        if len(lines) > 1 or limits:
             axes.legend(loc="best")
 
     return _svg(draw, title, x_label=x_label)

@@ -148,6 +148,10 @@ class Recorder:
             return
         found: dict[str, Any] = {
             "max_log_prob_difference": float(np.max(self._proofs + self._history["mismatch/max"])),  # NaN stays
+            "mismatch": {
+                "mean": self._mean("mismatch/mean"),
+                "warned_steps": int(sum(self._history["mismatch/warned"])),
+            },
             "kl": {
                 "per_token": self._history["kl/per_token"][-1],
                 "per_sequence": self._history["kl/per_sequence"][-1],

@@ -3,7 +3,8 @@
     main(WORK, LAYOUT, RUN... [KEY=VALUE...])
 
 Each RUN is FROM:TO:EVERY:NAME: take up run folder WORK/FROM if it has a checkpoint, train to step TO saving every EVERY
-steps, and write WORK/NAME.pt: {"start", "skipped", "losses", "lr", "weights", "save_s", "load_s"}.
+steps, and write WORK/NAME.pt: {"start", "skipped", "first_mismatches" (at the start) and "mismatches" (at
+the end), "losses", "lr", "weights", "save_s", "load_s"}.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.groups import distributed
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.stream import WeightStream
-from tests.batches import make_batch, no_values
+from tests.batches import UNSAMPLED, make_batch, no_values
 from tests.dist.ranks import parallel_of
 from tests.dist.worker import BETA2, batch
 
@@ -38,6 +39,7 @@ def recipe_of(work: Path, run: str, every: int, *overrides: str) -> Recipe:
         f"model.path={work / 'models' / 'qwen3-tied'}",
         f"model.reference={work / 'references' / 'qwen3-tied'}",
         f"vstar.dir={work / 'vstar'}",
+        *UNSAMPLED,
         "data.train=unused.jsonl",
         f"train.save_every={every}",
         f"train.steps={TOTAL_STEPS}",
@@ -64,6 +66,7 @@ def train(recipe: Recipe, topology: Topology, steps: int) -> dict:
     found: dict = {
         "start": start,
         "skipped": learner.skipped_in_a_row,
+        "first_mismatches": list(learner.mismatch.first_means),
         "load_s": time.perf_counter() - begin,
         "losses": [],
         "lr": [],
@@ -76,6 +79,7 @@ def train(recipe: Recipe, topology: Topology, steps: int) -> dict:
         begin = time.perf_counter()
         checkpoints.save_if_due(step + 1)
         found["save_s"] = max(found["save_s"], time.perf_counter() - begin)
+    found["mismatches"] = list(learner.mismatch.first_means)
     return found | {"weights": dict(WeightStream(learner.policy, read_hf_config(recipe.model.path), topology))}
 
 

@@ -3,7 +3,7 @@
     main(WORK, LAYOUT)
 
 Rank 0 writes WORK/LAYOUT.pt: {fault ("none" for none): {eps: {"norms", "gradients", "change", "mismatch"}}}, and
-under "skipped" what came of gradients that are not finite.
+under "skipped" and "stopped" what came of gradients that are not finite, and of a sampler that is too far off.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_apo.config import Recipe, build_recipe
+from megatron_apo.config import MismatchConfig, Recipe, build_recipe
 from megatron_apo.data.layout import BatchPlan
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner.learner import GradientError, Learner
+from megatron_apo.learner.mismatch import MismatchError
 from megatron_apo.model.cpu_compat import cuda_type_names
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.groups import distributed
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream
-from tests.batches import make_batch
+from tests.batches import UNSAMPLED, make_batch
 from tests.dist.ranks import parallel_of
 
 VARIANT = "qwen3-tied"
@@ -39,6 +40,8 @@ SETTINGS = {1.0: (0.02, False), 1e-8: (1e-3, True)}
 RESPONSE_LENGTHS = (36, 20, 7, 6, 5, 4, 3)
 PROMPT_LENGTHS = (2, 1, 3, 2, 4, 1, 2)
 NUM_MINIBATCHES = 2
+# By the names of metrics.jsonl.
+MISMATCH = ("mean", "max", "token_mult_prob_error", "sequence_ratio_mean", "sequence_ratio_max", "sequence_ess")
 
 
 def batch() -> RolloutBatch:
@@ -55,7 +58,8 @@ def batch() -> RolloutBatch:
         responses,
         # So large that gradients are far above an eps of 1e-8.
         rewards=(20 * torch.rand(len(prompts), generator=generator)).tolist(),
-        log_probs=[(-5 * torch.rand(len(response), generator=generator)).tolist() for response in responses],
+        # Around the untrained policy's, log(1 / 101), so that the ratio of a whole response is a number.
+        log_probs=[(0.5 * torch.rand(len(response), generator=generator) - 4.9).tolist() for response in responses],
     )
 
 
@@ -71,6 +75,7 @@ def recipe_of(work: Path, layout: str, eps: float) -> Recipe:
         f"run.dir={work / layout}",
         f"model.path={work / 'policy' / VARIANT}",
         f"model.reference={work / 'reference' / VARIANT}",
+        *UNSAMPLED,
         "data.train=unused.jsonl",
         "data.max_prompt_tokens=4",
         "sampling.max_response_tokens=36",
@@ -262,7 +267,7 @@ def measure(work: Path, layout: str, eps: float, fault: str | None, topology: To
     trainable.step = watched  # type: ignore[method-assign]
     metrics = learner.learn(received(learner, fault, batch()), values()).metrics()
     change = {name: after - before[name] for name, after in WeightStream(learner.policy, spec, topology)}
-    mismatch = {name: metrics[f"mismatch/{name}"] for name in ("mean", "max")}
+    mismatch = {name: metrics[f"mismatch/{name}"] for name in MISMATCH}
     return {"norms": norms, "gradients": gradients, "change": change, "mismatch": mismatch}
 
 
@@ -306,6 +311,25 @@ def skip(work: Path, layout: str, topology: Topology) -> dict:
     return found
 
 
+def stop(work: Path, layout: str, topology: Topology) -> dict:
+    """What comes of a sampler that is too far off: what each rank raises, and whether a weight has changed."""
+    recipe = recipe_of(work, layout, 1e-8)
+    recipe.mismatch = MismatchConfig(warn=1.5, stop=2, floor=0.01)
+    spec, learner = read_hf_config(recipe.model.path), build(recipe, topology, None)
+    before = {name: tensor.clone() for name, tensor in WeightStream(learner.policy, spec, topology)}
+    error = None
+    try:
+        learner.learn(received(learner, None, batch()), values(), 6)
+    except MismatchError as raised:
+        error = str(raised)
+    errors: list[str | None] = [None] * topology.world_size
+    dist.all_gather_object(errors, error)
+    changed = any(
+        not torch.equal(tensor, before[name]) for name, tensor in WeightStream(learner.policy, spec, topology)
+    )
+    return {"errors": errors, "weights changed": changed, "schedule": learner.trainable.scheduler.num_steps}
+
+
 def main(folder: str, layout: str) -> None:
     work = Path(folder)
     results: dict = {}
@@ -313,5 +337,6 @@ def main(folder: str, layout: str) -> None:
         for fault in [None, *faults_of(layout)]:
             results[fault or "none"] = {eps: measure(work, layout, eps, fault, topology) for eps in SETTINGS}
         results["skipped"] = skip(work, layout, topology)
+        results["stopped"] = stop(work, layout, topology)
         if topology.is_driver:
             torch.save(results, work / f"{layout}.pt")

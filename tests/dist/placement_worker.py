@@ -24,7 +24,7 @@ from megatron_apo.parallel.pipeline import forward_log_probs
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream
-from tests.batches import no_values
+from tests.batches import UNSAMPLED, no_values
 from tests.dist.ranks import parallel_of, variants_of
 from tests.dist.worker import BETA2, by_sequence, micro_batches_of, optimizer_tensors, received
 
@@ -74,6 +74,7 @@ def recipe_of(work: Path, case: str, parallel: ParallelConfig, mode: str = "resi
         f"model.reference={work / 'reference' / variant}",
         f"model.dtype={dtype}",
         f"model.reference_mode={mode}",
+        *UNSAMPLED,
         "data.train=unused.jsonl",
         "data.max_prompt_tokens=10",
         "sampling.max_response_tokens=50",

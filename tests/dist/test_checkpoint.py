@@ -14,7 +14,7 @@ import torch
 
 from megatron_apo.config import RecipeError
 from megatron_apo.learner.checkpoint import RECORD, check_resume, latest, read_record
-from tests.dist.checkpoint_worker import SKIPPED, recipe_of
+from tests.dist.checkpoint_worker import SKIPPED, TOTAL_STEPS, recipe_of
 from tests.dist.ranks import start_ranks
 from tests.dist.test_layouts import TOLERANCE
 from tests.models import make_model
@@ -79,6 +79,8 @@ def test_resume_is_bitwise(layout, runs):
     assert (straight["start"], resumed["start"]) == (0, 2)
     assert resumed["skipped"] == 1 and straight["losses"][SKIPPED] != straight["losses"][SKIPPED]
     assert resumed["losses"] == straight["losses"][2:]
+    assert resumed["first_mismatches"] == straight["mismatches"][:2] and resumed["mismatches"] == straight["mismatches"]
+    assert len(set(straight["mismatches"])) == TOTAL_STEPS
     assert resumed["lr"] == straight["lr"][2:] and len(set(straight["lr"])) > 2
     assert all(torch.equal(resumed["weights"][name], straight["weights"][name]) for name in straight["weights"])
     print(f"{layout}: save {runs.load(f'half-{layout}')['save_s']:.2f} s, load {resumed['load_s']:.2f} s")

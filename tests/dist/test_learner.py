@@ -20,6 +20,7 @@ from megatron_apo.data.rollouts import RolloutBatch
 from tests.dist.learner_worker import (
     BETA2,
     FAULTS,
+    MISMATCH,
     NUM_MINIBATCHES,
     SETTINGS,
     TEMPERATURE,
@@ -78,7 +79,7 @@ def expected(work: Path) -> dict[float, dict]:
         policy = models["policy"]
         policy.load_state_dict(start, strict=False)
         adam = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
-        norms, gradients, mismatch_R, size = [], [], [], len(whole) // NUM_MINIBATCHES
+        norms, gradients, differences, size = [], [], [], len(whole) // NUM_MINIBATCHES
         for first in range(0, len(whole), size):
             losses = []
             for row in range(first, first + size):
@@ -87,7 +88,7 @@ def expected(work: Path) -> dict[float, dict]:
                 log_prob_R = response_log_probs(policy, whole, row)
                 log_ratio = log_prob_R.sum() - reference
                 if first == 0:  # the one minibatch that is at the weights that sampled
-                    mismatch_R.append((log_prob_R.detach() - torch.tensor(whole.log_probs([row]))).abs())
+                    differences.append(log_prob_R.detach() - torch.tensor(whole.log_probs([row])))
                 advantage = whole.reward_B[row] - vstar[whole.prompt_ids[row]]
                 losses.append((BETA2 * log_ratio - advantage) ** 2)
             adam.zero_grad()
@@ -96,9 +97,18 @@ def expected(work: Path) -> dict[float, dict]:
             norms.append(float(torch.stack([gradient.norm() for gradient in gradients[-1].values()]).norm()))
             adam.step()
         change = {name: parameter.detach() - start[name] for name, parameter in policy.named_parameters()}
-        mismatch = {"mean": float(torch.cat(mismatch_R).mean()), "max": float(torch.cat(mismatch_R).max())}
+        mismatch = mismatch_of(differences)
         found[eps] = {"norms": norms, "gradients": gradients, "change": change, "mismatch": mismatch}
     return found
+
+
+def mismatch_of(differences: list[torch.Tensor]) -> dict[str, float]:
+    """Of log pi - log pi_sampler of each response's tokens."""
+    distance_R = torch.cat(differences).abs()
+    ratio_B = torch.stack([difference.sum() for difference in differences]).exp()
+    values = (distance_R.mean(), distance_R.max(), distance_R.exp().mean(), ratio_B.mean(), ratio_B.max())
+    ess = ratio_B.sum().square() / ratio_B.square().sum() / len(ratio_B)
+    return dict(zip(MISMATCH, map(float, (*values, ess)), strict=True))
 
 
 def worst(ours: Tensors, theirs: Tensors) -> float:
@@ -115,7 +125,7 @@ def differences(found: dict, expected: dict[float, dict]) -> dict[str, tuple[flo
     # Of the sharded optimizer, whose gradients no rank has whole, the first minibatch's: the second's is at weights
     # that Adam has moved by the rounding of small gradients.
     norms = [*zip(ours["norms"], theirs["norms"], strict=True), (found[1e-8]["norms"][0], expected[1e-8]["norms"][0])]
-    mismatch = [(ours["mismatch"][name], theirs["mismatch"][name]) for name in ("mean", "max")]
+    mismatch = [(ours["mismatch"][name], theirs["mismatch"][name]) for name in MISMATCH]
     return {
         "gradients": (max(steps), GRADIENTS),
         "norms": (max(abs(mine - other) / other for mine, other in norms), GRADIENTS),
@@ -164,3 +174,16 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_kept(layout: str, 
     kept = RolloutBatch.read(folder / "step-000001.parquet")
     assert kept.sequences.token_ids_T.tolist() == batch().sequences.token_ids_T.tolist()
     assert [row for row, reward in enumerate(kept.reward_B) if reward != reward] == [len(kept) - 1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sampler_that_is_too_far_off_ends_the_run_before_the_optimizers_step(layout: str, measured, expected) -> None:
+    """On all ranks, in the same words; the schedule's step is the optimizer's."""
+    found = measured(layout)["stopped"]
+    (line,) = set(found["errors"])
+    mean = expected[1.0]["mismatch"]["mean"]
+    assert (
+        line.startswith(f"step 7: trainer and sampler differ by {mean:.3g} nats")
+        and "mismatch.stop allows 0.02" in line
+    )
+    assert not found["weights changed"] and found["schedule"] == 0

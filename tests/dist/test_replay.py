@@ -17,7 +17,7 @@ from megatron_apo.config import RecipeError, load_recipe
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
 from megatron_apo.preflight import open_training
 from megatron_apo.weights import hf_io
-from tests.batches import make_batch
+from tests.batches import UNSAMPLED, make_batch
 from tests.dist.ranks import start_ranks
 from tests.runs import random_batch, write_batches, write_run
 
@@ -28,7 +28,7 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("replay")
-    recipe = write_run(folder, "train.save_every=2", f"train.replay={folder / 'rollouts'}")
+    recipe = write_run(folder, "train.save_every=2", f"train.replay={folder / 'rollouts'}", *UNSAMPLED)
     write_batches(recipe, folder / "rollouts", range(STEPS))
     return folder
 

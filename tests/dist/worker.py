@@ -31,7 +31,7 @@ from megatron_apo.parallel.pipeline import forward_log_probs
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream
-from tests.batches import make_batch, no_values
+from tests.batches import UNSAMPLED, make_batch, no_values
 from tests.dist.ranks import ONE_RANK, parallel_of
 
 NUM_SEQUENCES = 12
@@ -111,6 +111,7 @@ def recipe_of(parallel: ParallelConfig, case: Case, *overrides: str) -> Recipe:
             "train.log_prob_chunk_tokens=7",
             "train.minibatches=1",
             f"train.recompute={case.recompute}",
+            *UNSAMPLED,
             *overrides,
         ],
     )

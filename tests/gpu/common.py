@@ -35,7 +35,7 @@ from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.timers import Phase
 from megatron_apo.weights.families import hf_tensors
 from megatron_apo.weights.stream import WeightStream
-from tests.batches import make_batch, no_values
+from tests.batches import UNSAMPLED, make_batch, no_values
 
 CANNOT_RUN = 77  # exit code, as Automake's tests say it
 FP8_RECIPES = ("tensorwise", "blockwise", "mxfp8")
@@ -112,7 +112,7 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
 
 def recipe_of(overrides: Sequence[str] = ()) -> Recipe:
     """A recipe for the trainer alone: it names no model, data or store that exists."""
-    return build_recipe({}, ["model.path=none", "data.train=none.jsonl", "vstar.dir=none", *overrides])
+    return build_recipe({}, ["model.path=none", "data.train=none.jsonl", "vstar.dir=none", *UNSAMPLED, *overrides])
 
 
 @dataclass(frozen=True)

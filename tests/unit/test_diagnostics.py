@@ -13,31 +13,41 @@ from megatron_apo.objectives import LossTerm, Stats
 from megatron_apo.runtime.topology import Topology
 
 
-def micro_batch(loss, count, log_prob, denominator, sampler):
+def micro_batch(loss, count, log_prob, denominator, sampler, sequence=None):
+    """By default the last token is a sequence by itself, and the others are one or none."""
     term = LossTerm(torch.tensor(loss), count, Stats({"loss": torch.tensor(loss)}))
-    return diagnose(term, torch.tensor(log_prob), torch.tensor(denominator), torch.tensor(sampler))
+    tensors = (torch.tensor(values) for values in (log_prob, denominator, sampler))
+    sequence = sequence or [0] * (len(log_prob) - 1) + [count - 1]
+    return diagnose(term, *tensors, torch.tensor(sequence), count)
+
+
+# Differences from the sampler: .25 and -.5 in one sequence, 1 in another, and .5 in that of the second micro-batch.
+FIRST = (3.0, 2, [-1.0, -2.0, -3.0], [-1.5, -2.0, -2.0], [-1.25, -1.5, -4.0])
+SECOND = (1.0, 1, [-0.5], [-0.25], [-1.0])
 
 
 def two_minibatches():
     record = StepRecord(reinforce_scale=0.2)
-    record.add(
-        [
-            micro_batch(3.0, 2, [-1.0, -2.0, -3.0], [-1.5, -2.0, -2.0], [-1.25, -2.0, -3.0]),
-            micro_batch(1.0, 1, [-0.5], [-0.25], [-1.0]),
-        ],
-        grad_norm=0.5,
-    )
-    record.add([micro_batch(5.0, 1, [-4.0], [-1.0], [0.0])], grad_norm=0.1)
+    record.add([micro_batch(*FIRST), micro_batch(*SECOND)])
+    record.add_step(0.5)
+    record.add([micro_batch(5.0, 1, [-4.0], [-1.0], [0.0])])
+    record.add_step(0.1)
     return record
 
+
+RATIOS = [math.exp(-0.25), math.e, math.exp(0.5)]  # of the three sequences
 
 EXPECTED = {
     "loss": 9 / 4,  # over both minibatches and their 4 sequences
     # The first minibatch alone: log-ratios 0.5, 0, -1 and -0.25 over 4 tokens of 3 sequences.
     "kl/per_token": -0.75 / 4,
     "kl/per_sequence": -0.75 / 3,
-    "mismatch/max": 0.5,
-    "mismatch/mean": 0.75 / 4,  # 0.25, 0, 0 and 0.5
+    "mismatch/max": 1.0,
+    "mismatch/mean": 2.25 / 4,
+    "mismatch/token_mult_prob_error": (math.exp(0.25) + math.exp(0.5) + math.e + math.exp(0.5)) / 4,
+    "mismatch/sequence_ratio_mean": sum(RATIOS) / 3,
+    "mismatch/sequence_ratio_max": math.e,
+    "mismatch/sequence_ess": sum(RATIOS) ** 2 / (3 * sum(ratio * ratio for ratio in RATIOS)),
     "grad_norm": 0.3,
     "grad_norm_reinforce": 1.5,
     "skipped_steps": 0,
@@ -45,10 +55,38 @@ EXPECTED = {
 
 
 def test_stats_of_a_micro_batch():
-    stats = micro_batch(3.0, 2, [-1.0, -2.0, -3.0], [-1.5, -2.0, -2.0], [-1.25, -2.0, -3.0])
+    stats = micro_batch(*FIRST)
     sums = {name: float(value) for name, value in stats.sums.items()}
-    assert sums == {"loss": 3, "count": 2, "tokens": 3, "log_ratio": -0.5, "mismatch": 0.25}
-    assert {name: float(value) for name, value in stats.maxima.items()} == {"log_ratio": 1, "mismatch": 0.25}
+    assert sums == pytest.approx(
+        {"loss": 3, "count": 2, "tokens": 3, "sequences": 2, "log_ratio": -0.5, "mismatch": 1.75}
+        | {"mult_prob_error": math.exp(0.25) + math.exp(0.5) + math.e, "sequence_ratio": RATIOS[0] + RATIOS[1]}
+        | {"sequence_ratio_square": RATIOS[0] ** 2 + RATIOS[1] ** 2}
+    )
+    maxima = {name: float(value) for name, value in stats.maxima.items()}
+    assert maxima == pytest.approx({"log_ratio": 1, "mismatch": 1, "sequence_ratio": math.e})
+
+
+def test_what_is_far_off_is_still_a_number(one_rank):
+    """A sampler 300 nats away, on either side: e^300 is none in fp32."""
+    for log_prob, mean, share in ((-1.0, math.exp(20), 1.0), (-601.0, 0.0, math.nan)):
+        record = StepRecord(reinforce_scale=1.0)
+        record.add([micro_batch(1.0, 1, [log_prob], [-1.0], [-301.0])])
+        metrics = record.gather(one_rank).metrics()
+        assert metrics["mismatch/mean"] == 300
+        assert metrics["mismatch/token_mult_prob_error"] == pytest.approx(math.exp(20))
+        assert metrics["mismatch/sequence_ratio_mean"] == metrics["mismatch/sequence_ratio_max"] == pytest.approx(mean)
+        assert metrics["mismatch/sequence_ess"] == pytest.approx(share, nan_ok=True)
+
+
+def test_what_was_gathered_is_not_gathered_again(one_rank):
+    """As a step does: the first minibatch before its optimizer step, the others after all of them."""
+    record = StepRecord(reinforce_scale=0.2)
+    record.add([micro_batch(*FIRST), micro_batch(*SECOND)])
+    assert record.gather(one_rank).mismatch == pytest.approx(2.25 / 4)
+    record.add_step(0.5)
+    record.add([micro_batch(5.0, 1, [-4.0], [-1.0], [0.0])])
+    record.add_step(0.1)
+    assert record.gather(one_rank).metrics() == pytest.approx(EXPECTED)
 
 
 @pytest.fixture
@@ -71,7 +109,8 @@ def test_metrics_of_a_step(one_rank):
 
 def test_a_skipped_step_is_counted_and_in_no_mean(one_rank):
     record = two_minibatches()
-    record.add([micro_batch(1.0, 1, [-4.0], [-1.0], [0.0])], grad_norm=math.inf)
+    record.add([micro_batch(1.0, 1, [-4.0], [-1.0], [0.0])])
+    record.add_step(math.inf)
     metrics = record.gather(one_rank).metrics()
     assert metrics["skipped_steps"] == 1 and metrics["grad_norm"] == pytest.approx(0.3)
 
@@ -79,8 +118,8 @@ def test_a_skipped_step_is_counted_and_in_no_mean(one_rank):
 def test_a_nan_is_not_lost_between_micro_batches(one_rank):
     record = StepRecord(reinforce_scale=1.0)
     bad = micro_batch(1.0, 1, [math.nan], [-1.0], [-1.0])
-    record.add([micro_batch(1.0, 1, [-1.0], [-1.0], [-1.0]), bad], grad_norm=1.0)
-    assert math.isnan(record.gather(one_rank).first_log_ratio)
+    record.add([micro_batch(1.0, 1, [-1.0], [-1.0], [-1.0]), bad])
+    assert math.isnan(record.gather(one_rank).first_log_ratio) and not record.is_finite
 
 
 @pytest.mark.parametrize("worst", [1e-6, math.nan])

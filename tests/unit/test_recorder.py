@@ -35,6 +35,8 @@ CONFIG = {
     "vocab_size": 10,
 }
 FORWARD = 15_104
+SUMS = ("loss", "count", "tokens", "log_ratio", "mismatch", "mult_prob_error")
+SUMS += ("sequences", "sequence_ratio", "sequence_ratio_square")
 
 
 @pytest.fixture
@@ -88,10 +90,12 @@ def batch_of(
 
 def record(topology: Topology) -> StepRecord:
     found = StepRecord(2e-3)
-    sums = {name: torch.tensor(1.0) for name in ("loss", "count", "tokens", "log_ratio", "mismatch")}
-    maxima = {name: torch.tensor(1.0) for name in ("log_ratio", "mismatch")}
-    found.add([Stats(sums, maxima)], grad_norm=1.0)
-    found.add([Stats(sums, maxima)], grad_norm=float("nan"))
+    sums = {name: torch.tensor(1.0) for name in SUMS}
+    maxima = {name: torch.tensor(1.0) for name in ("log_ratio", "mismatch", "sequence_ratio")}
+    for grad_norm in (1.0, float("nan")):
+        found.add([Stats(sums, maxima)])
+        found.add_step(grad_norm)
+    found.tell({"mismatch/warned": 1})
     return found.gather(topology)
 
 
@@ -139,6 +143,7 @@ def test_step_and_summary_have_rates_and_memory(tmp_path: Path, topology: Topolo
     assert summary["mfu"]["train"] == pytest.approx(flops / 2.0 / 1e6)
     assert set(summary["tflops_per_rank"]) == {"reference", "forward_backward", "train"}
     assert summary["peak_memory_bytes"]["trainer rank 0"] > 10**6
+    assert summary["mismatch"] == {"mean": 1.0, "warned_steps": 4}
 
 
 def test_no_mfu_on_a_device_whose_peak_nobody_gave(tmp_path: Path, topology: Topology) -> None:

@@ -52,6 +52,9 @@ def make_run(folder: Path, steps: int = 60) -> Path:
             | {"tokens_per_s/train": 8e3 + step, "gpu/rank0/power_w": 300, "gpu/rank1/power_w": 500}
             | {"gpu/rank0/energy_j": 250, "gpu/rank1/energy_j": 1000, "gpu/rank1/xid_events": step == 7}
             | {"mismatch/max": 10 ** rng.uniform(-5.5, -4.8), "mismatch/mean": 10 ** rng.uniform(-7, -6.5)}
+            | {"mismatch/warn_limit": 3e-5, "mismatch/stop_limit": 1e-4, "mismatch/warned": 0}
+            | {"mismatch/token_mult_prob_error": 1.000001, "mismatch/sequence_ratio_mean": 1.0}
+            | {"mismatch/sequence_ratio_max": 1.0002, "mismatch/sequence_ess": 0.99}
             | {"advantage/mean": -0.1 + 0.2 * rise, "advantage/second_moment": 0.2, "tokens_per_s/generate": 1e4}
             | time_s
             | {"time/step_s": sum(time_s.values()) + 0.02}
@@ -124,7 +127,7 @@ def test_finished_run_shows_its_results(tmp_path: Path) -> None:
     assert "2.40 GB" in found.text and "2.13.0+cpu" in found.text and "prompts_per_step: 256" in found.text
     assert "generate610.0 MB" in found.text and "train690.0 MB" in found.text
     assert "not there" not in found.text and "nothing in" not in found.text
-    assert page.count("<svg") == 14
+    assert page.count("<svg") == 15
 
 
 def test_rates_and_gpus_are_means_and_sums_of_the_run(tmp_path: Path) -> None:
@@ -133,6 +136,29 @@ def test_rates_and_gpus_are_means_and_sums_of_the_run(tmp_path: Path) -> None:
     assert "parttokens/sTFLOP/s of a rankMFUgenerate10,000train8,03039640.0%" in text  # steps 1 to 60
     assert "GPU power, W, by rank" in text and "lowest" in text and "highest" in text
     assert "015.0" in text and "160.01" in text  # rank 0: 60 x 250 J; rank 1: 60 x 1 kJ, one Xid
+
+
+def test_mismatch_is_shown_with_its_limits_and_what_was_warned_of(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    text = outline(write_report(run).read_text()).text
+    assert "limit of the mean, warn" in text and "limit of the mean, stop" in text and "sequence ratio max" in text
+    assert "mismatch warned of" not in text and "warning limit" not in text
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["mismatch/warned"] = int(row["step"] in (17, 41))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = outline(write_report(run).read_text()).text
+    assert "mismatch warned of2 stepsthe first is step 17" in text
+    assert "steps above the mean's warning limit2, the first is 17" in text
+
+
+def test_a_run_whose_watch_is_off_shows_no_limits(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [{name: row[name] for name in row if not name.endswith("_limit")} for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    text = outline(write_report(run).read_text()).text
+    assert "limit of the mean" not in text and "log-prob difference" in text
 
 
 def test_a_run_without_gpus_says_nothing_of_them(tmp_path: Path) -> None:
