@@ -440,6 +440,12 @@ class TrainConfig(Section):
         json_schema_extra=MAY_CHANGE,
         description="also measure the policy's entropy, from the logits of the training pass",
     )
+    importance: Literal["none", "token", "sequence"] = Field(
+        "none",
+        description="weigh the gradient of each token, or each response's, by min(pi / pi_sampler, importance_cap) at "
+        "the weights that sampled",
+    )
+    importance_cap: float = Field(2.0, gt=0, description="largest importance weight")
     first_log_ratio_tolerance: float | None = Field(
         None,
         ge=0,
@@ -504,6 +510,11 @@ class TrainConfig(Section):
                     f"train.{key}: {value} is for train.recompute={kind}, and it is {self.recompute}; set that, or "
                     "leave it out"
                 )
+        if self.importance_cap != default["importance_cap"].default and self.importance == "none":
+            found.append(
+                f"train.importance_cap: {self.importance_cap} is for train.importance=token or sequence, and it is "
+                "none; set that, or leave it out"
+            )
         if self.save_every and optimizer.cpu_offload:  # Megatron-Core can; no checkpoint of it was ever read back
             found.append(
                 f"train.save_every: {self.save_every} is untested with optimizer.cpu_offload={optimizer.cpu_offload}; "

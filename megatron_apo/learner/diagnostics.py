@@ -155,8 +155,17 @@ class StepRecord:
             "grad_norm_reinforce": grad_norm / self._reinforce_scale,
             "skipped_steps": len(self._grad_norms) - len(finite),
             **({"entropy/per_token": first.sums["entropy"] / first.sums["tokens"]} if "entropy" in first.sums else {}),
+            **self._importance(),
             **self._told,
         }
+
+    def _importance(self) -> dict[str, float]:
+        """Mean weight and share of those that were cut, of the step's tokens or responses; nothing without weights."""
+        names = ("importance", "importance_capped", "importance_units")
+        if names[0] not in self._gathered[0].sums:
+            return {}
+        weight, capped, units = (sum(totals.sums[name] for totals in self._gathered) for name in names)
+        return {"importance/mean": weight / units, "importance/capped": capped / units}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ every rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,8 @@ from megatron_apo.model.build import LogProbModel, build_model
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.model.placement import Reference, place_reference
 from megatron_apo.model.precision import Precision
-from megatron_apo.objectives import LossTerm, MicroTargets, Objective, Prepared, Samples, build_objective
+from megatron_apo.objectives import LossTerm, MicroTargets, Objective, Prepared, Samples, Stats, build_objective
+from megatron_apo.objectives.importance import importance_weights, weight_gradient
 from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
 from megatron_apo.parallel.scatter import scatter
 from megatron_apo.runtime.topology import Topology
@@ -90,6 +91,7 @@ class Learner:
         spec = spec or read_hf_config(recipe.model.path)
         objective = build_objective(recipe.objective)
         assert not objective.needs_critic, "this learner has no critic"
+        assert recipe.train.importance in ("none", *objective.importance_levels), "this objective takes no such weights"
 
         def build() -> list[LogProbModel]:
             precision, temperature = Precision.of(recipe.model, recipe.parallel), recipe.sampling.temperature
@@ -149,15 +151,18 @@ class Learner:
         minibatches = self.micro_batches(plan, batch)
         targets = self.objective.prepare(self.samples(batch), values)
         denominators = self._denominator_log_probs(minibatches, batch)
+        old_policy = self._old_log_probs(minibatches, denominators)
         record = StepRecord(self.objective.reinforce_scale, plan.metrics())
-        for number, (micro_batches, denominator) in enumerate(zip(minibatches, denominators, strict=True)):
+        for number, (micro_batches, denominator, old) in enumerate(
+            zip(minibatches, denominators, old_policy, strict=True)
+        ):
             with self.timer.phase("train"):
                 self.trainable.zero_grad()
                 stats = forward_backward(
                     self.trainable.chunks,
                     micro_batches,
-                    lambda log_prob_R, index, micro_batches=micro_batches, denominator=denominator: self._loss(
-                        log_prob_R, micro_batches[index], denominator[index], targets, batch
+                    lambda log_prob_R, index, micro_batches=micro_batches, denominator=denominator, old=old: self._loss(
+                        log_prob_R, micro_batches[index], denominator[index], targets, batch, old and old[index]
                     ),
                 )
                 record.add(stats)
@@ -170,15 +175,31 @@ class Learner:
         return record.gather(self.topology)
 
     def _loss(
-        self, log_prob_R: Tensor, micro: MicroBatch, denominator_R: Tensor, targets: Prepared, batch: RolloutBatch
+        self,
+        log_prob_R: Tensor,
+        micro: MicroBatch,
+        denominator_R: Tensor,
+        targets: Prepared,
+        batch: RolloutBatch,
+        old_R: Tensor | None,
     ) -> LossTerm:
-        """The objective's loss of a micro-batch, with what is told of it."""
+        """The objective's loss of a micro-batch, with what is told of it.
+
+        old_R: log-probs at the weights that sampled; None: `log_prob_R` is.
+        """
         own_targets: MicroTargets = targets.select(micro.indices)
-        term = self.objective.loss(log_prob_R, denominator_R, micro.sequence_R, own_targets)
-        assert term.count == (len(log_prob_R) if self.objective.unit == "token" else len(micro.indices))
         sampler_R = self._sampler_log_probs(micro, batch)
-        stats = diagnose(term, log_prob_R.detach(), denominator_R, sampler_R, micro.sequence_R, len(micro.indices))
-        return replace(term, stats=stats)
+        sequences = micro.sequence_R, len(micro.indices)
+        weighted_R, weights = log_prob_R, Stats({})
+        if self.recipe.train.importance != "none":
+            old_R = log_prob_R.detach() if old_R is None else old_R
+            level, cap = self.recipe.train.importance, self.recipe.train.importance_cap
+            weight_R, weights = importance_weights(level, cap, old_R, sampler_R, *sequences)
+            weighted_R = weight_gradient(log_prob_R, weight_R)
+        term = self.objective.loss(weighted_R, denominator_R, micro.sequence_R, own_targets)
+        assert term.count == (len(log_prob_R) if self.objective.unit == "token" else len(micro.indices))
+        stats = diagnose(term, log_prob_R.detach(), denominator_R, sampler_R, *sequences)
+        return replace(term, stats=replace(stats, sums={**stats.sums, **weights.sums}))
 
     def _judge_mismatch(self, record: StepRecord, step: int) -> None:
         """By the numbers that every rank has, so that all of them raise `MismatchError` or none.
@@ -230,6 +251,22 @@ class Learner:
                     ]
         each: Iterator[Tensor] = iter(found)
         return [[next(each, torch.empty(0)) for _ in minibatch] for minibatch in minibatches]
+
+    def _old_log_probs(
+        self, minibatches: Minibatches, denominators: list[list[Tensor]]
+    ) -> Sequence[list[Tensor] | None]:
+        """[minibatch][micro-batch] log-probs [R] at the weights that sampled, on the last stage; None for a minibatch
+        that needs none: the first, whose own forward pass is at these weights, and all without importance weights."""
+        if self.recipe.train.importance == "none":
+            return [None] * len(minibatches)
+        if self.objective.ratio_denominator == "old_policy":
+            return denominators
+        later = [micro for minibatch in minibatches[1:] for micro in minibatch]
+        if not later:
+            return [None]
+        with self.timer.phase("old_policy"):
+            each = iter(forward_log_probs(self.trainable.chunks, later))
+        return [None, *([next(each, torch.empty(0)) for _ in minibatch] for minibatch in minibatches[1:])]
 
     def step_metrics(
         self, record: StepRecord, batch: RolloutBatch, values: Mapping[str, float], phases: Mapping[str, Phase]

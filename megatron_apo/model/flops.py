@@ -51,9 +51,9 @@ def training_rates(
     """A step's tokens/s of all ranks, TFLOP/s of one rank, and MFU where `peak_flops` (of one rank, a second) is known.
 
     By part: `reference` (the forward of the ratio's denominator, where it needs one), `forward_backward` (the phase
-    "train" alone) and `train`, which is both and the optimizer. `seconds` are those of the phases. Names as in
-    metrics.jsonl. Under FP8 the peak is FP8's, though attention and the output head stay bf16: MFU then is of a peak
-    that no such step reaches.
+    "train" alone) and `train`, which is both, the optimizer, and the time but not the FLOPs of the old policy's forward
+    where importance weights take one. `seconds` are those of the phases. Names as in metrics.jsonl. Under FP8 the peak
+    is FP8's, though attention and the output head stay bf16: MFU then is of a peak that no such step reaches.
     """
     sequences = list(sequences)
     tokens = sum(prompt + response for prompt, response in sequences)
@@ -62,7 +62,7 @@ def training_rates(
         "forward_backward": (_TRAINING * forward, seconds["train"]),
         "train": (
             (_TRAINING + denominator_computed) * forward,
-            seconds["reference"] + seconds["train"] + seconds["optimizer"],
+            seconds["reference"] + seconds.get("old_policy", 0.0) + seconds["train"] + seconds["optimizer"],
         ),
     }
     if denominator_computed:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_apo.objectives.base import (
     OBJECTIVES,
+    ImportanceLevel,
     LossTerm,
     MicroTargets,
     Prepared,
@@ -37,6 +38,7 @@ class APO:
     ratio_denominator: ClassVar[RatioDenominator] = "reference"
     needs_critic: ClassVar[bool] = False
     unit: ClassVar[Literal["sequence", "token"]] = "sequence"
+    importance_levels: ClassVar[tuple[ImportanceLevel, ...]] = ("token", "sequence")
 
     @property
     def reinforce_scale(self) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 RatioDenominator = Literal["reference", "sampler", "old_policy", "none"]
+ImportanceLevel = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class Objective(Protocol):
                         the old policy's (at the start of the step), or none
     needs_critic        whether values of a critic come with the batch
     unit                what `count` counts: the global count divides the gradient
+    importance_levels   at which its gradient may be weighted (importance.py): `sequence` where the loss is a sum of a
+                        term for each sequence, `token` where a token's log-prob enters by itself; none where what it
+                        learns from was not sampled
     reinforce_scale     the loss's gradient is this many times REINFORCE's
     """
 
@@ -64,6 +68,7 @@ class Objective(Protocol):
     ratio_denominator: ClassVar[RatioDenominator]
     needs_critic: ClassVar[bool]
     unit: ClassVar[Literal["sequence", "token"]]
+    importance_levels: ClassVar[tuple[ImportanceLevel, ...]]
 
     @property
     def reinforce_scale(self) -> float: ...

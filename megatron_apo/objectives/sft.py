@@ -8,7 +8,16 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from megatron_apo.objectives.base import OBJECTIVES, LossTerm, MicroTargets, Prepared, RatioDenominator, Samples, Stats
+from megatron_apo.objectives.base import (
+    OBJECTIVES,
+    ImportanceLevel,
+    LossTerm,
+    MicroTargets,
+    Prepared,
+    RatioDenominator,
+    Samples,
+    Stats,
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,7 @@ class SFT:
     ratio_denominator: ClassVar[RatioDenominator] = "none"
     needs_critic: ClassVar[bool] = False
     unit: ClassVar[Literal["sequence", "token"]] = "token"
+    importance_levels: ClassVar[tuple[ImportanceLevel, ...]] = ()
 
     def prepare(self, samples: Samples, values: Mapping[str, float]) -> Prepared:
         return Prepared(per_sequence={}, per_token={})

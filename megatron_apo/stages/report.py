@@ -214,6 +214,8 @@ def _agreement(rows: Rows, summary: Tree) -> str:
             *(f"mismatch/sequence_{name}" for name in ("ratio_mean", "ratio_max", "ess")),
         ],
     )
+    if any("importance/mean" in row for row in rows):
+        blocks += _lines(rows, "importance weights", ["importance/mean", "importance/capped"])
     facts = []
     if warned := _warned_steps(rows):
         facts.append(("steps above the mean's warning limit", f"{len(warned)}, the first is {warned[0]}"))

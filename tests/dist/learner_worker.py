@@ -2,7 +2,8 @@
 
     main(WORK, LAYOUT)
 
-Rank 0 writes WORK/LAYOUT.pt: {fault ("none" for none): {eps: {"norms", "gradients", "change", "mismatch"}}}, and
+Rank 0 writes WORK/LAYOUT.pt: {fault ("none" for none): {eps: {"norms", "gradients", "change", "mismatch",
+"importance"}}}, under "importance" the same by level of importance weights, and
 under "skipped" and "stopped" what came of gradients that are not finite, and of a sampler that is too far off.
 """
 
@@ -19,10 +20,12 @@ import torch.distributed as dist
 from megatron_apo.config import MismatchConfig, Recipe, build_recipe
 from megatron_apo.data.layout import BatchPlan
 from megatron_apo.data.rollouts import RolloutBatch
+from megatron_apo.learner import learner as learner_module
 from megatron_apo.learner.learner import GradientError, Learner
 from megatron_apo.learner.mismatch import MismatchError
 from megatron_apo.model.cpu_compat import cuda_type_names
 from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.objectives.importance import importance_weights
 from megatron_apo.parallel.groups import distributed
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
@@ -43,6 +46,9 @@ NUM_MINIBATCHES = 2
 # By the names of metrics.jsonl.
 MISMATCH = ("mean", "max", "token_mult_prob_error", "sequence_ratio_mean", "sequence_ratio_max", "sequence_ess")
 
+# About half of the tokens' and of the responses' weights are cut.
+IMPORTANCE_CAPS = {"token": 1.2, "sequence": 1.5}
+
 
 def batch() -> RolloutBatch:
     """The same everywhere, rewards and V* (`values`) different for each prompt."""
@@ -58,8 +64,8 @@ def batch() -> RolloutBatch:
         responses,
         # So large that gradients are far above an eps of 1e-8.
         rewards=(20 * torch.rand(len(prompts), generator=generator)).tolist(),
-        # Around the untrained policy's, log(1 / 101), so that the ratio of a whole response is a number.
-        log_probs=[(0.5 * torch.rand(len(response), generator=generator) - 4.9).tolist() for response in responses],
+        # Around the policy's own mean, so that ratios of whole responses are on both sides of 1.
+        log_probs=[(0.5 * torch.rand(len(response), generator=generator) - 5.5).tolist() for response in responses],
     )
 
 
@@ -69,9 +75,9 @@ def values() -> dict[str, float]:
     return dict(zip(ids, torch.rand(len(ids), generator=torch.Generator().manual_seed(12)).tolist(), strict=True))
 
 
-def recipe_of(work: Path, layout: str, eps: float) -> Recipe:
+def recipe_of(work: Path, layout: str, eps: float, *overrides: str) -> Recipe:
     lr, sharded = SETTINGS[eps]
-    overrides = [
+    fixed = [
         f"run.dir={work / layout}",
         f"model.path={work / 'policy' / VARIANT}",
         f"model.reference={work / 'reference' / VARIANT}",
@@ -90,7 +96,7 @@ def recipe_of(work: Path, layout: str, eps: float) -> Recipe:
         "optimizer.clip_grad=0",
         f"optimizer.distributed={sharded}",
     ]
-    recipe = build_recipe({}, overrides)
+    recipe = build_recipe({}, [*fixed, *overrides])
     recipe.parallel = parallel_of(layout)
     return recipe
 
@@ -220,6 +226,37 @@ FAULTS: dict[str, tuple[Callable[[Learner], None], set[str]]] = {
 }
 
 
+# ---- faults in the importance weights, put in the place of what computes them
+
+
+def of_the_policy_that_has_moved(learner: Learner) -> None:
+    """Each minibatch is taken to be at the weights that sampled."""
+    learner._old_log_probs = lambda minibatches, _: [None] * len(minibatches)  # type: ignore[method-assign]
+
+
+def upside_down(_: Learner) -> None:
+    """`measure` puts the right function back."""
+    learner_module.importance_weights = lambda level, cap, old, sampler, *rest: importance_weights(
+        level, cap, sampler, old, *rest
+    )
+
+
+def all_one(_: Learner) -> None:
+    def ones(*arguments: Any) -> Any:
+        weight_R, stats = importance_weights(*arguments)
+        return torch.ones_like(weight_R), stats
+
+    learner_module.importance_weights = ones
+
+
+WEIGHED = {"gradients", "norms", "weights, eps 1"}
+IMPORTANCE_FAULTS: dict[str, tuple[Callable[[Learner], None], set[str]]] = {
+    "of the policy that has moved": (of_the_policy_that_has_moved, WEIGHED | {"importance"}),
+    "upside down": (upside_down, WEIGHED | {"importance"}),
+    "all one": (all_one, WEIGHED),
+}
+
+
 def faults_of(layout: str) -> list[str]:
     """Those that can be: where there is one replica and one context rank, one rank's count is all of them."""
     parallel = parallel_of(layout)
@@ -247,14 +284,14 @@ def received(learner: Learner, fault: str | None, whole: RolloutBatch) -> Rollou
     return learner.receive(whole if learner.topology.is_driver else None)
 
 
-def measure(work: Path, layout: str, eps: float, fault: str | None, topology: Topology) -> dict:
+def measure(work: Path, layout: str, eps: float, fault: str | None, topology: Topology, *overrides: str) -> dict:
     """Two optimizer steps of the learner on the batch, with `fault` in it."""
-    recipe = recipe_of(work, layout, eps)
+    recipe = recipe_of(work, layout, eps, *overrides)
     spec, learner = read_hf_config(recipe.model.path), build(recipe, topology, fault)
     trainable, gradients, norms = learner.trainable, [], []
     before = dict(WeightStream(learner.policy, spec, topology))
     if fault:
-        FAULTS[fault][0](learner)
+        (FAULTS | IMPORTANCE_FAULTS)[fault][0](learner)
     step = trainable.step
 
     def watched() -> float:
@@ -266,9 +303,17 @@ def measure(work: Path, layout: str, eps: float, fault: str | None, topology: To
 
     trainable.step = watched  # type: ignore[method-assign]
     metrics = learner.learn(received(learner, fault, batch()), values()).metrics()
+    learner_module.importance_weights = importance_weights
     change = {name: after - before[name] for name, after in WeightStream(learner.policy, spec, topology)}
     mismatch = {name: metrics[f"mismatch/{name}"] for name in MISMATCH}
-    return {"norms": norms, "gradients": gradients, "change": change, "mismatch": mismatch}
+    importance = {name: metrics[f"importance/{name}"] for name in ("mean", "capped") if f"importance/{name}" in metrics}
+    return {
+        "norms": norms,
+        "gradients": gradients,
+        "change": change,
+        "mismatch": mismatch,
+        "importance": importance,
+    }
 
 
 def skip(work: Path, layout: str, topology: Topology) -> dict:
@@ -336,6 +381,17 @@ def main(folder: str, layout: str) -> None:
     with distributed(parallel_of(layout)) as topology:
         for fault in [None, *faults_of(layout)]:
             results[fault or "none"] = {eps: measure(work, layout, eps, fault, topology) for eps in SETTINGS}
+        results["importance"] = {
+            level: {
+                fault or "none": {
+                    1.0: measure(
+                        work, layout, 1.0, fault, topology, f"train.importance={level}", f"train.importance_cap={cap}"
+                    )
+                }
+                for fault in [None, *IMPORTANCE_FAULTS]
+            }
+            for level, cap in IMPORTANCE_CAPS.items()
+        }
         results["skipped"] = skip(work, layout, topology)
         results["stopped"] = stop(work, layout, topology)
         if topology.is_driver:

@@ -2,8 +2,9 @@
 
 Real ranks run stage 2's `Learner` on a batch of two minibatches, packed (learner_worker.py); here the same two steps
 are written out on one model. Compared are each minibatch's reduced gradients and norm; what both steps changed, with
-Adam's eps at 1, where a step is proportional to the gradient, and at 1e-8; and the distance from the sampler. Each
-fault that is put into the learner from outside must be seen by the comparisons that can see it, and by no other.
+Adam's eps at 1, where a step is proportional to the gradient, and at 1e-8; and the distance from the sampler. So are
+steps with importance weights, by token and by sequence. Each fault that is put into the learner from outside must be
+seen by the comparisons that can see it, and by no other.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from megatron_apo.data.rollouts import RolloutBatch
 from tests.dist.learner_worker import (
     BETA2,
     FAULTS,
+    IMPORTANCE_CAPS,
+    IMPORTANCE_FAULTS,
     MISMATCH,
     NUM_MINIBATCHES,
     SETTINGS,
@@ -65,41 +68,75 @@ def response_log_probs(model: torch.nn.Module, of: RolloutBatch, row: int) -> to
 
 
 @pytest.fixture(scope="module")
-def expected(work: Path) -> dict[float, dict]:
-    """{eps: {norms and gradients of each minibatch, what both steps changed, distance from the sampler}}: equation 4 of
-    the paper and Adam."""
-    whole, vstar = batch(), values()
+def steps(work: Path) -> Callable[..., dict]:
+    """`two_steps` from the test's weights."""
     models = {
         name: transformers.AutoModelForCausalLM.from_pretrained(work / name / VARIANT, dtype=torch.float32)
         for name in ("policy", "reference")
     }
     start = {name: parameter.detach().clone() for name, parameter in models["policy"].named_parameters()}
-    found = {}
-    for eps, (lr, _) in SETTINGS.items():
-        policy = models["policy"]
-        policy.load_state_dict(start, strict=False)
-        adam = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
-        norms, gradients, differences, size = [], [], [], len(whole) // NUM_MINIBATCHES
-        for first in range(0, len(whole), size):
-            losses = []
-            for row in range(first, first + size):
-                with torch.no_grad():
-                    reference = response_log_probs(models["reference"], whole, row).sum()
-                log_prob_R = response_log_probs(policy, whole, row)
-                log_ratio = log_prob_R.sum() - reference
-                if first == 0:  # the one minibatch that is at the weights that sampled
-                    differences.append(log_prob_R.detach() - torch.tensor(whole.log_probs([row])))
-                advantage = whole.reward_B[row] - vstar[whole.prompt_ids[row]]
-                losses.append((BETA2 * log_ratio - advantage) ** 2)
-            adam.zero_grad()
-            torch.stack(losses).mean().backward()
-            gradients.append({name: parameter.grad.clone() for name, parameter in policy.named_parameters()})
-            norms.append(float(torch.stack([gradient.norm() for gradient in gradients[-1].values()]).norm()))
-            adam.step()
-        change = {name: parameter.detach() - start[name] for name, parameter in policy.named_parameters()}
-        mismatch = mismatch_of(differences)
-        found[eps] = {"norms": norms, "gradients": gradients, "change": change, "mismatch": mismatch}
+
+    def of(eps: float, importance: str = "none") -> dict:
+        models["policy"].load_state_dict(start, strict=False)
+        found = two_steps(models["policy"], models["reference"], eps, importance)
+        change = {name: parameter.detach() - start[name] for name, parameter in models["policy"].named_parameters()}
+        return found | {"change": change}
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def expected(steps) -> dict[float, dict]:
+    """{eps: {norms and gradients of each minibatch, what both steps changed, distance from the sampler}}"""
+    return {eps: steps(eps) for eps in SETTINGS}
+
+
+@pytest.fixture(scope="module")
+def expected_weighted(steps) -> dict[str, dict[float, dict]]:
+    """{level of the importance weights: the same, with eps 1 alone}"""
+    return {level: {1.0: steps(1.0, level)} for level in IMPORTANCE_CAPS}
+
+
+def two_steps(policy: torch.nn.Module, reference: torch.nn.Module, eps: float, importance: str) -> dict:
+    """Equation 4 of the paper and Adam."""
+    whole, vstar = batch(), values()
+    adam = torch.optim.AdamW(policy.parameters(), lr=SETTINGS[eps][0], betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
+    norms, gradients, differences, size = [], [], [], len(whole) // NUM_MINIBATCHES
+    with torch.no_grad():
+        references = [response_log_probs(reference, whole, row).sum() for row in range(len(whole))]
+        for row in range(len(whole)):
+            differences.append(response_log_probs(policy, whole, row) - torch.tensor(whole.log_probs([row])))
+    for first in range(0, len(whole), size):
+        losses = []
+        for row in range(first, first + size):
+            log_prob_R = response_log_probs(policy, whole, row)
+            error = BETA2 * (log_prob_R.sum() - references[row]) - (whole.reward_B[row] - vstar[whole.prompt_ids[row]])
+            match importance:
+                case "none":
+                    losses.append(error**2)
+                case "sequence":
+                    losses.append(weights_of(importance, differences[row]) * error**2)
+                case "token":  # of the same gradient: the residual is the whole response's, each token has its weight
+                    weighted = (weights_of(importance, differences[row]) * log_prob_R).sum()
+                    losses.append(2 * error.detach() * BETA2 * weighted)
+        adam.zero_grad()
+        torch.stack(losses).mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in policy.named_parameters()})
+        norms.append(float(torch.stack([gradient.norm() for gradient in gradients[-1].values()]).norm()))
+        adam.step()
+    # Of the mismatch, the one minibatch that is at the weights that sampled.
+    found = {"norms": norms, "gradients": gradients, "mismatch": mismatch_of(differences[:size]), "importance": {}}
+    if importance != "none":
+        weight = torch.cat([weights_of(importance, difference).reshape(-1) for difference in differences])
+        capped = (weight == IMPORTANCE_CAPS[importance]).float()
+        found["importance"] = {"mean": float(weight.mean()), "capped": float(capped.mean())}
     return found
+
+
+def weights_of(importance: str, difference_R: torch.Tensor) -> torch.Tensor:
+    """min(pi_old / pi_sampler, cap) of a response [] or of each of its tokens [R]; difference_R: of their logs."""
+    ratio = (difference_R.sum() if importance == "sequence" else difference_R).exp()
+    return ratio.clamp(max=IMPORTANCE_CAPS[importance])
 
 
 def mismatch_of(differences: list[torch.Tensor]) -> dict[str, float]:
@@ -122,19 +159,27 @@ def differences(found: dict, expected: dict[float, dict]) -> dict[str, tuple[flo
     ours, theirs = found[1.0], expected[1.0]
     assert len(ours["gradients"]) == len(theirs["gradients"]) == NUM_MINIBATCHES
     steps = [worst(*pair) for pair in zip(ours["gradients"], theirs["gradients"], strict=True)]
-    # Of the sharded optimizer, whose gradients no rank has whole, the first minibatch's: the second's is at weights
-    # that Adam has moved by the rounding of small gradients.
-    norms = [*zip(ours["norms"], theirs["norms"], strict=True), (found[1e-8]["norms"][0], expected[1e-8]["norms"][0])]
-    mismatch = [(ours["mismatch"][name], theirs["mismatch"][name]) for name in MISMATCH]
+    norms = [*zip(ours["norms"], theirs["norms"], strict=True)]
+    if 1e-8 in found:
+        # Of the sharded optimizer, whose gradients no rank has whole, the first minibatch's: the second's is at weights
+        # that Adam has moved by the rounding of small gradients.
+        norms.append((found[1e-8]["norms"][0], expected[1e-8]["norms"][0]))
     return {
         "gradients": (max(steps), GRADIENTS),
         "norms": (max(abs(mine - other) / other for mine, other in norms), GRADIENTS),
         **{
             f"weights, eps {eps:g}": (worst(found[eps]["change"], expected[eps]["change"]), CHANGE[eps])
-            for eps in SETTINGS
+            for eps in found
         },
-        "mismatch": (max(abs(mine - other) / other for mine, other in mismatch), GRADIENTS),
+        "mismatch": (worst_number(ours["mismatch"], theirs["mismatch"]), GRADIENTS),
+        "importance": (worst_number(ours["importance"], theirs["importance"]), GRADIENTS),
     }
+
+
+def worst_number(ours: dict[str, float], theirs: dict[str, float]) -> float:
+    """Largest relative difference."""
+    assert ours.keys() == theirs.keys()
+    return max((abs(ours[name] - theirs[name]) / theirs[name] for name in theirs), default=0.0)
 
 
 def failing(found: dict, expected: dict[float, dict]) -> set[str]:
@@ -152,6 +197,24 @@ def test_steps_are_those_of_transformers_and_torch(layout: str, measured, expect
 def test_a_fault_in_the_learner_is_seen(layout: str, fault: str, measured, expected) -> None:
     found = differences(measured(layout)[fault], expected)
     assert failing(measured(layout)[fault], expected) == FAULTS[fault][1], found
+
+
+@pytest.mark.parametrize("level", IMPORTANCE_CAPS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weighted_steps_are_those_of_transformers_and_torch(layout, level, measured, expected_weighted) -> None:
+    found = differences(measured(layout)["importance"][level]["none"], expected_weighted[level])
+    assert failing(measured(layout)["importance"][level]["none"], expected_weighted[level]) == set(), found
+    assert 0.2 < expected_weighted[level][1.0]["importance"]["capped"] < 0.8
+
+
+@pytest.mark.parametrize("fault", IMPORTANCE_FAULTS)
+@pytest.mark.parametrize("level", IMPORTANCE_CAPS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_fault_in_the_weights_is_seen(layout, level, fault, measured, expected_weighted) -> None:
+    found = differences(measured(layout)["importance"][level][fault], expected_weighted[level])
+    assert (
+        failing(measured(layout)["importance"][level][fault], expected_weighted[level]) == IMPORTANCE_FAULTS[fault][1]
+    ), found
 
 
 def test_the_steps_are_large_enough_to_be_compared(expected) -> None:

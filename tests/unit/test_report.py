@@ -142,12 +142,15 @@ def test_mismatch_is_shown_with_its_limits_and_what_was_warned_of(tmp_path: Path
     run = make_run(tmp_path)
     text = outline(write_report(run).read_text()).text
     assert "limit of the mean, warn" in text and "limit of the mean, stop" in text and "sequence ratio max" in text
+    assert "importance weights" not in text
     assert "mismatch warned of" not in text and "warning limit" not in text
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row["mismatch/warned"] = int(row["step"] in (17, 41))
+        row |= {"importance/mean": 0.98, "importance/capped": 0.01}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = outline(write_report(run).read_text()).text
+    assert "importance weights" in text and "capped" in text
     assert "mismatch warned of2 stepsthe first is step 17" in text
     assert "steps above the mean's warning limit2, the first is 17" in text
 
