@@ -1,25 +1,19 @@
-"""What the GPU checks share: model shapes, random weights, one process that is the whole job, and the verdict.
+"""What the checks of a model share: shapes, random weights, one process that is the whole job, and what is measured.
 
-Nothing is downloaded: a model is a `config.json` written here and weights drawn on the device. Each check prints a
-table and ends with 0, with 1 where a figure is beyond its limit, or with 77 where it could not run (2 is an argument
-that it does not know). `--tiny` makes a check small enough for a CPU, to see that it runs; its figures mean nothing.
+Nothing is downloaded: a model is a `config.json` written here and weights drawn on the device.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +21,7 @@ from torch import Tensor
 from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.data.layout import make_micro_batches
 from megatron_apo.data.rollouts import RolloutBatch
+from megatron_apo.data.sequences import Sequences
 from megatron_apo.learner.learner import Learner
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.parallel.groups import alone
@@ -36,8 +31,8 @@ from megatron_apo.telemetry.timers import Phase
 from megatron_apo.weights.families import hf_tensors
 from megatron_apo.weights.stream import WeightStream
 from tests.batches import UNSAMPLED, make_batch, no_values
+from tests.gpu.report import describe_machine
 
-CANNOT_RUN = 77  # exit code, as Automake's tests say it
 FP8_RECIPES = ("tensorwise", "blockwise", "mxfp8")
 # As DeepSeek-R1-Distill-Qwen-1.5B and -7B have it.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -67,34 +62,12 @@ TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "n
 TINY |= {"intermediate_size": 256, "vocab_size": 1024}
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments, `--tiny` among them. Without a GPU, only a tiny check goes on."""
-    parser.add_argument("--tiny", action="store_true", help="small enough for a CPU; the figures mean nothing")
-    args = parser.parse_args()
-    if not args.tiny and not torch.cuda.is_available():
-        cannot_run("needs a GPU")
-    return args
-
-
-def cannot_run(reason: str) -> NoReturn:
-    print(f"tests/gpu: {reason}", file=sys.stderr)
-    sys.exit(CANNOT_RUN)
-
-
 @contextmanager
 def job() -> Iterator[Topology]:
     """This process as the only rank."""
     describe_machine()
     with alone() as topology:
         yield topology
-
-
-def describe_machine() -> None:
-    print(f"{device_name()}, {', '.join(_versions())}, {date.today()}", flush=True)
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def free_memory() -> None:
@@ -152,6 +125,16 @@ def prepared(recipe: Recipe, spec: ModelSpec, topology: Topology) -> Learner:
     return Learner.build(recipe, topology, spec=spec, policy_weights=weights, reference_weights=weights)
 
 
+def log_probs(learner: Learner, sequences: Sequences) -> list[Tensor]:
+    """The policy's log-probs of each sequence's response tokens, fp64 on the CPU."""
+    parts = {}
+    micro_batches = [micro.to(learner.topology.device) for micro in make_micro_batches(learner.recipe, sequences)]
+    for micro, log_prob_R in zip(micro_batches, forward_log_probs(learner.policy, micro_batches), strict=True):
+        counts = sequences.response_lengths_B[micro.indices].tolist()
+        parts.update(zip(micro.indices, log_prob_R.double().cpu().split(counts), strict=True))
+    return [parts[index] for index in range(len(parts))]
+
+
 @dataclass(frozen=True)
 class Measured:
     """A model's numbers on a batch. Tensors are on the CPU."""
@@ -171,11 +154,7 @@ def measure(recipe: Recipe, spec: ModelSpec, topology: Topology, batch: RolloutB
     # The optimizer clips the gradients in place, and what is twice too large would look the same.
     assert recipe.optimizer.clip_grad == 0
     learner = prepared(recipe, spec, topology)
-    parts = {}
-    micro_batches = [micro.to(topology.device) for micro in make_micro_batches(recipe, batch.sequences)]
-    for micro, log_prob_R in zip(micro_batches, forward_log_probs(learner.policy, micro_batches), strict=True):
-        counts = batch.sequences.response_lengths_B[micro.indices].tolist()
-        parts.update(zip(micro.indices, log_prob_R.double().cpu().split(counts), strict=True))
+    log_prob_R = torch.cat(log_probs(learner, batch.sequences))
     first_log_ratio, gradients, phases = 0.0, {}, []
     for step in range(steps):
         record = learner.learn(batch, no_values(batch))
@@ -184,7 +163,6 @@ def measure(recipe: Recipe, spec: ModelSpec, topology: Topology, batch: RolloutB
             first_log_ratio = record.first_log_ratio
             stream = WeightStream(learner.policy, spec, topology, tensor_of=lambda parameter: parameter.main_grad)
             gradients = {name: gradient.float().cpu() for name, gradient in stream}
-    log_prob_R = torch.cat([parts[index] for index in range(len(batch))])
     return Measured(log_prob_R, gradients, first_log_ratio, learner.first_log_ratio_tolerance, phases)
 
 
@@ -217,29 +195,3 @@ def errors(ours: Measured, truth: Measured) -> Errors:
         worst_gradient=shares[worst],
         worst_tensor=worst,
     )
-
-
-class Verdict:
-    """Collects figures that are beyond their limits."""
-
-    def __init__(self) -> None:
-        self._missed: list[str] = []
-
-    def of(self, row: str, **figures: tuple[float, float]) -> str:
-        """ "met", or which of the figures (value, limit) are missed; NaN is."""
-        missed = [f"{name} {value:.2g} > {limit:g}" for name, (value, limit) in figures.items() if not value <= limit]
-        self._missed += [f"{row}: {miss}" for miss in missed]
-        return f"MISSED: {', '.join(missed)}" if missed else "met"
-
-    def finish(self) -> None:
-        """Exit with 1 if anything was missed."""
-        if self._missed:
-            sys.exit("\n".join(["tests/gpu: beyond the limit:", *self._missed]))
-
-
-def _versions() -> Iterator[str]:
-    for name in ("torch", "megatron-core", "transformer-engine"):
-        try:
-            yield f"{name} {version(name)}"
-        except PackageNotFoundError:
-            yield f"no {name}"

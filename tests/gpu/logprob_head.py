@@ -1,11 +1,12 @@
 """The tiled log-prob head beside the naive one on a GPU: time, peak memory, and how far the numbers are apart.
 
-    python -m tests.gpu.logprob_head [--tiny] [--tokens 16384] [--vocabulary 151936] [--rounds 3] [--chunk 2048]
+    python -m tests.gpu.logprob_head [--quick] [--tiny] [--tokens 16384] [--vocabulary 151936] [--rounds 3]
+                                      [--chunk 2048]
 
 Forward and backward of sum(upstream x log-prob) at hidden sizes of 1,536 and 3,584; the variants are those of
 `tests/benchmarks/logprob_head.py`. Memory is what is allocated beyond the inputs and the weight's own gradient.
 Differences are to the naive path in fp32 on the same (bf16) inputs, as a share of its largest element. Seconds are
-medians. A minute on one GPU.
+medians. A minute on one GPU. `--quick`: the smaller hidden size, once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from megatron_apo.telemetry.timers import PhaseTimer
 from megatron_apo.telemetry.units import data_size
 from tests.benchmarks.logprob_head import DIFFERENCE, DTYPES, MEMORY_SHARE, log_probs
-from tests.gpu.common import Verdict, describe_machine, parse
+from tests.gpu.report import Verdict, describe_machine, parse
 
 _HIDDEN = (1536, 3584)
 # Of bf16's last bit, 2^-8: products are exact, but a gradient is rounded before it is multiplied, and in the end.
@@ -35,11 +36,13 @@ def main() -> None:
     args = parse(parser)
     if args.tiny:
         args.tokens, args.vocabulary = 256, 10000
+    if args.quick:
+        args.rounds = 1
     verdict = Verdict()
     describe_machine()
     print(f"{args.tokens:,} tokens x {args.vocabulary:,}, tiles of {args.chunk} tokens")
     print(f"{'':20}{'seconds':>9}{'x naive':>9}{'memory':>10}{'log-prob':>10}{'d hidden':>10}{'d weight':>10}")
-    for hidden in (64,) if args.tiny else _HIDDEN:
+    for hidden in (64,) if args.tiny else _HIDDEN[:1] if args.quick else _HIDDEN:
         compare(args, hidden, verdict)
     verdict.finish()
 
@@ -58,7 +61,7 @@ def compare(args: argparse.Namespace, hidden: int, verdict: Verdict) -> None:
     target = torch.randint(args.vocabulary, (args.tokens,), generator=generator, device=device)
     exact: list[Tensor] = []
     for dtype in DTYPES:
-        naive_s = 0.0
+        naive_s, naive_memory = 0.0, 0
         for name in ("naive", "tiled"):
             timer, seconds, memory = PhaseTimer(), [], 0
             for _ in range(args.rounds + 1):
@@ -71,7 +74,7 @@ def compare(args: argparse.Namespace, hidden: int, verdict: Verdict) -> None:
                 seconds.append(phase.seconds)
                 memory = phase.peak_bytes - held - leaves[1].grad.nbytes
             run_s = median(seconds[1:])
-            naive_s = naive_s or run_s
+            naive_s, naive_memory = naive_s or run_s, naive_memory or memory
             numbers = [found.detach(), *(leaf.grad for leaf in leaves)]
             exact = exact or numbers
             away = [
@@ -86,6 +89,9 @@ def compare(args: argparse.Namespace, hidden: int, verdict: Verdict) -> None:
                     figures["memory"] = (memory / (3 * args.tokens * args.vocabulary * 4), MEMORY_SHARE)
                 met = verdict.of(row, **figures)
             print(f"{row:<20}{cells}  {met}", flush=True)
+            if name == "tiled":
+                sizes = f"{data_size(memory)} against {data_size(naive_memory)}"
+                verdict.note(f"{row} {run_s:.3f} s, {run_s / naive_s:.2f} x naive, {sizes}, {max(away):.1e} away")
             del leaves, found, numbers
 
 

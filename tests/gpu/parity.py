@@ -1,10 +1,11 @@
 """Log-probs and gradients in bf16 and FP8 beside fp32's, for a small model of each family.
 
-    python -m tests.gpu.parity [--tiny]
+    python -m tests.gpu.parity [--quick] [--tiny]
 
 Truth is the fp32 model on Megatron-Core's own layers, padded. All of it by stage 2's own path, so that the log-ratio of
-a first step, which must be exactly 0, is seen as well. Limits are what the number format explains (`limits`). A minute
-on one GPU.
+a first step is seen as well: it must be exactly 0 on Megatron-Core's own layers, and on Transformer Engine's within
+what the learner allows. Limits are what the number format explains (`limits`). A minute or two on one GPU. `--quick`: a
+dense family and a mixture, without FP8.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ from tests.gpu.common import (
     FP8_RECIPES,
     Errors,
     Measured,
-    Verdict,
     errors,
     free_memory,
     job,
     measure,
-    parse,
     random_batch,
     recipe_of,
     spec_of,
 )
+from tests.gpu.report import Verdict, parse
 
 COMMON = {
     "hidden_size": 256,
@@ -56,6 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # What else FP8 can be asked for, none of which rounds more; packed, with scales by tensor.
 _FP8_SETTINGS = ("model.fp8.param_gather=true", "model.fp8.bf16_first_layers=1", "model.fp8.bf16_last_layers=1")
 _FP8_SETTINGS += ("train.recompute=selective", "train.recompute=full")
+_QUICK = ("qwen3", "qwen3_moe")
 # Bits of a significand, the leading one among them: of what enters a product going forward, and coming backward.
 BITS = {"fp32": (24, 24), "bf16": (8, 8), "fp8": (4, 3)}  # FP8: E4M3, and E5M2 for gradients
 # Values of a layer that are rounded on a path through it. bf16: norm, QKV, norm and rotation of Q or K, probabilities,
@@ -75,13 +76,22 @@ def main() -> None:
     with job() as topology:
         columns = f"{'mean':>9}{'bias':>9}{'largest':>9}{'gradient':>10}{'worst':>9}{'log-ratio':>11}"
         print(f"{'':53}{'log-prob, nats':>20}{'':7}{'gradient, share of its norm':>28}\n{'':53}{columns}")
-        for family in ["qwen3"] if args.tiny else FAMILIES:
-            compare(family, spec_of(COMMON | {"model_type": family} | FAMILIES[family]), lengths, topology, verdict)
+        for family in ["qwen3"] if args.tiny else _QUICK if args.quick else FAMILIES:
+            spec = spec_of(COMMON | {"model_type": family} | FAMILIES[family])
+            compare(family, spec, lengths, topology, verdict, with_fp8=not args.quick)
     verdict.finish()
 
 
-def compare(family: str, spec: ModelSpec, lengths: list[tuple[int, int]], topology: Topology, verdict: Verdict) -> None:
+def compare(
+    family: str,
+    spec: ModelSpec,
+    lengths: list[tuple[int, int]],
+    topology: Topology,
+    verdict: Verdict,
+    with_fp8: bool = True,
+) -> None:
     """Every row of a family."""
+    worst: dict[str, list[float]] = {}  # of a precision's rows: mean, gradient, log-ratio
     batch = random_batch(spec, lengths)
     common = ["train.minibatches=1", f"train.prompts_per_step={len(batch)}", "objective.loss_scale=unit"]
     common.append("optimizer.clip_grad=0")
@@ -102,6 +112,8 @@ def compare(family: str, spec: ModelSpec, lengths: list[tuple[int, int]], topolo
             cells = f"{e.mean:9.1e}{e.bias:9.1e}{e.largest:9.1e}{e.gradient:10.1e}{e.worst_gradient:9.1e}"
             met = verdict.of(name, **figures)
             print(f"{name:<53}{cells}{found.first_log_ratio:11.1e}  {e.worst_tensor}  {met}", flush=True)
+            kept = worst.setdefault(" ".join(precision), [0.0, 0.0, 0.0])
+            kept[:] = map(max, kept, [e.mean, e.gradient, found.first_log_ratio])
         return found
 
     truth = row("fp32", False, None, "model.dtype=fp32", "model.layers=local")
@@ -109,11 +121,13 @@ def compare(family: str, spec: ModelSpec, lengths: list[tuple[int, int]], topolo
     for packing in (True, False):
         for layers in ("local", "te"):
             row("bf16", packing, truth, "model.dtype=bf16", f"model.layers={layers}")
-        for fp8 in FP8_RECIPES:
+        for fp8 in FP8_RECIPES if with_fp8 else ():
             row("fp8", packing, truth, "model.dtype=bf16", f"model.fp8.recipe={fp8}")
-    for setting in _FP8_SETTINGS:
+    for setting in _FP8_SETTINGS if with_fp8 else ():
         row("fp8", True, truth, "model.dtype=bf16", "model.fp8.recipe=tensorwise", setting)
     free_memory()
+    figures = [f"{name} {mean:.1e}, {gradient:.1e}, {ratio:.1e}" for name, (mean, gradient, ratio) in worst.items()]
+    verdict.note(f"{family} (log-prob, gradient, first log-ratio): {'; '.join(figures)}")
 
 
 def judged(kind: str, spec: ModelSpec, found: Errors, measured: Measured) -> dict[str, tuple[float, float]]:

@@ -1,11 +1,11 @@
 """What leaves the GPU comes back bit for bit: the reference in every mode, and what the optimizer holds.
 
-    python -m tests.gpu.placement [--tiny]
+    python -m tests.gpu.placement [--quick] [--tiny]
 
 A small dense model and a mixture of experts learn for two steps. The reference's log-probs must then be what they were
 before, and the same in each mode; the policy's weights and the optimizer's state must be the same after the reference
 was active, and after `Trainable.offloaded`. `held` is allocated between steps, `offloaded` within that; at least nine
-tenths of what should leave must have left. A minute on one GPU.
+tenths of what should leave must have left. A minute on one GPU. `--quick`: the dense model in bf16.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from megatron_apo.parallel.pipeline import forward_log_probs
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.units import data_size
 from tests.batches import no_values
-from tests.gpu.common import Verdict, free_memory, job, parse, prepared, random_batch, recipe_of, spec_of
+from tests.gpu.common import free_memory, job, prepared, random_batch, recipe_of, spec_of
 from tests.gpu.parity import COMMON, FAMILIES
+from tests.gpu.report import Verdict, parse
 
 _LENGTHS = [(9, 30), (20, 3), (3, 60), (7, 11)]
 _STEPS = 2
@@ -38,16 +39,19 @@ def main() -> None:
     verdict = Verdict()
     with job() as topology:
         print(f"{'':32}{'held':>11}{'offloaded':>11}")
-        for family in ["qwen3"] if args.tiny else ["qwen3", "qwen3_moe"]:
+        quick = args.quick or args.tiny
+        for family in ["qwen3"] if quick else ["qwen3", "qwen3_moe"]:
             spec = spec_of(COMMON | {"model_type": family} | FAMILIES[family])
             for dtype, layers in (("fp32", "local"), ("bf16", "local"), ("bf16", "te")):
-                compare(spec, dtype, layers, topology, verdict)
+                if dtype == "bf16" or not args.quick:
+                    compare(spec, dtype, layers, topology, verdict)
     verdict.finish()
 
 
 def compare(spec: ModelSpec, dtype: str, layers: str, topology: Topology, verdict: Verdict) -> None:
     """A row for each mode."""
     resident: Found | None = None
+    noted = []
     for mode in ("resident", "offload", "swap"):
         name = f"{spec.family} {dtype} {layers} {mode}"
         try:
@@ -68,6 +72,8 @@ def compare(spec: ModelSpec, dtype: str, layers: str, topology: Topology, verdic
                 figures["held"] = (found.held, resident.held - _LEFT * found.weight_bytes)
         cells = f"{data_size(found.held):>11}{data_size(found.offloaded):>11}"
         print(f"{name:<32}{cells}  {verdict.of(name, **figures)}", flush=True)
+        noted.append(f"{mode} {data_size(found.held)}")
+    verdict.note(f"{spec.family} {dtype} {layers} holds {', '.join(noted)}; {data_size(found.offloaded)} offloaded")
 
 
 @dataclass(frozen=True)

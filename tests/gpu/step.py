@@ -1,12 +1,12 @@
 """Training steps at 16k tokens a sequence, weights random: time, tokens/s, MFU and peak memory of each phase.
 
-    python -m tests.gpu.step --shape 1.5B|7B [--tiny] [--tokens 16384] [--sequences 4] [--steps 3]
+    python -m tests.gpu.step --shape 1.5B|7B [--quick] [--tiny] [--tokens 16384] [--sequences 4] [--steps 3]
                              [SECTION.KEY=VALUE ...]
 
 Stage 2's own path from a batch on: the reference's log-probs, forward and backward, two optimizer steps. What the
 recipe says can be changed at the end of the line, e.g. `model.fp8.recipe=tensorwise` or `train.recompute=selective`. A
 first step warms up; the others' means are shown. The limit: a first log-ratio that the learner allows. Five minutes on
-one GPU.
+one GPU. `--quick`: two sequences, two steps.
 
 The last phase, `offload`, is what `train.offload_while_sampling` adds to a step: optimizer state to the host and back.
 
@@ -34,19 +34,8 @@ from megatron_apo.telemetry.timers import Phase
 from megatron_apo.telemetry.units import data_size
 from megatron_apo.weights.families import hf_tensors
 from tests.batches import no_values
-from tests.gpu.common import (
-    SHAPES,
-    TINY,
-    Verdict,
-    cannot_run,
-    device_name,
-    job,
-    parse,
-    prepared,
-    random_batch,
-    recipe_of,
-    spec_of,
-)
+from tests.gpu.common import SHAPES, TINY, job, prepared, random_batch, recipe_of, spec_of
+from tests.gpu.report import Verdict, cannot_run, device_name, parse
 
 _PROMPT = 512  # tokens
 _PARTS = {"reference": "reference", "forward_backward": "train", "train": "step"}  # of a rate: the phase it is over
@@ -61,6 +50,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     args = parse(parser)
     spec = spec_of(SHAPES[args.shape] | (TINY if args.tiny else {}))
+    if args.quick:
+        args.sequences, args.steps = 2, 2
     if args.tiny:
         args.tokens, args.steps = 1024, 1
     elif args.shape == "7B" and not has_transformer_engine():
@@ -80,7 +71,7 @@ def main() -> None:
         except torch.cuda.OutOfMemoryError as error:
             raise SystemExit(f"tests/gpu: {args.shape} does not fit: {str(error).splitlines()[0]}") from None
         print(f"{args.shape}: {args.sequences} sequences of {args.tokens:,} tokens, {' '.join(args.overrides)}")
-        report(recipe, spec, lengths, phases)
+        verdict.note(f"{report(recipe, spec, lengths, phases)}, first log-ratio {first_log_ratio:.1e}")
         print(f"first log-ratio {first_log_ratio:.1e}  {verdict.of(args.shape, log_ratio=(first_log_ratio, allowed))}")
     verdict.finish()
 
@@ -132,8 +123,8 @@ def run(
 
 def report(
     recipe: Recipe, spec: ModelSpec, lengths: Sequence[tuple[int, int]], steps: Sequence[dict[str, Phase]]
-) -> None:
-    """The table: seconds, peak memory, and the rates of what computes."""
+) -> str:
+    """The table: seconds, peak memory, and the rates of what computes. Returns a step's in one line."""
     seconds = {phase: fmean(step[phase].seconds for step in steps) for phase in steps[0]}
     tflops = recipe.telemetry.peak_tflops or peak_tflops(device_name(), recipe.model.fp8 is not None)
     peak = tflops and tflops * 1e12
@@ -146,7 +137,10 @@ def report(
         if part := part_of.get(phase):
             cells = f"{rates[f'tokens_per_s/{part}']:10,.0f}{rates[f'tflops_per_rank/{part}']:9.1f}"
             cells += f"{rates[f'mfu/{part}']:8.1%}" if peak else ""
-        print(f"{phase:<12}{phase_s:9.2f}{data_size(memory):>11}{cells}")
+        print(f"{phase:<12}{phase_s:9.2f}{data_size(memory):>11}{cells}", flush=True)
+    whole, memory = seconds["step"], max(step["step"].peak_bytes for step in steps)
+    mfu = f"MFU {rates['mfu/forward_backward']:.1%} of forward and backward" if peak else "MFU not known"
+    return f"{whole:.2f} s, {rates['tokens_per_s/train']:,.0f} tokens/s, {mfu}, {data_size(memory)}"
 
 
 if __name__ == "__main__":
