@@ -25,12 +25,10 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_apo.config import Recipe
+from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.data.sequences import Sequences
+from megatron_apo.learner.learner import Learner
 from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.rollout.client import GenerateRequest, Sampling
-from megatron_apo.rollout.engine import Engine
-from megatron_apo.rollout.server import VLLMServer
-from megatron_apo.rollout.weight_sync import Source, WeightSync
 from megatron_apo.telemetry.units import data_size
 from megatron_apo.weights.stream import WeightStream
 from tests.batches import no_values
@@ -65,31 +63,33 @@ def main() -> None:
             with served(recipe, folder, WeightStream(learner.policy, spec, topology)) as server:
                 print(f"vLLM answered after {time.monotonic() - start:.0f} s", flush=True)
                 print(f"{'':24}{'log-prob, nats: largest':>25}{'mean':>10}")
-                compare = Comparison(recipe, verdict)
-                ours = log_probs(learner, batch.sequences)
-
-                def theirs() -> list[Tensor]:
-                    found = server.score([batch.sequences.row(row).tolist() for row in range(len(batch))])
-                    return [Tensor(one)[-len(own) :] for one, own in zip(found, ours, strict=True)]
-
-                compare("dummy weights", theirs(), ours, alike=False)
-                sync_s, num_bytes = server.sync(0)
-                compare("after a sync", theirs(), ours)
-                learner.learn(batch, no_values(batch))
-                ours = log_probs(learner, batch.sequences)
-                compare("stale after a step", theirs(), ours, alike=False)
-                server.sync(1)
-                compare("after the next sync", theirs(), ours)
-                prompts = [list(range(2 + row, 12 + row)) for row in range(8)]
-                responses, sampled = zip(*server.sample(prompts), strict=True)
-                compare(
-                    "what it sampled", list(map(Tensor, sampled)), log_probs(learner, Sequences.of(prompts, responses))
-                )
+                compare_all(server, learner, batch, Comparison(recipe, verdict))
         except RuntimeError as error:  # the server's log is in it
             print(error)
             sys.exit(f"tests/gpu: {str(error).splitlines()[0]}")
-        verdict.note(f"a sync of {data_size(num_bytes)} {sync_s:.2f} s")
     verdict.finish()
+
+
+def compare_all(server: Served, learner: Learner, batch: RolloutBatch, compare: Comparison) -> None:
+    """Every row."""
+    ours = log_probs(learner, batch.sequences)
+
+    def theirs() -> list[Tensor]:
+        found = server.score([batch.sequences.row(row).tolist() for row in range(len(batch))])
+        return [Tensor(one)[-len(own) :] for one, own in zip(found, ours, strict=True)]
+
+    compare("dummy weights", theirs(), ours, alike=False)
+    seconds, num_bytes = server.sync(0)
+    print(f"a sync of {data_size(num_bytes)}: {seconds:.2f} s", flush=True)
+    compare("after a sync", theirs(), ours)
+    learner.learn(batch, no_values(batch))
+    ours = log_probs(learner, batch.sequences)
+    compare("stale after a step", theirs(), ours, alike=False)
+    server.sync(1)
+    compare("after the next sync", theirs(), ours)
+    prompts = [list(range(2 + row, 12 + row)) for row in range(8)]
+    responses, sampled = zip(*server.sample(prompts), strict=True)
+    compare("what it sampled", list(map(Tensor, sampled)), log_probs(learner, Sequences.of(prompts, responses)))
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,16 @@ class Served:
 
 
 @contextmanager
-def served(recipe: Recipe, model: Path, weights: Source) -> Iterator[Served]:
-    """An engine of the recipe. All that this check knows of `megatron_apo.rollout` is here."""
+def served(recipe: Recipe, model: Path, weights: WeightStream) -> Iterator[Served]:
+    """An engine of the recipe.
+
+    All that this check knows of `megatron_apo.rollout` is here, imported once it is sure that there is a vLLM for it.
+    """
+    from megatron_apo.rollout.client import GenerateRequest, Sampling
+    from megatron_apo.rollout.engine import Engine
+    from megatron_apo.rollout.server import VLLMServer
+    from megatron_apo.rollout.weight_sync import WeightSync
+
     log = Path(os.environ.get("GPU_CHECKS_FOLDER", model)) / "engine-vllm.log"
     length = recipe.max_sequence_tokens
     # Its payloads lie in the check's own folder, which goes even if the check is killed.
@@ -146,7 +154,8 @@ class Comparison:
         else:
             met = self._verdict.of(row, likeness=(self._tolerance / largest if largest else float("inf"), 1.0))
         print(f"{row:<24}{largest:25.1e}{mean:10.1e}  {met}", flush=True)
-        self._verdict.note(f"{row}: {largest:.1e} at most, {mean:.1e} in the mean")
+        if alike:
+            self._verdict.note(f"{row} {largest:.1e} nats away at most, {mean:.1e} in the mean")
 
 
 def require_vllm() -> None:

@@ -38,6 +38,7 @@ CANNOT_RUN = 77
 FIRST_S = 540.0
 _END_S = 10.0  # for a check that is cut to be gone
 _LEAST = 0.25  # of its limit: with less a check is not begun
+_START_S = 90.0  # for torch to be imported and to say which GPU there is
 _LOOK_S = 0.2  # for a signal
 
 
@@ -157,7 +158,13 @@ def seconds_for(checks: Sequence[Check], index: int, left_s: float | None) -> fl
 def machine(tiny: bool) -> str | None:
     """Device, versions and date, or None after a line that says what is missing."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.gpu", "report", *(["--tiny"] if tiny else [])]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    try:
+        found = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=_START_S
+        )
+    except subprocess.TimeoutExpired:
+        print(f"tests/gpu: torch does not say within {_START_S:.0f} s whether there is a GPU", file=sys.stderr)
+        return None
     if found.returncode == 0:
         return found.stdout.strip().splitlines()[-1]
     print((found.stderr.strip().splitlines() or [f"tests/gpu: status {found.returncode}"])[-1], file=sys.stderr)
@@ -199,7 +206,7 @@ def run_one(name: str, words: Sequence[str], folder: Path, limit_s: float, end: 
 
 
 def _copy(process: subprocess.Popen[bytes], log: io.RawIOBase, until: float, end: EndSignal | None = None) -> bool:
-    """Copy what it prints to the terminal and `log` until it has ended; False where time is up, or `end` asks, before."""
+    """Copy what it prints to the terminal and `log` until it has ended; False where time is up or `end` asks first."""
     assert process.stdout
     while (left_s := until - time.monotonic()) > 0 and not (end and end.name):
         if select.select([process.stdout], [], [], min(left_s, _LOOK_S))[0]:
@@ -232,7 +239,8 @@ def _line(outcome: Outcome) -> str:
 def row(name: str, words: Sequence[str], device: str, outcome: Outcome) -> str:
     """A row of RESULTS.md."""
     said = outcome.said if outcome.state == "passed" else f"{outcome.state}: {outcome.said}"
-    return f"| {name} | `python {shlex.join(words)}` | {device} | {said.replace('|', chr(92) + '|')} |\n"
+    cells = [name, f"`python {shlex.join(words)}`", device, said]
+    return f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in cells)} |\n"
 
 
 def tell(what: bytes | str) -> None:

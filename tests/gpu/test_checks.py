@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu import common, parity
+from tests.gpu import common, parity, report
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -37,10 +37,11 @@ def test_check_runs(check):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
-@pytest.mark.parametrize("check", [*TINY, "fp8_speed"])
+@pytest.mark.parametrize("check", [*TINY, "fp8_speed", "engine"])
 def test_without_a_gpu_one_line_says_so(check):
     done = run(check, *TINY.get(check, []))
-    assert (done.returncode, done.stdout, done.stderr) == (77, "", "tests/gpu: needs a GPU\n")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (77, "", 1)
+    assert done.stderr.startswith("tests/gpu: needs a GPU: ")
 
 
 def test_an_option_that_a_check_does_not_know_is_not_taken_for_a_missing_gpu():
@@ -74,7 +75,7 @@ def test_gradients_are_compared_before_they_are_clipped():
 
 def test_other_weights_are_noticed(monkeypatch):
     """The bf16 model gets other weights than the fp32 one: every figure of its rows is beyond the limit."""
-    usual, verdict = common.RandomWeights, common.Verdict()
+    usual, verdict = common.RandomWeights, report.Verdict()
     seeds = chain([0, 0], repeat(1))  # two models in fp32, then the others
     monkeypatch.setattr(common, "RandomWeights", lambda spec, device: usual(spec, device, next(seeds)))
     spec = common.spec_of(parity.COMMON | {"model_type": "qwen3"} | parity.FAMILIES["qwen3"])
