@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_apo.runtime import guard
+from tests.batches import UNSAMPLED
 from tests.e2e.command import Command
 from tests.e2e.conftest import assert_all_gone, traces
 from tests.e2e.torchrun import start_agents
@@ -41,7 +42,7 @@ def test_sigkill_of_an_agent(command: Callable[..., Command], tmp_path: Path) ->
 
 def test_sigterm_of_an_agent(command: Callable[..., Command], tmp_path: Path) -> None:
     """Of rank 1's, without vLLM."""
-    recipe = write_run(tmp_path, "parallel.pp=2", "train.steps=500")
+    recipe = write_run(tmp_path, "parallel.pp=2", "train.steps=500", *UNSAMPLED)
     write_batches(recipe, tmp_path / "batches", range(500))
     replay = f"train.replay={tmp_path / 'batches'}"
     agents = start_agents(command, tmp_path / "agents", "train", "-r", str(tmp_path / "recipe.yaml"), replay)
