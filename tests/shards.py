@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.runtime.topology import Topology
-from megatron_apo.weights.families import Entry, model_entries, tied_head_entry
+from megatron_apo.weights.parameters import stage_entries
 from tests.specs import model_spec
 
 # config.json of the public model.
@@ -71,14 +71,8 @@ def topologies(*, device: str = "cpu", **sizes: int) -> Iterator[Topology]:
 
 def chunks_of(spec: ModelSpec, topology: Topology, tensors: Mapping[str, Tensor]) -> list[Chunk]:
     """The rank's model chunks with its shards of `tensors`, as the rules split them."""
-    entries = model_entries(spec, topology.pp, topology.ep, topology.vpp)
-    head = tied_head_entry(spec, topology.pp, topology.vpp)
-
-    def is_here(entry: Entry) -> bool:
-        return entry.pp_rank == topology.pp_rank and entry.ep_rank in (None, topology.ep_rank)
-
     named: list[list[tuple[str, Tensor]]] = [[] for _ in range(topology.vpp)]
-    for entry in filter(is_here, [*entries, *([head] if head else [])]):
+    for entry in stage_entries(spec, topology):
         full = [tensors[name] for name in entry.hf]
         named[entry.chunk].append((entry.megatron, entry.rule.split(full, spec, topology.tp)[topology.tp_rank]))
     return [Chunk(parameters) for parameters in named]

@@ -11,7 +11,7 @@ every rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,8 +249,7 @@ class Learner:
                         micro.sequence_R.new_zeros(len(micro.sequence_R), dtype=torch.float32)
                         for micro in micro_batches
                     ]
-        each: Iterator[Tensor] = iter(found)
-        return [[next(each, torch.empty(0)) for _ in minibatch] for minibatch in minibatches]
+        return _by_minibatch(found, minibatches)
 
     def _old_log_probs(
         self, minibatches: Minibatches, denominators: list[list[Tensor]]
@@ -265,8 +264,8 @@ class Learner:
         if not later:
             return [None]
         with self.timer.phase("old_policy"):
-            each = iter(forward_log_probs(self.trainable.chunks, later))
-        return [None, *([next(each, torch.empty(0)) for _ in minibatch] for minibatch in minibatches[1:])]
+            found = forward_log_probs(self.trainable.chunks, later)
+        return [None, *_by_minibatch(found, minibatches[1:])]
 
     def step_metrics(
         self, record: StepRecord, batch: RolloutBatch, values: Mapping[str, float], phases: Mapping[str, Phase]
@@ -309,6 +308,12 @@ class Learner:
                 f"step {step + 1}: the gradient was not finite in {self.skipped_in_a_row} optimizer steps in a row "
                 f"(train.max_skipped_steps); the weights are those before them, the batches are in {folder.folder}"
             )
+
+
+def _by_minibatch(found: Iterable[Tensor], minibatches: Minibatches) -> list[list[Tensor]]:
+    """[minibatch][micro-batch], of one tensor after the other; there are none before the last stage."""
+    each = iter(found)
+    return [[next(each, torch.empty(0)) for _ in minibatch] for minibatch in minibatches]
 
 
 def recorded_rollouts(run_dir: Path) -> RolloutFolder:

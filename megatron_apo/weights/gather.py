@@ -96,7 +96,6 @@ class Gather:
         early end, is what the others see.
         """
         assert to in get_args(Destination), to
-        assert to != "shared" or buffer_of is not None, "shared: needs the memory that is shared"
         if to == "all":
             yield from self._exchange(buffer_of)
             return
@@ -104,7 +103,8 @@ class Gather:
         leader = self._topology.owner_ranks(stage)[0] if to == "owners" else 0
         buckets = [bucket for bucket in self.plan.buckets if to != "owners" or bucket.pp_rank == stage]
         leads = self._topology.rank == leader
-        if buffer_of is not None and to == "shared":
+        if to == "shared":
+            assert buffer_of is not None, "shared: needs the memory that is shared"
             if leads:
                 begin = partial(self._begin_writing, buffer_of=buffer_of)
                 yield from self._lead(buckets, begin, self._written, has_room or (lambda bucket: False))

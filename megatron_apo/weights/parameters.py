@@ -1,5 +1,6 @@
 """Which parameter of this rank is which row of the family's table, and Hugging Face weights read into them.
 
+    stage_entries(spec, topology)                   the rows of what this rank holds
     stage_parameters(chunks, spec, topology)        each parameter of this rank with its row
     load_weights(chunks, spec, topology, reader)    every rank reads its own shards
 
@@ -28,18 +29,21 @@ class MappingError(ValueError):
     """Parameters without a row in the family's table, or rows without a parameter. Lists all of them."""
 
 
+def stage_entries(spec: ModelSpec, topology: Topology) -> list[Entry]:
+    """The rows of what this rank holds, in HF order; the last stage's copy of a tied embedding comes last."""
+    entries = model_entries(spec, topology.pp, topology.ep, topology.vpp)
+    if tied_head := tied_head_entry(spec, topology.pp, topology.vpp):
+        entries.append(tied_head)
+    return [
+        entry for entry in entries if entry.pp_rank == topology.pp_rank and entry.ep_rank in (None, topology.ep_rank)
+    ]
+
+
 def stage_parameters(
     chunks: Sequence[torch.nn.Module], spec: ModelSpec, topology: Topology
 ) -> dict[Entry, torch.nn.Parameter]:
     """Each of this rank's parameters with its row, in HF order. Raises `MappingError` for any that has none."""
-    entries = [
-        entry
-        for entry in model_entries(spec, topology.pp, topology.ep, topology.vpp)
-        if entry.pp_rank == topology.pp_rank and entry.ep_rank in (None, topology.ep_rank)
-    ]
-    tied_head = tied_head_entry(spec, topology.pp, topology.vpp)
-    if tied_head and tied_head.pp_rank == topology.pp_rank:
-        entries.append(tied_head)
+    entries = stage_entries(spec, topology)
     parameters = {(index, name): p for index, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
     found = {}
     missing = []

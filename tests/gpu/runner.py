@@ -34,7 +34,7 @@ from types import FrameType
 ROOT = Path(__file__).resolve().parents[2]
 # Ends the whole tree of what it starts, also when this process is killed, and removes its folders.
 GUARD = ROOT / "megatron_apo/runtime/guard.py"
-CANNOT_RUN = 77
+CANNOT_RUN = 77  # exit code, as Automake's tests say it
 FIRST_S = 540.0
 _END_S = 10.0  # for a check that is cut to be gone
 _LEAST = 0.25  # of its limit: with less a check is not begun
