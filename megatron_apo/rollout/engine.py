@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_apo.rollout.client import RolloutClient
 from megatron_apo.rollout.server import ServerDied, VLLMServer
@@ -29,11 +29,13 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Address:
-    """A server that somebody else started. `payload_dir`: where its workers read payloads."""
+    """A server that somebody else started. `payload_dir`: where its workers read payloads; `cache_probe_tokens`: see
+    `VLLMServer`."""
 
     url: str
     token: str
     payload_dir: Path
+    cache_probe_tokens: int = 0
 
     def start(self) -> None:
         pass
@@ -76,9 +78,9 @@ class Engine:
         self.server.stop()
         self.state = State.DOWN
 
-    def connect(self) -> None:
-        """Introduce the trainer to vLLM's weight transfer."""
-        self.client.init_weight_transfer_engine({})
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Introduce the trainer to vLLM's weight transfer (`WeightSync.init_info`)."""
+        self.client.init_weight_transfer_engine(init_info)
         self.num_workers = self.client.num_workers()
 
     @property
@@ -104,6 +106,11 @@ class Engine:
     def pid(self) -> int | None:
         """The root of its processes, where they run here."""
         return None if isinstance(self.server, Address) else self.server.pid
+
+    def cached_tokens(self) -> int:
+        """How many tokens of a fixed prompt the engine's prefix cache already had. From now on it has them all."""
+        length = self.server.cache_probe_tokens
+        return self.client.cached_tokens([0] * length) if length else 0
 
     def holds(self, version: int) -> None:
         """A weight update is complete."""

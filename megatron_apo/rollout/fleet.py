@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager
 from heapq import heappop, heappush
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 from megatron_apo.config import Recipe
 from megatron_apo.rollout.client import Body, Completion, Outcome, RolloutClient, read_completion
@@ -72,8 +73,9 @@ class Fleet(AbstractContextManager["Fleet"]):
         self._told: set[Engine] = set()  # lost engines of which a message was printed
 
     @classmethod
-    def of(cls, recipe: Recipe, model: Path, log_name: str = "vllm") -> Fleet:
-        """rollout.replicas engines of this machine, not started. Their logs: RUN/logs/<log_name>[-<number>].log."""
+    def of(cls, recipe: Recipe, model: Path, log_name: str = "vllm", *, load_format: str = "auto") -> Fleet:
+        """rollout.replicas engines of this machine, not started. Their logs: RUN/logs/<log_name>[-<number>].log.
+        load_format: see `VLLMServer`."""
         rollout = recipe.rollout
         is_alone = rollout.replicas == 1
         engines = []
@@ -86,6 +88,7 @@ class Fleet(AbstractContextManager["Fleet"]):
                 max_model_len=recipe.max_sequence_tokens,
                 shm_dir=recipe.sync.dir,
                 replica=None if is_alone else number,
+                load_format=load_format,
             )
             engines.append(Engine(server, number=number, timeout_s=rollout.request_timeout_s))
         # What an engine does not decode yet waits in it: the next sequence begins where one has ended.
@@ -123,10 +126,10 @@ class Fleet(AbstractContextManager["Fleet"]):
             print(f"rollout engine {engine.number} did not start ({error}); the others go on without it", flush=True)
         self._threads.clear()
 
-    def connect(self) -> None:
-        """Make the engines that were started ready to take weights."""
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Make the engines that were started ready to take weights (`WeightSync.init_info`)."""
         new = [engine for engine in self.engines if engine.answers and not engine.num_workers]
-        self._take(at_once(new, Engine.connect))
+        self._take(at_once(new, lambda engine: engine.connect(init_info)))
 
     def serve_own_weights(self) -> None:
         """Let the engines serve what they were started with. One that dies is not started again."""

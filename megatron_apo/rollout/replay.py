@@ -37,7 +37,7 @@ class Replay(AbstractContextManager["Replay"]):
     def sync(self, version: int) -> None:
         pass
 
-    def prove(self, batch: RolloutBatch) -> None:
+    def prove(self) -> None:
         pass
 
     def evaluate(self, step: int) -> None:

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from itertools import chain, cycle, islice
 
-from megatron_apo.config import Recipe
+from megatron_apo.config import Difference, Recipe
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.model.build import LogProbModel
@@ -39,7 +40,7 @@ from megatron_apo.rollout.weight_sync import SyncError, SyncReport, UpdateFailed
 from megatron_apo.runtime.collective import Answer, driver_only, on_driver
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.recorder import Evaluation
-from megatron_apo.weights.stream import WeightStream
+from megatron_apo.weights.gather import Gather
 
 
 class Rollouts:
@@ -63,20 +64,23 @@ class Rollouts:
         self._inputs = inputs
         self._phase = phase
         self._stack = ExitStack()
-        self._fleet = Fleet.of(recipe, recipe.model.path) if topology.is_driver else None
+        # Engines begin with weights that are nobody's: a sync that brings none is seen at once.
+        self._fleet = Fleet.of(recipe, recipe.model.path, load_format="dummy") if topology.is_driver else None
         self._pool: RewardPool | None = None
         self._memory = MemorySharing(
             topology, self._fleet, offloaded, phase, sleeps=recipe.rollout.sleep_while_training
         )
         self._sync = WeightSync(
-            WeightStream(policy, spec, topology),
+            Gather(policy, spec, topology, bucket_bytes=recipe.sync.bucket_mib * 2**20),
             self._fleet.engines if self._fleet else (),
             rank=topology.rank,
             group=topology.host_group,
+            device=topology.device,
+            transport=recipe.sync.transport,
         )
         self._version = 0
         self._report: SyncReport | None = None  # of the last sync
-        self._probes: list[list[int]] = []  # the last that `prove` was given
+        self._probes: list[list[int]] = []
         self._answered_by: dict[int, int] = {}
         self._activity = "the start"
         self._all_lost_in: str | None = None
@@ -86,7 +90,7 @@ class Rollouts:
         try:
             on_driver(self._topology, self._start_graders)
             self._memory.start_engines()
-            on_driver(self._topology, lambda: self.fleet.connect())
+            on_driver(self._topology, lambda: self.fleet.connect(self._sync.init_info))
         except BaseException:
             self._stack.close()
             raise
@@ -135,16 +139,13 @@ class Rollouts:
             engine.version = None
         return self._with_restart(self._give_weights)
 
-    def prove(self, batch: RolloutBatch) -> float:
-        """Largest |log-prob difference| between vLLM and the policy on the first sequences of a batch.
+    def prove(self) -> float:
+        """Largest |log-prob difference| between vLLM and the policy on the probes, which are the same all the run.
 
-        Raises SyncError past sync.probe_tolerance, or where vLLM was sent other weights than the policy's present ones.
-        Both sides are at temperature 1. The driver's batch, which is held whole, counts.
+        Raises SyncError past sync.probe_tolerance or its mean, or where vLLM was sent other weights than the policy's
+        present ones. Both sides are at temperature 1.
         """
-        rows = range(min(self._recipe.sync.probe_sequences, len(batch)))
-        probes = [batch.sequences.row(row).tolist() for row in rows] if self._topology.is_driver else None
-        self._probes = self._topology.broadcast(probes)
-        return self._with_restart(lambda: self._prove(State.SERVING))
+        return self._with_restart(lambda: self._prove(State.SERVING)).max
 
     def sample(self, prompts: Sequence[Prompt], step: int) -> RolloutBatch | None:
         """One graded response for each prompt (given on the driver), in their order; on the driver, None elsewhere."""
@@ -188,7 +189,7 @@ class Rollouts:
 
         def prepare() -> bool:
             self.fleet.finish_starts()
-            self.fleet.connect()
+            self.fleet.connect(self._sync.init_info)
             return bool(self.fleet.lacking(self._version))
 
         if on_driver(self._topology, prepare):
@@ -213,18 +214,18 @@ class Rollouts:
                 if self._topology.is_driver:
                     print(
                         f"rollout engine {number} serves again, with the weights of version {self._version}; its "
-                        f"log-probs differ from the trainer's by at most {worst:.2g}",
+                        f"log-probs differ from the trainer's by at most {worst.max:.2g}",
                         flush=True,
                     )
         assert self._report is not None
         return self._report
 
-    def _prove(self, state: State) -> float:
-        """`prove` of the engines in this state, on the last probes; before there are any, on held-out prompts."""
+    def _prove(self, state: State) -> Difference:
+        """`prove` of the engines in this state."""
         if not self._probes:
-            self._probes = self._topology.broadcast(self._prompt_probes() if self._topology.is_driver else None)
+            self._probes = self._topology.broadcast(self._make_probes() if self._topology.is_driver else None)
         ours = policy_log_probs(self._recipe, self._topology, self._policy, self._probes)
-        expected = self._sync.source_checksums()
+        expected = self._sync.source_digests()
         tolerance = self._recipe.sync.tolerance(self._recipe.model, self._recipe.rollout)
         with self._memory.for_engines():
             engines = self._fleet.in_state(state) if self._fleet else None
@@ -232,10 +233,14 @@ class Rollouts:
             on_driver(self._topology, lambda: self.fleet.attend_to_lost())
         return worst
 
-    def _prompt_probes(self) -> list[list[int]]:
-        prompts = self.inputs.evaluation or self.inputs.training.prompts
-        scored = [list(prompt.token_ids) for prompt in prompts if len(prompt.token_ids) > 1]
-        return scored[: self._recipe.sync.probe_sequences]
+    def _make_probes(self) -> list[list[int]]:
+        """sync.probe_sequences sequences of sync.probe_tokens tokens: prompts, one after the other, over and over."""
+        sync = self._recipe.sync
+        tokens = chain.from_iterable(
+            prompt.token_ids for prompt in cycle(self.inputs.evaluation or self.inputs.training.prompts)
+        )
+        length = min(sync.probe_tokens, self._recipe.max_sequence_tokens)
+        return [list(islice(tokens, length)) for _ in range(sync.probe_sequences)]
 
     def _with_restart(self, work: Callable[[], Answer]) -> Answer:
         """Do collective `work`. When no engine is left, restart all once a step, give them the weights and go on."""

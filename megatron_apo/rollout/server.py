@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_apo.config import RolloutConfig
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
-from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
+from megatron_apo.rollout.vllm_plugin import BACKEND, TOKEN_VARIABLE
 from megatron_apo.runtime import guard
 from megatron_apo.runtime.gpus import drivers_gpus, gpu_names, visible_gpus
 from megatron_apo.runtime.job import without_job
@@ -60,10 +60,12 @@ class VLLMServer:
         max_model_len: int,
         shm_dir: Path | None = None,
         replica: int | None = None,
+        load_format: str = "auto",
     ):
         """`model`: HF folder. `max_model_len`: longest prompt + response, tokens. `shm_dir`: parent of `payload_dir`
         (None: /dev/shm). `log_path` is appended to. `replica`: which of `rollout.replicas` on this machine it is, with
-        cores or GPUs and a port of its own (None: it is alone here)."""
+        cores or GPUs and a port of its own (None: it is alone here). `load_format`: vLLM's; "dummy" starts with
+        weights that are nobody's, which the first sync replaces, so that one that moves nothing is seen."""
         self.rollout = rollout
         self.model = model
         self.log_path = log_path
@@ -71,6 +73,7 @@ class VLLMServer:
         self.max_model_len = max_model_len
         self.shm_dir = shm_dir or Path("/dev/shm")
         self.replica = replica
+        self.load_format = load_format
         self.process: subprocess.Popen[bytes] | None = None
         self.url = self.token = ""
         self.payload_dir = Path()
@@ -122,6 +125,15 @@ class VLLMServer:
         for folder in self._folders:  # a guard that was killed has not removed them
             shutil.rmtree(folder, ignore_errors=True)
         self.process = None
+
+    @property
+    def cache_probe_tokens(self) -> int:
+        """Length of a prompt that shows what the prefix cache holds: more than a block of tokens (128 on a CPU, 16 on a
+        GPU), where there are such prompts. 0 where there is nothing to look at: without a cache, and where vLLM sleeps
+        while weights are synced, which drops the cache and its memory."""
+        if not self.rollout.prefix_caching or self.rollout.sleep_while_training:
+            return 0
+        return min(2 * 128 + 1, self.max_model_len - 1)
 
     def alive(self) -> bool:
         return (process := self.process) is not None and process.poll() is None
@@ -176,9 +188,11 @@ class VLLMServer:
             "host": rollout.host,
             "port": port,
             "seed": self.seed,
+            "load-format": self.load_format,
             "max-model-len": served_length(rollout, self.model, self.max_model_len),
             "logprobs-mode": "processed_logprobs",  # of the distribution that was sampled from: after the temperature
-            "weight-transfer-config": json.dumps({"backend": "shm"}),
+            "weight-transfer-config": json.dumps({"backend": BACKEND}),
+            "worker-extension-cls": "megatron_apo.rollout.transport.receiver.WorkerExtension",
             "middleware": "megatron_apo.rollout.vllm_plugin.TokenCheck",
             "uvicorn-log-level": "warning",
         }
@@ -190,6 +204,7 @@ class VLLMServer:
         command += [
             "--enable-scale-out",  # /inference/v1/generate
             "--skip-tokenizer-init",  # token ids in, token ids out
+            "--enable-prompt-tokens-details",  # how many were in the prefix cache
             f"--{'' if rollout.prefix_caching else 'no-'}enable-prefix-caching",  # emptied by each sync's pause
             *(["--enable-sleep-mode"] if rollout.sleep_while_training else []),
             "--disable-log-stats",

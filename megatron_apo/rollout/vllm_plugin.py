@@ -1,4 +1,4 @@
-"""What vLLM loads of ours: the `shm` weight-transfer engine and the token check on every route.
+"""What vLLM loads of ours: the weight-transfer engine and the token check on every route.
 
 `register` is the entry point `megatron_apo` of the group `vllm.general_plugins`; vLLM calls it in the API server,
 in the engine core and in each worker, sometimes more than once a process. Importing this file imports nothing heavy.
@@ -10,17 +10,18 @@ import hmac
 import os
 from typing import Any
 
+BACKEND = "megatron_apo"
 TOKEN_VARIABLE = "MEGATRON_APO_ROLLOUT_TOKEN"
 
 
 def register() -> None:
-    """Make `--weight-transfer-config '{"backend": "shm"}'` known to vLLM; does nothing the second time."""
+    """Make `--weight-transfer-config '{"backend": "megatron_apo"}'` known to vLLM; does nothing the second time."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     # register_engine raises on a name it has, and offers no question to ask first (factory.py:64).
-    engine = ("megatron_apo.rollout.shm_backend", "ShmWeightTransferEngine")
-    if "shm" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("shm", *engine)
+    engine = ("megatron_apo.rollout.transport.receiver", "BucketTransferEngine")
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, *engine)
 
 
 class TokenCheck:

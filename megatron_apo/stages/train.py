@@ -42,6 +42,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
         garbage_collection_frozen(),
     ):
         recorder.synced(rollouts.sync(start))
+        recorder.proved(rollouts.prove())
         if start == 0:
             recorder.evaluated(0, rollouts.evaluate(0))
         task = progress.add_task("A*-PO", total=recipe.train.steps, completed=start)
@@ -53,15 +54,13 @@ def train(recipe: Recipe, topology: Topology) -> None:
                 values = on_driver(topology, partial(TrainingData.values, data, batch))
                 if recipe.train.record:
                     on_driver(topology, partial(recorded_rollouts(recipe.run.dir).write, step, batch))
-                if step == start:
-                    recorder.proved(rollouts.prove(batch))
                 record = learner.learn(batch, values, step)
                 with learner.timer.phase("sync"):
                     recorder.synced(rollouts.sync(step + 1))
             if step == 0 and recipe.model.reference_path == recipe.model.path:
                 record.require_no_log_ratio(learner.first_log_ratio_tolerance)
             if (step + 1) % recipe.sync.probe_every == 0:
-                recorder.proved(rollouts.prove(batch))
+                recorder.proved(rollouts.prove())
             phases = learner.timer.pop()
             recorder.log(
                 step + 1, {**learner.step_metrics(record, batch, values, phases), **rollouts.step_metrics()}, phases

@@ -67,6 +67,32 @@ class PhaseTimer:
             self._peaks[name] = max(peak, self._peaks[name])
 
 
+class Stopwatch:
+    """Seconds of named phases, added up. A phase inside another counts in its own alone."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._count()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._count()
+            self._running.pop()
+
+    def _count(self) -> None:
+        """The time since the last call is the innermost phase's."""
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+
 def _pop_cuda_peak_bytes() -> int:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()

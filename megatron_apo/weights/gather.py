@@ -17,7 +17,7 @@ whoever would still send is told that nobody receives. So the ranks can gather a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -75,7 +75,7 @@ class Gather:
 
     def buckets(
         self, to: Destination, buffer_of: BufferOf | None = None, has_room: HasRoom | None = None
-    ) -> Iterator[tuple[Bucket, Tensor]]:
+    ) -> Generator[tuple[Bucket, Tensor], None, None]:
         """Gather every bucket once, in the plan's order. Collective: every rank iterates, and gets (bucket, flat uint8
         buffer) for each bucket that it receives. Close it, or drop it, before the next one begins.
 

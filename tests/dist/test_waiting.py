@@ -20,6 +20,7 @@ def test_work_of_the_driver_outlasts_the_timeout(tmp_path: Path) -> None:
     assert all((tmp_path / f"synced{rank}").read_text().endswith("not replaced: refused") for rank in range(2))
     # An error on the driver in the middle of gathering is every rank's, and leaves nothing under way for the next time.
     assert all("not be gathered: no memory" in (tmp_path / f"gathered{rank}").read_text() for rank in range(2))
+    assert all((tmp_path / f"refused{rank}").read_text().endswith("not replaced: refused") for rank in range(2))
     written, expected = HFReader(tmp_path / "exported"), HFReader(tmp_path / MODEL)
     assert written.names() == expected.names()
     assert all(torch.equal(written.get(name), expected.get(name)) for name in expected.names())

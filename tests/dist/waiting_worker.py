@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from megatron_apo.runtime.collective import on_driver
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.parameters import load_weights
-from megatron_apo.weights.plan import Bucket
+from megatron_apo.weights.plan import Bucket, Plan
 from megatron_apo.weights.stream import WeightStream, export_hf
 from tests.dist.ranks import parallel_of
 
@@ -44,12 +45,11 @@ def work() -> str:
 class Nothing:
     """Weights of which there are none, gathered as others are: the ranks wait for each other in the default group."""
 
-    def metadata(self) -> list:
-        return []
+    plan = Plan.of_tensors([], BUCKET_BYTES)
 
-    def __iter__(self) -> Iterator:
+    def buckets(self, *arguments: object) -> Generator[tuple[Bucket, Tensor], None, None]:
         dist.barrier()
-        return iter(())
+        yield from ()
 
 
 class Slow(WeightStream):
@@ -67,9 +67,15 @@ class Slow(WeightStream):
 class Broken(WeightStream):
     """Weights of which the driver finds no memory for the second bucket."""
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for bucket, buffer in self.buckets("driver", memory_for_one):
-            yield from zip([meta.name for meta in bucket.tensors], bucket.views(buffer), strict=True)
+    def buckets(self, *arguments: object) -> Generator[tuple[Bucket, Tensor], None, None]:
+        return super().buckets("driver", memory_for_one)
+
+
+class ToTheDriver(WeightStream):
+    """Weights that the driver puts together before it asks for the engines' memory, as those of GPUs."""
+
+    def buckets(self, *arguments: object) -> Generator[tuple[Bucket, Tensor], None, None]:
+        return super().buckets("driver")
 
 
 def memory_for_one(bucket: Bucket) -> Tensor:
@@ -78,13 +84,24 @@ def memory_for_one(bucket: Bucket) -> Tensor:
     return torch.empty(bucket.num_bytes, dtype=torch.uint8)
 
 
-def sync(folder: Path, topology: Topology, weights: Nothing | WeightStream, pause: Callable[[], object]) -> str:
-    """What comes of a sync with a server that refuses the update."""
+def refuse(info: dict[str, Any]) -> None:
+    raise ServerError("refused")
 
-    def refuse() -> None:
-        raise ServerError("refused")
 
-    client = SimpleNamespace(pause=pause, start_weight_update=refuse, cancel=lambda: None)
+def read_on(info: dict[str, Any]) -> None:
+    while not (Path(info["where"]["folder"]) / "given-up").exists():
+        time.sleep(0.01)
+
+
+def sync(
+    folder: Path,
+    topology: Topology,
+    weights: Nothing | WeightStream,
+    load: Callable[[dict[str, Any]], None],
+    pause: Callable[[], object] = lambda: None,
+) -> str:
+    """What comes of a sync with a server that does this with an update."""
+    client = SimpleNamespace(pause=pause, start_weight_update=lambda: None, update_weights=load, cancel=lambda: None)
     engine = Engine(Address("", "", folder))
     engine._client, engine.state = client, State.STARTED  # type: ignore[assignment]
     given = WeightSync(weights, [engine] if topology.is_driver else [], rank=topology.rank, group=topology.host_group)
@@ -108,10 +125,12 @@ def main(folder: str, layout: str) -> None:
     all_there(path, int(os.environ["RANK"]), parallel.world_size)
     with distributed(parallel) as topology:
         (path / f"told{topology.rank}").write_text(on_driver(topology, work))
-        (path / f"synced{topology.rank}").write_text(sync(path, topology, Nothing(), work))
+        (path / f"synced{topology.rank}").write_text(sync(path, topology, Nothing(), refuse, pause=work))
         chunks = build_model(spec, parallel, topology)
         load_weights(chunks, spec, topology, HFReader(path / MODEL))
         broken = Broken(chunks, spec, topology, bucket_bytes=BUCKET_BYTES)
-        (path / f"gathered{topology.rank}").write_text(sync(path, topology, broken, lambda: None))
+        (path / f"gathered{topology.rank}").write_text(sync(path, topology, broken, read_on))
+        gathered = ToTheDriver(chunks, spec, topology, bucket_bytes=BUCKET_BYTES)
+        (path / f"refused{topology.rank}").write_text(sync(path, topology, gathered, refuse))
         slow = Slow(chunks, spec, topology, bucket_bytes=BUCKET_BYTES)
         export_hf(slow, topology, source=path / MODEL, out=path / "exported")

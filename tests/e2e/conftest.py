@@ -19,6 +19,7 @@ from megatron_apo.rollout.server import VLLMServer
 from megatron_apo.rollout.weight_sync import Source, WeightSync
 from megatron_apo.runtime import guard
 from tests.e2e.command import Command
+from tests.weights import TensorSource
 
 torch.set_num_threads(1)  # the tiny reference models share the cores with the servers under test
 
@@ -63,7 +64,6 @@ def traces(pids: list[int]) -> list[Path]:
     """What a server has in the file system while it runs: its processes (`pids`, the guard first), their shared memory,
     and the folders that its guard made, for payloads and for sockets."""
     shared = guard.mapped_shared_memory(pids)
-    assert any(path.name.startswith("sem.mp-") for path in shared)
     words = Path(f"/proc/{pids[0]}/cmdline").read_text().split("\0")
     folders = [Path(word.removeprefix("--folder=")) for word in words if word.startswith("--folder=")]
     assert len(folders) == 2 and all(folder.is_dir() for folder in folders)
@@ -82,24 +82,11 @@ def is_zombie(process: Path) -> bool:
     return guard.is_zombie(int(process.name))
 
 
-@dataclass(frozen=True)
-class Meta:
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-class ModelSource:
-    """The weight source of a plain model in this process: every parameter under its HF name, a tied head left out."""
+class ModelSource(TensorSource):
+    """That of a plain model: every parameter under its HF name, a tied head left out."""
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
-
-    def metadata(self) -> list[Meta]:
-        return [Meta(name, value.dtype, tuple(value.shape)) for name, value in self.model.named_parameters()]
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.model.named_parameters()
+        super().__init__({name: value.detach() for name, value in model.named_parameters()})
 
 
 @dataclass
@@ -126,8 +113,9 @@ class Rollouts:
         return self.sync_of(ModelSource(model))
 
     def sync_of(self, source: Source) -> WeightSync:
-        self.engine.connect()
-        return WeightSync(source, [self.engine])
+        sync = WeightSync(source, [self.engine])
+        self.engine.connect(sync.init_info)
+        return sync
 
 
 StartServer = Callable[..., Rollouts]

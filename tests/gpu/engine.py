@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_apo.config import Recipe
@@ -60,7 +61,7 @@ def main() -> None:
         batch = random_batch(spec, _LENGTHS)
         start = time.monotonic()
         try:
-            with served(recipe, folder, WeightStream(learner.policy, spec, topology)) as server:
+            with served(recipe, folder, WeightStream(learner.policy, spec, topology), topology.device) as server:
                 print(f"vLLM answered after {time.monotonic() - start:.0f} s", flush=True)
                 print(f"{'':24}{'log-prob, nats: largest':>25}{'mean':>10}")
                 compare_all(server, learner, batch, Comparison(recipe, verdict))
@@ -103,7 +104,7 @@ class Served:
 
 
 @contextmanager
-def served(recipe: Recipe, model: Path, weights: WeightStream) -> Iterator[Served]:
+def served(recipe: Recipe, model: Path, weights: WeightStream, device: torch.device) -> Iterator[Served]:
     """An engine of the recipe.
 
     All that this check knows of `megatron_apo.rollout` is here, imported once it is sure that there is a vLLM for it.
@@ -115,13 +116,20 @@ def served(recipe: Recipe, model: Path, weights: WeightStream) -> Iterator[Serve
 
     log = Path(os.environ.get("GPU_CHECKS_FOLDER", model)) / "engine-vllm.log"
     length = recipe.max_sequence_tokens
-    # Its payloads lie in the check's own folder, which goes even if the check is killed.
-    server = VLLMServer(recipe.rollout, model, log_path=log, seed=0, max_model_len=length, shm_dir=model / "payloads")
+    server = VLLMServer(
+        recipe.rollout,
+        model,
+        log_path=log,
+        seed=0,
+        max_model_len=length,
+        shm_dir=model / "payloads",  # in the check's own folder, which goes even if the check is killed
+        load_format="dummy",
+    )
     engine = Engine(server, timeout_s=60)
     try:
         engine.start()
-        engine.connect()
-        sync = WeightSync(weights, [engine])
+        sync = WeightSync(weights, [engine], device=device)
+        engine.connect(sync.init_info)
 
         def give(version: int) -> tuple[float, int]:
             report = sync.sync(version)
@@ -149,10 +157,11 @@ class Comparison:
         away = [(their.double() - our).abs() for their, our in zip(theirs, ours, strict=True)]
         largest = max(float(one.nan_to_num(nan=float("inf")).max()) for one in away)
         mean = float(sum(one.sum() for one in away) / sum(len(one) for one in away))
+        allowed = self._tolerance
         if alike:
-            met = self._verdict.of(row, difference=(largest, self._tolerance))
+            met = self._verdict.of(row, difference=(largest, allowed.max), mean=(mean, allowed.mean))
         else:
-            met = self._verdict.of(row, likeness=(self._tolerance / largest if largest else float("inf"), 1.0))
+            met = self._verdict.of(row, likeness=(allowed.mean / mean if mean else float("inf"), 1.0))
         print(f"{row:<24}{largest:25.1e}{mean:10.1e}  {met}", flush=True)
         if alike:
             self._verdict.note(f"{row} {largest:.1e} nats away at most, {mean:.1e} in the mean")
@@ -170,7 +179,7 @@ def require_vllm() -> None:
 
 def recipe_for(model: Path, args: argparse.Namespace) -> Recipe:
     dtypes = ("fp32", "float32") if args.tiny else ("bf16", "bfloat16")
-    server_arguments = ["--load-format", "dummy", *(["--enforce-eager"] if args.quick else [])]
+    server_arguments = ["--enforce-eager"] if args.quick else []
     settings = [
         f"model.path={model}",
         f"model.dtype={dtypes[0]}",

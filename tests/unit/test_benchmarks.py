@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +13,8 @@ import pytest
 from megatron_apo.config import load_recipe
 from megatron_apo.preflight import open_training
 from megatron_apo.rollout.inputs import load_inputs
-from tests.benchmarks import logprob_head, long_step, packing, weight_plan
+from tests.benchmarks import logprob_head, long_step, mismatch, packing, weight_plan
+from tests.benchmarks.noise import noise
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,3 +76,36 @@ def test_the_long_steps_recipe_is_refused_for_nothing_but_its_missing_store(tmp_
     missing = f"{tmp_path / 'vstar' / 'manifest.json'}: not there;"
     assert str(caught.value).startswith(missing) and "\n" not in str(caught.value)
     assert (len(load_inputs(recipe).training.prompts), len(load_inputs(recipe).evaluation)) == (4, 1)
+
+
+def test_noise_is_fixed_by_seed_and_position_and_independent_otherwise():
+    import torch
+
+    drawn = torch.stack([noise(seed, position, 50, 0.2) for seed in range(20) for position in range(20)])
+    assert torch.equal(noise(3, 7, 50, 0.2), drawn[3 * 20 + 7])
+    assert abs(float(drawn.std()) - 0.2) < 0.01 and abs(float(drawn.mean())) < 0.01
+    assert float(torch.corrcoef(drawn).fill_diagonal_(0).abs().max()) < 0.8  # of 50 numbers by chance: 0.14 each
+
+
+def test_a_finished_study_is_told_and_not_run_again(monkeypatch, capsys, tmp_path):
+    """Two seeds of one setting; of the reward the last 10 steps count."""
+    monkeypatch.setattr(mismatch, "prepare", lambda base: base / "recipe.yaml")
+    monkeypatch.setattr(mismatch, "command", lambda *_: pytest.fail("it ran"))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "held_out.json").write_text('{"mean": 0.5, "samples_per_prompt": 8}')
+    for seed, reward in enumerate((0.7, 0.8)):
+        folder = mismatch.folder_of(tmp_path / "12-steps", 0.2, "token", seed)
+        folder.mkdir(parents=True)
+        (folder / "held_out.json").write_text(f'{{"mean": {reward + 0.1}}}')
+        rows = [
+            {"step": step, "loss": 1.0, "reward/mean": reward if step > 2 else 9.0, "mismatch/mean": 0.008}
+            | {"mismatch/sequence_ess": 0.97, "importance/mean": 0.999, "importance/capped": 0.0125}
+            for step in range(1, 13)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["--steps=12", "--seeds", "0", "1", "--stds", "0.2", "--corrections", "token"]
+    monkeypatch.setattr(sys, "argv", ["mismatch", f"--out={tmp_path}", *settings])
+    mismatch.main()
+    printed = capsys.readouterr().out
+    for cell in ("before: 0.500", "0.750 ± 0.071", "0.850 ± 0.071", "0.008", "0.970", "0.999", "1.25%"):
+        assert cell in printed, cell

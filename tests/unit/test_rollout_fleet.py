@@ -10,20 +10,31 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_apo.config import Difference
 from megatron_apo.rollout.client import Completion
 from megatron_apo.rollout.engine import Address, Engine, State
 from megatron_apo.rollout.fleet import Fleet, RequestQueue
 from megatron_apo.rollout.proof import prove
 from megatron_apo.rollout.server import ServerDied, ServerError
 from megatron_apo.rollout.weight_sync import SyncError, UpdateFailed, WeightSync
-from megatron_apo.weights.plan import TensorMeta
+from megatron_apo.weights.digest import digest
 from tests.engines import GENERATE, LIMIT_S, Server, engines_of, requests, until
+from tests.weights import TensorSource
 
 MakeFleet = Callable[..., tuple[Fleet, list[Server]]]
+
+
+WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3), "v": torch.ones(3)}
+WITHIN = Difference(mean=0.1, max=0.1)
+
+
+def source() -> TensorSource:
+    return TensorSource(dict(WEIGHTS), bucket_bytes=64)
 
 
 @pytest.fixture
@@ -36,7 +47,7 @@ def make_fleet(tmp_path: Path) -> Iterator[MakeFleet]:
         fleet = Fleet(engines_of(servers), window)
         made.append(fleet)
         fleet.start()
-        fleet.connect()
+        fleet.connect(WeightSync(source()).init_info)
         for engine in fleet.engines:
             engine.holds(1)
         return fleet, servers
@@ -139,7 +150,7 @@ def test_a_restarted_engine_is_asked_for_nothing_before_it_holds_proven_weights(
     first.release(12)
     asking.finish()
     fleet.finish_starts()
-    fleet.connect()
+    fleet.connect(WeightSync(source()).init_info)
     assert second.asked == before and fleet.engines[1].state is State.STARTED
 
     def sample() -> None:
@@ -190,8 +201,7 @@ def test_an_engine_that_runs_elsewhere_is_asked_and_not_restarted(tmp_path: Path
     with Fleet([Engine(address, number=0), *engines_of([here])], window=3) as fleet:
         fleet.engines[1].number = 1
         fleet.start()
-        fleet.connect()
-        WeightSync(Source(), fleet.engines).sync(1)
+        weight_sync(fleet).sync(1)
         Asking(fleet, RequestQueue(requests(6))).finish()
         assert (len(elsewhere.answered), len(here.answered)) == (3, 3)
         elsewhere.die()
@@ -214,36 +224,36 @@ def test_a_refused_request_ends_the_call(make_fleet: MakeFleet) -> None:
 
 # --- weights
 
-WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3), "v": torch.ones(3)}
+
+def weight_sync(fleet: Fleet) -> WeightSync:
+    """A sync that all of a fleet's engines were introduced to."""
+    sync = WeightSync(source(), fleet.engines)
+    fleet.connect(sync.init_info)
+    return sync
 
 
-class Source:
-    def __init__(self, weights: dict[str, torch.Tensor] = WEIGHTS):
-        self.weights = weights
-
-    def metadata(self) -> list[TensorMeta]:
-        return [TensorMeta(name, value.dtype, tuple(value.shape)) for name, value in self.weights.items()]
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self.weights.items()
-
-
-def test_the_payload_is_written_once_and_loaded_by_all_at_the_same_time(make_fleet: MakeFleet) -> None:
+def test_buckets_are_written_once_and_read_by_all_at_the_same_time(make_fleet: MakeFleet) -> None:
     fleet, servers = make_fleet(3)
     together, files = threading.Barrier(3), set()
 
-    def look(path: Path) -> None:
+    def look(where: dict[str, Any]) -> None:
         together.wait(LIMIT_S)  # breaks where an engine begins when another is done
+        path = Path(where["folder"]).parent / "buckets"
         files.add((path, os.stat(path).st_ino, os.stat(path).st_nlink))
 
     for server in servers:
         server.before_update = look
-    report = WeightSync(Source(), fleet.engines).sync(4)
+    sync = weight_sync(fleet)
+    report = sync.sync(4)
     assert len({path for path, _, _ in files}) == 3 and len({inode for _, inode, _ in files}) == 1
     assert {links for _, _, links in files} == {3}
-    assert [server.version for server in servers] == ["4"] * 3 and report.checksums.keys() == WEIGHTS.keys()
+    assert [server.version for server in servers] == ["4"] * 3
+    assert report.digests == {name: digest(value) for name, value in WEIGHTS.items()}
     assert [engine.version for engine in fleet.engines] == [4] * 3
-    assert not any(list(server.payload_dir.iterdir()) for server in servers)
+    before = set(files)
+    sync.sync(5)
+    assert files == before, "the memory is that of the first time"
+    assert [[path.name for path in server.payload_dir.iterdir()] for server in servers] == [["buckets"]] * 3
 
 
 @pytest.mark.parametrize("route", ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update"])
@@ -252,7 +262,7 @@ def test_an_engine_that_dies_in_a_sync_does_not_keep_the_others_from_the_weights
 ) -> None:
     fleet, servers = make_fleet(3)
     servers[0].faults[route] = "die"  # the one whose folder the payload may have been written in
-    WeightSync(Source(), fleet.engines).sync(4)
+    weight_sync(fleet).sync(4)
     assert [engine.state for engine in fleet.engines] == [State.DOWN, State.SERVING, State.SERVING]
     assert [server.version for server in servers[1:]] == ["4"] * 2
     fleet.attend_to_lost()
@@ -261,26 +271,35 @@ def test_an_engine_that_dies_in_a_sync_does_not_keep_the_others_from_the_weights
     assert servers[0].num_starts == 2 and fleet.numbers(State.STARTED) == [0]
 
 
-def test_each_engines_workers_account_for_what_they_loaded(make_fleet: MakeFleet) -> None:
+def test_each_engines_workers_say_what_they_hold(make_fleet: MakeFleet) -> None:
     fleet, servers = make_fleet(2)
-
-    def other_value(path: Path) -> None:
-        """In one engine's folder a file of its own, in which one number is another."""
-        data = path.read_bytes()
-        path.unlink()
-        path.write_bytes(data[:-4] + b"\0\0\0\0")
-
-    servers[1].before_update = other_value
-    with pytest.raises(SyncError, match="worker 0 loaded other values of v$") as caught:
-        WeightSync(Source(), fleet.engines).sync(4)
-    assert not isinstance(caught.value, UpdateFailed)
-    assert servers[0].version == "4" and servers[1].version == "default"
+    sync = weight_sync(fleet)
+    sync.sync(3)
+    held = [digest(value) for value in WEIGHTS.values()]
+    cases = [
+        ({"held": [held[0], digest(torch.zeros(3))]}, r"hold the weights that were sent: v \(it has other values\)$"),
+        ({"held": held, "wrong": {"lm_head": "stale"}}, r"sent: lm_head \(stale\)$"),
+        ({"error": "KeyError: 'x'"}, r"worker 0 cannot say what its model holds: KeyError: 'x'$"),
+    ]
+    for report, message in cases:
+        servers[1].worker.held_weights = lambda report=report: {"results": [{"wrong": {}} | report]}
+        with pytest.raises(SyncError, match=message) as caught:
+            sync.sync(4)
+        assert not isinstance(caught.value, UpdateFailed)
+        assert servers[0].events[-1] == "/resume" and servers[1].events[-1] == "/collective_rpc", "it stays paused"
+    servers[1].worker.held_weights = lambda: {"results": []}
+    with pytest.raises(SyncError, match="0 of vLLM's 1 workers say"):
+        sync.sync(4)
+    sync.source.tensors = {"w": WEIGHTS["w"] + 1, "v": WEIGHTS["v"]}
+    servers[1].worker.held_weights = lambda: {"results": [{"wrong": {}, "held": held}]}
+    with pytest.raises(SyncError, match=r"sent: w \(it holds what the sync before sent\)$"):
+        sync.sync(5)
 
 
 def test_an_update_that_raised_leaves_the_engine_unusable(make_fleet: MakeFleet) -> None:
     fleet, (first, second) = make_fleet(2)
     second.faults["/update_weights"] = 500
-    sync = WeightSync(Source(), fleet.engines)
+    sync = weight_sync(fleet)
     sync.sync(4)
     assert (
         fleet.numbers(State.UNUSABLE) == [1]
@@ -298,29 +317,29 @@ def test_an_update_that_raised_leaves_the_engine_unusable(make_fleet: MakeFleet)
 
 def test_a_proof_is_of_every_engine_and_says_which_weights(make_fleet: MakeFleet) -> None:
     fleet, (first, second) = make_fleet(2)
-    sync = WeightSync(Source(), fleet.engines)
+    sync = weight_sync(fleet)
     sync.sync(4)
     first.score, second.score = -0.1, -0.2
-    assert prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], 0.1) == pytest.approx(0.05)
+    assert prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], WITHIN) == pytest.approx((0.05, 0.05))
     first.score = -0.5
-    with pytest.raises(SyncError, match=r"by 0\.35 \(allowed: 0\.1\)"):
-        prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], 0.1)
+    with pytest.raises(SyncError, match=r"by 0\.35 \(allowed: 0\.1\), 0\.35 in the mean \(0\.1\)"):
+        prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], WITHIN)
     assert first.events[-1].startswith("/pause")
     first.score, second.score = -0.15, -0.5
     with pytest.raises(SyncError, match=r"by 0\.35"):
-        prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], 0.1)
+        prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], WITHIN)
     second.score = -0.15
     with pytest.raises(SyncError, match="stale: v$"):
-        prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], 0.1, report_with(sync, v="other"))
+        prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], WITHIN, report_with(sync, v="other"))
     first.faults["/inference/v1/generate"] = "die"
-    assert prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], 0.1) == 0.0  # of the one that is left
+    assert prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], WITHIN) == (0.0, 0.0)  # of the one that is left
     second.faults["/inference/v1/generate"] = "die"
     with pytest.raises(ServerDied):
-        prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], 0.1, engines=fleet.serving)
+        prove(sync, [[5, 6, 7]], [[-0.15, -0.15]], WITHIN, engines=fleet.serving)
 
 
 def report_with(sync: WeightSync, **others: str) -> dict[str, str]:
-    return sync.checksums[-1] | others
+    return sync.sent[-1] | others
 
 
 @pytest.mark.parametrize("path", ["/start_weight_update", GENERATE])

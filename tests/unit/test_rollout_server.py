@@ -190,14 +190,15 @@ def test_the_proofs_tolerance_follows_the_precision() -> None:
     fp32, bf16 = ModelConfig(path="m"), ModelConfig(path="m", dtype="bf16")
     in_fp8 = ModelConfig(path="m", dtype="bf16", fp8={})
     by_precision = SyncConfig()
-    assert by_precision.tolerance(fp32, RolloutConfig()) == 1e-4
+    assert by_precision.tolerance(fp32, RolloutConfig()) == (2e-5, 1e-4)
     for model, rollout in ((bf16, RolloutConfig()), (fp32, RolloutConfig(dtype="float16"))):
-        assert by_precision.tolerance(model, rollout) == 1.0
+        assert by_precision.tolerance(model, rollout) == (0.02, 1.0)
     half = RolloutConfig(dtype="bfloat16")
     for model, rollout in (
         (in_fp8, half),
         (bf16, half.model_copy(update={"quantization": "fp8"})),
         (bf16, half.model_copy(update={"kv_cache_dtype": "fp8"})),
     ):
-        assert by_precision.tolerance(model, rollout) == 2.0
-    assert SyncConfig(probe_tolerance=0.05).tolerance(in_fp8, half) == 0.05
+        assert by_precision.tolerance(model, rollout) == (0.1, 2.0)
+    assert SyncConfig(probe_tolerance=0.05).tolerance(in_fp8, half) == (0.1, 0.05)
+    assert SyncConfig(probe_tolerance_mean=0.05).tolerance(in_fp8, half) == (0.05, 2.0)

@@ -15,25 +15,23 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from megatron_apo.config import build_recipe
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.rollout import fleet as fleet_file
 from megatron_apo.rollout import rollouts as rollouts_file
 from megatron_apo.rollout.inputs import Inputs
-from megatron_apo.rollout.payload import weights_path, write_loaded
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.weight_sync import SyncError
 from megatron_apo.runtime.topology import Topology
-from megatron_apo.weights.safetensors_file import checksum
-from tests.batches import make_batch
+from tests.engines import Worker
+from tests.weights import TensorSource
 
 PROMPT = Prompt(prompt_id="p", text="1+2=", text_hash="h", token_ids=(5, 6), answer="3", row=0)
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 MEETING = ["/init_weight_transfer_engine", "/get_world_size"]
 UPDATE = ["/pause?mode=wait&clear_cache=true", "/start_weight_update", "/update_weights", "/finish_weight_update"]
-UPDATE += ["/resume"]
+UPDATE += ["/collective_rpc", "/resume"]
 GENERATE = "/inference/v1/generate"
 
 
@@ -50,9 +48,12 @@ class Handler(BaseHTTPRequestHandler):
         status = 200
         if path == "/get_world_size":
             answer = {"world_size": 1}
+        elif path == "/init_weight_transfer_engine":
+            self.server.worker = Worker(body["init_info"])
         elif path == "/update_weights":
-            folder = Path(body["update_info"]["folder"])
-            write_loaded(folder, 0, {name: checksum(value) for name, value in load_file(weights_path(folder)).items()})
+            self.server.worker.update(body["update_info"])
+        elif path == "/collective_rpc":
+            answer = self.server.worker.held_weights()
         elif path == "/finish_weight_update":
             self.server.version = body["weight_version"]
         elif path == GENERATE and self.server.deaths:
@@ -107,6 +108,7 @@ def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     class Server(SimpleNamespace):
         pid = None
         token = ""
+        cache_probe_tokens = 0
 
         def start(self) -> None:
             self.url, self.payload_dir = f"http://127.0.0.1:{http.server_port}", tmp_path
@@ -117,10 +119,6 @@ def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
         def log_tail(self) -> str:
             return ""
-
-    class Stream(list):
-        def metadata(self) -> list[Any]:
-            return [SimpleNamespace(name="w", dtype=WEIGHT.dtype, shape=WEIGHT.shape)]
 
     @contextmanager
     def offloaded() -> Iterator[None]:
@@ -143,7 +141,7 @@ def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         return Rollouts(recipe, one_rank(), [], None, inputs, offloaded)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fleet_file, "VLLMServer", lambda *_, **__: Server())
-    monkeypatch.setattr(rollouts_file, "WeightStream", lambda *_: Stream([("w", WEIGHT)]))
+    monkeypatch.setattr(rollouts_file, "Gather", lambda *_, **__: TensorSource({"w": WEIGHT}))
     monkeypatch.setattr(rollouts_file, "policy_log_probs", log_probs(0.0))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield make
@@ -166,8 +164,8 @@ def test_vllm_sleeps_whenever_the_trainers_memory_is_back(start: Any, http: Any)
         assert happened() == turn(GENERATE, GENERATE)  # sampled, greedy
         assert rollouts.sample([PROMPT], 1).sequences.response(0).tolist() == [7, 1]
         assert happened() == turn(GENERATE)
-        rollouts.prove(make_batch([[5]], [[6, 7]]))
-        assert happened() == turn(GENERATE)
+        rollouts.prove()
+        assert happened() == turn(*[GENERATE] * 8)  # probes
 
 
 def test_without_sleep_nothing_is_asked_but_offloading_is_the_same(start: Any, http: Any) -> None:
@@ -187,17 +185,21 @@ def test_a_server_that_died_starts_again_where_there_is_room(start: Any, http: A
         *("offloaded", "/wake_up", GENERATE, "back"),  # a dead server is not put to sleep
         *("offloaded", "start", "/sleep?level=1", "back", *MEETING),
         *("/wake_up?tags=weights", *UPDATE),
-        *("offloaded", "/wake_up", GENERATE, "/sleep?level=1", "back"),  # the proof, of a held-out prompt
+        *("offloaded", "/wake_up", *[GENERATE] * 8, "/sleep?level=1", "back"),  # the proof
         *("offloaded", "/wake_up", GENERATE, "/sleep?level=1", "back"),
     ]
 
 
 def test_the_proof_is_held_to_its_precision(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts_file, "policy_log_probs", log_probs(-0.3))
+    monkeypatch.setattr(rollouts_file, "policy_log_probs", log_probs(-0.015))
     with start("model.dtype=bf16", "rollout.dtype=bfloat16") as rollouts:
         rollouts.sync(0)
-        assert rollouts.prove(make_batch([[5]], [[6, 7]])) == pytest.approx(0.3)
+        assert rollouts.prove() == pytest.approx(0.015)
     with start() as rollouts:
         rollouts.sync(0)
-        with pytest.raises(SyncError, match=r"by 0\.3 \(allowed: 0\.0001\)"):
-            rollouts.prove(make_batch([[5]], [[6, 7]]))
+        with pytest.raises(SyncError, match=r"by 0\.015 \(allowed: 0\.0001\), 0\.015 in the mean \(2e-05\)"):
+            rollouts.prove()
+    with start("sync.probe_tolerance=1") as rollouts:  # the mean alone
+        rollouts.sync(0)
+        with pytest.raises(SyncError, match=r"by 0\.015 \(allowed: 1\), 0\.015 in the mean \(2e-05\)"):
+            rollouts.prove()

@@ -1,0 +1,142 @@
+"""vLLM's side: the weight-transfer engine that loads what a transport brings, and says what the model then holds.
+
+Runs inside vLLM's workers; registered by `vllm_plugin`. Written against vLLM 0.32 (distributed/weight_transfer/base.py,
+ipc_engine.py; model_executor/model_loader/reload/layerwise.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from megatron_apo.rollout.transport.base import Reader, heard
+from megatron_apo.rollout.transport.content import ModelContent, tied_heads
+from megatron_apo.rollout.transport.shm import ShmReader
+from megatron_apo.telemetry.units import some
+from megatron_apo.weights.digest import DigestKind
+from megatron_apo.weights.plan import Bucket
+
+READERS = {"shm": ShmReader}
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """What every update has in common. `buckets`: the plan (`transport.base.told`)."""
+
+    transport: str
+    digest: DigestKind
+    buckets: list[dict[str, Any]]
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """One update. `where`: of the transport's sender."""
+
+    where: dict[str, Any]
+
+
+class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads buckets through vLLM's layerwise reload, which repacks CPU linears: they keep no plain weight."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        buckets = heard(init_info.buckets)
+        self.reader: Reader = READERS[init_info.transport](buckets, self.parallel_config.rank)
+        tensors = [meta for bucket in buckets for meta in bucket.tensors]
+        self.content = ModelContent(self.model, tensors, init_info.digest)
+
+    def start_weight_update(self) -> None:
+        self.tied_heads = tied_heads(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Load one update.
+
+        Raises ValueError naming what is unknown to the model or does not fit. After a failed load the model is not
+        usable: restart the server.
+        """
+        current = ""
+
+        def tensors(giving: Any, buckets: Iterator[tuple[Bucket, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal current
+            first = 0
+            while True:
+                with self.content.watch.phase("wait"):
+                    found = next(buckets, None)
+                if found is None:
+                    return
+                bucket, buffer = found
+                views = bucket.views(buffer)
+                for number, (meta, view) in enumerate(zip(bucket.tensors, views, strict=True), first):
+                    current = meta.name
+                    giving(number, view)
+                    yield meta.name, view
+                self.content.loaded(first, views)
+                _keep_unfinished(self.model, buffer)
+                first += len(views)
+
+        self.content.begin()
+        initialize_layerwise_reload(self.model)
+        with (
+            self.content.watch.phase("load"),
+            self.content.watched() as giving,
+            closing(self.reader.buckets(update_info.where)) as buckets,
+        ):
+            given = tensors(giving, buckets)
+            try:
+                self.model.load_weights(given)
+            except (ValueError, KeyError, AssertionError, RuntimeError, AttributeError) as error:
+                raise ValueError(f"{current}: vLLM could not load it: {error or type(error).__name__}") from error
+            if unread := [name for name, _ in given]:
+                raise ValueError(f"vLLM did not read {some(unread)}")
+
+    def finish_weight_update(self) -> None:
+        with self.content.watch.phase("load"):
+            self._finish()
+
+    def _finish(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        # A tied head gets no weights of its own, so the reload leaves its packed CPU copy of the *old* embeddings
+        # (model_executor/layers/utils.py:588, dispatch_cpu_unquantized_gemm), and every route answers 200.
+        for head in self.tied_heads:
+            head.quant_method.process_weights_after_loading(head)
+
+    def shutdown(self) -> None:
+        pass
+
+
+class WorkerExtension:
+    """What vLLM's workers can be asked beside their own (`--worker-extension-cls`, POST /collective_rpc)."""
+
+    weight_transfer_engine: BucketTransferEngine
+
+    def held_weights(self) -> dict[str, Any]:
+        """`ModelContent.report`, or {"error": ...}: with several workers an exception would leave the answers of the
+        others to be taken for those of a later question (v1/executor/multiproc_executor.py)."""
+        try:
+            return self.weight_transfer_engine.content.report()
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _keep_unfinished(model: torch.nn.Module, buffer: torch.Tensor) -> None:
+    """Copy what vLLM's reload still has of a bucket, whose memory the next one gets: of layers that lack a part."""
+    memory = buffer.untyped_storage().data_ptr()
+    for layer in model.modules():
+        for _, bound in get_layerwise_info(layer).loaded_weights:
+            for name, value in bound.arguments.items():
+                if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == memory:
+                    bound.arguments[name] = value.clone()

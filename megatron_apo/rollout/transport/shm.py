@@ -1,0 +1,225 @@
+"""`shm`: buckets in memory that trainer and workers of one host share.
+
+    ENGINE/buckets               slots for buckets on their way: one file, with a name in every engine's folder
+    ENGINE/update-X/published    grows by a byte with every bucket that is whole
+    ENGINE/update-X/read.RANK    grows by a byte with every bucket that worker RANK has loaded
+    ENGINE/update-X/given-up     the trainer sends no more
+    ENGINE/update-X/failed       a worker reads no more; the engine's others do not wait for it
+
+The slots are made once and stay, so that an update touches no new page; they go with the last engine's folder. A bucket
+goes into the slot of the one that was read before it. A growing file is a counter that one side alone writes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_apo.rollout.transport.base import Receiver
+from megatron_apo.weights.plan import Bucket, Plan
+
+NUM_SLOTS = 3  # one that is read, one that is whole, one that is written
+PATIENCE_S = 600.0  # how long a worker waits for one bucket
+_PAGE = mmap.PAGESIZE
+
+
+class ShmSender:
+    """The trainer's side, on every rank of the driver's host. See `Sender`."""
+
+    def __init__(self, plan: Plan):
+        self._slot_bytes = -(-plan.largest_bucket_bytes // _PAGE) * _PAGE
+        self._slots: Tensor | None = None
+        self._inode = 0
+        self._folders: dict[Receiver, Path] = {}  # of the present update
+        self._reading: set[Receiver] = set()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of shared memory that it takes."""
+        return NUM_SLOTS * self._slot_bytes
+
+    def open(self, receivers: Sequence[Receiver]) -> None:
+        names = [receiver.payload_dir / "buckets" for receiver in receivers]
+        there = [name for name in names if _inode(name) == self._inode]
+        if not there:
+            there = [self._make(names[0])]
+        for receiver, name in zip(receivers, names, strict=True):
+            if _inode(name) != self._inode:
+                name.unlink(missing_ok=True)
+                os.link(there[0], name)
+            folder = Path(tempfile.mkdtemp(prefix="update-", dir=receiver.payload_dir))
+            (folder / "published").touch()
+            self._folders[receiver] = folder
+            self._reading.add(receiver)
+
+    def place(self) -> tuple[str, int]:
+        """Where the slots are, and what tells them from others there, for `join`."""
+        folder = next(iter(self._folders.values()))
+        return str(folder.parent / "buckets"), self._inode
+
+    def join(self, place: tuple[str, int]) -> bool:
+        """On a rank that is not the driver: share the slots. Whether they can be: they are on the same host."""
+        path, inode = place
+        if self._inode != inode or self._slots is None:
+            try:
+                if _inode(Path(path)) != inode:
+                    return False
+                self._slots, self._inode = _mapped(Path(path)), inode
+            except OSError:
+                return False
+        return True
+
+    def update_info(self, receiver: Receiver) -> dict[str, Any]:
+        return {"folder": str(self._folders[receiver]), "slot_bytes": self._slot_bytes, "patience_s": PATIENCE_S}
+
+    def buffer_of(self, bucket: Bucket) -> Tensor:
+        assert self._slots is not None
+        start = bucket.index % NUM_SLOTS * self._slot_bytes
+        return self._slots[start : start + bucket.num_bytes]
+
+    def has_room(self, bucket: Bucket) -> bool:
+        for receiver in list(self._reading):
+            if (self._folders[receiver] / "failed").exists():
+                self.drop(receiver)
+        return all(
+            _count(self._folders[receiver] / f"read.{rank}") > bucket.index - NUM_SLOTS
+            for receiver in list(self._reading)
+            for rank in range(receiver.num_workers)
+        )
+
+    def publish(self, bucket: Bucket) -> None:
+        for receiver in list(self._reading):
+            try:
+                _grow(self._folders[receiver] / "published")
+            except OSError:  # the folder goes with the engine
+                self.drop(receiver)
+
+    def drop(self, receiver: Receiver) -> None:
+        self._reading.discard(receiver)
+
+    def give_up(self) -> None:
+        for folder in self._folders.values():
+            with suppress(OSError):  # it goes with the engine
+                (folder / "given-up").touch()
+
+    def close(self) -> None:
+        self.give_up()
+        for folder in self._folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+        self._folders.clear()
+        self._reading.clear()
+
+    def _make(self, name: Path) -> Path:
+        """Make the slots, whose memory is taken here and now."""
+        name.unlink(missing_ok=True)
+        descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            if self.num_bytes:
+                os.posix_fallocate(descriptor, 0, self.num_bytes)
+        except OSError as error:
+            name.unlink()
+            raise ValueError(no_room(name.parent, self.num_bytes, shutil.disk_usage(name.parent).free)) from error
+        finally:
+            os.close(descriptor)
+        self._slots, self._inode = _mapped(name), _inode(name)
+        return name
+
+
+class ShmReader:
+    """A worker's side. See `Reader`. `rank`: the worker's within its engine."""
+
+    def __init__(self, buckets: Sequence[Bucket], rank: int):
+        self._buckets = buckets
+        self._rank = rank
+        self._slots: Tensor | None = None
+        self._inode = 0
+
+    def buckets(self, where: dict[str, Any]) -> Generator[tuple[Bucket, Tensor], None, None]:
+        folder, slot_bytes = Path(where["folder"]), where["slot_bytes"]
+        path = folder.parent / "buckets"
+        if self._slots is None or _inode(path) != self._inode:
+            self._slots, self._inode = _mapped(path), _inode(path)
+        try:
+            for bucket in self._buckets:
+                self._wait_for(bucket, folder, where["patience_s"])
+                start = bucket.index % NUM_SLOTS * slot_bytes
+                yield bucket, self._slots[start : start + bucket.num_bytes]
+                _grow(folder / f"read.{self._rank}")
+        except FileNotFoundError:
+            raise ValueError("the trainer gave up") from None
+        except BaseException:
+            with suppress(OSError):
+                (folder / "failed").touch()
+            raise
+
+    def _wait_for(self, bucket: Bucket, folder: Path, patience_s: float) -> None:
+        end = time.monotonic() + patience_s
+
+        def is_over() -> bool:
+            return (
+                _count(folder / "published") > bucket.index
+                or (folder / "given-up").exists()
+                or (folder / "failed").exists()
+                or not folder.is_dir()
+                or time.monotonic() > end
+            )
+
+        _wait(is_over)
+        if _count(folder / "published") <= bucket.index:
+            why = "the trainer fell silent" if time.monotonic() > end else "the trainer gave up"
+            why = "another worker failed" if (folder / "failed").exists() else why
+            raise ValueError(f"{why} before {bucket.tensors[0].name} was sent")
+
+
+def no_room(folder: Path, num_bytes: int, free_bytes: int) -> str:
+    """Why an update cannot be, as a user reads it."""
+    return (
+        f"sync.dir: {NUM_SLOTS} buckets of weights take {num_bytes / 2**20:.0f} MiB, and {folder} has "
+        f"{free_bytes / 2**20:.0f} MiB left; give a folder with more room, or use a smaller sync.bucket_mib (the "
+        "largest tensor is a bucket in any case)"
+    )
+
+
+def _wait(is_over: Callable[[], bool]) -> None:
+    pause_s = 50e-6
+    while not is_over():
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 1e-3)
+
+
+def _mapped(path: Path) -> Tensor:
+    """A file's bytes, shared with everyone who maps it."""
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
+
+
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return -1
+
+
+def _grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b".")
+
+
+def _count(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
