@@ -244,6 +244,14 @@ FAULTS = [
     # what was computed with older weights is kept
     Fault("cache_kept", "256 tokens of a prompt in its prefix cache, of older weights"),
 ]
+CORNERS = [  # of them, for an engine of two workers, on which every sync takes ten times as long here
+    *(fault for fault in FAULTS if fault.what in ("ignored", "head_not_packed", "cache_kept")),
+    *(fault for fault in FAULTS if fault.what == "not_copied" and fault.tensors in (DOWN, NORM) and not fault.first),
+    *(fault for fault in FAULTS if fault.what == "exchanged" and fault.named == UP),
+    *(fault for fault in FAULTS if fault.what == "one_version_old" and fault.tensors in ("", K, EMBEDDING)),
+    *(fault for fault in FAULTS if fault.what in ("byte_in_slot", "byte_in_clone") and fault.tensors == K),
+    *(fault for fault in FAULTS if fault.what == "packed_copy_kept" and fault.tensors == DOWN),
+]
 OF_TWO_WORKERS = [
     *(fault for name in (Q, UP, DOWN) for fault in in_both("others_slice", name, name)),
     *in_both("others_slice", f"worker 1 .*{DOWN}", DOWN, rank="1"),
@@ -265,8 +273,14 @@ def at_rates(faults: list[Fault]) -> Any:
 
 
 @engines(ONE, TWO)
-@at_rates(FAULTS)
+@at_rates(CORNERS)
 def test_a_fault_is_caught_and_named_by_its_sync(usable: Bench, rate: float, fault: Fault) -> None:
+    catch(usable, rate, fault)
+
+
+@engines(ONE)
+@at_rates([fault for fault in FAULTS if fault not in CORNERS])
+def test_more_faults(usable: Bench, rate: float, fault: Fault) -> None:
     catch(usable, rate, fault)
 
 
@@ -305,9 +319,9 @@ def catch(bench: Bench, rate: float, fault: Fault) -> None:
 
 
 def tensors_that_changed(bench: Bench, fault: Fault) -> list[str]:
-    """The fault's tensors, after honest syncs up to an update that changes them: a tensor that does not change is never
-    stale, and norms seldom do in bf16."""
-    training = bench.training
+    """The fault's tensors, after an honest sync of the weights before an update that changes them: a tensor that does
+    not change is never stale, and norms seldom do in bf16."""
+    training, before = bench.training, None
     for _ in range(100):
         found = []
         for pattern in fault.tensors.split(",") if fault.tensors else []:
@@ -315,8 +329,10 @@ def tensors_that_changed(bench: Bench, fault: Fault) -> list[str]:
             assert names
             found.append(next((name for name in names if has_changed(training, name, fault.what)), ""))
         if all(found):
+            if before is not None:
+                bench.sync(TensorSource(before))
             return found
-        bench.sync()
+        before = training.sent
         training.step()
     raise AssertionError(f"no update changed {fault.tensors}")
 
