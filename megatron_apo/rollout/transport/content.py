@@ -9,15 +9,16 @@ update. What a parameter holds is told
 - by its digest at the end, where it keeps the plain values;
 - where a layer packs or quantizes them (the CPU's linears keep no plain weight), by the digest of what the layer was
   given to pack, and by what the packed layer computes: applied to rows of the identity it gives columns of its weight,
-  bit for bit. Columns drawn by chance are read back, among them for every tensor one in which the update changed
-  something, as far as a block of them that moves from update to update tells; where that tells of none, all are.
+  bit for bit. Columns are read back, in rows that are drawn by chance of every tensor that it packs: a few columns of
+  chance, and for every tensor one in which the update changed something in these rows, as far as a block of them that
+  moves from update to update tells; where that tells of none, all columns are.
 - The packed copy that an output head computes with counts as a layer of its own, whose weight is the embedding's or its
   own plain one.
 
 Runs in vLLM's workers, on any of its devices. Written against vLLM 0.32 (model_executor/layers/utils.py,
 `dispatch_cpu_unquantized_gemm`; model_executor/model_loader/reload/).
 
-Shapes: N output features, K input features, C columns that are read back.
+Shapes: N output features, K input features; R rows and C columns that are read back.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,11 +46,13 @@ from megatron_apo.telemetry.timers import Stopwatch
 from megatron_apo.weights.digest import DigestKind, digest
 from megatron_apo.weights.plan import TensorMeta
 
-BLOCK_COLUMNS = 32  # kept of every packed weight from one update to the next, to see in it what has changed
+BLOCK_COLUMNS = 16  # kept of every packed weight from one update to the next, to see in them what has changed
+SAMPLED_ROWS = 64  # of every tensor that is packed, at least, where it has so many
 # Read back of every packed layer, whatever has changed, as far from each other as they can be; in the first update as
 # many as a block has.
-MIN_COLUMNS = 4
+MIN_COLUMNS = 2
 _AT_ONCE = 256  # columns
+_INTEGERS = {2: torch.int16, 4: torch.int32}  # by the size of an element
 
 Key = tuple[str, str]  # a layer's name and its parameter's
 
@@ -94,7 +98,8 @@ class _Kept:
     """What is kept of a packed weight [N, K] from one update to the next."""
 
     start: int = 0
-    block: Tensor | None = None  # [N, BLOCK_COLUMNS] of it, from column `start` on
+    rows: list[np.ndarray] = field(default_factory=list)  # numbers of some, by region
+    block: np.ndarray | None = None  # [R, BLOCK_COLUMNS] of these rows, from column `start` on
     digests: list[str] = field(default_factory=list)  # of its regions
 
 
@@ -102,8 +107,9 @@ class _Kept:
 class _Columns:
     """Columns of a weight that is packed, as they were given to be packed."""
 
+    rows: list[np.ndarray]  # numbers of some, by region
     numbers: Tensor  # [C]
-    values_NC: Tensor
+    values_RC: Tensor
     num_features: int  # K
     regions: list[Region]
 
@@ -182,6 +188,7 @@ class ModelContent:
         seconds: "load", in which vLLM loaded and packed, and "content", in which it was looked at what it loaded.
         """
         held, wrong = dict(self._sent), {}
+        digests_of: dict[Key, list[str]] = {}
         for key, regions in self._regions.items():
             name = ".".join(key)
             if (filled := sum(region.target.numel for region in regions)) != (size := self._size(key)):
@@ -191,6 +198,7 @@ class ModelContent:
             if digests is None:
                 wrong[name] = "nothing was loaded into it"
                 continue
+            digests_of[key] = digests
             for region, found in zip(regions, digests, strict=True):
                 if region.whole:
                     held.setdefault(region.tensor, found)
@@ -200,7 +208,7 @@ class ModelContent:
                     wrong[self._names[region.tensor]] = f"vLLM fills {name} with something that is no part of it"
                 elif not self._is_learned and (misplaced := self._misplaced(key, region)):
                     wrong[self._names[region.tensor]] = misplaced
-        self._look_at_heads()
+        self._look_at_heads(digests_of)
         for name, columns in self._columns.items():
             wrong |= self._read_back(name, columns)
         self._is_learned = self._is_learned or not wrong
@@ -322,48 +330,65 @@ class ModelContent:
             return None
         return [digest(region.target.within(parameter.data), self._kind) for region in self._regions[key]]
 
-    def _look_at_heads(self) -> None:
+    def _look_at_heads(self, digests_of: dict[Key, list[str]]) -> None:
         """Choose columns of the heads, which keep the plain weight beside the packed copy that they compute with."""
+        present = self._present()
         for name, layer in self._layers.items():
             if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
-                key = next((key for key, value in self._present().items() if value is layer.weight), None)
-                if key is not None and layer.weight.numel() and not layer.weight.is_meta:
-                    digests = self._digests(key) or []
-                    self._columns[name] = self._choose(name, layer.weight.data, self._regions[key], digests)
+                key = next((key for key, value in present.items() if value is layer.weight), None)
+                if key is not None and key in digests_of and layer.weight.numel():
+                    weight_NK, regions = layer.weight.data, self._regions[key]
+                    self._columns[name] = self._choose(name, weight_NK, regions, digests_of[key])
 
     def _choose(self, name: str, weight_NK: Tensor, regions: list[Region], digests: list[str]) -> _Columns:
         """Columns to read back: of each region that has changed one that has, or all; and a few others."""
         kept, num_features = self._kept[name], weight_NK.shape[1]
+        # As numpy's integers, on which hundreds of small operations cost a tenth of torch's.
+        bits_NK = weight_NK.view(_INTEGERS[weight_NK.itemsize]).numpy()
         width = min(BLOCK_COLUMNS, num_features)
         count = width if kept.block is None else min(MIN_COLUMNS, num_features)
         first = self._chance.randrange(num_features)
         numbers = {(first + i * num_features // count) % num_features for i in range(count)}
+        rows = kept.rows or self._some_rows(regions)
         if kept.block is not None:
-            changed_NC = weight_NK[:, kept.start : kept.start + width] != kept.block
-            for region, new, old in zip(regions, digests, kept.digests, strict=True):
+            changed_RC = bits_NK[np.concatenate(rows), kept.start : kept.start + width] != kept.block
+            of_regions = np.split(changed_RC, np.cumsum([len(each) for each in rows[:-1]]))
+            for changed, new, old in zip(of_regions, digests, kept.digests, strict=True):
                 if new != old:
-                    found = changed_NC[region.target.rows].any(0).nonzero()
-                    if not len(found):
-                        numbers = set(range(num_features))
-                        break
-                    numbers.add(kept.start + int(found[self._chance.randrange(len(found))]))
+                    found = np.flatnonzero(changed.any(0)).tolist()
+                    numbers |= {kept.start + self._chance.choice(found)} if found else set(range(num_features))
+        chosen = np.array(sorted(numbers))
+        values_RC = torch.from_numpy(bits_NK[np.ix_(np.concatenate(rows), chosen)]).view(weight_NK.dtype)
         is_at_end = kept.start + width == num_features
         kept.start = 0 if is_at_end else min(kept.start + width, num_features - width)
-        kept.block = weight_NK[:, kept.start : kept.start + width].clone()
+        kept.rows = self._some_rows(regions)
+        kept.block = bits_NK[np.concatenate(kept.rows), kept.start : kept.start + width]
         kept.digests = digests
-        chosen = torch.tensor(sorted(numbers), device=weight_NK.device)
-        return _Columns(chosen, weight_NK[:, chosen], num_features, regions)
+        return _Columns(rows, torch.from_numpy(chosen), values_RC, num_features, regions)
+
+    def _some_rows(self, regions: list[Region]) -> list[np.ndarray]:
+        """Numbers of some rows of each region, as far from each other as they can be."""
+        found = []
+        for rows in (region.target.rows for region in regions):
+            step = max(1, (rows.stop - rows.start) // SAMPLED_ROWS)
+            found.append(np.arange(rows.start + self._chance.randrange(step), rows.stop, step))
+        return found
 
     def _read_back(self, name: str, columns: _Columns) -> dict[str, str]:
         """What is wrong with the packed copy of a weight, by the tensors that it is made of."""
         layer, stale = self._layers[name], set()
-        for numbers, values_NC in zip(
-            columns.numbers.split(_AT_ONCE), columns.values_NC.split(_AT_ONCE, dim=1), strict=True
+        for numbers, values_RC in zip(
+            columns.numbers.split(_AT_ONCE), columns.values_RC.split(_AT_ONCE, dim=1), strict=True
         ):
-            ones_CK = values_NC.new_zeros(len(numbers), columns.num_features)
+            ones_CK = values_RC.new_zeros(len(numbers), columns.num_features)
             ones_CK[torch.arange(len(numbers)), numbers] = 1
-            differs_N = (layer.quant_method.apply(layer, ones_CK).t() != values_NC).any(1)
-            stale |= {region.tensor for region in columns.regions if differs_N[region.target.rows].any()}
+            found_NC = layer.quant_method.apply(layer, ones_CK).t()
+            rows_R = torch.from_numpy(np.concatenate(columns.rows))
+            differs_R = (found_NC[rows_R] != values_RC).any(1)
+            of_regions = differs_R.split([len(each) for each in columns.rows])
+            stale |= {
+                region.tensor for region, differs in zip(columns.regions, of_regions, strict=True) if differs.any()
+            }
         return {
             name if isinstance(layer, ParallelLMHead) else self._names[number]: (
                 f"the packed copy that {name} computes with is not of {self._names[number]} as it was sent"
