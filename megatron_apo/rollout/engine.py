@@ -29,8 +29,8 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Address:
-    """A server that somebody else started. `payload_dir`: where its workers read payloads; `cache_probe_tokens`: see
-    `VLLMServer`."""
+    """A server that somebody else started. `payload_dir`: what its workers and the trainer share; `cache_probe_tokens`:
+    see `VLLMServer` (0: nobody looks whether its prefix cache is of older weights)."""
 
     url: str
     token: str
@@ -90,7 +90,7 @@ class Engine:
 
     @property
     def payload_dir(self) -> Path:
-        """Where a payload for its workers is written; removed with the server."""
+        """A folder that its workers and the trainer share; removed with the server."""
         return self.server.payload_dir
 
     @property

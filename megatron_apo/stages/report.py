@@ -224,6 +224,8 @@ def _agreement(rows: Rows, summary: Tree) -> str:
     if "sync" in summary:
         facts.append(("weight sync, mean", f"{summary['sync']['seconds_mean']:.3f} s"))
         facts.append(("weights sent each sync", data_size(summary["sync"]["bytes"])))
+        for name, seconds in summary["sync"].get("phase_seconds_mean", {}).items():
+            facts.append((f"of a sync, {name}", f"{seconds:.3f} s"))
     return blocks + (page.table("Agreement and weight sync", ("what", "value"), facts) if facts else "")
 
 

@@ -36,6 +36,9 @@ class Sync(Protocol):
     def seconds(self) -> float: ...
     @property
     def num_bytes(self) -> int: ...
+    @property
+    def phases(self) -> Mapping[str, float]:
+        """Seconds of its parts, by name."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,10 @@ class Recorder:
                 "seconds_mean": fmean(report.seconds for report in self._syncs),
                 "bytes": self._syncs[-1].num_bytes,
                 "count": len(self._syncs),
+                "phase_seconds_mean": {
+                    name: fmean(report.phases.get(name, 0.0) for report in self._syncs)
+                    for name in self._syncs[-1].phases
+                },
             }
         RunSummary(self._recipe.run.dir).add(found)
 

@@ -107,6 +107,11 @@ def be_rank(rank: int, port: int, args: argparse.Namespace) -> None:
         policy = build_model(spec, parallel, topology, Precision.of(model, parallel))
         if args.model:
             load_weights(policy, spec, topology, HFReader(model.path))
+        else:
+            with torch.no_grad():
+                for chunk in policy:
+                    for parameter in chunk.parameters():  # whose memory nobody has written yet
+                        parameter.normal_(std=0.02)
         source = Gather(policy, spec, topology, bucket_bytes=args.bucket_mib * 2**20)
         measure(topology, args, model, source, policy, spec)
 

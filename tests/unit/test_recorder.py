@@ -120,7 +120,7 @@ def write_run(recipe: Recipe, topology: Topology, steps: int) -> tuple[list[dict
     """(rows, summary) of a run whose steps take 8 s; memory of the phase "train" grows by 1 GB a step."""
     times = {"generate": 5.0, "reference": 0.5, "train": 1.0, "optimizer": 0.5, "sync": 1.0, "step": 8.0}
     with Recorder(recipe, topology, dict) as recorder:
-        recorder.synced(SyncReport(0, 0.1, 100, {}))
+        recorder.synced(SyncReport(0, 0.1, 100, {}, {"load": 0.05}))
         recorder.proved(1e-6)
         for step in range(1, steps + 1):
             phases = {name: Phase(value, 10**9 * (step if name == "train" else 1)) for name, value in times.items()}
@@ -144,6 +144,7 @@ def test_step_and_summary_have_rates_and_memory(tmp_path: Path, topology: Topolo
     assert set(summary["tflops_per_rank"]) == {"reference", "forward_backward", "train"}
     assert summary["peak_memory_bytes"]["trainer rank 0"] > 10**6
     assert summary["mismatch"] == {"mean": 1.0, "warned_steps": 4}
+    assert summary["sync"]["phase_seconds_mean"] == {"load": 0.05}
 
 
 def test_no_mfu_on_a_device_whose_peak_nobody_gave(tmp_path: Path, topology: Topology) -> None:

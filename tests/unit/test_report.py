@@ -71,7 +71,7 @@ def make_run(folder: Path, steps: int = 60) -> Path:
             "before": {"mean": 0.581, "stderr": 0.012, "greedy": 0.69},
             "after": {"mean": 0.842, "stderr": 0.009, "greedy": 0.87},
         },
-        "sync": {"seconds_mean": 0.07, "bytes": 3_300_000},
+        "sync": {"seconds_mean": 0.07, "bytes": 3_300_000, "phase_seconds_mean": {"load": 0.031}},
         "max_log_prob_difference": 1.3e-5,
         "peak_memory_bytes": {"rank 0": 700_000_000, "vllm server": 2_400_000_000},
         "peak_phase_bytes": {"generate": 610_000_000, "train": 690_000_000},
@@ -122,6 +122,7 @@ def test_finished_run_shows_its_results(tmp_path: Path) -> None:
     found = outline(page)
     assert "+0.261" in found.text and "± 0.015" in found.text  # .842 - .581; sqrt(.012^2 + .009^2)
     assert "0.581" in found.text and "greedy 0.870" in found.text
+    assert "of a sync, load0.031 s" in found.text
     assert "6 min 31 s3 phases" in found.text
     assert "256 prompts, 8 samples of each" in found.text
     assert "2.40 GB" in found.text and "2.13.0+cpu" in found.text and "prompts_per_step: 256" in found.text

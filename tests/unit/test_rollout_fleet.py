@@ -279,6 +279,7 @@ def test_each_engines_workers_say_what_they_hold(make_fleet: MakeFleet) -> None:
     cases = [
         ({"held": [held[0], digest(torch.zeros(3))]}, r"hold the weights that were sent: v \(it has other values\)$"),
         ({"held": held, "wrong": {"lm_head": "stale"}}, r"sent: lm_head \(stale\)$"),
+        ({"held": held, "unheld": [1]}, r"sent: v \(no parameter of vLLM's model has it\)$"),
         ({"error": "KeyError: 'x'"}, r"worker 0 cannot say what its model holds: KeyError: 'x'$"),
     ]
     for report, message in cases:
@@ -294,6 +295,17 @@ def test_each_engines_workers_say_what_they_hold(make_fleet: MakeFleet) -> None:
     servers[1].worker.held_weights = lambda: {"results": [{"wrong": {}, "held": held}]}
     with pytest.raises(SyncError, match=r"sent: w \(it holds what the sync before sent\)$"):
         sync.sync(5)
+
+
+def test_an_engine_that_answers_without_reading_is_unusable(make_fleet: MakeFleet) -> None:
+    fleet, servers = make_fleet(1)
+    many = TensorSource({f"t{number}": torch.ones(16) for number in range(6)}, bucket_bytes=64)
+    sync = WeightSync(many, fleet.engines)
+    fleet.connect(sync.init_info)
+    servers[0].worker.update = lambda update_info: None
+    with pytest.raises(UpdateFailed, match=r"vLLM was done before it had read t\d$"):
+        sync.sync(4)
+    assert fleet.numbers(State.UNUSABLE) == [0]
 
 
 def test_an_update_that_raised_leaves_the_engine_unusable(make_fleet: MakeFleet) -> None:
