@@ -3,6 +3,8 @@ honest syncs in a row that all pass. Updates are as small as a trainer's."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import signal
@@ -20,11 +22,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megatron_apo.config import RolloutConfig
+from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.parallel.groups import alone
 from megatron_apo.rollout.engine import Engine
 from megatron_apo.rollout.server import ServerDied, VLLMServer
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
 from megatron_apo.weights.plan import Bucket
+from megatron_apo.weights.stream import WeightStream
+from tests.batches import no_values
 from tests.e2e.conftest import VOCABULARY, assert_all_gone, log_probs, tiny_model, traces
+from tests.gpu.common import log_probs as log_probs_of_learner
+from tests.gpu.common import prepared, random_batch
+from tests.gpu.engine import MODEL, recipe_for, served
+from tests.gpu.parity import COMMON
 from tests.weights import TensorSource
 
 ROOT = Path(__file__).parents[2]
@@ -356,6 +366,28 @@ def test_honest_syncs_pass(usable: Bench, rate: float, num_syncs: int) -> None:
         bench.sync()
         bench.assert_computes_with(training)
         training.step()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_200_syncs_of_a_learner_pass(dtype: str, rate: float, tmp_path: Path) -> None:
+    """Stage 2's own learner replays a batch, and an engine is given its weights after every step."""
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | MODEL))
+    settings = argparse.Namespace(tiny=dtype == "float32", quick=True, overrides=[f"optimizer.lr={rate}"])
+    recipe, spec = recipe_for(tmp_path, settings), read_hf_config(tmp_path)
+    with alone() as topology:
+        learner = prepared(recipe, spec, topology)
+        batch = random_batch(spec, [(1, 40), (9, 33), (30, 60), (17, 2)])
+        with served(recipe, tmp_path, WeightStream(learner.policy, spec, topology), topology.device) as server:
+            for version in range(200):
+                server.sync(version)
+                learner.learn(batch, no_values(batch))
+            server.sync(200)
+            theirs = server.score([batch.sequences.row(row).tolist() for row in range(len(batch))])
+        ours = log_probs_of_learner(learner, batch.sequences)
+    worst = max(float((Tensor(one)[-len(own) :] - own).abs().max()) for one, own in zip(theirs, ours, strict=True))
+    assert worst <= recipe.sync.tolerance(recipe.model, recipe.rollout).max
 
 
 # --- who dies

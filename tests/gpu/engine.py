@@ -39,8 +39,8 @@ from tests.gpu.report import Verdict, cannot_run, installed, parse
 
 _LEAST_VLLM = (0, 32)
 # Tied, since a head that is a copy of the embedding is what went stale before; logits far from equal.
-_MODEL = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
-_MODEL |= {"initializer_range": 0.1, "rms_norm_eps": 1e-6, "hidden_act": "silu", "torch_dtype": "float32"}
+MODEL = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
+MODEL |= {"initializer_range": 0.1, "rms_norm_eps": 1e-6, "hidden_act": "silu", "torch_dtype": "float32"}
 _LENGTHS = [(1, 40), (9, 33), (30, 60), (17, 2)]
 _PROMPT, _RESPONSE = 32, 64  # tokens at most
 _ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def main() -> None:
     verdict = Verdict()
     with tempfile.TemporaryDirectory(prefix="engine-") as name, job() as topology:
         folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(COMMON | _MODEL))
+        (folder / "config.json").write_text(json.dumps(COMMON | MODEL))
         recipe, spec = recipe_for(folder, args), read_hf_config(folder)
         os.environ["PYTHONPATH"] = os.pathsep.join(python_path(folder / "plugin"))
         learner = prepared(recipe, spec, topology)

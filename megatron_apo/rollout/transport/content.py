@@ -318,7 +318,7 @@ class ModelContent:
                 regions = self._regions[key]
                 digests = [digest(region.target.within(data), self._kind) for region in regions]
                 self._given_to_pack[key] = digests
-                if data.dim() == 2 and hasattr(layer, "cpu_linear"):
+                if regions and data.dim() == 2 and hasattr(layer, "cpu_linear"):
                     self._columns[name] = self._choose(name, data, regions, digests)
 
     def _digests(self, key: Key) -> list[str] | None:
@@ -336,9 +336,9 @@ class ModelContent:
         for name, layer in self._layers.items():
             if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
                 key = next((key for key, value in present.items() if value is layer.weight), None)
-                if key is not None and key in digests_of and layer.weight.numel():
-                    weight_NK, regions = layer.weight.data, self._regions[key]
-                    self._columns[name] = self._choose(name, weight_NK, regions, digests_of[key])
+                regions = self._regions[key] if key is not None and key in digests_of else []
+                if regions:  # a worker may have no row of the vocabulary
+                    self._columns[name] = self._choose(name, layer.weight.data, regions, digests_of[key])
 
     def _choose(self, name: str, weight_NK: Tensor, regions: list[Region], digests: list[str]) -> _Columns:
         """Columns to read back: of each region that has changed one that has, or all; and a few others."""
