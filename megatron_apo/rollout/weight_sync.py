@@ -264,14 +264,16 @@ class _Update:
 
     def _opened(self) -> bool:
         """False where an engine has died meanwhile, whose folder goes with it; it has left the update then."""
-        before = len(self.engines)
+        before, end = len(self.engines), time.monotonic() + 2.0
         try:
             self._sender.open(self.engines)
         except FileNotFoundError:
             self._sender.close()
-            self._with_each(lambda engine: engine.payload_dir.stat())
-            if len(self.engines) == before:
-                raise
+            while len(self.engines) == before:  # what is in the folder goes first
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+                self._with_each(lambda engine: engine.payload_dir.stat())
             return False
         return True
 

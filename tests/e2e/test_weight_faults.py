@@ -257,6 +257,7 @@ FAULTS = [
 CORNERS = [  # of them, for an engine of two workers, on which every sync takes ten times as long here
     *(fault for fault in FAULTS if fault.what in ("ignored", "head_not_packed", "cache_kept")),
     *(fault for fault in FAULTS if fault.what == "not_copied" and fault.tensors in (DOWN, NORM) and not fault.first),
+    *(fault for fault in FAULTS if fault.what == "skipped" and fault.tensors == OUT and not fault.first),
     *(fault for fault in FAULTS if fault.what == "exchanged" and fault.named == UP),
     *(fault for fault in FAULTS if fault.what == "one_version_old" and fault.tensors in ("", K, EMBEDDING)),
     *(fault for fault in FAULTS if fault.what in ("byte_in_slot", "byte_in_clone") and fault.tensors == K),

@@ -52,6 +52,7 @@ def command(model: Path, **options: object) -> list[str]:
 
 def test_the_command_says_what_the_machine_can(model: Path, gpu: bool) -> None:
     words = command(model)
+    assert words[words.index("--load-format") + 1] == "auto"
     assert ("--gpu-memory-utilization" in words) is gpu
     assert ("--enable-chunked-prefill" in words) is gpu and ("--no-enable-chunked-prefill" in words) is not gpu
     assert "--no-enable-prefix-caching" in words and "--enable-sleep-mode" not in words

@@ -182,6 +182,37 @@ def test_when_the_last_engine_dies_all_are_restarted_and_the_step_goes_on(
     assert capfd.readouterr().out.count("the last rollout engine died in step") == 3
 
 
+def test_weights_that_an_engine_does_not_hold_end_the_run(start: Callable[..., tuple[Rollouts, Job]]) -> None:
+    rollouts, job = start(2)
+    with rollouts:
+        rollouts.sync(0)
+        job.servers[1].worker.held_weights = lambda: {"results": [{"wrong": {}, "held": ["0"]}]}
+        with pytest.raises(SyncError, match="does not hold the weights that were sent: w"):
+            rollouts.sync(1)
+
+
+def test_what_was_gathered_wrongly_is_named_by_the_proof(
+    start: Callable[..., tuple[Rollouts, Job]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine holds what was sent, and that is not what the policy has."""
+    rollouts, job = start(1)
+    honest = TensorSource.buckets
+
+    def flipped(self: TensorSource, to: str, *arguments: Any) -> Iterator[Any]:
+        for bucket, buffer in honest(self, to, *arguments):
+            if num_flips.pop():
+                buffer[0] ^= 1
+            yield bucket, buffer
+
+    num_flips = [False] * 9 + [True]
+    monkeypatch.setattr(TensorSource, "buckets", flipped)
+    with rollouts:
+        rollouts.sync(0)
+        job.servers[0].score = 1.0  # far from the policy's, so that a tensor is blamed
+        with pytest.raises(SyncError, match="stale: w$"):
+            rollouts.prove()
+
+
 def test_an_engine_whose_update_raised_is_restarted_and_not_asked_again(
     start: Callable[..., tuple[Rollouts, Job]], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,32 @@ def test_a_slot_is_free_when_all_workers_have_read_it(engines: list[Engine]) -> 
     sender.close()
 
 
+def test_a_worker_reads_slots_that_were_made_anew(engines: list[Engine]) -> None:
+    reader, found = ShmReader(PLAN.buckets, 0), []
+    for version in (1, 2):
+        sender = ShmSender(PLAN)  # of another trainer, which finds the first one's slots there
+        sender.open(engines[1:])
+        with ThreadPoolExecutor(1) as threads:
+            info = sender.update_info(engines[1])
+            reading = threads.submit(
+                lambda info: [float(buffer.view(torch.float32)[0]) for _, buffer in reader.buckets(info)], info
+            )
+            send(sender, version)
+            found.append(reading.result())
+        sender.close()
+    assert found == [[100.0 * version + index for index in range(NUM_BUCKETS)] for version in (1, 2)]
+
+
+def test_an_engine_that_joins_later_gets_a_name_of_the_same_slots(engines: list[Engine]) -> None:
+    sender = ShmSender(PLAN)
+    inodes = set()
+    for engine in engines:  # one at a time, as after a restart
+        sender.open([engine])
+        inodes.add((engine.payload_dir / "buckets").stat().st_ino)
+        sender.close()
+    assert len(inodes) == 1
+
+
 def test_a_worker_that_fails_is_waited_for_by_nobody(engines: list[Engine]) -> None:
     sender = ShmSender(PLAN)
     sender.open(engines)
@@ -101,11 +127,8 @@ def test_a_worker_that_fails_is_waited_for_by_nobody(engines: list[Engine]) -> N
     others = ShmReader(PLAN.buckets, 0).buckets(info)
     for _ in range(NUM_SLOTS):
         next(others)
-    ShmReader(PLAN.buckets, 1).buckets(info).close()  # before it has begun: it may yet read
     assert not sender.has_room(PLAN.buckets[NUM_SLOTS])
-    failing = ShmReader(PLAN.buckets, 1).buckets(info)
-    next(failing)
-    failing.close()
+    ShmReader(PLAN.buckets, 1).give_up(info)
     with pytest.raises(ValueError, match="another worker failed before t3 was sent"):
         next(others)
     reading = ShmReader(PLAN.buckets, 0).buckets(sender.update_info(engines[1]))

@@ -69,8 +69,10 @@ class Reader(Protocol):
 
     def buckets(self, where: dict[str, Any]) -> Generator[tuple[Bucket, Tensor], None, None]:
         """One update, bucket by bucket, as `Sender.update_info` says; a buffer holds until the next is asked for.
-        Raises ValueError where the trainer gave up or falls silent, or another worker failed. Who leaves it before its
-        end closes it."""
+        Raises ValueError where the trainer gave up or falls silent, or another worker failed."""
+
+    def give_up(self, where: dict[str, Any]) -> None:
+        """This worker reads no more of an update: nobody need wait for it."""
 
 
 def told(plan: Plan) -> list[dict[str, Any]]:

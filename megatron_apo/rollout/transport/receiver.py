@@ -7,7 +7,6 @@ ipc_engine.py; model_executor/model_loader/reload/layerwise.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +67,13 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         Raises ValueError naming what is unknown to the model or does not fit. After a failed load the model is not
         usable: restart the server.
         """
+        try:
+            self._receive(update_info)
+        except BaseException:
+            self.reader.give_up(update_info.where)
+            raise
+
+    def _receive(self, update_info: UpdateInfo) -> None:
         current = ""
 
         def tensors(giving: Any, buckets: Iterator[tuple[Bucket, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -90,12 +96,8 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
         self.content.begin()
         initialize_layerwise_reload(self.model)
-        with (
-            self.content.watch.phase("load"),
-            self.content.watched() as giving,
-            closing(self.reader.buckets(update_info.where)) as buckets,
-        ):
-            given = tensors(giving, buckets)
+        with self.content.watch.phase("load"), self.content.watched() as giving:
+            given = tensors(giving, self.reader.buckets(update_info.where))
             try:
                 self.model.load_weights(given)
             except (ValueError, KeyError, AssertionError, RuntimeError, AttributeError) as error:

@@ -40,6 +40,7 @@ class ShmSender:
         self._slot_bytes = -(-plan.largest_bucket_bytes // _PAGE) * _PAGE
         self._slots: Tensor | None = None
         self._inode = 0
+        self._names: set[Path] = set()  # of the slots
         self._folders: dict[Receiver, Path] = {}  # of the present update
         self._reading: set[Receiver] = set()
 
@@ -50,13 +51,15 @@ class ShmSender:
 
     def open(self, receivers: Sequence[Receiver]) -> None:
         names = [receiver.payload_dir / "buckets" for receiver in receivers]
-        there = [name for name in names if _inode(name) == self._inode]
+        self._names = {name for name in self._names if _inode(name) == self._inode}
+        there = [name for name in (*names, *self._names) if _inode(name) == self._inode]
         if not there:
             there = [self._make(names[0])]
         for receiver, name in zip(receivers, names, strict=True):
             if _inode(name) != self._inode:
                 name.unlink(missing_ok=True)
                 os.link(there[0], name)
+            self._names.add(name)
             folder = Path(tempfile.mkdtemp(prefix="update-", dir=receiver.payload_dir))
             (folder / "published").touch()
             self._folders[receiver] = folder
@@ -121,6 +124,7 @@ class ShmSender:
 
     def _make(self, name: Path) -> Path:
         """Make the slots, whose memory is taken here and now."""
+        self._slots = None  # what had these names before goes when nobody has it
         name.unlink(missing_ok=True)
         descriptor = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
@@ -157,10 +161,10 @@ class ShmReader:
                 _grow(folder / f"read.{self._rank}")
         except FileNotFoundError:
             raise ValueError("the trainer gave up") from None
-        except BaseException:
-            with suppress(OSError):
-                (folder / "failed").touch()
-            raise
+
+    def give_up(self, where: dict[str, Any]) -> None:
+        with suppress(OSError):
+            (Path(where["folder"]) / "failed").touch()
 
     def _wait_for(self, bucket: Bucket, folder: Path, patience_s: float) -> None:
         end = time.monotonic() + patience_s
