@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from megatron_apo.config import RolloutConfig
 from megatron_apo.rollout.client import GenerateRequest, Sampling
 from megatron_apo.rollout.engine import Address, Engine
 from megatron_apo.rollout.proof import prove
-from megatron_apo.rollout.server import ServerDied
+from megatron_apo.rollout.server import ServerDied, VLLMServer
 from megatron_apo.rollout.weight_sync import SyncError, UpdateFailed, WeightSync
+from megatron_apo.weights.hf_io import HFReader
 from tests.e2e.conftest import (
     EOS,
     MAX_MODEL_LEN,
@@ -125,6 +127,43 @@ def test_the_other_layouts(start_server: StartServer, family: str, tied: bool, t
     everything = traces(rollouts.server.pids())
     rollouts.server.stop()
     assert_all_gone(everything)
+
+
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_experts_are_packed_in_every_update(tp: int, tmp_path: Path) -> None:
+    """vLLM's CPU engine alone packs them once, and then computes with plain values as if they were packed."""
+    config = Qwen3MoeConfig(
+        **{"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 128, "num_experts": 8},
+        **{"num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},  # 48: vLLM pads it
+        **{"max_position_embeddings": 128, "tie_word_embeddings": False, "initializer_range": 0.1},
+    )
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Qwen3MoeForCausalLM(config).eval())
+        models[-1].save_pretrained(tmp_path / str(seed))
+    server = VLLMServer(
+        RolloutConfig(tp=tp, kv_cache_gib=0.1),
+        tmp_path / "0",
+        log_path=tmp_path / "vllm.log",
+        seed=0,
+        max_model_len=MAX_MODEL_LEN,
+        load_format="dummy",
+    )
+    engine = Engine(server, timeout_s=120)
+    try:
+        engine.start()
+        readers = [HFReader(tmp_path / str(seed)) for seed in range(2)]
+        sources = [TensorSource({name: reader.get(name) for name in reader.names()}) for reader in readers]
+        sync = WeightSync(sources[0], [engine])
+        engine.connect(sync.init_info)
+        for version in (0, 1, 0):
+            sync.source = sources[version]
+            sync.sync(version)
+            assert prove(sync, SEQUENCES, references(models[version])).max <= 1e-4
+    finally:
+        engine.stop()
 
 
 STALE = "model.layers.1.mlp.down_proj.weight"

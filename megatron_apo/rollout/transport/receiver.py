@@ -16,8 +16,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
 
 from megatron_apo.rollout.transport.base import Reader, heard
 from megatron_apo.rollout.transport.content import ModelContent, tied_heads
@@ -57,6 +59,7 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.reader: Reader = READERS[init_info.transport](buckets, self.parallel_config.rank)
         tensors = [meta for bucket in buckets for meta in bucket.tensors]
         self.content = ModelContent(self.model, tensors, init_info.digest)
+        _repack_experts(self.model)
 
     def start_weight_update(self) -> None:
         self.tied_heads = tied_heads(self.model)
@@ -118,6 +121,28 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         pass
+
+
+def _repack_experts(model: torch.nn.Module) -> None:
+    """Have the CPU's mixtures pack their experts in every reload.
+
+    vLLM does so when it makes a layer's kernel and never again (model_executor/layers/fused_moe/
+    unquantized_fused_moe_method.py, `_setup_kernel`): a reload would put plain values where packed ones are expected,
+    and every route answers 200.
+    """
+    if not current_platform.is_cpu():
+        return
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod) and "_setup_kernel" not in vars(method):
+
+            def set_up(layer: torch.nn.Module, method: UnquantizedFusedMoEMethod = method, **weights: Any) -> None:
+                is_reload = method.moe_kernel is not None
+                type(method)._setup_kernel(method, layer, **weights)
+                if is_reload:
+                    method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+            method._setup_kernel = set_up  # type: ignore[method-assign]
 
 
 class WorkerExtension:
