@@ -129,7 +129,7 @@ def assert_padding_is_in_no_sum(model, micro_batches: Sequence[MicroBatch], prom
     wanted, total_alone, _, gradients_alone = run(model, alone_each, responses)
     assert num_counted == len(prompts)
     torch.testing.assert_close(torch.cat(found), torch.cat(wanted), rtol=0, atol=1e-5)
-    assert total == pytest.approx(total_alone, rel=1e-5)
+    assert total == pytest.approx(total_alone, rel=1e-5, abs=1e-8)  # terms may cancel
     # Some are nearly zero, and so rounding alone: a query's where sequences have one token, a hardly used expert's. It
     # is half a unit in the last place of all of them: 1e-8 was exceeded by some of the batches that hypothesis draws.
     norms = torch.stack([gradient.norm() for gradient in gradients_alone.values()])
