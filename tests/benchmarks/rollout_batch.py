@@ -16,7 +16,6 @@ import gc
 import os
 import time
 from collections import defaultdict
-from multiprocessing import get_context
 from statistics import median
 
 import numpy as np
@@ -29,9 +28,9 @@ from megatron_apo.data.rollouts import RolloutBatch, groups_of
 from megatron_apo.data.sequences import Sequences
 from megatron_apo.parallel.groups import distributed
 from megatron_apo.parallel.scatter import scatter
-from megatron_apo.runtime.ports import free_port
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.memory import private_bytes
+from tests.benchmarks.ranks import run_ranks
 
 PROMPT_TOKENS = 512
 
@@ -44,21 +43,10 @@ def main() -> None:
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    context, port = get_context("spawn"), free_port("127.0.0.1")
-    ranks = [context.Process(target=be_rank, args=(rank, port, args)) for rank in range(args.dp * args.pp)]
-    try:
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join()
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks(args.dp * args.pp, be_rank, args)
 
 
-def be_rank(rank: int, port: int, args: argparse.Namespace) -> None:
-    world = args.dp * args.pp
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def be_rank(args: argparse.Namespace) -> None:
     with distributed(ParallelConfig(dp=args.dp, pp=args.pp)) as topology:
         measure(topology, args)
 

@@ -23,13 +23,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -46,7 +44,6 @@ from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.server import VLLMServer
 from megatron_apo.rollout.weight_sync import SyncReport, WeightSync
 from megatron_apo.runtime.collective import on_driver
-from megatron_apo.runtime.ports import free_port
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.memory import pop_private_peak_bytes
 from megatron_apo.telemetry.units import data_size
@@ -54,6 +51,7 @@ from megatron_apo.weights.gather import Gather
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.parameters import load_weights
 from megatron_apo.weights.stream import WeightStream, export_hf
+from tests.benchmarks.ranks import run_ranks
 
 COMMON = {"model_type": "qwen2", "max_position_embeddings": 4096, "tie_word_embeddings": True, "num_key_value_heads": 2}
 SHAPES = {
@@ -85,21 +83,10 @@ def main() -> None:
             (args.scratch / "model").mkdir()
             config = COMMON | SHAPES[args.shape] | {"architectures": ["Qwen2ForCausalLM"]}
             (args.scratch / "model" / "config.json").write_text(json.dumps(config))
-        context, port = get_context("spawn"), free_port("127.0.0.1")
-        ranks = [context.Process(target=be_rank, args=(rank, port, args)) for rank in range(args.tp * args.pp)]
-        try:
-            for rank in ranks:
-                rank.start()
-            for rank in ranks:
-                rank.join()
-        finally:
-            for rank in ranks:
-                rank.kill()
+        run_ranks(args.tp * args.pp, be_rank, args)
 
 
-def be_rank(rank: int, port: int, args: argparse.Namespace) -> None:
-    world = args.tp * args.pp
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def be_rank(args: argparse.Namespace) -> None:
     parallel = ParallelConfig(tp=args.tp, pp=args.pp)
     with distributed(parallel) as topology:
         model = ModelConfig(path=args.model or args.scratch / "model", dtype=args.dtype)

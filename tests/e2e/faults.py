@@ -315,20 +315,6 @@ def packed_copy_half_kept(worker: Any, tensors: list[str]) -> Iterator[None]:
     yield from _packing(worker, tensors, half)
 
 
-@fault
-def packed_copy_before_last(worker: Any, tensors: list[str]) -> Iterator[None]:
-    """Layers compute with the packed copy of two updates before, as where two copies take turns and one is lost. It is
-    noted while the fault is on, so the third update is the first that can show it."""
-    had: dict[torch.nn.Module, list[Any]] = {}
-
-    def before_last(layer: torch.nn.Module, old: Any, new: Any) -> Any:
-        past = had.setdefault(layer, [])
-        past.append(new)
-        return past[-3] if len(past) > 2 else new
-
-    yield from _packing(worker, tensors, before_last)
-
-
 def _packing(worker: Any, tensors: list[str], choose: Callable[[torch.nn.Module, Any, Any], Any]) -> Iterator[None]:
     with ExitStack() as faults:
         for kind in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
@@ -387,14 +373,3 @@ def layer_computes_with_copy(worker: Any, tensors: list[str]) -> Iterator[None]:
     old = layer.cpu_linear
     with patch.object(layer.quant_method, "apply", lambda layer, x, bias=None: old(x, layer.weight, bias)):
         yield
-
-
-@fault
-def buffer_changed(worker: Any, tensors: list[str]) -> Iterator[None]:
-    """What rotary embeddings are computed from is not restored."""
-    model = worker.weight_transfer_engine.model
-    buffer = next(value for name, value in model.named_buffers() if name.endswith("cos_sin_cache"))
-    kept = buffer.clone()
-    buffer.mul_(0.5)
-    yield
-    buffer.copy_(kept)
