@@ -685,7 +685,17 @@ class Difference(NamedTuple):
 
 
 class SyncConfig(Section):
-    transport: Literal["shm"] = Field("shm", description="shm: buckets in memory that trainer and engines share")
+    transport: Literal["shm", "collective"] = Field(
+        "shm",
+        description="shm: buckets in memory that trainer and engines share; collective: over the network, from each "
+        "pipeline stage to every engine",
+    )
+    timeout_s: float = Field(
+        120.0,
+        ge=1,
+        json_schema_extra=MAY_CHANGE,
+        description="how long an engine may be silent while it is sent weights",
+    )
     dir: Path | None = Field(None, description="folder of the shm transport; none: a private one under /dev/shm")
     bucket_mib: int = Field(
         32, ge=1, json_schema_extra=MAY_CHANGE, description="weights that travel at a time; three such are in sync.dir"

@@ -294,7 +294,7 @@ def _check_engine_memory(spec: ModelSpec, rollout: RolloutConfig, machine: Machi
 
 def _check_sync_room(spec: ModelSpec, recipe: Recipe, machine: Machine) -> None:
     """Where the buckets of a sync lie."""
-    if recipe.train.replay is not None:
+    if recipe.train.replay is not None or recipe.sync.transport != "shm":
         return
     parallel = recipe.parallel
     dtype = torch.float32 if recipe.model.dtype == "fp32" else torch.bfloat16

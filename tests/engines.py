@@ -11,14 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from aiohttp import web
 
 from megatron_apo.rollout.client import GenerateRequest, Sampling, generate_body
 from megatron_apo.rollout.engine import Engine
 from megatron_apo.rollout.transport.base import heard
+from megatron_apo.rollout.transport.collective import CollectiveReader
 from megatron_apo.rollout.transport.shm import ShmReader
 from megatron_apo.weights.digest import digest
 
+READERS = {"shm": ShmReader, "collective": CollectiveReader}
 GENERATE = "/inference/v1/generate"
 LIMIT_S = 20.0
 SAMPLING = Sampling(max_tokens=2, stop_token_ids=(1,))
@@ -41,7 +44,7 @@ class Worker:
 
     def __init__(self, init_info: dict[str, Any]):
         buckets = heard(init_info["buckets"])
-        self._reader = ShmReader(buckets, rank=0)
+        self._reader = READERS[init_info["transport"]](buckets, 0, torch.device("cpu"))
         self._report: dict[str, Any] = {"wrong": {}, "seconds": {}}
 
     def update(self, update_info: dict[str, Any]) -> None:
@@ -97,6 +100,10 @@ class Server:
             loop.call_soon_threadsafe(loop.stop)
             if threading.current_thread() is not self._thread:
                 self._thread.join(LIMIT_S)
+
+    @property
+    def is_gone(self) -> bool:
+        return not self.payload_dir.exists()
 
     def log_tail(self) -> str:
         return "the end of its log"

@@ -174,6 +174,15 @@ class RolloutClient:
         """Give up what was sent and is not answered: its outcome is a ServerDied."""
         self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._sent])
 
+    def abandon(self, death: ServerDied) -> None:
+        """Wait for no answer any more: `death` is what comes of whatever was asked."""
+        self._loop.call_soon_threadsafe(self._give_up_waiting, death)
+
+    def _give_up_waiting(self, death: ServerDied) -> None:
+        for task in self._waiting:
+            self._deaths[task] = death
+            task.cancel()
+
     def health(self) -> None:
         """Raise ServerDied unless server and engine answer."""
         self._call("GET", "/health")
@@ -287,9 +296,7 @@ class RolloutClient:
             try:
                 await self._request("GET", "/health", None)
             except ServerDied as death:
-                for task in self._waiting:
-                    self._deaths[task] = death
-                    task.cancel()
+                self._give_up_waiting(death)
             except ServerError:
                 pass  # it is busy; `timeout_s` ends that
 

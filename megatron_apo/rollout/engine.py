@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from megatron_apo.rollout.client import RolloutClient
 from megatron_apo.rollout.server import ServerDied, VLLMServer
@@ -37,6 +38,11 @@ class Address:
     payload_dir: Path
     cache_probe_tokens: int = 0
 
+    @property
+    def is_gone(self) -> bool:
+        """For good, whatever still answers."""
+        return not self.payload_dir.exists()
+
     def start(self) -> None:
         pass
 
@@ -59,6 +65,7 @@ class Engine:
         self.state = State.DOWN
         self.version: int | None = None
         self.num_workers = 0
+        self.num_starts = 0
         self.needs_proof = False
         self.failure: Exception | None = None
 
@@ -70,6 +77,7 @@ class Engine:
         self.state = State.STARTED
         self.needs_proof = self.failure is not None
         self.version, self.num_workers = None, 0
+        self.num_starts += 1
 
     def stop(self) -> None:
         if self._client is not None:
@@ -92,6 +100,16 @@ class Engine:
     def payload_dir(self) -> Path:
         """A folder that its workers and the trainer share; removed with the server."""
         return self.server.payload_dir
+
+    @property
+    def host(self) -> str:
+        """By which name or address it is reached."""
+        return urlsplit(self.server.url).hostname or ""
+
+    @property
+    def is_gone(self) -> bool:
+        """Its server has ended, as far as is known here."""
+        return self.server.is_gone
 
     @property
     def can_start(self) -> bool:
@@ -123,11 +141,11 @@ class Engine:
         self.state = State.SERVING
 
     def fail(self, error: Exception) -> None:
-        """It died, or otherwise failed where there is no way on but a restart. Its open requests are given up."""
+        """It died, or otherwise failed where there is no way on but a restart. All that it was asked is given up."""
         self.failure = error
         self.version = None
         self.state = State.UNUSABLE if self.can_start and not isinstance(error, ServerDied) else State.DOWN
-        self.client.cancel()
+        self.client.abandon(ServerDied(str(error)))
 
     def log_tail(self) -> str:
         return "" if isinstance(self.server, Address) else self.server.log_tail()

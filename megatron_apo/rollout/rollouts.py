@@ -36,6 +36,7 @@ from megatron_apo.rollout.proof import policy_log_probs, prove
 from megatron_apo.rollout.sampler import GradedSampling, begin_step, finished_batch
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.sharing import MemorySharing
+from megatron_apo.rollout.transport.base import Ranks
 from megatron_apo.rollout.weight_sync import SyncError, SyncReport, UpdateFailed, WeightSync
 from megatron_apo.runtime.collective import Answer, driver_only, on_driver
 from megatron_apo.runtime.topology import Topology
@@ -73,10 +74,9 @@ class Rollouts:
         self._sync = WeightSync(
             Gather(policy, spec, topology, bucket_bytes=recipe.sync.bucket_mib * 2**20),
             self._fleet.engines if self._fleet else (),
-            rank=topology.rank,
-            group=topology.host_group,
-            device=topology.device,
+            ranks=Ranks.of(topology),
             transport=recipe.sync.transport,
+            timeout_s=recipe.sync.timeout_s,
         )
         self._version = 0
         self._report: SyncReport | None = None  # of the last sync

@@ -135,6 +135,11 @@ class VLLMServer:
             return 0
         return min(2 * 128 + 1, self.max_model_len - 1)
 
+    @property
+    def is_gone(self) -> bool:
+        """Its guard has ended it: the folder goes last."""
+        return not self.payload_dir.exists()
+
     def alive(self) -> bool:
         return (process := self.process) is not None and process.poll() is None
 

@@ -1,7 +1,7 @@
 """Puts the trainer's weights into running vLLM engines, and has it proven that they are there.
 
     sync = WeightSync(source, engines)                          # on rank 0
-    sync = WeightSync(source, rank=rank, group=group)           # on every other trainer rank
+    sync = WeightSync(source, ranks=ranks)                      # on every other trainer rank
     sync.sync(version)      pause -> buckets, while vLLM loads -> finish(version) -> what do the models hold? -> resume
 
 The only file that knows vLLM's transfer contract on the trainer's side (distributed/weight_transfer/base.py, 0.32), by
@@ -12,27 +12,32 @@ trainer does: `proof.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from megatron_apo.rollout.engine import Answer, Engine, at_once
+from megatron_apo.rollout.engine import Answer, Engine, State, at_once
 from megatron_apo.rollout.server import ServerDied, ServerError
-from megatron_apo.rollout.transport.base import Sender, told
+from megatron_apo.rollout.transport.base import (
+    Ranks,
+    Receiver,
+    Sender,
+    Source,
+    TransferError,
+    Update,
+    bucket_digests,
+    told,
+)
+from megatron_apo.rollout.transport.collective import CollectiveSender
 from megatron_apo.rollout.transport.shm import ShmSender
 from megatron_apo.telemetry.timers import Stopwatch
 from megatron_apo.telemetry.units import some
-from megatron_apo.weights.digest import digest, digest_kind
 from megatron_apo.weights.plan import Bucket, Plan
 
-SENDERS: dict[str, Callable[[Plan], Sender]] = {"shm": ShmSender}
+SENDERS: dict[str, Callable[[Plan, Ranks, float], Sender]] = {"shm": ShmSender, "collective": CollectiveSender}
 
 
 class SyncError(RuntimeError):
@@ -41,22 +46,6 @@ class SyncError(RuntimeError):
 
 class UpdateFailed(SyncError):
     """A weight update raised in an engine. After that vLLM would mix two versions, or refuse to go on."""
-
-
-class Source(Protocol):
-    """The trainer's weights in HF names and full shapes (`weights/gather.py`). `plan` is the same on every rank."""
-
-    @property
-    def plan(self) -> Plan: ...
-
-    def buckets(
-        self,
-        to: str,
-        buffer_of: Callable[[Bucket], Tensor] | None = None,
-        has_room: Callable[[Bucket], bool] | None = None,
-    ) -> Generator[tuple[Bucket, Tensor], None, None]:
-        """Collective over the trainer's ranks. On rank 0 each bucket of the plan and its bytes. Who leaves it before
-        its end closes it, so that the other ranks hear of it."""
 
 
 @dataclass(frozen=True)
@@ -84,67 +73,85 @@ class WeightSync:
         source: Source,
         engines: Sequence[Engine] = (),
         *,
-        rank: int = 0,
-        group: dist.ProcessGroup | None = None,
-        device: torch.device | None = None,
+        ranks: Ranks | None = None,
         transport: str = "shm",
+        timeout_s: float = 120.0,
     ):
-        """`engines` are rank 0's, which may add to them. `rank` is in `group`, in which the others wait for rank 0 (see
-        `Topology.broadcast`), the default group for None; without torch.distributed there is rank 0 alone. `device`:
-        where the weights are (None: host memory). `transport`: one of SENDERS."""
+        """`engines` are rank 0's, which may add to them. `transport`: one of SENDERS. `timeout_s`: how long an engine
+        may be silent in an update."""
         self.source = source
         self.engines = engines
-        self.rank = rank
-        self.group = group
         self.sent: list[dict[str, str]] = []  # digests by tensor, of the last two versions
-        self._device = device or torch.device("cpu")
-        self._digest_kind = digest_kind(self._device)
+        self._ranks = ranks or Ranks()
         self._transport = transport
-        self._sender = SENDERS[transport](source.plan)
+        self._timeout_s = timeout_s
+        self._sender = SENDERS[transport](source.plan, self._ranks, timeout_s)
         self._version: int | None = None
 
     @cached_property
     def init_info(self) -> dict[str, Any]:
         """What engines are told once (`Engine.connect`)."""
-        return {"transport": self._transport, "digest": self._digest_kind, "buckets": told(self.source.plan)}
+        return {
+            "transport": self._transport,
+            "digest": self._ranks.digest_kind,
+            "buckets": told(self.source.plan),
+        }
 
     def sync(self, version: int, engines: Sequence[Engine] | None = None) -> SyncReport:
         """Replace the weights of `engines` (rank 0's; none: of all that answer) and label them `version`.
 
         They are given the weights at the same time, and one that fails (`Engine.fail`) does not keep the others from
-        theirs; what the last of them failed with is raised: ServerDied, or UpdateFailed. Raises SyncError on every
-        rank where the weights could not be gathered, or an engine's model then holds others than were sent; what is
-        wrong is named, and engines that do not hold the weights stay paused. Nothing is left of it in any case.
+        theirs; what the last of them failed with is raised: ServerDied, or UpdateFailed. A transfer that breaks off is
+        made anew, without the engines that are to blame; once only where none is. Raises SyncError on every rank where
+        the weights could not be gathered or sent, or an engine's model then holds others than were sent; what is wrong
+        is named, and engines that do not hold the weights stay paused. Nothing is left of it in any case.
         """
-        start = time.monotonic()
-        watch = Stopwatch()
-        update = None
-        if self.rank == 0:
-            chosen = [one for one in self.engines if one.answers] if engines is None else engines
-            update = _Update(chosen, self._sender, watch)
+        start, watch = time.monotonic(), Stopwatch()
+        chosen: list[Engine] = []
+        if self._ranks.rank == 0:
+            chosen = [one for one in self.engines if one.answers] if engines is None else list(engines)
+        unexplained: TransferError | None = None
+        while True:
+            try:
+                digests = self._update(version, chosen, watch)
+                break
+            except TransferError as broken:
+                left = [engine for engine in chosen if engine.answers and engine.version != version]
+                if all(engine.answers for engine in chosen):
+                    before, unexplained = unexplained, broken
+                else:
+                    before = None
+                self.on_rank_0(lambda before=before: _give_up_after(before))
+                chosen = left
+        seconds = time.monotonic() - start
+        if self._ranks.rank:
+            return SyncReport(version, seconds, 0, {})
+        return SyncReport(version, seconds, self.source.plan.num_bytes, digests, dict(watch.seconds))
+
+    def _update(self, version: int, chosen: Sequence[Engine], watch: Stopwatch) -> dict[str, str]:
+        """One try. Returns the digests of what was sent, on rank 0."""
+        update = _Update(chosen, self._sender, watch, self._timeout_s) if self._ranks.rank == 0 else None
         try:
             self._together(update, lambda update: update.begin())
-            is_shared = self._share_memory()
-            self._together(update, lambda update: self._send(update, is_shared), lambda: self._send(None, is_shared))
+            self._together(update, lambda update: self._sender.meet(), self._sender.meet)
+            self._together(update, self._send, lambda: self._send(None))
             previous = self._previous(version)
             self._together(update, lambda update: update.finish(version, previous))
         finally:
             if update:
                 update.close()
         if update is None:
-            return SyncReport(version, time.monotonic() - start, 0, {})
+            return {}
         self._version, self.sent = version, [previous, update.digests]
-        seconds = time.monotonic() - start
-        return SyncReport(version, seconds, self.source.plan.num_bytes, update.digests, dict(watch.seconds))
+        return update.digests
 
     def source_digests(self) -> dict[str, str]:
         """Digests of the trainer's weights as they are now, on rank 0; collective, as a sync is."""
         with closing(self.source.buckets("driver")) as buckets:
-            return {
-                meta.name: digest(view, self._digest_kind)
-                for bucket, buffer in buckets
-                for meta, view in zip(bucket.tensors, bucket.views(buffer), strict=True)
-            }
+            found: dict[str, str] = {}
+            for bucket, buffer in buckets:
+                found |= bucket_digests(bucket, buffer, self._ranks.digest_kind)
+            return found
 
     def suspects(self, expected: Mapping[str, str] | None) -> list[str]:
         """Tensors of the last sync that are other than expected, by their digests."""
@@ -165,33 +172,17 @@ class WeightSync:
             return {}
         return self.sent[0] if version == self._version else self.sent[1]
 
-    def _share_memory(self) -> bool:
-        """Whether all ranks can write where the workers read. Collective."""
-        if self._device.type != "cpu" or not dist.is_initialized():
-            return False
-        place = self.on_rank_0(self._sender.place)
-        answers: list[bool] = [False] * dist.get_world_size(self.group)
-        dist.all_gather_object(answers, self.rank == 0 or self._sender.join(place), group=self.group)
-        return all(answers)
-
-    def _send(self, update: _Update | None, is_shared: bool) -> None:
+    def _send(self, update: _Update | None) -> None:
         """Bring all buckets to the engines, on every rank. Collective."""
+        if update:
+            update.load()
         try:
-            if is_shared:
-                buckets = self.source.buckets(
-                    "shared", update.buffer_of if update else self._sender.buffer_of, update and update.has_room
-                )
-            else:  # what is on a GPU is put together and digested there
-                in_place = update is not None and self._device.type == "cpu"
-                buckets = self.source.buckets("driver", update.buffer_of if update and in_place else None)
-            with closing(buckets):
-                if update is None:
-                    for _ in buckets:
-                        pass
-                    return
-                with update.watch.phase("gather"):
-                    for bucket, buffer in buckets:
-                        update.send(bucket, buffer, self._digest_kind)
+            digests = self._sender.send(self.source, update)
+            if update:
+                update.digests = digests
+        except TransferError as broken:
+            if update:  # rank 0 says what becomes of it
+                update.break_off(broken)
         except (SyncError, ServerError):
             raise
         except (ValueError, RuntimeError, OSError) as failure:
@@ -207,7 +198,7 @@ class WeightSync:
                 step(update)
             else:
                 elsewhere()
-        except (ServerDied, SyncError) as failure:
+        except (ServerDied, SyncError, TransferError) as failure:
             error = failure
         except (ValueError, OSError) as failure:
             error = SyncError(f"the weights were not written: {failure}")
@@ -216,26 +207,18 @@ class WeightSync:
     def on_rank_0(self, work: Callable[[], Answer]) -> Answer:
         """Its value, or its error, on every rank."""
         value, error = None, None
-        if self.rank == 0:
+        if self._ranks.rank == 0:
             try:
                 value = work()
             except Exception as failure:  # whatever it is, the others wait for an answer
                 error = failure
         self.raise_together(error)
-        box = [value]
-        if dist.is_initialized():
-            dist.broadcast_object_list(box, group=self.group, group_src=0)
-        return box[0]
+        return self._ranks.broadcast(value)
 
     def raise_together(self, error: Exception | None) -> None:
         """Raise on every rank if there is an error on any."""
-        if not dist.is_initialized():
-            if error is not None:
-                raise error
-            return
-        errors: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size(self.group)
-        kind = type(error) if isinstance(error, (ServerError, SyncError)) else SyncError
-        dist.all_gather_object(errors, None if error is None else (kind, str(error)), group=self.group)
+        kind = type(error) if isinstance(error, (ServerError, SyncError, TransferError)) else SyncError
+        errors = self._ranks.gather(None if error is None else (kind, str(error)))
         if error is not None:
             raise error
         for rank, failure in enumerate(errors):
@@ -243,28 +226,35 @@ class WeightSync:
                 raise failure[0](f"rank {rank}: {failure[1]}")
 
 
-class _Update:
+def _give_up_after(broken: TransferError | None) -> None:
+    if broken:
+        raise SyncError(f"the weights could not be sent, twice: {broken}")
+
+
+class _Update(Update):
     """One update of the weights of several engines, on rank 0. Engines that fail leave it."""
 
-    def __init__(self, engines: Sequence[Engine], sender: Sender, watch: Stopwatch):
+    def __init__(self, engines: Sequence[Engine], sender: Sender, watch: Stopwatch, timeout_s: float):
         self.engines = list(engines)
         self.digests: dict[str, str] = {}
         self.watch = watch
+        self._timeout_s = timeout_s
         self._sender = sender
         self._threads = ThreadPoolExecutor(max(1, len(self.engines)), "update")
+        self._opened: list[Engine] = []
         self._loading: dict[Engine, Future[None]] = {}
 
     def begin(self) -> None:
         """Engines are paused, and wait for the first bucket."""
         with self.watch.phase("pause"):
             self._with_each(lambda engine: engine.client.pause())
-            while not self._opened():
+            while not self._open():
                 pass
-            self._loading = {engine: self._threads.submit(self._load, engine) for engine in self.engines}
 
-    def _opened(self) -> bool:
+    def _open(self) -> bool:
         """False where an engine has died meanwhile, whose folder goes with it; it has left the update then."""
         before, end = len(self.engines), time.monotonic() + 2.0
+        self._opened = list(self.engines)
         try:
             self._sender.open(self.engines)
         except FileNotFoundError:
@@ -277,6 +267,10 @@ class _Update:
             return False
         return True
 
+    def load(self) -> None:
+        """Engines read what is sent from now on."""
+        self._loading = {engine: self._threads.submit(self._load, engine) for engine in self.engines}
+
     def _load(self, engine: Engine) -> None:
         try:
             info = self._sender.update_info(engine)
@@ -285,34 +279,35 @@ class _Update:
         finally:
             self._sender.drop(engine)
 
-    def has_room(self, bucket: Bucket) -> bool:
-        return self._sender.has_room(bucket)
+    def require_readers(self, bucket: Bucket) -> None:
+        if not all(future.done() for future in self._loading.values()):
+            return
 
-    def buffer_of(self, bucket: Bucket) -> Tensor:
-        """Where a bucket is to be put together, once all engines have read what was there.
+        def unread(engine: Engine) -> None:
+            raise ServerError(f"vLLM was done before it had read {bucket.tensors[0].name}")
 
-        Raises UpdateFailed or ServerDied where no engine is left that reads on."""
-        with self.watch.phase("wait"):
-            while not self._sender.has_room(bucket):
-                time.sleep(2e-4)
-        if all(future.done() for future in self._loading.values()):
+        self._joined()
+        self._with_each(unread)
 
-            def unread(engine: Engine) -> None:
-                raise ServerError(f"vLLM was done before it had read {bucket.tensors[0].name}")
+    def silent(self, receivers: Sequence[Receiver], why: str) -> None:
+        def give_up(engine: Engine) -> None:
+            if engine in receivers:
+                raise ServerDied(f"{why} (sync.timeout_s)")
 
-            self._joined()
-            self._with_each(unread)
-        return self._sender.buffer_of(bucket)
+        self._with_each(give_up)
 
-    def send(self, bucket: Bucket, buffer: Tensor, kind: str) -> None:
-        """A bucket is put together, in the transport's memory or elsewhere."""
-        with self.watch.phase("digest"):
-            for meta, view in zip(bucket.tensors, bucket.views(buffer), strict=True):
-                self.digests[meta.name] = digest(view, kind)
-        target = self._sender.buffer_of(bucket)
-        if target.data_ptr() != buffer.data_ptr():
-            self.buffer_of(bucket).copy_(buffer)
-        self._sender.publish(bucket)
+    def break_off(self, broken: TransferError) -> None:
+        """The transfer broke off: engines that are to blame leave the update, the others read no more of it.
+
+        Raises TransferError where it can be made anew."""
+        self.silent([self._opened[index] for index in broken.silent], str(broken))
+        _, late = wait(self._loading.values(), self._timeout_s / 3)
+        self.silent([one for one, future in self._loading.items() if future in late], "it does not end an update")
+        self._joined()
+        self._with_each(lambda engine: engine.client.finish_weight_update(None))
+        for engine in self.engines:
+            engine.state = State.STARTED
+        raise broken
 
     def finish(self, version: int, previous: Mapping[str, str]) -> None:
         """The engines have loaded all; have them say what they hold, and go on."""
@@ -327,6 +322,9 @@ class _Update:
             for report in reports:
                 for name in ("load", "content"):
                     self.watch.seconds[name] = max(self.watch.seconds[name], report.get("seconds", {}).get(name, 0.0))
+            if broken := [report["broken"] for report in reports if "broken" in report]:
+                engine.state = State.STARTED
+                raise TransferError(f"engine {engine.number}: {broken[0]}")
             if problem := held_problem(self.digests, previous, reports, engine.num_workers):
                 raise SyncError(problem)
             engine.client.resume()
@@ -350,8 +348,8 @@ class _Update:
         for engine, error in at_once(self.engines, work).items():
             if not isinstance(error, Exception):
                 continue
-            if isinstance(error, (ServerError, OSError)) and not engine.payload_dir.exists():  # it goes with the server
-                error = ServerDied(f"the rollout server is gone, and its folder {engine.payload_dir} with it")
+            if isinstance(error, (ServerError, OSError)) and engine.is_gone:
+                error = ServerDied("the rollout server is gone, and its folder with it")
             elif isinstance(error, ServerError) and not isinstance(error, ServerDied):
                 error = UpdateFailed(f"the server's weights were not replaced: {error}")
             if not isinstance(error, (ServerDied, UpdateFailed)):

@@ -70,7 +70,7 @@ def meet(job: Job, store: dist.Store, timeout_s: float) -> list[Place]:
     Raises `ConnectionError` for ranks that do not come, a ValueError, the same on every rank, where hosts cannot reach
     each other.
     """
-    own = Place(_host(), socket.gethostname(), _route(job.master_address))
+    own = Place(_host(), socket.gethostname(), route(job.master_address))
     places = [Place(**json.loads(text)) for text in _exchange(job, store, "place", json.dumps(asdict(own)), timeout_s)]
     if len({place.host for place in places}) == 1:
         return places
@@ -130,7 +130,7 @@ def _choose_interface(own: Place, places: Sequence[Place]) -> str | None:
     others = sorted({place.address for place in places if place.host != places[0].host})
     targets = others if own.host == places[0].host else [own.address]
     # A host that is not rank 0's has looked up its route already: its own address is on the interface.
-    routes = _route if own.host == places[0].host else lambda address: address
+    routes = route if own.host == places[0].host else lambda address: address
     name, why = interface_of(targets, routes, interfaces)
     if name is None:
         return (
@@ -157,7 +157,7 @@ def _exchange(job: Job, store: dist.Store, name: str, value: str, timeout_s: flo
         except RuntimeError:
             missing = []
         hint = ""
-        if _is_loopback(_route(job.master_address)):
+        if _is_loopback(route(job.master_address)):
             hint = f", and MASTER_ADDR={job.master_address} has to be an address by which their host reaches this one"
         raise ConnectionError(
             f"parallel.timeout_s: ranks {', '.join(map(str, missing))} of {job.world_size} have not joined the job in "
@@ -167,7 +167,7 @@ def _exchange(job: Job, store: dist.Store, name: str, value: str, timeout_s: flo
 
 def _wait_for_store(job: Job, timeout_s: float) -> None:
     """Until the store's port answers. Quieter than torch, which shows its own stack for each attempt."""
-    loopback = _is_loopback(_route(job.master_address))
+    loopback = _is_loopback(route(job.master_address))
     limit = min(timeout_s, _LOOPBACK_LIMIT_S) if loopback else timeout_s
     end = time.monotonic() + limit
     while True:
@@ -191,7 +191,7 @@ def _host() -> str:
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
 
 
-def _route(address: str) -> str:
+def route(address: str) -> str:
     """The address of this host from which packets to `address` would leave; "" where none would. Sends nothing."""
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]

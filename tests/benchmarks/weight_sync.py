@@ -42,6 +42,7 @@ from megatron_apo.parallel.groups import distributed
 from megatron_apo.rollout.engine import Engine
 from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.server import VLLMServer
+from megatron_apo.rollout.transport.base import Ranks
 from megatron_apo.rollout.weight_sync import SyncReport, WeightSync
 from megatron_apo.runtime.collective import on_driver
 from megatron_apo.runtime.topology import Topology
@@ -122,7 +123,7 @@ def measure(topology: Topology, args: argparse.Namespace, model: ModelConfig, so
             for number in range(args.engines)
         ]
     fleet = Fleet(engines, window=1)
-    sync = WeightSync(source, fleet.engines, rank=topology.rank, group=topology.host_group, device=topology.device)
+    sync = WeightSync(source, fleet.engines, ranks=Ranks.of(topology))
     try:
         export_hf(WeightStream(policy, spec, topology), topology, source=model.path, out=args.scratch / "start")
         if topology.is_driver:

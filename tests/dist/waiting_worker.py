@@ -23,6 +23,7 @@ from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.groups import distributed
 from megatron_apo.rollout.engine import Address, Engine, State
 from megatron_apo.rollout.server import ServerError
+from megatron_apo.rollout.transport.base import Ranks
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
 from megatron_apo.runtime.collective import on_driver
 from megatron_apo.runtime.topology import Topology
@@ -101,10 +102,10 @@ def sync(
     pause: Callable[[], object] = lambda: None,
 ) -> str:
     """What comes of a sync with a server that does this with an update."""
-    client = SimpleNamespace(pause=pause, start_weight_update=lambda: None, update_weights=load, cancel=lambda: None)
+    client = SimpleNamespace(pause=pause, start_weight_update=lambda: None, update_weights=load, abandon=print)
     engine = Engine(Address("", "", folder))
     engine._client, engine.state = client, State.STARTED  # type: ignore[assignment]
-    given = WeightSync(weights, [engine] if topology.is_driver else [], rank=topology.rank, group=topology.host_group)
+    given = WeightSync(weights, [engine] if topology.is_driver else [], ranks=Ranks.of(topology))
     try:
         given.sync(1)
     except SyncError as error:

@@ -16,7 +16,8 @@ from megatron_apo.config import RolloutConfig
 from megatron_apo.rollout.client import RolloutClient
 from megatron_apo.rollout.engine import Address, Engine
 from megatron_apo.rollout.server import VLLMServer
-from megatron_apo.rollout.weight_sync import Source, WeightSync
+from megatron_apo.rollout.transport.base import Source
+from megatron_apo.rollout.weight_sync import WeightSync
 from megatron_apo.runtime import guard
 from tests.e2e.command import Command
 from tests.weights import TensorSource
@@ -108,12 +109,12 @@ class Rollouts:
     def model(self, seed: int) -> PreTrainedModel:
         return tiny_model(self.family, self.tied, seed)
 
-    def sync(self, model: PreTrainedModel) -> WeightSync:
+    def sync(self, model: PreTrainedModel, transport: str = "shm") -> WeightSync:
         """A WeightSync over `model`, introduced to the server."""
-        return self.sync_of(ModelSource(model))
+        return self.sync_of(ModelSource(model), transport)
 
-    def sync_of(self, source: Source) -> WeightSync:
-        sync = WeightSync(source, [self.engine])
+    def sync_of(self, source: Source, transport: str = "shm") -> WeightSync:
+        sync = WeightSync(source, [self.engine], transport=transport)
         self.engine.connect(sync.init_info)
         return sync
 

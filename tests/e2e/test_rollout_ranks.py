@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_apo.rollout.engine import Address, Engine
 from megatron_apo.rollout.proof import prove
 from megatron_apo.rollout.server import ServerDied
+from megatron_apo.rollout.transport.base import Ranks
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
 from megatron_apo.weights.plan import Bucket
 from tests.e2e.conftest import ModelSource, Rollouts, log_probs, tiny_model
@@ -56,7 +57,7 @@ def trainer_rank(rank: int, store: str, url: str, token: str, folder: Path) -> l
         engines[0].start()
     model = tiny_model("qwen3", True, seed=61)
     source = HalvedSource(model)
-    sync = WeightSync(source, engines, rank=rank)
+    sync = WeightSync(source, engines, ranks=Ranks(rank))
     for engine in engines:
         engine.connect(sync.init_info)
     report = sync.sync(version=5)

@@ -50,11 +50,11 @@ def digests(model: PreTrainedModel) -> dict[str, str]:
     return {name: xxhash.xxh3_128_hexdigest(value.detach().numpy().tobytes()) for name, value in values}
 
 
-def prove_two_updates(rollouts: Rollouts) -> WeightSync:
+def prove_two_updates(rollouts: Rollouts, transport: str = "shm") -> WeightSync:
     old = rollouts.model(seed=0)
     for version, seed in [(1, 11), (2, 12)]:
         new = rollouts.model(seed)
-        sync = rollouts.sync(new)
+        sync = rollouts.sync(new, transport)
         report = sync.sync(version)
         assert report.digests == digests(new)
         assert report.num_bytes == sum(4 * value.numel() for value in new.parameters())
@@ -68,12 +68,14 @@ def prove_two_updates(rollouts: Rollouts) -> WeightSync:
         old = new
         (completion,) = rollouts.client.generate([GenerateRequest(SEQUENCES[0], seed=1)], SAMPLING)
         assert completion.weight_version == rollouts.client.weight_version() == str(version)
-        assert [path.name for path in rollouts.server.payload_dir.iterdir()] == ["buckets"]
+        shared = ["buckets"] if transport == "shm" else []
+        assert [path.name for path in rollouts.server.payload_dir.iterdir()] == shared
     return sync
 
 
-def test_tied(rollouts: Rollouts) -> None:
-    prove_two_updates(rollouts)
+@pytest.mark.parametrize("transport", ["collective", "shm"])
+def test_tied(rollouts: Rollouts, transport: str) -> None:
+    prove_two_updates(rollouts, transport)
 
 
 # Starts a server as a trainer does, and says what its client must know.

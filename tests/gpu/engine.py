@@ -112,6 +112,7 @@ def served(recipe: Recipe, model: Path, weights: WeightStream, device: torch.dev
     from megatron_apo.rollout.client import GenerateRequest, Sampling
     from megatron_apo.rollout.engine import Engine
     from megatron_apo.rollout.server import VLLMServer
+    from megatron_apo.rollout.transport.base import Ranks
     from megatron_apo.rollout.weight_sync import WeightSync
 
     log = Path(os.environ.get("GPU_CHECKS_FOLDER", model)) / "engine-vllm.log"
@@ -128,7 +129,7 @@ def served(recipe: Recipe, model: Path, weights: WeightStream, device: torch.dev
     engine = Engine(server, timeout_s=60)
     try:
         engine.start()
-        sync = WeightSync(weights, [engine], device=device)
+        sync = WeightSync(weights, [engine], ranks=Ranks(device=device))
         engine.connect(sync.init_info)
 
         def give(version: int) -> tuple[float, int]:

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from megatron_apo.runtime.hosts import Place, _route, _wait_for_store, interface_of, join_store, loopback_problem
+from megatron_apo.runtime.hosts import Place, _wait_for_store, interface_of, join_store, loopback_problem, route
 from megatron_apo.runtime.job import Job
 from megatron_apo.runtime.ports import free_port
 
@@ -49,9 +49,9 @@ def test_a_loopback_master_is_a_mistake_between_hosts_only() -> None:
 
 
 def test_a_route_is_the_kernels() -> None:
-    assert _route("127.0.0.1") == "127.0.0.1"
-    assert _route("localhost") in ("127.0.0.1", "::1")
-    assert _route("no-such-host.invalid") == ""
+    assert route("127.0.0.1") == "127.0.0.1"
+    assert route("localhost") in ("127.0.0.1", "::1")
+    assert route("no-such-host.invalid") == ""
 
 
 def test_a_store_that_does_not_answer_is_one_line() -> None:

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from megatron_apo.rollout.transport import shm
-from megatron_apo.rollout.transport.base import heard, told
+from megatron_apo.rollout.transport.base import TransferError, heard, told
 from megatron_apo.rollout.transport.shm import NUM_SLOTS, ShmReader, ShmSender
+from megatron_apo.telemetry.timers import Stopwatch
 from megatron_apo.weights.plan import Plan, TensorMeta
+from tests.weights import TensorSource
 
 NUM_BUCKETS = 11
+CPU = torch.device("cpu")
 PLAN = Plan.of_tensors([TensorMeta(f"t{index}", torch.float32, (5, 3)) for index in range(NUM_BUCKETS)], 64)
 
 
@@ -25,6 +28,8 @@ PLAN = Plan.of_tensors([TensorMeta(f"t{index}", torch.float32, (5, 3)) for index
 class Engine:
     payload_dir: Path
     num_workers: int = 1
+    num_starts: int = 1
+    host: str = "127.0.0.1"
 
 
 @pytest.fixture
@@ -44,7 +49,7 @@ def send(sender: ShmSender, version: int) -> None:
 
 
 def read(sender: ShmSender, engine: Engine, rank: int, delay_s: float = 0.0) -> list[float]:
-    reader, found = ShmReader(heard(told(PLAN)), rank), []
+    reader, found = ShmReader(heard(told(PLAN)), rank, CPU), []
     for bucket, buffer in reader.buckets(sender.update_info(engine)):
         time.sleep(delay_s)
         (view,) = bucket.views(buffer)
@@ -83,7 +88,7 @@ def test_a_slot_is_free_when_all_workers_have_read_it(engines: list[Engine]) -> 
         assert sender.has_room(bucket)
         sender.publish(bucket)
     assert not sender.has_room(PLAN.buckets[NUM_SLOTS])
-    reading = [ShmReader(PLAN.buckets, 0).buckets(sender.update_info(engine)) for engine in engines]
+    reading = [ShmReader(PLAN.buckets, 0, CPU).buckets(sender.update_info(engine)) for engine in engines]
     for buckets in reading:
         next(buckets), next(buckets)
     assert not sender.has_room(PLAN.buckets[NUM_SLOTS]), "worker 1 of the first engine has not read it"
@@ -93,7 +98,7 @@ def test_a_slot_is_free_when_all_workers_have_read_it(engines: list[Engine]) -> 
 
 
 def test_a_worker_reads_slots_that_were_made_anew(engines: list[Engine]) -> None:
-    reader, found = ShmReader(PLAN.buckets, 0), []
+    reader, found = ShmReader(PLAN.buckets, 0, CPU), []
     for version in (1, 2):
         sender = ShmSender(PLAN)  # of another trainer, which finds the first one's slots there
         sender.open(engines[1:])
@@ -124,14 +129,14 @@ def test_a_worker_that_fails_is_waited_for_by_nobody(engines: list[Engine]) -> N
     for bucket in PLAN.buckets[:NUM_SLOTS]:
         sender.publish(bucket)
     info = sender.update_info(engines[0])
-    others = ShmReader(PLAN.buckets, 0).buckets(info)
+    others = ShmReader(PLAN.buckets, 0, CPU).buckets(info)
     for _ in range(NUM_SLOTS):
         next(others)
     assert not sender.has_room(PLAN.buckets[NUM_SLOTS])
-    ShmReader(PLAN.buckets, 1).give_up(info)
-    with pytest.raises(ValueError, match="another worker failed before t3 was sent"):
+    ShmReader(PLAN.buckets, 1, CPU).give_up(info)
+    with pytest.raises(TransferError, match="another worker failed before t3 was sent"):
         next(others)
-    reading = ShmReader(PLAN.buckets, 0).buckets(sender.update_info(engines[1]))
+    reading = ShmReader(PLAN.buckets, 0, CPU).buckets(sender.update_info(engines[1]))
     assert not sender.has_room(PLAN.buckets[NUM_SLOTS]), "the other engine's worker has not read it"
     next(reading), next(reading)
     assert sender.has_room(PLAN.buckets[NUM_SLOTS])
@@ -147,7 +152,7 @@ def test_an_engine_that_dies_takes_its_names_alone(engines: list[Engine]) -> Non
     inode = (engines[1].payload_dir / "buckets").stat().st_ino
     shutil.rmtree(engines[0].payload_dir)
     sender.publish(PLAN.buckets[0])
-    assert next(ShmReader(PLAN.buckets, 0).buckets(sender.update_info(engines[1])))[0].index == 0
+    assert next(ShmReader(PLAN.buckets, 0, CPU).buckets(sender.update_info(engines[1])))[0].index == 0
     sender.close()
     engines[0].payload_dir.mkdir()
     sender.open(engines)
@@ -164,19 +169,39 @@ def test_an_engine_that_dies_takes_its_names_alone(engines: list[Engine]) -> Non
         sender.close()
 
 
+def test_an_engine_that_reads_nothing_is_left_behind(engines: list[Engine]) -> None:
+    """The others get all of it."""
+    told_of: list[tuple[list[Engine], str]] = []
+
+    class Driver:
+        watch = Stopwatch()
+        require_readers = staticmethod(lambda bucket: None)
+        silent = staticmethod(lambda receivers, why: told_of.append((list(receivers), why)))
+
+    sender = ShmSender(PLAN, timeout_s=0.3)
+    with ThreadPoolExecutor(1) as threads:
+        sender.open(engines)
+        reading = threads.submit(read, sender, engines[1], 0)
+        source = TensorSource({f"t{index}": torch.full((5, 3), float(index)) for index in range(NUM_BUCKETS)}, 64)
+        sender.send(source, Driver())
+        assert reading.result() == [float(index) for index in range(NUM_BUCKETS)]
+    sender.close()
+    assert told_of == [([engines[0]], "it has read no bucket of weights for 0.3 s")]
+
+
 def test_other_ranks_write_into_the_same_memory(engines: list[Engine]) -> None:
     sender, rank = ShmSender(PLAN), ShmSender(PLAN)
     sender.open(engines)
-    place = sender.place()
-    assert not rank.join((place[0], place[1] + 1)), "another host has another file, or none"
-    assert not rank.join((f"{place[0]}-elsewhere", place[1]))
-    assert rank.join(place) and rank.join(place)
+    path, inode = sender._place()
+    assert not rank._join(path, inode + 1), "another host has another file, or none"
+    assert not rank._join(f"{path}-elsewhere", inode)
+    assert rank._join(path, inode) and rank._join(path, inode)
     rank.buffer_of(PLAN.buckets[4]).fill_(7)
     assert (sender.buffer_of(PLAN.buckets[4]) == 7).all()
     sender.close()
 
 
-def test_a_worker_waits_for_no_trainer_that_gave_up_or_is_silent(engines: list[Engine], monkeypatch) -> None:
+def test_a_worker_waits_for_no_trainer_that_gave_up_or_is_silent(engines: list[Engine]) -> None:
     sender = ShmSender(PLAN)
     sender.open(engines)
     info = sender.update_info(engines[0])
@@ -184,8 +209,8 @@ def test_a_worker_waits_for_no_trainer_that_gave_up_or_is_silent(engines: list[E
 
     def wait() -> None:
         try:
-            list(ShmReader(PLAN.buckets, 0).buckets(info))
-        except ValueError as error:
+            list(ShmReader(PLAN.buckets, 0, CPU).buckets(info))
+        except TransferError as error:
             failures.append(str(error))
 
     waiting = threading.Thread(target=wait)
@@ -195,7 +220,7 @@ def test_a_worker_waits_for_no_trainer_that_gave_up_or_is_silent(engines: list[E
         time.sleep(1e-3)
     sender.close()
     waiting.join(10)
-    monkeypatch.setattr(shm, "PATIENCE_S", 0.01)
+    sender = ShmSender(PLAN, timeout_s=0.005)
     sender.open(engines)
     info = sender.update_info(engines[0])
     wait()

@@ -1,58 +1,133 @@
 """What a transport of weights is: its two sides, and what the driver tells a worker beforehand.
 
-A transport brings buckets of the plan (`weights/plan.py`) from the driver into every worker of every engine. While a
-worker loads one bucket the next ones are on their way.
+A transport brings buckets of the plan (`weights/plan.py`) from the trainer's ranks into every worker of every engine.
+While a worker loads one bucket the next ones are on their way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_apo.runtime.topology import Topology
+from megatron_apo.telemetry.timers import Stopwatch
+from megatron_apo.weights.digest import DigestKind, digest, digest_kind
 from megatron_apo.weights.plan import Bucket, Plan, TensorMeta
 
 
+class TransferError(RuntimeError):
+    """A transfer broke off on its way: what its receivers have of it is of no use. They can be sent to anew.
+
+    silent: receivers that are to blame, as far as it is known: their places in what was given to `Sender.open`.
+    """
+
+    def __init__(self, message: str, silent: Sequence[int] = ()):
+        super().__init__(message, tuple(silent))
+        self.silent = tuple(silent)
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 class Receiver(Protocol):
-    """What a sender knows of an engine."""
+    """What a sender knows of an engine. `num_starts`: how often it was started, each time with new workers."""
 
     @property
     def payload_dir(self) -> Path: ...
     @property
+    def host(self) -> str: ...
+    @property
     def num_workers(self) -> int: ...
+    @property
+    def num_starts(self) -> int: ...
+
+
+class Source(Protocol):
+    """The trainer's weights in HF names and full shapes (`weights/gather.py`). `plan` is the same on every rank."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    def buckets(
+        self,
+        to: str,
+        buffer_of: Callable[[Bucket], Tensor] | None = None,
+        has_room: Callable[[Bucket], bool] | None = None,
+    ) -> Generator[tuple[Bucket, Tensor], None, None]:
+        """Collective over the trainer's ranks. Where they are received (`to`), each bucket and its bytes. Who leaves it
+        before its end closes it, so that the other ranks hear of it."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The trainer's ranks, as one of them sees them. group: in which they wait for each other (`Topology.broadcast`),
+    the default group for None; without torch.distributed there is rank 0 alone. device: where the weights are.
+    owned_stage: the pipeline stage that it is the first rank of; None for one that is not."""
+
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    owned_stage: int | None = 0
+
+    @classmethod
+    def of(cls, topology: Topology) -> Ranks:
+        owns = topology.rank == topology.owner_ranks(topology.pp_rank)[0]
+        return cls(topology.rank, topology.host_group, topology.device, topology.pp_rank if owns else None)
+
+    @property
+    def digest_kind(self) -> DigestKind:
+        return digest_kind(self.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's value, on all ranks."""
+        if not dist.is_initialized():
+            return [value]
+        values = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        box = [value]
+        if dist.is_initialized():
+            dist.broadcast_object_list(box, group=self.group, group_src=0)
+        return box[0]
+
+
+class Update(Protocol):
+    """The driver's side of an update, as a sender sees it."""
+
+    watch: Stopwatch
+
+    def require_readers(self, bucket: Bucket) -> None:
+        """Raise ServerError where no engine is left that reads this bucket."""
+
+    def silent(self, receivers: Sequence[Receiver], why: str) -> None:
+        """These have not read what they were given; they are waited for no longer. Raises where none is left."""
 
 
 class Sender(Protocol):
-    """The trainer's side. All but `join` and `buffer_of` is called on the driver alone."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Of memory that it takes on the driver's host."""
+    """The trainer's side, one on every rank. `meet` and `send` are collective; the others are called on the driver."""
 
     def open(self, receivers: Sequence[Receiver]) -> None:
         """An update of these engines begins. Raises OSError, or ValueError naming the key to change, where there is no
         room for it."""
 
+    def meet(self) -> None:
+        """All ranks know where buckets go."""
+
     def update_info(self, receiver: Receiver) -> dict[str, Any]:
         """What the engine's workers must know of this update."""
 
-    def place(self) -> Any:
-        """What other ranks need for `join`."""
-
-    def join(self, place: Any) -> bool:
-        """On another rank than the driver: whether it can write into the same memory."""
-
-    def buffer_of(self, bucket: Bucket) -> Tensor:
-        """Where a bucket is put together, bytes, once there is room for it."""
-
-    def has_room(self, bucket: Bucket) -> bool:
-        """Whether all have read what was there before."""
-
-    def publish(self, bucket: Bucket) -> None:
-        """The bucket is whole: the workers may read it."""
+    def send(self, source: Source, update: Update | None) -> dict[str, str]:
+        """Bring every bucket to every worker; `update` is None except on the driver. On the driver, a digest of each
+        tensor. Raises TransferError, on every rank, where it has to be sent anew."""
 
     def drop(self, receiver: Receiver) -> None:
         """Wait for this engine no more."""
@@ -61,7 +136,7 @@ class Sender(Protocol):
         """Workers that still wait for a bucket give up."""
 
     def close(self) -> None:
-        """The update is over, and nothing of it is left."""
+        """The update is over, and nothing of it is left that another does not use again."""
 
 
 class Reader(Protocol):
@@ -69,16 +144,23 @@ class Reader(Protocol):
 
     def buckets(self, where: dict[str, Any]) -> Generator[tuple[Bucket, Tensor], None, None]:
         """One update, bucket by bucket, as `Sender.update_info` says; a buffer holds until the next is asked for.
-        Raises ValueError where the trainer gave up or falls silent, or another worker failed."""
+        Raises TransferError where the trainer gave up or falls silent, or another worker failed."""
 
     def give_up(self, where: dict[str, Any]) -> None:
         """This worker reads no more of an update: nobody need wait for it."""
+
+
+def bucket_digests(bucket: Bucket, buffer: Tensor, kind: DigestKind) -> dict[str, str]:
+    """Of each tensor in a bucket, by name."""
+    views = bucket.views(buffer)
+    return {meta.name: digest(view, kind) for meta, view in zip(bucket.tensors, views, strict=True)}
 
 
 def told(plan: Plan) -> list[dict[str, Any]]:
     """The plan as JSON."""
     return [
         {
+            "stage": bucket.pp_rank,
             "num_bytes": bucket.num_bytes,
             "offsets": list(bucket.offsets),
             "tensors": [
@@ -94,7 +176,7 @@ def heard(buckets: list[dict[str, Any]]) -> list[Bucket]:
     return [
         Bucket(
             index=index,
-            pp_rank=0,
+            pp_rank=bucket["stage"],
             entries=(),
             tensors=tuple(
                 TensorMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in bucket["tensors"]

@@ -21,14 +21,15 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
-from megatron_apo.rollout.transport.base import Reader, heard
+from megatron_apo.rollout.transport.base import Reader, TransferError, heard
+from megatron_apo.rollout.transport.collective import CollectiveReader
 from megatron_apo.rollout.transport.content import ModelContent, tied_heads
 from megatron_apo.rollout.transport.shm import ShmReader
 from megatron_apo.telemetry.units import some
 from megatron_apo.weights.digest import DigestKind
 from megatron_apo.weights.plan import Bucket
 
-READERS = {"shm": ShmReader}
+READERS = {"shm": ShmReader, "collective": CollectiveReader}
 
 
 @dataclass
@@ -56,22 +57,28 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         buckets = heard(init_info.buckets)
-        self.reader: Reader = READERS[init_info.transport](buckets, self.parallel_config.rank)
+        self.reader: Reader = READERS[init_info.transport](buckets, self.parallel_config.rank, self.device)
         tensors = [meta for bucket in buckets for meta in bucket.tensors]
         self.content = ModelContent(self.model, tensors, init_info.digest)
         _repack_experts(self.model)
 
     def start_weight_update(self) -> None:
         self.tied_heads = tied_heads(self.model)
+        self.broken: str | None = None
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load one update.
 
         Raises ValueError naming what is unknown to the model or does not fit. After a failed load the model is not
-        usable: restart the server.
+        usable: restart the server. A transfer that breaks off raises nothing: vLLM would be out of protocol, and mix
+        what its layers have buffered with the next update. It is closed here, and told with `held_weights`.
         """
         try:
             self._receive(update_info)
+        except TransferError as error:
+            self.broken = str(error)
+            self.reader.give_up(update_info.where)
+            finalize_layerwise_reload(self.model, self.model_config)
         except BaseException:
             self.reader.give_up(update_info.where)
             raise
@@ -103,6 +110,8 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             given = tensors(giving, self.reader.buckets(update_info.where))
             try:
                 self.model.load_weights(given)
+            except TransferError:
+                raise
             except (ValueError, KeyError, AssertionError, RuntimeError, AttributeError) as error:
                 raise ValueError(f"{current}: vLLM could not load it: {error or type(error).__name__}") from error
             if unread := [name for name, _ in given]:
@@ -151,8 +160,11 @@ class WorkerExtension:
     weight_transfer_engine: BucketTransferEngine
 
     def held_weights(self) -> dict[str, Any]:
-        """`ModelContent.report`, or {"error": ...}: with several workers an exception would leave the answers of the
-        others to be taken for those of a later question (v1/executor/multiproc_executor.py)."""
+        """`ModelContent.report`, {"broken": why} where the transfer broke off, or {"error": ...}: with several workers
+        an exception would leave the answers of the others to be taken for those of a later question
+        (v1/executor/multiproc_executor.py)."""
+        if self.weight_transfer_engine.broken is not None:
+            return {"broken": self.weight_transfer_engine.broken}
         try:
             return self.weight_transfer_engine.content.report()
         except Exception as error:

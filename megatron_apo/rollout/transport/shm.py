@@ -18,31 +18,35 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_apo.rollout.transport.base import Receiver
+from megatron_apo.rollout.transport.base import Ranks, Receiver, Source, TransferError, Update, bucket_digests
 from megatron_apo.weights.plan import Bucket, Plan
 
 NUM_SLOTS = 3  # one that is read, one that is whole, one that is written
-PATIENCE_S = 600.0  # how long a worker waits for one bucket
 _PAGE = mmap.PAGESIZE
 
 
 class ShmSender:
     """The trainer's side, on every rank of the driver's host. See `Sender`."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, ranks: Ranks | None = None, timeout_s: float = 120.0):
+        """timeout_s: how long an engine may take to load a bucket."""
+        self._ranks = ranks or Ranks()
+        self._timeout_s = timeout_s
         self._slot_bytes = -(-plan.largest_bucket_bytes // _PAGE) * _PAGE
         self._slots: Tensor | None = None
         self._inode = 0
         self._names: set[Path] = set()  # of the slots
         self._folders: dict[Receiver, Path] = {}  # of the present update
         self._reading: set[Receiver] = set()
+        self._is_shared = False
 
     @property
     def num_bytes(self) -> int:
@@ -65,14 +69,21 @@ class ShmSender:
             self._folders[receiver] = folder
             self._reading.add(receiver)
 
-    def place(self) -> tuple[str, int]:
-        """Where the slots are, and what tells them from others there, for `join`."""
+    def meet(self) -> None:
+        """Find out whether all ranks can write where the workers read: on one host, and with weights on no GPU."""
+        is_driver = self._ranks.rank == 0
+        place = self._ranks.broadcast(self._place() if is_driver else None)
+        able = self._ranks.device.type == "cpu" and (is_driver or self._join(*place))
+        answers = self._ranks.gather(able)
+        self._is_shared = len(answers) > 1 and all(answers)
+
+    def _place(self) -> tuple[str, int]:
+        """Where the slots are, and what tells them from others there."""
         folder = next(iter(self._folders.values()))
         return str(folder.parent / "buckets"), self._inode
 
-    def join(self, place: tuple[str, int]) -> bool:
-        """On a rank that is not the driver: share the slots. Whether they can be: they are on the same host."""
-        path, inode = place
+    def _join(self, path: str, inode: int) -> bool:
+        """On a rank that is not the driver: share the slots. Whether they can be."""
         if self._inode != inode or self._slots is None:
             try:
                 if _inode(Path(path)) != inode:
@@ -83,24 +94,68 @@ class ShmSender:
         return True
 
     def update_info(self, receiver: Receiver) -> dict[str, Any]:
-        return {"folder": str(self._folders[receiver]), "slot_bytes": self._slot_bytes, "patience_s": PATIENCE_S}
+        return {
+            "folder": str(self._folders[receiver]),
+            "slot_bytes": self._slot_bytes,
+            "timeout_s": 2 * self._timeout_s,
+        }
+
+    def send(self, source: Source, update: Update | None) -> dict[str, str]:
+        if update is None:
+            theirs = source.buckets("shared", self.buffer_of) if self._is_shared else source.buckets("driver")
+            with closing(theirs):
+                for _ in theirs:
+                    pass
+            return {}
+        slot = partial(self._free_slot, update)
+        if self._is_shared:
+            buckets = source.buckets("shared", slot, self.has_room)
+        else:  # what is on a GPU is put together and digested there
+            buckets = source.buckets("driver", slot if self._ranks.device.type == "cpu" else None)
+        digests: dict[str, str] = {}
+        with closing(buckets), update.watch.phase("gather"):
+            for bucket, buffer in buckets:
+                with update.watch.phase("digest"):
+                    digests |= bucket_digests(bucket, buffer, self._ranks.digest_kind)
+                if self.buffer_of(bucket).data_ptr() != buffer.data_ptr():
+                    slot(bucket).copy_(buffer)
+                self.publish(bucket)
+        return digests
+
+    def _free_slot(self, update: Update, bucket: Bucket) -> Tensor:
+        """Where a bucket is put together, once all have read what was there."""
+        with update.watch.phase("wait"):
+            end = time.monotonic() + self._timeout_s
+            while not self.has_room(bucket):
+                time.sleep(2e-4)
+                if time.monotonic() > end:
+                    silent = [receiver for receiver in self._reading if not self._has_read(receiver, bucket)]
+                    for receiver in silent:
+                        self.drop(receiver)
+                    update.silent(silent, f"it has read no bucket of weights for {self._timeout_s:g} s")
+        update.require_readers(bucket)
+        return self.buffer_of(bucket)
 
     def buffer_of(self, bucket: Bucket) -> Tensor:
+        """The bucket's slot."""
         assert self._slots is not None
         start = bucket.index % NUM_SLOTS * self._slot_bytes
         return self._slots[start : start + bucket.num_bytes]
 
     def has_room(self, bucket: Bucket) -> bool:
+        """Whether all have read what was in the bucket's slot before."""
         for receiver in list(self._reading):
             if (self._folders[receiver] / "failed").exists():
                 self.drop(receiver)
-        return all(
-            _count(self._folders[receiver] / f"read.{rank}") > bucket.index - NUM_SLOTS
-            for receiver in list(self._reading)
-            for rank in range(receiver.num_workers)
-        )
+        return all(self._has_read(receiver, bucket) for receiver in list(self._reading))
+
+    def _has_read(self, receiver: Receiver, bucket: Bucket) -> bool:
+        """What was in the bucket's slot before."""
+        folder = self._folders[receiver]
+        return all(_count(folder / f"read.{rank}") > bucket.index - NUM_SLOTS for rank in range(receiver.num_workers))
 
     def publish(self, bucket: Bucket) -> None:
+        """The bucket is whole: the workers may read it."""
         for receiver in list(self._reading):
             try:
                 _grow(self._folders[receiver] / "published")
@@ -142,7 +197,7 @@ class ShmSender:
 class ShmReader:
     """A worker's side. See `Reader`. `rank`: the worker's within its engine."""
 
-    def __init__(self, buckets: Sequence[Bucket], rank: int):
+    def __init__(self, buckets: Sequence[Bucket], rank: int, device: torch.device):
         self._buckets = buckets
         self._rank = rank
         self._slots: Tensor | None = None
@@ -155,19 +210,19 @@ class ShmReader:
             self._slots, self._inode = _mapped(path), _inode(path)
         try:
             for bucket in self._buckets:
-                self._wait_for(bucket, folder, where["patience_s"])
+                self._wait_for(bucket, folder, where["timeout_s"])
                 start = bucket.index % NUM_SLOTS * slot_bytes
                 yield bucket, self._slots[start : start + bucket.num_bytes]
                 _grow(folder / f"read.{self._rank}")
         except FileNotFoundError:
-            raise ValueError("the trainer gave up") from None
+            raise TransferError("the trainer gave up") from None
 
     def give_up(self, where: dict[str, Any]) -> None:
         with suppress(OSError):
             (Path(where["folder"]) / "failed").touch()
 
-    def _wait_for(self, bucket: Bucket, folder: Path, patience_s: float) -> None:
-        end = time.monotonic() + patience_s
+    def _wait_for(self, bucket: Bucket, folder: Path, timeout_s: float) -> None:
+        end = time.monotonic() + timeout_s
 
         def is_over() -> bool:
             return (
@@ -182,7 +237,7 @@ class ShmReader:
         if _count(folder / "published") <= bucket.index:
             why = "the trainer fell silent" if time.monotonic() > end else "the trainer gave up"
             why = "another worker failed" if (folder / "failed").exists() else why
-            raise ValueError(f"{why} before {bucket.tensors[0].name} was sent")
+            raise TransferError(f"{why} before {bucket.tensors[0].name} was sent")
 
 
 def no_room(folder: Path, num_bytes: int, free_bytes: int) -> str:

@@ -1,0 +1,64 @@
+"""Weights sent by `collective` from the ranks that hold them: every worker reads the checkpoint, bit by bit; each stage
+has an owner, which sends its own buckets alone; a transfer that breaks off does so for all, and a whole one follows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+from tests.dist.ranks import parallel_of, start_ranks
+from tests.dist.transfer_worker import FAULTS, TIMEOUT_S
+from tests.models import make_model
+
+LAYOUTS = {"tp2-pp2": "qwen3-tied", "dp2-ep2": "qwen3_moe"}
+FULL_LAYOUTS = {"pp2-vpp2-cp2-ep2": "qwen3_moe", "tp1": "qwen3-tied", "pp4": "qwen2-tied-one-group", "tp4": "qwen3"}
+ALL_LAYOUTS = [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.full) for layout in FULL_LAYOUTS)]
+Found = list[dict[str, dict]]
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Found]:
+    """What became of each case, by rank."""
+
+    @cache
+    def run(layout: str) -> Found:
+        work, variant = tmp_path_factory.mktemp(layout), (LAYOUTS | FULL_LAYOUTS)[layout]
+        make_model(variant, work / "models")
+        start_ranks("tests.dist.transfer_worker", work, layout, variant)
+        world_size = parallel_of(layout).world_size
+        return [json.loads((work / f"transfer.{rank}.json").read_text()) for rank in range(world_size)]
+
+    return run
+
+
+@pytest.mark.parametrize("case", ["whole", "again", *(f"after {fault}" for fault in FAULTS)])
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+def test_every_worker_reads_the_checkpoint(layout: str, case: str, sent: Callable[[str], Found]) -> None:
+    found = sent(layout)
+    assert found[0][case]["right"], found[0][case]
+    owners = found[0]["plan"]["owners"]
+    assert len(owners) > 8 and len(set(owners)) == parallel_of(layout).pp
+    for rank, one in enumerate(found):
+        assert one[case]["error"] is None
+        assert one[case]["sent"] == [index for index, owner in enumerate(owners) if owner == rank]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+def test_a_transfer_that_breaks_off_does_so_on_every_rank(
+    layout: str, fault: str, sent: Callable[[str], Found]
+) -> None:
+    found = sent(layout)
+    errors = {one[fault]["error"] for one in found}
+    assert len(errors) == 1, errors
+    (error,) = errors
+    if fault == "gather":
+        assert error.startswith("RuntimeError: rank ") and error.endswith(": no memory"), error
+    else:
+        assert error.startswith("TransferError: "), error
+    assert not all(count == len(found[0]["plan"]["owners"]) for count in found[0][fault]["read"])
+    assert max(one[fault]["seconds"] for one in found) < TIMEOUT_S

@@ -1,0 +1,148 @@
+"""One rank that sends weights by `collective`; the readers of two engines, three workers, are threads of rank 0.
+
+    main(WORK, LAYOUT, VARIANT)
+
+WORK/models has the model. Rank R writes WORK/transfer.R.json: {case: {"error": what `send` raised, or null, "sent":
+indices of the buckets that this rank sent, "seconds": ...}}; rank 0 also {"right": whether every reader read every
+tensor of the checkpoint, bit by bit, and the digests are those, "read": number of tensors that each reader read}.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_apo.model.build import build_model
+from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.parallel.groups import distributed
+from megatron_apo.rollout.transport import collective
+from megatron_apo.rollout.transport.base import Ranks, TransferError, heard, told
+from megatron_apo.rollout.transport.collective import CollectiveReader, CollectiveSender
+from megatron_apo.runtime.topology import Topology
+from megatron_apo.telemetry.timers import Stopwatch
+from megatron_apo.weights.digest import digest
+from megatron_apo.weights.gather import Gather
+from megatron_apo.weights.hf_io import HFReader
+from megatron_apo.weights.parameters import load_weights
+from megatron_apo.weights.plan import Bucket
+from tests.dist.ranks import parallel_of
+
+BUCKET_BYTES = 12_000  # of a layer several
+TIMEOUT_S = 6.0
+# What breaks a transfer off, at the second bucket of whom it concerns.
+FAULTS = {
+    "reader": "a worker fails",
+    "silent": "a worker reads no more",
+    "sender": "the owner of the last stage fails",
+    "gather": "a rank of the last stage has no memory to put a bucket together",
+}
+
+
+@dataclass(eq=False)
+class Engine:
+    num_workers: int
+    num_starts: int = 1
+    host: str = "127.0.0.1"
+    payload_dir: Path = Path("unused")
+
+
+class Transfer:
+    def __init__(self, gather: Gather, topology: Topology, expected: dict[str, Tensor]):
+        self.gather, self.topology = gather, topology
+        self.expected = {name: digest(value) for name, value in expected.items()}
+        self.sender = CollectiveSender(gather.plan, Ranks.of(topology), TIMEOUT_S)
+        self.engines = [Engine(2), Engine(1)]
+        buckets = heard(told(gather.plan))
+        self.readers = [CollectiveReader(buckets, rank, torch.device("cpu")) for rank in (0, 1, 0)]
+        self.sent: list[int] = []
+        self.fault: str | None = None
+
+    @property
+    def breaks(self) -> bool:
+        """Whether this rank is the one whose part fails, if it is a rank's."""
+        owner = self.topology.owner_ranks(self.topology.pp - 1)[0]
+        return self.fault in ("sender", "gather") and self.topology.rank == owner
+
+    def run(self, fault: str | None = None) -> dict[str, Any]:
+        self.fault, self.sent = fault, []
+        found: dict[str, Any] = {"error": None}
+        with ThreadPoolExecutor(3) as threads:
+            if self.topology.is_driver:
+                self.sender.open(self.engines)
+            self.sender.meet()
+            if self.topology.is_driver:
+                infos = [self.sender.update_info(engine) for engine in self.engines]
+                told_of = [infos[0], infos[0], infos[1]]
+                reading = [threads.submit(self.read, number, info) for number, info in enumerate(told_of)]
+            start = time.monotonic()
+            try:
+                update: Any = SimpleNamespace(watch=Stopwatch()) if self.topology.is_driver else None
+                digests = self.sender.send(self.gather, update)
+            except (TransferError, RuntimeError) as error:
+                found["error"] = f"{type(error).__name__}: {error}"
+            found["seconds"] = time.monotonic() - start
+            if self.topology.is_driver:
+                read = [future.result() for future in reading]
+                found["right"] = found["error"] is None and read == [self.expected] * 3 and digests == self.expected
+                found["read"] = [len(one) for one in read]
+        return found | {"sent": self.sent}
+
+    def read(self, number: int, info: dict[str, Any]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        reader, fails = self.readers[number], number == 2 and self.fault in ("reader", "silent")
+        try:
+            for bucket, buffer in reader.buckets(info):
+                for meta, view in zip(bucket.tensors, bucket.views(buffer), strict=True):
+                    found[meta.name] = digest(view)
+                if fails and bucket.index == 1:
+                    time.sleep(TIMEOUT_S if self.fault == "silent" else 0)
+                    reader.give_up(info)
+                    break
+        except TransferError:
+            reader.give_up(info)
+        return found
+
+
+def main(work: str, layout: str, variant: str) -> None:
+    folder, parallel = Path(work), parallel_of(layout)
+    path = folder / "models" / variant
+    spec, reader = read_hf_config(path), HFReader(path)
+    with distributed(parallel) as topology:
+        chunks = build_model(spec, parallel, topology)
+        load_weights(chunks, spec, topology, reader)
+        gather = Gather(chunks, spec, topology, bucket_bytes=BUCKET_BYTES)
+        transfer = Transfer(gather, topology, {name: reader.get(name) for name in reader.names()})
+        note_what_is_sent(transfer)
+        found = {"whole": transfer.run(), "again": transfer.run()}
+        for fault in FAULTS:
+            found[fault] = transfer.run(fault)
+            found[f"after {fault}"] = transfer.run()
+        found["plan"] = {"owners": [topology.owner_ranks(bucket.pp_rank)[0] for bucket in gather.plan.buckets]}
+        (folder / f"transfer.{topology.rank}.json").write_text(json.dumps(found))
+
+
+def note_what_is_sent(transfer: Transfer) -> None:
+    """And put a sender's faults in, from outside."""
+    buffer_of, digests_of = CollectiveSender._buffer, collective.bucket_digests
+
+    def buffer(self: CollectiveSender, bucket: Bucket) -> Tensor:
+        if transfer.fault == "gather" and transfer.breaks and len(transfer.sent) == 1:
+            raise RuntimeError("no memory")
+        return buffer_of(self, bucket)
+
+    def digests(bucket: Bucket, *arguments: Any) -> dict[str, str]:
+        transfer.sent.append(bucket.index)
+        if transfer.fault == "sender" and transfer.breaks and len(transfer.sent) == 2:
+            raise TransferError("the network is gone")
+        return digests_of(bucket, *arguments)
+
+    CollectiveSender._buffer = buffer  # type: ignore[method-assign]
+    collective.bucket_digests = digests

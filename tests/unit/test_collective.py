@@ -1,0 +1,177 @@
+"""The `collective` transport between a sender and its readers, here in threads, over real gloo groups: what is read is
+what was sent, and a member that fails, is missing, falls silent or is a stranger ends a transfer for all in time."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_apo.rollout.transport.base import TransferError, heard, told
+from megatron_apo.rollout.transport.collective import CollectiveReader, CollectiveSender
+from megatron_apo.telemetry.timers import Stopwatch
+from megatron_apo.weights.digest import digest
+from megatron_apo.weights.plan import Plan
+from tests.weights import TensorSource
+
+CPU = torch.device("cpu")
+TIMEOUT_S = 6.0
+
+
+def tensors(version: int) -> dict[str, torch.Tensor]:
+    return {f"t{index}": torch.full((5, 3), 100.0 * version + index) for index in range(7)}
+
+
+PLAN: Plan = TensorSource(tensors(0), 64).plan
+NUM_BUCKETS = len(PLAN.buckets)
+
+
+@dataclass(eq=False)
+class Engine:
+    num_workers: int = 1
+    num_starts: int = 1
+    host: str = "127.0.0.1"
+    payload_dir: Path = Path("unused")
+
+
+def reader(rank: int = 0) -> CollectiveReader:
+    return CollectiveReader(heard(told(PLAN)), rank, CPU)
+
+
+def read(one: CollectiveReader, info: dict[str, Any]) -> list[float]:
+    found = []
+    try:
+        for bucket, buffer in one.buckets(info):
+            (view,) = bucket.views(buffer)
+            assert (view == view[0, 0]).all()
+            found.append(float(view[0, 0]))
+    except TransferError:
+        one.give_up(info)
+        raise
+    return found
+
+
+def opened(sender: CollectiveSender, engines: list[Engine]) -> list[dict[str, Any]]:
+    """An update begins: what each engine is told."""
+    sender.open(engines)
+    sender.meet()
+    return [sender.update_info(engine) for engine in engines]
+
+
+def values(version: int) -> list[float]:
+    return [float(value[0, 0]) for value in tensors(version).values()]
+
+
+def update(sender: CollectiveSender, engines: list[Engine], readers: list[list[CollectiveReader]], version: int) -> str:
+    """One update that arrives; the name of its session."""
+    with ThreadPoolExecutor(8) as threads:
+        infos = opened(sender, engines)
+        reading = [threads.submit(read, one, info) for info, own in zip(infos, readers, strict=True) for one in own]
+        digests = sender.send(TensorSource(tensors(version), 64), DRIVER)
+        assert [future.result(20) for future in reading] == [values(version)] * len(reading)
+    assert digests == {name: digest(value) for name, value in tensors(version).items()}
+    return infos[0]["session"]
+
+
+class Driver:
+    """Of an update, what a sender asks."""
+
+    watch = Stopwatch()
+
+
+DRIVER: Any = Driver()
+
+
+def test_every_worker_reads_every_bucket_of_every_update() -> None:
+    """Groups stay as long as the engines do; an engine that was started again, or joins, has new ones."""
+    sender = CollectiveSender(PLAN, timeout_s=TIMEOUT_S)
+    engines, readers = [Engine(num_workers=2), Engine()], [[reader(0), reader(1)], [reader()]]
+    first = update(sender, engines, readers, 1)
+    assert update(sender, engines, readers, 2) == first
+    engines[1].num_starts, readers[1] = 2, [reader()]
+    second = update(sender, engines, readers, 3)
+    assert second != first and update(sender, engines, readers, 4) == second
+    assert update(sender, engines[:1], readers[:1], 5) != second
+
+
+def broken(sender: CollectiveSender, engines: list[Engine], *members: Callable[[list[dict[str, Any]]], Any]):
+    """An update that does not arrive: what the sender raised, what became of each member, and after how long."""
+    with ThreadPoolExecutor(8) as threads:
+        infos = opened(sender, engines)
+        futures: list[Future[Any]] = [threads.submit(member, infos) for member in members]
+        start = time.monotonic()
+        with pytest.raises(TransferError) as caught:
+            sender.send(TensorSource(tensors(1), 64), DRIVER)
+        took_s = time.monotonic() - start
+        outcomes = [future.exception(TIMEOUT_S + 10) for future in futures]
+    return caught.value, outcomes, took_s
+
+
+def test_a_reader_that_fails_ends_it_for_all_and_the_next_update_is_right() -> None:
+    sender, engines = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), [Engine(), Engine()]
+    good, bad = reader(), reader()
+
+    def fail(infos: list[dict[str, Any]]) -> None:
+        buckets = bad.buckets(infos[1])
+        next(buckets), next(buckets)
+        bad.give_up(infos[1])
+
+    error, outcomes, took_s = broken(sender, engines, lambda infos: read(good, infos[0]), fail)
+    assert "broke off" in str(error) and error.silent == ()
+    assert isinstance(outcomes[0], TransferError) and outcomes[1] is None
+    assert took_s < TIMEOUT_S / 2
+    update(sender, engines, [[good], [bad]], 2)
+
+
+def test_who_does_not_come_is_named() -> None:
+    sender, engines = CollectiveSender(PLAN, timeout_s=1.5), [Engine(), Engine(num_workers=2)]
+    error, outcomes, took_s = broken(sender, engines, lambda infos: read(reader(), infos[0]))
+    expected = "worker 0 of the engine at 127.0.0.1, worker 1 of the engine at 127.0.0.1 did not come within 1 s"
+    assert (str(error), error.silent, took_s < 1.5) == (expected, (1,), True)
+    assert isinstance(outcomes[0], TransferError)
+
+
+def test_who_falls_silent_ends_it_in_time() -> None:
+    sender, engines = CollectiveSender(PLAN, timeout_s=3.0), [Engine(), Engine()]
+    silent = reader()
+
+    def fall_silent(infos: list[dict[str, Any]]) -> None:
+        next(silent.buckets(infos[1]))
+
+    error, outcomes, took_s = broken(sender, engines, lambda infos: read(reader(), infos[0]), fall_silent)
+    assert isinstance(outcomes[0], TransferError) and took_s < 3.0
+    silent.give_up({})
+
+
+def test_a_stranger_in_a_members_place_gets_nothing() -> None:
+    sender, engines = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), [Engine(), Engine()]
+    stranger = reader()
+    error, outcomes, _ = broken(
+        sender,
+        engines,
+        lambda infos: read(reader(), infos[0]),
+        lambda infos: read(stranger, infos[1] | {"key": "00" * 32}),
+    )
+    assert "worker 0 of the engine at 127.0.0.1 does not know the key" in str(error)
+    assert all(isinstance(outcome, TransferError) for outcome in outcomes)
+
+
+def test_who_reaches_the_store_finds_no_key_and_is_met_by_nobody_else() -> None:
+    sender, engines = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), [Engine()]
+    one = reader()
+    update(sender, engines, [[one]], 1)
+    (info,) = opened(sender, engines)
+    ((address, port),) = info["points"]
+    store = dist.TCPStore(address, port, None, False, wait_for_workers=False)
+    found = b"".join(store.get(key) for key in store.list_keys())
+    assert found and bytes.fromhex(info["key"]) not in found and info["key"].encode() not in found
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.2", port), timeout=2).close()
