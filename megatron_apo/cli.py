@@ -136,6 +136,25 @@ def train(
 
 
 @app.command()
+def serve(
+    recipe: RecipeOption,
+    overrides: Overrides = None,
+    driver: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="where the training's rank 0 is; default: rollout.driver")
+    ] = None,
+    engines: Annotated[
+        int | None, typer.Option(min=1, help="engines to have here; default: as many as there are GPUs for, else one")
+    ] = None,
+) -> None:
+    """Have this machine's engines serve a training that runs elsewhere, until it ends (rollout.placement=dedicated)."""
+    loaded = _load(recipe, [*(overrides or []), *([f"rollout.driver={driver}"] if driver else [])])
+    with not_collected():
+        from megatron_apo.stages import serve as stage
+
+    stage.run(loaded, engines)
+
+
+@app.command()
 def evaluate(
     recipe: RecipeOption,
     overrides: Overrides = None,

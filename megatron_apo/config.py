@@ -583,11 +583,22 @@ class OptimizerConfig(Section):
 
 
 class RolloutConfig(Section):
+    placement: Literal["colocated", "dedicated"] = Field(
+        "colocated",
+        json_schema_extra=MAY_CHANGE,
+        description="stage 2's engines: colocated: spread over the machines of the trainer's ranks; dedicated: on "
+        "machines of their own, each of which runs `megatron-apo serve`",
+    )
     replicas: int = Field(
         1,
         ge=1,
         json_schema_extra=MAY_CHANGE,
-        description="vLLM engines, each of tp GPUs (CPU: workers) of its own",
+        description="vLLM engines, each of tp GPUs (CPU: workers) of its own, all on one machine",
+    )
+    driver: str | None = Field(
+        None,
+        json_schema_extra=MAY_CHANGE,
+        description="HOST:PORT where rank 0 takes in machines with engines; for dedicated ones",
     )
     host: str = Field(
         "127.0.0.1", json_schema_extra=MAY_CHANGE, description="interface an engine binds to; keep it private"
@@ -609,6 +620,11 @@ class RolloutConfig(Section):
         None, json_schema_extra=MAY_CHANGE, description="Python interpreter that has vLLM; none: this one"
     )
     tp: int = Field(1, ge=1, description="vLLM's tensor-parallel size")
+    ep: int = Field(
+        1,
+        ge=1,
+        description="vLLM's expert-parallel size, for mixtures: 1, or tp, whose workers then share out experts",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", json_schema_extra=SAME_IN_ALL_SHARDS, description="vLLM's compute type"
     )
@@ -664,6 +680,12 @@ class RolloutConfig(Section):
                 f"rollout.max_num_batched_tokens: {self.max_num_batched_tokens} is below rollout.max_num_seqs="
                 f"{self.max_num_seqs}; use at least that"
             )
+        if self.ep not in (1, self.tp):
+            found.append(
+                f"rollout.ep: {self.ep} is neither 1 nor rollout.tp={self.tp}, whose workers share out experts; "
+                "use one of them"
+            )
+        found += self._placement_problems()
         if self.port and self.port + self.replicas - 1 > 65535:
             found.append(
                 f"rollout.port: {self.port} leaves no ports for rollout.replicas={self.replicas}; use at most "
@@ -676,6 +698,26 @@ class RolloutConfig(Section):
             )
         return found
 
+    def _placement_problems(self) -> list[str]:
+        found = []
+        if self.placement == "dedicated" and self.driver is None:
+            found.append("rollout.driver: missing; give HOST:PORT of rank 0, where dedicated engines join")
+        if self.placement == "colocated" and self.driver is not None:
+            found.append(
+                f"rollout.driver: {self.driver} is for rollout.placement=dedicated, and it is colocated; set that, or "
+                "leave it out"
+            )
+        if self.driver is not None:
+            host, _, port = self.driver.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                found.append(f"rollout.driver: {self.driver!r} is not HOST:PORT; give both, such as node0:29600")
+        if self.placement == "dedicated" and self.sleep_while_training:
+            found.append(
+                "rollout.sleep_while_training: true, but dedicated engines have GPUs of their own; use false, or "
+                "rollout.placement=colocated"
+            )
+        return found
+
 
 class Difference(NamedTuple):
     """|vLLM's log-prob - trainer's| of probe tokens, nats."""
@@ -685,10 +727,10 @@ class Difference(NamedTuple):
 
 
 class SyncConfig(Section):
-    transport: Literal["shm", "collective"] = Field(
-        "shm",
+    transport: Literal["auto", "shm", "collective"] = Field(
+        "auto",
         description="shm: buckets in memory that trainer and engines share; collective: over the network, from each "
-        "pipeline stage to every engine",
+        "pipeline stage to every engine; auto: shm where all engines are on rank 0's machine",
     )
     timeout_s: float = Field(
         120.0,
@@ -841,6 +883,11 @@ class Recipe(Section):
                 + f"; use at least {padded}"
             )
         found += self.rollout.problems()
+        if self.rollout.placement == "dedicated" and self.sync.transport == "shm":
+            found.append(
+                "sync.transport: shm, but with rollout.placement=dedicated no engine shares memory with the trainer; "
+                "use collective, or auto"
+            )
         found += self.mismatch.problems()
         found += self._adaptive_problems()
         most = self.vstar.adaptive.most if self.vstar.adaptive else self.vstar.samples_per_prompt

@@ -32,6 +32,7 @@ from megatron_apo.rollout.replay import check_replay
 from megatron_apo.rollout.server import engine_problems, served_length
 from megatron_apo.rollout.training_data import TrainingData
 from megatron_apo.rollout.transport.shm import ShmSender, no_room
+from megatron_apo.runtime.job import SECRET, given_secret
 from megatron_apo.runtime.machine import Machine
 from megatron_apo.telemetry.units import data_size
 from megatron_apo.telemetry.weights_and_biases import wandb_problems
@@ -97,6 +98,34 @@ def open_training(recipe: Recipe, machine: Machine | None = None) -> TrainingDat
     return data
 
 
+def check_serving(recipe: Recipe, engines: int | None = None, machine: Machine | None = None) -> None:
+    """What `megatron-apo serve` needs: a training that takes dedicated engines, and room for `engines` here."""
+    machine = machine or Machine.here()
+    rollout, found = recipe.rollout, []
+    if rollout.placement != "dedicated":
+        found.append(
+            "rollout.placement: colocated, whose engines the trainer's own processes start; use dedicated in its recipe"
+        )
+    found += _secret_problems() + sampling_problems(recipe, {"model.path": recipe.model.path}, machine)
+    num_gpus = len(machine.gpus)
+    if engines and rollout.tp <= num_gpus < engines * rollout.tp:
+        found.append(
+            f"--engines: {engines} of rollout.tp={rollout.tp} need {engines * rollout.tp} GPUs, and here are "
+            f"{num_gpus}; use at most {num_gpus // rollout.tp}"
+        )
+    _raise(found)
+
+
+def _secret_problems() -> list[str]:
+    """Of a job whose parts are started apart from each other."""
+    if given_secret() is not None:
+        return []
+    return [
+        f"{SECRET}: not set; dedicated engines and the trainer must share a secret: set it for both, to something long "
+        'and random, such as `python -c "import secrets; print(secrets.token_urlsafe(32))"` prints'
+    ]
+
+
 def open_evaluation(recipe: Recipe, machine: Machine | None = None) -> Inputs:
     """The held-out prompts of `model.path`, by its own tokenizer."""
     missing = [] if recipe.data.eval else ["data.eval: missing; give held-out prompts to evaluate on"]
@@ -150,7 +179,10 @@ def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
             "several machines with torchrun"
         )
     if recipe.train.replay is None:
-        found += sampling_problems(recipe, models, machine) + _replicas_problems(recipe.rollout, machine)
+        if recipe.rollout.placement == "dedicated":
+            found += _secret_problems()
+        else:
+            found += sampling_problems(recipe, models, machine) + _replicas_problems(recipe.rollout, machine)
     checks = (
         lambda spec, _: check_layout(spec, parallel),
         lambda spec, _: check_precision(spec, parallel, recipe.model.fp8),

@@ -101,6 +101,8 @@ class Server:
             if threading.current_thread() is not self._thread:
                 self._thread.join(LIMIT_S)
 
+    can_start = True
+
     @property
     def is_gone(self) -> bool:
         return not self.payload_dir.exists()

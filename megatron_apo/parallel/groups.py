@@ -47,7 +47,8 @@ def distributed(parallel: ParallelConfig) -> Iterator[Topology]:
     with ExitStack() as stack:
         if job.world_size > 1:
             stack.enter_context(Heartbeat(job, [place.name for place in places], parallel.timeout_s))
-        yield stack.enter_context(_joined(parallel, job, dist.PrefixStore("groups", store)))
+        topology = stack.enter_context(_joined(parallel, job, dist.PrefixStore("groups", store)))
+        yield replace(topology, hosts=tuple(place.host for place in places))
 
 
 @contextmanager

@@ -93,6 +93,7 @@ class RolloutClient:
         self._thread.start()
         self._waiting: set[asyncio.Task[Any]] = set()
         self._deaths: dict[asyncio.Task[Any], ServerDied] = {}
+        self._death: ServerDied | None = None  # of the server, for good
         self._session = self._run(self._open_session(url, token))
         self._health = asyncio.run_coroutine_threadsafe(self._watch_health(), self._loop)
         self._sent: set[asyncio.Task[dict[str, Any]]] = set()
@@ -175,8 +176,12 @@ class RolloutClient:
         self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._sent])
 
     def abandon(self, death: ServerDied) -> None:
-        """Wait for no answer any more: `death` is what comes of whatever was asked."""
-        self._loop.call_soon_threadsafe(self._give_up_waiting, death)
+        """Wait for no answer any more: `death` is what comes of whatever was asked, and of what will be."""
+        self._loop.call_soon_threadsafe(self._abandon, death)
+
+    def _abandon(self, death: ServerDied) -> None:
+        self._death = death
+        self._give_up_waiting(death)
 
     def _give_up_waiting(self, death: ServerDied) -> None:
         for task in self._waiting:
@@ -275,6 +280,8 @@ class RolloutClient:
         return await self._exchange("POST", "/inference/v1/generate", json.dumps(body).encode())
 
     async def _exchange(self, method: str, path: str, body: bytes | None, headers: dict[str, str] | None = None) -> Any:
+        if self._death is not None:
+            raise self._death
         task = asyncio.current_task()
         assert task is not None
         self._waiting.add(task)

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from megatron_apo.rollout.client import RolloutClient
-from megatron_apo.rollout.server import ServerDied, VLLMServer
+from megatron_apo.rollout.server import ServerDied
 
 Answer = TypeVar("Answer")
 
@@ -37,6 +37,8 @@ class Address:
     token: str
     payload_dir: Path
     cache_probe_tokens: int = 0
+    pid: int | None = None
+    can_start: bool = False  # it is joined once, and is its owner's to start again
 
     @property
     def is_gone(self) -> bool:
@@ -49,6 +51,30 @@ class Address:
     def stop(self) -> None:
         pass
 
+    def log_tail(self) -> str:
+        return ""
+
+
+class Server(Protocol):
+    """What an engine needs of its server: `VLLMServer`, `Address`, or `registry.RemoteServer`."""
+
+    url: str
+    token: str
+
+    @property
+    def payload_dir(self) -> Path: ...
+    @property
+    def cache_probe_tokens(self) -> int: ...
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def is_gone(self) -> bool: ...
+    @property
+    def can_start(self) -> bool: ...
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def log_tail(self) -> str: ...
+
 
 class Engine:
     """One engine of a fleet. `timeout_s` bounds one request.
@@ -57,7 +83,7 @@ class Engine:
     weights, 0 until it was asked. failure: what it failed with last.
     """
 
-    def __init__(self, server: VLLMServer | Address, *, number: int = 0, timeout_s: float = 3600):
+    def __init__(self, server: Server, *, number: int = 0, timeout_s: float = 3600):
         self.server = server
         self.number = number
         self._timeout_s = timeout_s
@@ -113,8 +139,8 @@ class Engine:
 
     @property
     def can_start(self) -> bool:
-        """What runs elsewhere is joined once, and is its owner's to start again."""
-        return self.failure is None or not isinstance(self.server, Address)
+        """Also again, once it has failed."""
+        return self.failure is None or self.server.can_start
 
     @property
     def answers(self) -> bool:
@@ -123,7 +149,7 @@ class Engine:
     @property
     def pid(self) -> int | None:
         """The root of its processes, where they run here."""
-        return None if isinstance(self.server, Address) else self.server.pid
+        return self.server.pid
 
     def cached_tokens(self) -> int:
         """How many tokens of a fixed prompt the engine's prefix cache already had. From now on it has them all."""
@@ -140,6 +166,11 @@ class Engine:
         self.needs_proof = False
         self.state = State.SERVING
 
+    def lose(self, death: ServerDied) -> None:
+        """Its server, or the node that has it, is gone: whoever asks it, or waits for it, hears of that at once."""
+        if self._client is not None:
+            self._client.abandon(death)
+
     def fail(self, error: Exception) -> None:
         """It died, or otherwise failed where there is no way on but a restart. All that it was asked is given up."""
         self.failure = error
@@ -148,7 +179,7 @@ class Engine:
         self.client.abandon(ServerDied(str(error)))
 
     def log_tail(self) -> str:
-        return "" if isinstance(self.server, Address) else self.server.log_tail()
+        return self.server.log_tail()
 
 
 def at_once(engines: Sequence[Engine], work: Callable[[Engine], Answer]) -> dict[Engine, Answer | Exception]:

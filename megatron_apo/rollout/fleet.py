@@ -24,7 +24,8 @@ from typing import Any
 from megatron_apo.config import Recipe
 from megatron_apo.rollout.client import Body, Completion, Outcome, RolloutClient, read_completion
 from megatron_apo.rollout.engine import Answer, Engine, State, at_once
-from megatron_apo.rollout.server import ServerDied, ServerError, VLLMServer
+from megatron_apo.rollout.registry import RemoteServer
+from megatron_apo.rollout.server import ServerDied, ServerError, VLLMServer, log_file
 
 
 class RequestQueue:
@@ -73,24 +74,39 @@ class Fleet(AbstractContextManager["Fleet"]):
         self._told: set[Engine] = set()  # lost engines of which a message was printed
 
     @classmethod
-    def of(cls, recipe: Recipe, model: Path, log_name: str = "vllm", *, load_format: str = "auto") -> Fleet:
-        """rollout.replicas engines of this machine, not started. Their logs: RUN/logs/<log_name>[-<number>].log.
-        load_format: see `VLLMServer`."""
-        rollout = recipe.rollout
-        is_alone = rollout.replicas == 1
-        engines = []
-        for number in range(rollout.replicas):
-            server = VLLMServer(
+    def of(
+        cls,
+        recipe: Recipe,
+        model: Path,
+        log_name: str = "vllm",
+        *,
+        load_format: str = "auto",
+        here: Sequence[int] | None = None,
+        elsewhere: Sequence[RemoteServer] = (),
+    ) -> Fleet:
+        """rollout.replicas engines, not started: those of the numbers `here` on this machine (none: all), and those of
+        other nodes. Logs: RUN/logs/<log_name>[-<number>].log. load_format: see `VLLMServer`."""
+        here = range(recipe.rollout.replicas) if here is None else here
+        rollout = recipe.rollout.model_copy(update={"replicas": len(here)})  # what shares this machine
+        servers: dict[int, VLLMServer | RemoteServer] = {server.number: server for server in elsewhere}
+        for place, number in enumerate(here):
+            servers[number] = VLLMServer(
                 rollout,
                 model,
-                log_path=recipe.run.dir / "logs" / f"{log_name}{'' if is_alone else f'-{number}'}.log",
+                log_path=recipe.run.dir / "logs" / log_file(log_name, number, recipe.rollout.replicas),
                 seed=recipe.run.seed,
                 max_model_len=recipe.max_sequence_tokens,
                 shm_dir=recipe.sync.dir,
-                replica=None if is_alone else number,
+                replica=None if len(here) == 1 else place,
                 load_format=load_format,
             )
-            engines.append(Engine(server, number=number, timeout_s=rollout.request_timeout_s))
+        engines = [
+            Engine(server, number=number, timeout_s=rollout.request_timeout_s)
+            for number, server in sorted(servers.items())
+        ]
+        for engine in engines:
+            if isinstance(engine.server, RemoteServer):
+                engine.server.on_death = engine.lose
         # What an engine does not decode yet waits in it: the next sequence begins where one has ended.
         return cls(engines, window=rollout.max_num_seqs + max(1, rollout.max_num_seqs // 8))
 

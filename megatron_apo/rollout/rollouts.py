@@ -4,8 +4,9 @@
         rollouts.sync(0)                          # the engines serve the trainer's weights
         batch = rollouts.sample(prompts, step)    # a RolloutBatch on the driver, None elsewhere
 
-Every method is called on every rank; engines, graders and tokenizer live on the driver (global rank 0). What happens
-when an engine fails:
+Every method is called on every rank; graders, tokenizer and the fleet live on the driver (global rank 0). Engines are
+where `placement.py` says: those of another host than the driver's are started there, by the first rank or by a command
+of its own (`node.py`), when the driver says so (`registry.py`). What happens when an engine fails:
 
 - One that dies while others serve is started again beside them. The next sync gives it the weights, and it serves again
   once these are proven.
@@ -18,6 +19,7 @@ when an engine fails:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from itertools import chain, cycle, islice
@@ -32,16 +34,50 @@ from megatron_apo.rollout.engine import State
 from megatron_apo.rollout.evaluation import begin_evaluation, finished_evaluation
 from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.inputs import Inputs
+from megatron_apo.rollout.node import NodeEngines, engine_settings, versions
+from megatron_apo.rollout.placement import Placement
 from megatron_apo.rollout.proof import policy_log_probs, prove
+from megatron_apo.rollout.registry import Registry
 from megatron_apo.rollout.sampler import GradedSampling, begin_step, finished_batch
-from megatron_apo.rollout.server import ServerDied
+from megatron_apo.rollout.server import ServerDied, cache_probe_tokens
 from megatron_apo.rollout.sharing import MemorySharing
 from megatron_apo.rollout.transport.base import Ranks
+from megatron_apo.rollout.transport.collective import PATIENCE
 from megatron_apo.rollout.weight_sync import SyncError, SyncReport, UpdateFailed, WeightSync
-from megatron_apo.runtime.collective import Answer, driver_only, on_driver
+from megatron_apo.runtime.collective import Answer, driver_only, on_all, on_driver
+from megatron_apo.runtime.hosts import own_address
+from megatron_apo.runtime.job import given_secret, new_secret, read_job
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.recorder import Evaluation
 from megatron_apo.weights.gather import Gather
+
+
+def transport_of(wanted: str, placement: Placement) -> str:
+    """How weights travel. Raises ValueError where that cannot be."""
+    if wanted == "auto":
+        return "collective" if placement.elsewhere else "shm"
+    if wanted == "shm" and placement.elsewhere:
+        raise ValueError(
+            "sync.transport: shm, but engines are on other machines than rank 0's; use collective, or auto"
+        )
+    return wanted
+
+
+def _registry(recipe: Recipe) -> Registry:
+    """Where engines of other nodes join."""
+    job = read_job()
+    host, port = own_address(job.master_address if job else "127.0.0.1"), 0
+    if recipe.rollout.driver is not None:
+        host, _, text = recipe.rollout.driver.rpartition(":")
+        host, port = host.strip("[]"), int(text)
+    return Registry(
+        host,
+        port,
+        given_secret() or new_secret(),
+        versions(),
+        engine_settings(recipe),
+        patience_s=PATIENCE * recipe.sync.timeout_s,
+    )
 
 
 class Rollouts:
@@ -65,8 +101,24 @@ class Rollouts:
         self._inputs = inputs
         self._phase = phase
         self._stack = ExitStack()
-        # Engines begin with weights that are nobody's: a sync that brings none is seen at once.
-        self._fleet = Fleet.of(recipe, recipe.model.path, load_format="dummy") if topology.is_driver else None
+        self._placement = Placement.of(recipe.rollout, topology.hosts)
+        self._registry, self._fleet = None, None
+        if topology.is_driver:
+            servers = []
+            if self._placement.elsewhere:
+                self._registry = _registry(recipe)
+                servers = [
+                    self._registry.server(
+                        number,
+                        recipe.rollout.start_timeout_s,
+                        cache_probe_tokens(recipe.rollout, recipe.max_sequence_tokens),
+                    )
+                    for number in self._placement.elsewhere
+                ]
+            # Engines begin with weights that are nobody's: a sync that brings none is seen at once.
+            self._fleet = Fleet.of(
+                recipe, recipe.model.path, load_format="dummy", here=self._placement.here, elsewhere=servers
+            )
         self._pool: RewardPool | None = None
         self._memory = MemorySharing(
             topology, self._fleet, offloaded, phase, sleeps=recipe.rollout.sleep_while_training
@@ -75,7 +127,7 @@ class Rollouts:
             Gather(policy, spec, topology, bucket_bytes=recipe.sync.bucket_mib * 2**20),
             self._fleet.engines if self._fleet else (),
             ranks=Ranks.of(topology),
-            transport=recipe.sync.transport,
+            transport=transport_of(recipe.sync.transport, self._placement),
             timeout_s=recipe.sync.timeout_s,
         )
         self._version = 0
@@ -89,6 +141,7 @@ class Rollouts:
     def __enter__(self) -> Rollouts:
         try:
             on_driver(self._topology, self._start_graders)
+            self._start_nodes()
             self._memory.start_engines()
             on_driver(self._topology, lambda: self.fleet.connect(self._sync.init_info))
         except BaseException:
@@ -162,6 +215,41 @@ class Rollouts:
     def _start_graders(self) -> None:
         self._stack.callback(self.fleet.stop)
         self._pool = self._stack.enter_context(RewardPool(self._recipe.reward))
+
+    def _start_nodes(self) -> None:
+        """Other hosts' first ranks join with the engines that are theirs, and start them when they are told to."""
+        if not self._placement.elsewhere:
+            return
+
+        def listen() -> tuple[str, str]:
+            assert self._registry
+            try:
+                registry = self._stack.enter_context(self._registry)
+            except OSError as error:
+                where = f"{self._registry.address}:{self._registry.port}"
+                raise ValueError(f"rollout.driver: cannot listen on {where}: {error.strerror or error}") from error
+            return f"{registry.address}:{registry.port}", registry.secret
+
+        address, secret = on_driver(self._topology, listen)
+        own = self._placement.by_rank.get(self._topology.rank, [])
+
+        def join() -> None:
+            if self._topology.is_driver or not own:
+                return
+            node = self._stack.enter_context(
+                NodeEngines(
+                    self._recipe,
+                    address,
+                    secret,
+                    room=len(own),
+                    numbers=own,
+                    patience_s=self._recipe.parallel.timeout_s,
+                )
+            )
+            node.join()
+            threading.Thread(target=node.follow, name="node", daemon=True).start()
+
+        on_all(self._topology, join)
 
     def _begin(self, activity: str) -> None:
         self._activity = activity

@@ -128,12 +128,11 @@ class VLLMServer:
 
     @property
     def cache_probe_tokens(self) -> int:
-        """Length of a prompt that shows what the prefix cache holds: more than a block of tokens (128 on a CPU, 16 on a
-        GPU), where there are such prompts. 0 where there is nothing to look at: without a cache, and where vLLM sleeps
-        while weights are synced, which drops the cache and its memory."""
-        if not self.rollout.prefix_caching or self.rollout.sleep_while_training:
-            return 0
-        return min(2 * 128 + 1, self.max_model_len - 1)
+        return cache_probe_tokens(self.rollout, self.max_model_len)
+
+    @property
+    def can_start(self) -> bool:
+        return True
 
     @property
     def is_gone(self) -> bool:
@@ -229,6 +228,20 @@ class VLLMServer:
         return engine_environment(os.environ | own, self.rollout, self.replica)
 
 
+def log_file(log_name: str, number: int, count: int) -> str:
+    """Of engine `number` of so many."""
+    return f"{log_name}.log" if count == 1 else f"{log_name}-{number}.log"
+
+
+def cache_probe_tokens(rollout: RolloutConfig, max_model_len: int) -> int:
+    """Length of a prompt that shows what an engine's prefix cache holds: more than a block of tokens (128 on a CPU, 16
+    on a GPU), where there are such prompts. 0 where there is nothing to look at: without a cache, and where vLLM sleeps
+    while weights are synced, which drops the cache and its memory."""
+    if not rollout.prefix_caching or rollout.sleep_while_training:
+        return 0
+    return min(2 * 128 + 1, max_model_len - 1)
+
+
 def engine_options(rollout: RolloutConfig) -> dict[str, Any]:
     """Arguments of vLLM's engine that both stages give it, by vLLM's names."""
     on_gpu = _has_gpu(rollout)
@@ -242,6 +255,7 @@ def engine_options(rollout: RolloutConfig) -> dict[str, Any]:
         "enable_chunked_prefill": on_gpu,  # a seeded request prefilled in two pieces kills the CPU engine
         "enforce_eager": not on_gpu,  # compiling costs more than it gains on a CPU
         "kv_cache_dtype": rollout.kv_cache_dtype,
+        "enable_expert_parallel": rollout.ep > 1,
     }
     if problems := engine_problems(rollout):
         raise ValueError("\n".join(problems))
@@ -315,8 +329,13 @@ def _cpu_environment(rollout: RolloutConfig, replica: int | None) -> dict[str, s
     return shared | {"VLLM_CPU_OMP_THREADS_BIND": bind}
 
 
+def engine_gpus(rollout: RolloutConfig) -> int:
+    """How many GPUs of this machine engines can have."""
+    return len(drivers_gpus() if rollout.python else visible_gpus())
+
+
 def _has_gpu(rollout: RolloutConfig) -> bool:
-    return bool(drivers_gpus() if rollout.python else visible_gpus())
+    return engine_gpus(rollout) > 0
 
 
 def served_length(rollout: RolloutConfig, model: Path, max_model_len: int) -> int:

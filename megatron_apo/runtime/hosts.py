@@ -85,7 +85,7 @@ def meet(job: Job, store: dist.Store, timeout_s: float) -> list[Place]:
 def loopback_problem(master_address: str, places: Sequence[Place]) -> str | None:
     """What is wrong where a rank on another host than rank 0's reaches it by a loopback address."""
     for rank, place in enumerate(places):
-        if place.host != places[0].host and _is_loopback(place.address):
+        if place.host != places[0].host and is_loopback(place.address):
             return (
                 f"MASTER_ADDR: {master_address} is a loopback address, and rank {rank} is on another host "
                 f"({place.name}) than rank 0 ({places[0].name}); give the address by which other hosts reach rank 0's"
@@ -104,7 +104,7 @@ def interface_of(
     for address in addresses:
         local = routes(address)
         name = next((name for name, own in interfaces.items() if local in own), None)
-        if name is None or _is_loopback(local):
+        if name is None or is_loopback(local):
             return None, f"no interface of its own leads to {address}"
         found[name] = address
     if len(found) > 1:
@@ -120,7 +120,7 @@ def _choose_interface(own: Place, places: Sequence[Place]) -> str | None:
         for name, addresses in psutil.net_if_addrs().items()
     }
     if chosen := os.environ.get(GLOO):
-        names = [name for name in chosen.split(",") if not all(map(_is_loopback, interfaces.get(name, [])))]
+        names = [name for name in chosen.split(",") if not all(map(is_loopback, interfaces.get(name, [])))]
         if not names:
             return (
                 f"{GLOO}: {chosen} on {own.name} leads to no other host, and the ranks are on several; leave it out, "
@@ -157,7 +157,7 @@ def _exchange(job: Job, store: dist.Store, name: str, value: str, timeout_s: flo
         except RuntimeError:
             missing = []
         hint = ""
-        if _is_loopback(route(job.master_address)):
+        if is_loopback(route(job.master_address)):
             hint = f", and MASTER_ADDR={job.master_address} has to be an address by which their host reaches this one"
         raise ConnectionError(
             f"parallel.timeout_s: ranks {', '.join(map(str, missing))} of {job.world_size} have not joined the job in "
@@ -167,7 +167,7 @@ def _exchange(job: Job, store: dist.Store, name: str, value: str, timeout_s: flo
 
 def _wait_for_store(job: Job, timeout_s: float) -> None:
     """Until the store's port answers. Quieter than torch, which shows its own stack for each attempt."""
-    loopback = _is_loopback(route(job.master_address))
+    loopback = is_loopback(route(job.master_address))
     limit = min(timeout_s, _LOOPBACK_LIMIT_S) if loopback else timeout_s
     end = time.monotonic() + limit
     while True:
@@ -202,5 +202,15 @@ def route(address: str) -> str:
         return ""
 
 
-def _is_loopback(address: str) -> bool:
+def own_address(address: str) -> str:
+    """This host's address for the others of its job: on gloo's interface where one was chosen (`meet`), else on the way
+    to `address`."""
+    names = os.environ.get(GLOO, "").split(",")
+    for one in (one for name in names for one in psutil.net_if_addrs().get(name, [])):
+        if one.family in _FAMILIES:
+            return one.address.partition("%")[0]
+    return route(address)
+
+
+def is_loopback(address: str) -> bool:
     return address != "" and ipaddress.ip_address(address).is_loopback

@@ -166,5 +166,10 @@ def slurm_tasks(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("SLURM_STEP_NUM_TASKS", 1))
 
 
+def given_secret(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The secret of this process's job; None where nobody has given it one."""
+    return environment.get(SECRET) or None
+
+
 def new_secret() -> str:
     return secrets.token_urlsafe(32)

@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_apo.config import Recipe
 from megatron_apo.runtime import guard
 from megatron_apo.runtime.gpus import visible_gpus
-from megatron_apo.runtime.job import Job, Node, new_secret, slurm_tasks, without_job
+from megatron_apo.runtime.job import Job, Node, given_secret, new_secret, slurm_tasks, without_job
 from megatron_apo.runtime.ports import free_port
 from megatron_apo.runtime.signals import RANK_LOST, end_with_parent
 
@@ -84,7 +84,8 @@ def be_rank(job: Job, log_dir: Path | None = None) -> None:
 def spawn(arguments: Sequence[str], *, world_size: int, log_dir: Path) -> None:
     """Run `megatron-apo ARGUMENTS` as `world_size` ranks on this machine and wait for them."""
     address = "127.0.0.1"
-    spawn_node(arguments, Node(0, world_size, world_size, address, free_port(address), new_secret()), log_dir)
+    secret = given_secret() or new_secret()
+    spawn_node(arguments, Node(0, world_size, world_size, address, free_port(address), secret), log_dir)
 
 
 def spawn_node(arguments: Sequence[str], node: Node, log_dir: Path) -> None:

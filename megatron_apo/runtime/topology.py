@@ -37,6 +37,7 @@ class Topology:
     vpp: int = 1
     host_group: Any = None  # all ranks, over gloo whatever the device; none: the default group
     replica_group: Any = None  # the ranks of this data-parallel replica, over gloo; none: the default group
+    hosts: tuple[str, ...] = ()  # each rank's, by a name that tells it from others; none: all are on one
 
     @property
     def ep_rank(self) -> int:

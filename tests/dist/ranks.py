@@ -23,7 +23,7 @@ import pytest
 from megatron_apo.config import ParallelConfig
 from megatron_apo.runtime import guard
 from megatron_apo.runtime.ports import free_port
-from tests.dist.hosts import Host
+from tests.hosts import Host
 from tests.models import EXPERTS, VARIANTS
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_apo.runtime.ports import free_port
 from megatron_apo.runtime.signals import RANK_LOST
-from tests.dist import hosts
+from tests import hosts
 from tests.dist.ranks import Rank, forks, running_ranks, start_ranks
 
 TIMEOUT_S = 6.0  # the last third is room for a machine that is busy

@@ -109,6 +109,7 @@ def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         pid = None
         token = ""
         cache_probe_tokens = 0
+        can_start = True
 
         def start(self) -> None:
             self.url, self.payload_dir = f"http://127.0.0.1:{http.server_port}", tmp_path
@@ -172,7 +173,7 @@ def test_without_sleep_nothing_is_asked_but_offloading_is_the_same(start: Any, h
     with start() as rollouts:
         rollouts.sync(0)
         rollouts.sample([PROMPT], 1)
-        assert rollouts._sync.group is rollouts._topology.host_group  # its GPUs would wait in the default one
+        assert rollouts._sync._ranks.group is rollouts._topology.host_group  # its GPUs would wait in the default one
     assert http.events == ["offloaded", "start", "back", *MEETING, *UPDATE, "offloaded", GENERATE, "back"]
 
 

@@ -1,0 +1,267 @@
+"""Engines of other nodes, over the real HTTP between registry and nodes: they join, start, die, start again and end as
+the driver says, and nobody else is heard. Behind each is a counterpart of an engine (`tests/engines.py`)."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from megatron_apo.config import Recipe, RolloutConfig
+from megatron_apo.rollout import node as nodes
+from megatron_apo.rollout.engine import Engine, State
+from megatron_apo.rollout.fleet import Fleet, RequestQueue
+from megatron_apo.rollout.node import DriverLost, JoinRefused, NodeEngines, engine_settings, versions
+from megatron_apo.rollout.placement import Placement
+from megatron_apo.rollout.registry import Registry
+from megatron_apo.rollout.server import ServerDied, ServerError
+from tests.engines import LIMIT_S, Server, requests, until
+from tests.runs import write_run
+
+SECRET = "the job's"
+
+
+class NodeServer(Server):
+    """As a `VLLMServer` is watched by its node."""
+
+    def alive(self) -> bool:
+        return self._loop is not None
+
+
+class FailingServer(NodeServer):
+    def start(self) -> None:
+        raise ServerError("vLLM ended with status 1 at its start")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return write_run(tmp_path, "rollout.start_timeout_s=20")
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as found:
+        yield found
+
+
+@pytest.fixture
+def registry(recipe: Recipe, stack: ExitStack) -> Registry:
+    made = Registry("127.0.0.1", 0, SECRET, versions(), engine_settings(recipe), patience_s=1.5)
+    return stack.enter_context(made)
+
+
+class Node:
+    """A node whose engines are counterparts, in threads of this process."""
+
+    def __init__(
+        self, recipe: Recipe, registry: Registry, stack: ExitStack, kind: type[Server] = NodeServer, **options
+    ):
+        self.servers: dict[int, Server] = {}
+        self.ended: list[Exception | None] = []
+        self.engines = NodeEngines(
+            recipe, f"{registry.address}:{registry.port}", SECRET, **{"room": 1, "patience_s": 1.5} | options
+        )
+
+        def server(number: int) -> Server:
+            folder = Path(tempfile.mkdtemp(dir=recipe.run.dir.parent))
+            return self.servers.setdefault(number, kind(folder))
+
+        self.engines._server = server  # type: ignore[method-assign, assignment]
+        stack.enter_context(self.engines)
+        self.engines.join()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+        self.thread.start()
+
+    def _follow(self) -> None:
+        try:
+            self.engines.follow()
+            self.ended.append(None)
+        except (DriverLost, JoinRefused) as error:
+            self.ended.append(error)
+
+
+@pytest.fixture
+def make_node(recipe: Recipe, registry: Registry, stack: ExitStack, monkeypatch) -> Callable[..., Node]:
+    monkeypatch.setattr(nodes, "BEAT_EVERY_S", 0.05)
+    return lambda **options: Node(recipe, registry, stack, **options)
+
+
+def fleet_of(registry: Registry, stack: ExitStack, count: int, start_timeout_s: float = 10.0) -> Fleet:
+    engines = [
+        Engine(registry.server(number, start_timeout_s), number=number, timeout_s=LIMIT_S) for number in range(count)
+    ]
+    for engine in engines:
+        engine.server.on_death = engine.lose  # type: ignore[union-attr]
+    fleet = Fleet(engines, window=2)
+    stack.callback(fleet.stop)
+    return fleet
+
+
+def ask(fleet: Fleet, count: int = 4) -> RequestQueue:
+    queue = RequestQueue(requests(count))
+    fleet.generate(queue, lambda index, completion: None)
+    return queue
+
+
+def test_engines_of_two_nodes_are_a_fleet(registry: Registry, stack: ExitStack, make_node) -> None:
+    """Those that are asked before a node has joined wait for one; the job's end ends the nodes'."""
+    fleet = fleet_of(registry, stack, 3)
+    starting = threading.Thread(target=fleet.start)
+    starting.start()
+    time.sleep(0.3)
+    first, second = make_node(room=2), make_node()
+    starting.join(LIMIT_S)
+    fleet.serve_own_weights()
+    assert (sorted(first.servers), sorted(second.servers)) == ([0, 1], [2])
+    assert sorted(ask(fleet, 9).answered_by) == [0, 1, 2]
+    fleet.stop()
+    until(lambda: not any(server.alive() for server in (*first.servers.values(), *second.servers.values())))
+    stack.close()
+    until(lambda: first.ended == second.ended == [None])
+
+
+def test_an_engine_that_dies_is_known_at_once_and_started_again(
+    registry: Registry, stack: ExitStack, make_node
+) -> None:
+    fleet = fleet_of(registry, stack, 2)
+    node = make_node(room=2)
+    fleet.start()
+    fleet.serve_own_weights()
+    fleet.may_start = True
+    node.servers[0].held = True  # so that what is asked of it waits
+    threading.Timer(0.3, node.servers[0].die).start()
+    node.servers[0].delay_s = LIMIT_S
+    queue = ask(fleet, 6)
+    assert len(queue.answers) == 6
+    assert fleet.engines[0].state is State.DOWN
+    node.servers[0].held, node.servers[0].delay_s = False, 0.0
+    fleet.finish_starts()
+    assert fleet.engines[0].state is State.STARTED and node.servers[0].num_starts == 2
+
+
+def test_a_node_that_is_silent_is_lost_and_another_takes_its_place(
+    registry: Registry, stack: ExitStack, make_node
+) -> None:
+    fleet = fleet_of(registry, stack, 1)
+    silent = make_node()
+    fleet.start()
+    fleet.serve_own_weights()
+    silent.engines.stop()  # it says no more; its engine would answer
+    since = time.monotonic()
+    until(lambda: fleet.engines[0].server.is_gone)
+    assert time.monotonic() - since < 2.5
+    with pytest.raises(ServerDied, match=r"has been silent for 1\.\d s"):
+        ask(fleet)
+    assert not fleet.engines[0].can_start
+    other = make_node()
+    assert fleet.engines[0].can_start
+    fleet.start()
+    fleet.serve_own_weights()
+    assert len(ask(fleet).answers) == 4 and list(other.servers) == [0]
+
+
+def test_a_node_that_was_given_up_is_told_so(registry: Registry, stack: ExitStack, make_node) -> None:
+    fleet_of(registry, stack, 1)
+    node = make_node()
+    registry._nodes[0].is_lost = True
+    until(lambda: node.ended)
+    assert "refuses this node: it was silent for too long" in str(node.ended[0])
+
+
+def test_the_driver_that_is_gone_ends_the_nodes(
+    recipe: Recipe, make_node, registry: Registry, stack: ExitStack
+) -> None:
+    fleet = fleet_of(registry, stack, 1)
+    node = make_node()
+    fleet.start()
+    registry._loop.call_soon_threadsafe(registry._loop.stop)  # as after SIGKILL
+    until(lambda: node.ended)
+    assert isinstance(node.ended[0], DriverLost) and "silent for 1.5 s" in str(node.ended[0])
+    assert node.ended[0].exit_code == 76
+
+
+def test_who_has_another_secret_version_or_setting_is_refused_in_a_line(
+    recipe: Recipe, registry: Registry, stack: ExitStack, make_node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.server(0, 1.0)
+    address = f"{registry.address}:{registry.port}"
+    stranger = NodeEngines(recipe, address, "a stranger's", room=1, patience_s=1.5)
+    with pytest.raises(JoinRefused, match=f"^MEGATRON_APO_SECRET: the driver at {address} has another one; give both"):
+        stranger.join()
+    for path in ("/join", "/beat", "/"):
+        for headers in ({}, {"Authorization": "Bearer "}, {"Authorization": "Bearer a stranger's"}):
+            request = urllib.request.Request(f"http://{address}{path}", b"{}", headers)
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(request, timeout=5)
+            assert caught.value.code == 401 and json.load(caught.value) == "missing or wrong secret"
+    own = versions()
+    monkeypatch.setattr(nodes, "versions", lambda python: own | {"torch": "2.12.0"})
+    expected = (
+        f"torch: the trainer has {own['torch']}, .* 2.12.0; install torch {own['torch']} there, or 2.12.0 for the"
+    )
+    with pytest.raises(JoinRefused, match=expected):
+        make_node()
+    monkeypatch.setattr(nodes, "versions", lambda python: own)
+    other = recipe.model_copy(update={"rollout": RolloutConfig(dtype="bfloat16")})
+    with pytest.raises(
+        JoinRefused, match=r"rollout.dtype: float32 in the trainer's recipe, bfloat16 in that of .*; give"
+    ):
+        NodeEngines(other, address, SECRET, room=1, patience_s=1.5).join()
+    assert not registry._nodes
+
+
+def test_nobody_there_is_said_within_the_limit(recipe: Recipe, registry: Registry, stack: ExitStack) -> None:
+    recipe.rollout.start_timeout_s = 0.5
+    with pytest.raises(
+        DriverLost, match="the driver at 127.0.0.1:9 has not answered for rollout.start_timeout_s=0.5 s"
+    ):
+        NodeEngines(recipe, "127.0.0.1:9", SECRET, room=1, patience_s=1.5).join()
+    fleet = fleet_of(registry, stack, 1, start_timeout_s=0.2)
+    with pytest.raises(
+        ServerError, match=r"no node has joined that has room for engine 0 .*; start `megatron-apo serve"
+    ):
+        fleet.start()
+
+
+def test_a_start_that_fails_says_why(registry: Registry, stack: ExitStack, make_node) -> None:
+    fleet = fleet_of(registry, stack, 1)
+    make_node(kind=FailingServer)
+    with pytest.raises(ServerError, match="engine 0 on .*: vLLM ended with status 1 at its start"):
+        fleet.start()
+
+
+def test_a_nodes_own_engines_are_given_to_no_other(registry: Registry, stack: ExitStack, make_node) -> None:
+    fleet = fleet_of(registry, stack, 2)
+    first, second = make_node(numbers=[1]), make_node(numbers=[0])
+    fleet.start()
+    assert (list(first.servers), list(second.servers)) == ([1], [0])
+
+
+@pytest.mark.parametrize(
+    ("replicas", "hosts", "expected"),
+    [
+        (1, (), {0: [0]}),
+        (3, ("a", "a"), {0: [0, 1, 2]}),
+        (4, ("a", "a", "b", "b"), {0: [0, 1], 2: [2, 3]}),
+        (5, ("a", "b", "c"), {0: [0, 1], 1: [2, 3], 2: [4]}),
+        (1, ("a", "b"), {0: [0], 1: []}),
+    ],
+)
+def test_colocated_engines_are_spread_over_the_hosts(replicas: int, hosts: tuple[str, ...], expected) -> None:
+    placement = Placement.of(RolloutConfig(replicas=replicas), hosts)
+    assert placement.by_rank == expected
+    assert placement.here == expected[0]
+    assert sorted(placement.here + placement.elsewhere) == list(range(replicas))
+
+
+def test_dedicated_engines_are_nobodys() -> None:
+    placement = Placement.of(RolloutConfig(replicas=2, placement="dedicated", driver="a:1"), ("a", "b"))
+    assert placement.by_rank == {} and placement.elsewhere == [0, 1] and placement.here == []
