@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from megatron_apo.rollout.engine import Answer, Engine, State, at_once
+from megatron_apo.rollout.engine import Answer, Engine, State
 from megatron_apo.rollout.server import ServerDied, ServerError
 from megatron_apo.rollout.transport.base import (
     Ranks,
@@ -116,6 +116,7 @@ class WeightSync:
                 digests = self._update(version, chosen, watch)
                 break
             except TransferError as broken:
+                self._sender.start_anew()
                 left = [engine for engine in chosen if engine.answers and engine.version != version]
                 if all(engine.answers for engine in chosen):
                     before, unexplained = unexplained, broken
@@ -240,7 +241,7 @@ class _Update(Update):
         self.watch = watch
         self._timeout_s = timeout_s
         self._sender = sender
-        self._threads = ThreadPoolExecutor(max(1, len(self.engines)), "update")
+        self._threads = ThreadPoolExecutor(max(1, 2 * len(self.engines)), "update")  # each loads, and is asked
         self._opened: list[Engine] = []
         self._loading: dict[Engine, Future[None]] = {}
 
@@ -301,9 +302,7 @@ class _Update(Update):
 
         Raises TransferError where it can be made anew."""
         self.silent([self._opened[index] for index in broken.silent], str(broken))
-        _, late = wait(self._loading.values(), self._timeout_s / 3)
-        self.silent([one for one, future in self._loading.items() if future in late], "it does not end an update")
-        self._joined()
+        self._joined(self._timeout_s / 3)
         self._with_each(lambda engine: engine.client.finish_weight_update(None))
         for engine in self.engines:
             engine.state = State.STARTED
@@ -338,14 +337,21 @@ class _Update(Update):
         with self.watch.phase("check"):
             self._with_each(check)
 
-    def _joined(self) -> None:
+    def _joined(self, within_s: float | None = None) -> None:
         """Wait until every engine has loaded, or failed to."""
-        self._with_each(lambda engine: self._loading[engine].result())
+        self._with_each(lambda engine: self._loading[engine].result(), within_s)
 
-    def _with_each(self, work: Callable[[Engine], object]) -> None:
-        """Do `work` with all engines at the same time. Raises an error only if it is not an engine's, or the last's."""
+    def _with_each(self, work: Callable[[Engine], object], within_s: float | None = None) -> None:
+        """Do `work` with all engines at the same time. Raises an error only if it is not an engine's, or the last's.
+
+        An engine that takes longer than `within_s` (none: sync.timeout_s) is silent, and is waited for no longer."""
+        within_s = self._timeout_s if within_s is None else within_s
+        asked = {engine: self._threads.submit(work, engine) for engine in self.engines}
+        _, late = wait(asked.values(), within_s)
+        death = ServerDied(f"the rollout server has been silent for {within_s:.3g} s (sync.timeout_s)")
         failures: list[Exception] = []
-        for engine, error in at_once(self.engines, work).items():
+        for engine, future in asked.items():
+            error = death if future in late else future.exception()
             if not isinstance(error, Exception):
                 continue
             if isinstance(error, (ServerError, OSError)) and engine.is_gone:

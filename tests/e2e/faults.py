@@ -29,6 +29,7 @@ from vllm.model_executor.model_loader.reload.layerwise import _get_original_load
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from megatron_apo.rollout.transport import receiver
+from megatron_apo.rollout.transport.base import TransferError
 
 NUM_REMEMBERED = 3  # updates
 
@@ -169,6 +170,24 @@ def byte_in_clone(worker: Any, tensors: list[str], weights: Weights) -> Weights:
             tensor = tensor.clone()
             tensor.reshape(-1).view(torch.uint8)[tensor.nbytes // 2] ^= 1
         yield name, tensor
+
+
+@stream_fault
+def breaks_off(worker: Any, tensors: list[str], weights: Weights) -> Weights:
+    """Once, what brings weights fails right after these; the worker has them, and nothing of what follows."""
+    for name, tensor in weights:
+        yield name, tensor
+        if name in tensors:
+            worker._changes.clear()
+            raise TransferError("the network is gone")
+
+
+@stream_fault
+def always_breaks_off(worker: Any, tensors: list[str], weights: Weights) -> Weights:
+    for name, tensor in weights:
+        yield name, tensor
+        if name in tensors:
+            raise TransferError("the network is gone")
 
 
 def _older(num_versions: int) -> Callable[[Any, list[str], Weights], Weights]:

@@ -299,7 +299,7 @@ def test_a_second_death_in_a_step_stops_the_run(quickstart: Path, command, tmp_p
 
 
 # A user's code in rank 0, which asks the reward for its version: it puts two faults into the weights' way to an engine.
-# In the sync of version 3 engine 0 is shown to a folder that is not there; in that of version 4, engine 1 is killed.
+# In the sync of version 3 engine 0 is not told all that it needs; in that of version 4, engine 1 is killed.
 FAULTY_TRANSFER = """
 import os, signal
 from collections import Counter
@@ -314,7 +314,7 @@ if os.environ.get("RANK") == "0":
         info = update_info(self, engine)
         syncs[engine.number] += 1
         if (engine.number, syncs[engine.number]) == (0, 4):
-            info["folder"] += "-gone"
+            del info["slot_bytes"]
         if (engine.number, syncs[engine.number]) == (1, 5):
             for pid in engine.server.pids():
                 if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text():

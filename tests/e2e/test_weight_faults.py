@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from megatron_apo.config import RolloutConfig
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.groups import alone
-from megatron_apo.rollout.engine import Engine
+from megatron_apo.rollout.engine import Engine, State
 from megatron_apo.rollout.server import ServerDied, VLLMServer
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
 from megatron_apo.weights.plan import Bucket
@@ -57,6 +57,10 @@ class Combination:
     def family(self) -> str:
         """Norms of queries and keys in one, biases of them in the other."""
         return "qwen3" if self.tied else "qwen2"
+
+    @property
+    def transport(self) -> str:
+        return "shm" if self.tp == 1 else "collective"
 
     def __str__(self) -> str:
         return f"{self.dtype}-{'tied' if self.tied else 'untied'}-tp{self.tp}"
@@ -139,9 +143,14 @@ class Bench:
         self.training = Training(self.model(), getattr(torch, self.combination.dtype), rate)
         return self.training
 
-    def introduce(self) -> None:
+    def introduce(self, timeout_s: float = 120.0) -> None:
         """The next sync is the engine's first, as far as it knows."""
-        self.weights = WeightSync(TensorSource(self.training.sent), [self.engine])
+        self.weights = WeightSync(
+            TensorSource(self.training.sent),
+            [self.engine],
+            transport=self.combination.transport,
+            timeout_s=timeout_s,
+        )
         self.engine.connect(self.weights.init_info)
 
     def sync(self, source: TensorSource | None = None) -> None:
@@ -424,6 +433,63 @@ def test_a_trainer_that_fails_ends_the_update(usable: Bench) -> None:
     assert bench.engine.client.is_paused()
     assert set(threading.enumerate()) == threads
     assert [path.name for path in bench.engine.payload_dir.iterdir()] == ["buckets"]
+
+
+@engines(ONE, TWO)
+@pytest.mark.parametrize(
+    "after", ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+def test_a_transfer_that_breaks_off_is_made_anew(usable: Bench, after: str) -> None:
+    """On the last worker: in the middle of vLLM's qkv, at the begin, and when nearly all is there. vLLM alone would mix
+    what it has with what comes next, or refuse to go on."""
+    bench, training = usable, usable.train_at(RATES[0])
+    bench.introduce()
+    for _ in range(2):
+        bench.sync()
+        training.step()
+    bench.switch_fault("breaks_off", after, str(bench.combination.tp - 1))
+    bench.sync()
+    bench.assert_computes_with(training)
+    training.step()
+    bench.sync()
+    bench.assert_computes_with(training)
+    assert bench.engine.state is State.SERVING and bench.engine.failure is None
+    assert bench.engine.client.weight_version() == str(bench.version)
+
+
+@engines(ONE, TWO)
+def test_a_transfer_that_always_breaks_off_ends_the_run(usable: Bench) -> None:
+    bench = usable
+    bench.introduce()
+    bench.switch_fault("always_breaks_off", "model.norm.weight")
+    with pytest.raises(SyncError, match="^the weights could not be sent, twice: "):
+        bench.sync()
+    assert bench.engine.client.is_paused() and bench.engine.state is State.STARTED
+    bench.switch_fault()
+    bench.sync()
+    bench.assert_computes_with(bench.training)
+
+
+@engines(ONE, TWO)
+def test_an_engine_that_falls_silent_in_an_update_is_named_in_time(usable: Bench) -> None:
+    bench = usable
+    bench.sync()
+    threads, bench.is_usable = set(threading.enumerate()), False
+    timeout_s = 6.0
+    bench.introduce(timeout_s)
+    server = bench.engine.server
+    assert isinstance(server, VLLMServer)
+    everything = traces(server.pids())
+    core = next(pid for pid in server.pids() if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text())
+    start = time.monotonic()
+    with pytest.raises(ServerDied, match=r"\(sync.timeout_s\)$"):
+        bench.sync(BrokenSource(bench.training.sent, lambda: os.kill(core, signal.SIGSTOP)))
+    took_s = time.monotonic() - start
+    print(f"{bench.combination}: named after {took_s:.1f} s of {timeout_s:g}")
+    assert took_s < timeout_s + 2
+    bench.engine.stop()
+    assert_all_gone(everything)
+    assert set(threading.enumerate()) <= threads
 
 
 @engines(TWO)

@@ -135,6 +135,9 @@ class Sender(Protocol):
     def give_up(self) -> None:
         """Workers that still wait for a bucket give up."""
 
+    def start_anew(self) -> None:
+        """A transfer broke off for a receiver, after it was sent maybe: the next one uses nothing of it."""
+
     def close(self) -> None:
         """The update is over, and nothing of it is left that another does not use again."""
 

@@ -158,6 +158,9 @@ class CollectiveSender:
     def drop(self, receiver: Receiver) -> None:
         pass
 
+    def start_anew(self) -> None:
+        self._receivers = ()
+
     def give_up(self) -> None:
         """A group that is left in the middle of a transfer has ended with it."""
 

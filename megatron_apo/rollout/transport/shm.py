@@ -170,6 +170,9 @@ class ShmSender:
             with suppress(OSError):  # it goes with the engine
                 (folder / "given-up").touch()
 
+    def start_anew(self) -> None:
+        pass
+
     def close(self) -> None:
         self.give_up()
         for folder in self._folders.values():
