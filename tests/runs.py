@@ -7,6 +7,9 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from transformers import Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
 from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.data.arithmetic import build_tokenizer, write_model, write_task
 from megatron_apo.data.order import step_prompts
@@ -35,16 +38,29 @@ SETTINGS = [
 ]
 
 
-def write_run(folder: Path, *overrides: str) -> Recipe:
-    """Write model, data and store under `folder`; the recipe is in folder/recipe.yaml."""
+def write_run(folder: Path, *overrides: str, num_experts: int = 0) -> Recipe:
+    """Write model, data and store under `folder`; the recipe is in folder/recipe.yaml. With experts it is a mixture."""
     data = write_task(folder / "data", 0, num_train=NUM_PROMPTS, num_eval=NUM_EVAL, num_sft=0)
     write_model(folder / "model", 0, build_tokenizer())
+    if num_experts:
+        make_mixture(folder / "model", num_experts)
     paths = [f"run.dir={folder / 'run'}", f"model.path={folder / 'model'}", f"vstar.dir={folder / 'vstar'}"]
     paths += [f"data.train={data['train']}", f"data.eval={data['eval']}"]
     recipe = build_recipe({}, [*paths, *SETTINGS, *overrides])
     write_store(recipe)
     recipe.save(folder / "recipe.yaml")
     return recipe
+
+
+def make_mixture(folder: Path, num_experts: int) -> None:
+    """Put a mixture in the place of a dense model."""
+    dense = Qwen3Config.from_pretrained(folder).to_dict()
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    names += ("max_position_embeddings", "eos_token_id", "pad_token_id", "bos_token_id")
+    own = {"num_experts": num_experts, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "dtype": "float32"}
+    own |= {"tie_word_embeddings": False, "norm_topk_prob": True, "intermediate_size": 96}
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**{name: dense[name] for name in names}, **own)).save_pretrained(folder)
 
 
 def write_store(recipe: Recipe) -> None:

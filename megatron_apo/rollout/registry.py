@@ -241,7 +241,7 @@ class Registry(AbstractContextManager["Registry"]):
     def _hear(self, server: RemoteServer, report: _Report) -> None:
         before, server.report = server.report, report
         if (before.state, report.state) == ("up", "ended") and report.start == server.start_number:
-            server.on_death(ServerDied(f"engine {server.number} on {server.where} ended: {report.text}"))
+            server.on_death(ServerDied(f"engine {server.number} on {server.where} has ended"))
 
     # --- its thread
 

@@ -273,11 +273,14 @@ def engine_problems(rollout: RolloutConfig) -> list[str]:
     if _has_gpu(rollout):
         return []
     wanted = {"quantization": "fp8", "kv_cache_dtype": "fp8", "sleep_while_training": True}
-    return [
+    found = [
         f"rollout.{name}: {str(value).lower()} needs a GPU, and this machine has none; leave it out"
         for name, value in wanted.items()
         if getattr(rollout, name) == value
     ]
+    if rollout.ep > 1:  # model_executor/layers/fused_moe/experts/cpu_moe.py, `apply`, reads past its own experts
+        found.append(f"rollout.ep: {rollout.ep} needs a GPU, since vLLM's CPU experts take no expert map; use 1")
+    return found
 
 
 def device_name() -> str:

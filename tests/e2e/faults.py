@@ -275,9 +275,12 @@ Load = Callable[[Tensor, Tensor], None]
 
 @_loader_fault
 def not_copied(worker: Any, name: str, load: Load, parameter: Tensor, tensor: Tensor) -> None:
-    """vLLM counts a tensor as loaded, and does not load it."""
+    """vLLM counts a tensor as loaded, and does not load it, so that its memory is whatever was there: by chance even the
+    same tensor of an earlier update; zeros here."""
     if parameter.is_meta:
         load(parameter, tensor)
+    else:
+        parameter.data.zero_()
 
 
 @_loader_fault

@@ -144,13 +144,14 @@ def finished(ranks: list[hosts.Process], job: Job) -> None:
     job.until(lambda: all(rank.poll() == 0 for rank in ranks), ranks, "its end")
 
 
-def test_engines_on_hosts_of_their_own(tmp_path: Path) -> None:
+def test_engines_on_hosts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one worker and of two. One is killed while it is sent weights, the other while it samples; each is taken back.
     Then a host falls silent. Strangers are refused meanwhile."""
     settings = ["rollout.placement=dedicated", "rollout.driver=10.77.0.1:29600", "rollout.replicas=2"]
     settings += ["parallel.pp=2", "parallel.timeout_s=30", f"sync.timeout_s={TIMEOUT_S}", "sync.bucket_mib=1"]
     settings += ["train.steps=8", "train.record=true", "rollout.max_num_seqs=4", "eval.max_prompts=4"]
     (tmp_path / "parity.py").write_text(MOMENTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
     write_run(tmp_path, *settings, "reward.name=parity:Parity")
     recipe = str(tmp_path / "recipe.yaml")
     with hosts.network(tmp_path, 4) as net:
@@ -176,10 +177,13 @@ def test_engines_on_hosts_of_their_own(tmp_path: Path) -> None:
     assert took_s < TIMEOUT_S
     numbers = {int(host): int(number) for host, number in re.findall(r"h(\d) has joined: engine (\d)", output)}
     assert sorted(numbers) == [2, 3] and sorted(numbers.values()) == [0, 1]
-    assert f"rollout engine {numbers[3]} died in step 2 (" in output
-    assert re.search(rf"rollout engine {numbers[3]} serves again, with the weights of version 4; .* by at most", output)
+    # vLLM's server outlives its workers, and answers with an error.
+    assert re.search(r"a weight update failed in step 2 \(.*/update_weights.*\); restarting its engine", output)
+    assert re.search(rf"rollout engine {numbers[3]} serves again, with the weights of version 3; .* by at most", output)
     assert f"rollout engine {numbers[2]} died in step 4 (" in output
-    assert re.search(rf"rollout engine {numbers[2]} serves again, with the weights of version 6; .* by at most", output)
+    assert re.search(
+        rf"rollout engine {numbers[2]} serves again, with the weights of version [56]; .* by at most", output
+    )
     assert re.search(rf"rollout engine {numbers[3]} died in step 6 \(h3 has been silent for 1\d\.\d s", output)
     lost = job.output(3, "serve")
     assert re.fullmatch(
@@ -208,9 +212,10 @@ def strangers_are_refused(job: Job, recipe: str) -> None:
 
 
 def test_engines_beside_the_ranks_of_two_hosts(tmp_path: Path) -> None:
-    """One on each, which the first rank there starts and ends; weights go over the network to both."""
-    settings = ["parallel.pp=2", "rollout.replicas=2", "train.steps=3", "eval.max_prompts=4"]
-    write_run(tmp_path, *settings)
+    """One on each, which the first rank there starts and ends; weights go over the network to both. Each rank has half
+    of the experts, and each of an engine's two workers half of every expert."""
+    settings = ["parallel.dp=2", "parallel.ep=2", "rollout.replicas=2", "rollout.tp=2", "train.steps=3"]
+    write_run(tmp_path, *settings, "eval.max_prompts=4", num_experts=8)
     with hosts.network(tmp_path, 2) as net:
         job = Job(tmp_path, net)
         ranks = job.train()
