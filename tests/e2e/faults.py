@@ -275,8 +275,8 @@ Load = Callable[[Tensor, Tensor], None]
 
 @_loader_fault
 def not_copied(worker: Any, name: str, load: Load, parameter: Tensor, tensor: Tensor) -> None:
-    """vLLM counts a tensor as loaded, and does not load it, so that its memory is whatever was there: by chance even the
-    same tensor of an earlier update; zeros here."""
+    """vLLM counts a tensor as loaded, and does not load it, so that its memory is whatever was there: zeros here, since
+    by chance it is the same tensor of an earlier update."""
     if parameter.is_meta:
         load(parameter, tensor)
     else:

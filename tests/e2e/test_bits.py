@@ -42,7 +42,6 @@ Variant = tuple[str, bool, int, int]  # family, tied, the engine's TP and EP
 DEFAULT: dict[Variant, str] = {
     ("qwen3", True, 1, 1): "tp2-pp2",
     ("qwen2", False, 2, 1): "pp2",
-    ("qwen3_moe", False, 2, 2): "dp2-ep2",  # what vLLM samples with TP 2: test_hosts.py
 }
 CASES = [
     pytest.param((family, tied, tp, ep), layout, marks=[] if is_default else pytest.mark.full)

@@ -17,10 +17,11 @@ import pytest
 
 from megatron_apo.runtime.signals import RANK_LOST
 from tests import hosts
+from tests.e2e.command import Command
 from tests.runs import write_run
 
 NO_NAMESPACES = hosts.why_none()
-pytestmark = pytest.mark.skipif(bool(NO_NAMESPACES), reason=NO_NAMESPACES)
+needs_namespaces = pytest.mark.skipif(bool(NO_NAMESPACES), reason=NO_NAMESPACES)
 LIMIT_S = 400.0
 TIMEOUT_S = 15.0  # sync.timeout_s
 COMMAND = [sys.executable, "-m", "megatron_apo.cli"]
@@ -66,6 +67,8 @@ if os.environ.get("RANK") == "0":
         post(self, buffer)
         now["posted"] += 1
         if now["posted"] == 2:
+            while not self._posted[0].is_completed():  # what receives it has begun
+                time.sleep(0.001)
             moment("transfer " + now["activity"])
 
     Fleet.generate, Group.post = generate_at, post_at
@@ -144,6 +147,7 @@ def finished(ranks: list[hosts.Process], job: Job) -> None:
     job.until(lambda: all(rank.poll() == 0 for rank in ranks), ranks, "its end")
 
 
+@needs_namespaces
 def test_engines_on_hosts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one worker and of two. One is killed while it is sent weights, the other while it samples; each is taken back.
     Then a host falls silent. Strangers are refused meanwhile."""
@@ -211,11 +215,10 @@ def strangers_are_refused(job: Job, recipe: str) -> None:
     assert len(said.splitlines()) == 1
 
 
+@needs_namespaces
 def test_engines_beside_the_ranks_of_two_hosts(tmp_path: Path) -> None:
-    """One on each, which the first rank there starts and ends; weights go over the network to both. Each rank has half
-    of the experts, and each of an engine's two workers half of every expert."""
-    settings = ["parallel.dp=2", "parallel.ep=2", "rollout.replicas=2", "rollout.tp=2", "train.steps=3"]
-    write_run(tmp_path, *settings, "eval.max_prompts=4", num_experts=8)
+    """One on each, which the first rank there starts and ends; weights go over the network to both."""
+    write_run(tmp_path, "parallel.pp=2", "rollout.replicas=2", "train.steps=3", "eval.max_prompts=4")
     with hosts.network(tmp_path, 2) as net:
         job = Job(tmp_path, net)
         ranks = job.train()
@@ -225,3 +228,14 @@ def test_engines_beside_the_ranks_of_two_hosts(tmp_path: Path) -> None:
     rows = job.rows()
     assert len(rows) == 3 and max(row["mismatch/max"] for row in rows) < 1e-4
     assert all(min(row[f"rollout/engine{number}/responses"] for number in range(2)) > 0 for row in rows)
+
+
+def test_a_mixture_between_expert_and_tensor_parallel(command: Callable[..., Command], tmp_path: Path) -> None:
+    """Each rank has half of the experts, each of vLLM's workers half of every expert; on one host, over the network."""
+    settings = ["parallel.dp=2", "parallel.ep=2", "rollout.tp=2", "sync.transport=collective", "train.steps=3"]
+    write_run(tmp_path, *settings, "eval.max_prompts=4", num_experts=8)
+    run = command("train", "-r", str(tmp_path / "recipe.yaml"))
+    assert run.wait() == 0, run.output
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    rows = [row for row in map(json.loads, text.splitlines()) if "loss" in row]
+    assert len(rows) == 3 and max(row["mismatch/max"] for row in rows) < 1e-4
