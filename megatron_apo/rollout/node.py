@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +153,9 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
             while engine.thread is not None and engine.thread.is_alive():
                 engine.server.stop()
                 engine.thread.join(0.1)
+        if self._node >= 0:
+            with suppress(OSError, JoinRefused):  # it may be gone itself
+                self._ask("/beat", {"node": self._node, "engines": {}, "leaves": True})
 
     def join(self) -> None:
         """Raises JoinRefused, or DriverLost where nobody answers within rollout.start_timeout_s."""

@@ -10,6 +10,7 @@ lost, and its engines with it.
 
     POST /join {"name", "numbers": [of engines] or null, "room", "versions", "settings"} -> {"node"}; 409: why not
     POST /beat {"node", "engines": {number: {"start", "state", "url", "token", "text"}}} -> {"starts": {number: start}}
+               {"node", "engines": {}, "leaves": true}: its engines have ended, and it asks no more
 
 `start` counts the starts of an engine, 0 for none: the node starts it anew when its number rises, and ends it at 0.
 """
@@ -233,6 +234,8 @@ class Registry(AbstractContextManager["Registry"]):
                 if server.node == body["node"] and (told := body["engines"].get(str(server.number))):
                     self._hear(server, _Report(**told))
             own = [server for server in self.servers if server.node == body["node"]]
+            if body.get("leaves"):
+                self._lose(body["node"], f"{node.name} has left")
         if self._is_over:
             self._last_told.add(body["node"])
             return {"starts": {}, "is_over": True}
@@ -288,12 +291,15 @@ class Registry(AbstractContextManager["Registry"]):
             await asyncio.sleep(_LOOK_EVERY_S)
             now = time.monotonic()
             for number, node in self._nodes.items():
-                if not node.is_lost and now - node.beat_s > self.patience_s:
-                    node.is_lost = True
-                    death = ServerDied(f"{node.name} has been silent for {now - node.beat_s:.1f} s (sync.timeout_s)")
-                    for server in self.servers:
-                        if server.node == number:
-                            server.on_death(death)
+                silent_s = now - node.beat_s
+                if not node.is_lost and silent_s > self.patience_s:
+                    self._lose(number, f"{node.name} has been silent for {silent_s:.1f} s (sync.timeout_s)")
+
+    def _lose(self, number: int, why: str) -> None:
+        self._nodes[number].is_lost = True
+        for server in self.servers:
+            if server.node == number and server.start_number:
+                server.on_death(ServerDied(why))
 
     def _living(self) -> set[int]:
         return {number for number, node in self._nodes.items() if not node.is_lost}

@@ -168,6 +168,20 @@ def test_a_node_that_is_silent_is_lost_and_another_takes_its_place(
     assert len(ask(fleet).answers) == 4 and list(other.servers) == [0]
 
 
+def test_a_node_that_leaves_is_missed_at_once(registry: Registry, stack: ExitStack, make_node) -> None:
+    fleet = fleet_of(registry, stack, 1)
+    node = make_node()
+    fleet.start()
+    fleet.serve_own_weights()
+    node.engines.__exit__(None, None, None)
+    assert not node.servers[0].alive() and fleet.engines[0].server.is_gone
+    with pytest.raises(ServerDied, match="has left"):
+        ask(fleet)
+    since = time.monotonic()
+    fleet.stop()
+    assert time.monotonic() - since < 1
+
+
 def test_a_node_that_was_given_up_is_told_so(registry: Registry, stack: ExitStack, make_node) -> None:
     fleet_of(registry, stack, 1)
     node = make_node()
