@@ -24,6 +24,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from itertools import chain, cycle, islice
 
+import torch
+
 from megatron_apo.config import Difference, Recipe
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch
@@ -34,7 +36,7 @@ from megatron_apo.rollout.engine import State
 from megatron_apo.rollout.evaluation import begin_evaluation, finished_evaluation
 from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.inputs import Inputs
-from megatron_apo.rollout.node import NodeEngines, engine_settings, versions
+from megatron_apo.rollout.node import NodeEngines, engine_settings, say_idle_gpus, versions
 from megatron_apo.rollout.placement import Placement
 from megatron_apo.rollout.proof import policy_log_probs, prove
 from megatron_apo.rollout.registry import Registry
@@ -52,13 +54,19 @@ from megatron_apo.telemetry.recorder import Evaluation
 from megatron_apo.weights.gather import Gather
 
 
-def transport_of(wanted: str, placement: Placement) -> str:
+def transport_of(recipe: Recipe, placement: Placement, device: torch.device) -> str:
     """How weights travel. Raises ValueError where that cannot be."""
-    if wanted == "auto":
-        return "collective" if placement.elsewhere else "shm"
+    wanted = recipe.sync.transport
     if wanted == "shm" and placement.elsewhere:
         raise ValueError(
             "sync.transport: shm, but engines are on other machines than rank 0's; use collective, or auto"
+        )
+    if wanted == "auto":
+        wanted = "collective" if placement.elsewhere else "shm"
+    if wanted == "collective" and device.type == "cuda" and recipe.rollout.placement == "colocated":
+        raise ValueError(
+            "rollout.placement: colocated engines share GPUs with the trainer's ranks, and NCCL takes one process a "
+            "GPU; use dedicated, or one machine and sync.transport=shm"
         )
     return wanted
 
@@ -127,7 +135,7 @@ class Rollouts:
             Gather(policy, spec, topology, bucket_bytes=recipe.sync.bucket_mib * 2**20),
             self._fleet.engines if self._fleet else (),
             ranks=Ranks.of(topology),
-            transport=transport_of(recipe.sync.transport, self._placement),
+            transport=transport_of(recipe, self._placement, topology.device),
             timeout_s=recipe.sync.timeout_s,
         )
         self._version = 0
@@ -218,6 +226,9 @@ class Rollouts:
 
     def _start_nodes(self) -> None:
         """Other hosts' first ranks join with the engines that are theirs, and start them when they are told to."""
+        own = self._placement.by_rank.get(self._topology.rank)
+        if own is not None:
+            say_idle_gpus(self._recipe, len(own))
         if not self._placement.elsewhere:
             return
 
@@ -231,7 +242,6 @@ class Rollouts:
             return f"{registry.address}:{registry.port}", registry.secret
 
         address, secret = on_driver(self._topology, listen)
-        own = self._placement.by_rank.get(self._topology.rank, [])
 
         def join() -> None:
             if self._topology.is_driver or not own:

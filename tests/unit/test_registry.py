@@ -12,8 +12,10 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_apo.config import Recipe, RolloutConfig
 from megatron_apo.rollout import node as nodes
@@ -22,6 +24,7 @@ from megatron_apo.rollout.fleet import Fleet, RequestQueue
 from megatron_apo.rollout.node import DriverLost, JoinRefused, NodeEngines, engine_settings, versions
 from megatron_apo.rollout.placement import Placement
 from megatron_apo.rollout.registry import Registry
+from megatron_apo.rollout.rollouts import transport_of
 from megatron_apo.rollout.server import ServerDied, ServerError
 from tests.engines import LIMIT_S, Server, requests, until
 from tests.runs import write_run
@@ -274,6 +277,29 @@ def test_colocated_engines_are_spread_over_the_hosts(replicas: int, hosts: tuple
     assert placement.by_rank == expected
     assert placement.here == expected[0]
     assert sorted(placement.here + placement.elsewhere) == list(range(replicas))
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "expected"),
+    [
+        ({}, "cpu", "shm"),
+        ({}, "cuda", "shm"),
+        ({"hosts": ("a", "b")}, "cpu", "collective"),
+        ({"hosts": ("a", "b")}, "cuda", "NCCL takes one process a GPU"),
+        ({"hosts": ("a", "b"), "transport": "shm"}, "cpu", "sync.transport: shm, but engines are on other machines"),
+        ({"transport": "collective"}, "cpu", "collective"),
+        ({"transport": "collective"}, "cuda", "NCCL takes one process a GPU"),
+        ({"placement": "dedicated"}, "cuda", "collective"),
+    ],
+)
+def test_how_weights_travel(settings: dict[str, Any], device: str, expected: str, recipe: Recipe) -> None:
+    recipe.rollout = RolloutConfig(placement=settings.get("placement", "colocated"), replicas=2, driver="a:1")
+    recipe.sync.transport = settings.get("transport", "auto")
+    placement = Placement.of(recipe.rollout, settings.get("hosts", ("a", "a")))
+    try:
+        assert transport_of(recipe, placement, torch.device(device)) == expected
+    except ValueError as error:
+        assert expected in str(error)
 
 
 def test_dedicated_engines_are_nobodys() -> None:
