@@ -32,6 +32,7 @@ from megatron_apo.rollout.replay import check_replay
 from megatron_apo.rollout.server import engine_problems, served_length
 from megatron_apo.rollout.training_data import TrainingData
 from megatron_apo.rollout.transport.shm import ShmSender, no_room
+from megatron_apo.runtime.hosts import is_loopback, route
 from megatron_apo.runtime.job import SECRET, given_secret
 from megatron_apo.runtime.machine import Machine
 from megatron_apo.telemetry.units import data_size
@@ -126,6 +127,19 @@ def _secret_problems() -> list[str]:
     ]
 
 
+def _driver_problems(rollout: RolloutConfig) -> list[str]:
+    """Of the address where rank 0 takes engines in. Debian's /etc/hosts has a host's own name at 127.0.1.1."""
+    host = (rollout.driver or "").rpartition(":")[0].strip("[]")
+    own = route(host)
+    if not own:
+        return [f"rollout.driver: {host} is not known here; give an address of this machine that the others reach"]
+    if is_loopback(own) and host not in ("localhost", own):
+        return [
+            f"rollout.driver: {host} is {own} on this machine, which no other reaches; give an address by which they do"
+        ]
+    return []
+
+
 def open_evaluation(recipe: Recipe, machine: Machine | None = None) -> Inputs:
     """The held-out prompts of `model.path`, by its own tokenizer."""
     missing = [] if recipe.data.eval else ["data.eval: missing; give held-out prompts to evaluate on"]
@@ -180,8 +194,13 @@ def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
         )
     if recipe.train.replay is None:
         if recipe.rollout.placement == "dedicated":
-            found += _secret_problems()
+            found += _secret_problems() + _driver_problems(recipe.rollout)
         else:
+            if gpus and recipe.sync.transport == "collective":
+                found.append(
+                    "sync.transport: collective, but colocated engines share GPUs with the trainer's ranks, and NCCL "
+                    "takes one process a GPU; use shm, or rollout.placement=dedicated"
+                )
             found += sampling_problems(recipe, models, machine) + _replicas_problems(recipe.rollout, machine)
     checks = (
         lambda spec, _: check_layout(spec, parallel),
@@ -326,7 +345,8 @@ def _check_engine_memory(spec: ModelSpec, rollout: RolloutConfig, machine: Machi
 
 def _check_sync_room(spec: ModelSpec, recipe: Recipe, machine: Machine) -> None:
     """Where the buckets of a sync lie."""
-    if recipe.train.replay is not None or recipe.sync.transport != "shm":
+    is_shared = recipe.rollout.placement == "colocated" and recipe.sync.transport != "collective"
+    if recipe.train.replay is not None or not is_shared:
         return
     parallel = recipe.parallel
     dtype = torch.float32 if recipe.model.dtype == "fp32" else torch.bfloat16

@@ -1,5 +1,5 @@
 """Hosts of one machine: each has its own network, name, /etc/hosts, /dev/shm and /tmp, as a real one has; they share a
-switch, the software that is installed, and one folder.
+switch, the software that is installed, and of what a run writes one folder.
 
     with network(folder, count=3) as net:
         process = net.hosts[1].start("hostname", log=folder / "log")

@@ -118,9 +118,11 @@ class Fleet(AbstractContextManager["Fleet"]):
         self.finish_starts()
 
     def begin_starts(self, engines: Sequence[Engine]) -> None:
-        """Start engines in the background. Those that are starting, and those that failed elsewhere, are left alone."""
+        """Start engines in the background. Those that are starting, and those that failed elsewhere, are left alone;
+        where none answers, another node is waited for."""
         for engine in engines:
-            if engine.can_start and engine not in self._starts:
+            can_start = engine.can_start or (isinstance(engine.server, RemoteServer) and not self.answering)
+            if can_start and engine not in self._starts:
                 self._starts[engine] = future = Future()
                 thread = threading.Thread(target=_start, args=(engine, future), daemon=True)
                 self._threads.append(thread)

@@ -11,6 +11,7 @@ settings of engines.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import socket
 import subprocess
@@ -25,12 +26,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_apo.config import Recipe, fields_marked
-from megatron_apo.rollout.server import ServerError, VLLMServer, engine_gpus
+from megatron_apo.rollout.server import VLLMServer, engine_gpus, log_file
 from megatron_apo.runtime.hosts import is_loopback, route
 from megatron_apo.runtime.job import SECRET
 from megatron_apo.runtime.signals import RANK_LOST
 
 BEAT_EVERY_S = 0.5
+_ANSWER_S = 5.0  # how long the driver may take over an answer
 _VERSIONS = """
 import importlib.metadata, json
 found = {}
@@ -55,7 +57,10 @@ class DriverLost(RuntimeError):
 def versions(python: str | None = None) -> dict[str, str]:
     """Of torch, NCCL and this package in an interpreter (none: this one). Imports none of them."""
     command = [python or sys.executable, "-c", _VERSIONS]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    try:
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        raise ValueError(f"rollout.python: {command[0]} cannot say which torch it has: {error}") from None
 
 
 def engine_settings(recipe: Recipe) -> dict[str, Any]:
@@ -123,16 +128,23 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy must see the secret
 
     def follow(self) -> None:
-        """Do as the driver says until the job is over. Raises JoinRefused where it has given this node up, DriverLost
-        when it has been silent for `patience_s`."""
+        """Do as the driver says until the job is over. A node that it has given up joins anew, without engines. Raises
+        JoinRefused where it is not taken, DriverLost when the driver has been silent for `patience_s`."""
         heard_s = time.monotonic()
         while not self._stopping.wait(BEAT_EVERY_S):
             told = {number: engine.told() for number, engine in self._engines.items()}
             try:
                 answer = self._ask("/beat", {"node": self._node, "engines": told})
                 heard_s = time.monotonic()
+            except JoinRefused as refusal:
+                self._node = -1
+                self._end_engines()
+                print(f"{refusal}; joining again", flush=True)
+                self.join()
+                continue
             except OSError as error:
                 if time.monotonic() - heard_s > self._patience_s:
+                    self._node = -1
                     raise DriverLost(self._silence(error)) from None
                 continue
             if answer["is_over"]:
@@ -146,6 +158,12 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
+        self._end_engines()
+        if self._node >= 0:
+            with suppress(OSError, JoinRefused):  # it may be gone itself
+                self._ask("/beat", {"node": self._node, "engines": {}, "leaves": True})
+
+    def _end_engines(self) -> None:
         for engine in self._engines.values():
             engine.start = 0
             engine.server.stop()
@@ -153,9 +171,7 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
             while engine.thread is not None and engine.thread.is_alive():
                 engine.server.stop()
                 engine.thread.join(0.1)
-        if self._node >= 0:
-            with suppress(OSError, JoinRefused):  # it may be gone itself
-                self._ask("/beat", {"node": self._node, "engines": {}, "leaves": True})
+        self._engines.clear()
 
     def join(self) -> None:
         """Raises JoinRefused, or DriverLost where nobody answers within rollout.start_timeout_s."""
@@ -187,14 +203,18 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
             headers={"Authorization": f"Bearer {self._secret}", "Content-Type": "application/json"},
         )
         try:
-            with self._opener.open(request, timeout=max(1.0, self._patience_s / 4)) as response:
+            with self._opener.open(request, timeout=min(_ANSWER_S, self._patience_s)) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
+            if error.code >= 500:
+                raise ConnectionError(f"status {error.code}") from None
             if error.code == 401:
                 raise JoinRefused(
                     f"{SECRET}: the driver at {self._address} has another one; give both the same"
                 ) from None
             raise JoinRefused(f"the driver at {self._address} refuses this node: {_text(error)}") from None
+        except (http.client.HTTPException, ValueError) as error:
+            raise ConnectionError(f"what answers is no driver: {error or type(error).__name__}") from None
 
     def _silence(self, error: OSError) -> str:
         return (
@@ -224,7 +244,7 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
             engine.server.stop()
             engine.server.start()
             engine.state = "up"
-        except (ServerError, OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, the driver waits for it
             engine.state, engine.text = "failed", str(error)
 
     def _end(self, engine: _Engine) -> None:
@@ -245,7 +265,7 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
         return VLLMServer(
             rollout,
             recipe.model.path,
-            log_path=recipe.run.dir / "logs" / f"vllm-{number}.log",
+            log_path=recipe.run.dir / "logs" / log_file("vllm", number, recipe.rollout.replicas),
             seed=recipe.run.seed,
             max_model_len=recipe.max_sequence_tokens,
             replica=None if self._room == 1 else place,

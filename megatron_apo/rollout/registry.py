@@ -22,7 +22,7 @@ import hmac
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,16 @@ _FAREWELL_S = 3.0
 
 @dataclass
 class _Node:
-    """A node that has joined. room: engines that can still be given to it."""
+    """A node that has joined. room: engines that can still be given to it; one that is lost gets no other."""
 
     name: str
     room: int
     beat_s: float
+    numbers: Sequence[int] | None = None  # of the engines that are its own; None: any
     is_lost: bool = False
+
+    def takes(self, server: RemoteServer) -> bool:
+        return not self.is_lost and self.room > 0 and (self.numbers is None or server.number in self.numbers)
 
 
 @dataclass
@@ -52,7 +56,7 @@ class _Report:
     start: int = 0
     state: str = "none"  # "starting", "up", "failed", "ended"
     url: str = ""
-    token: str = ""
+    token: str = field(default="", repr=False)
     text: str = ""  # why it failed or ended, and the end of its log
 
 
@@ -81,7 +85,7 @@ class RemoteServer:
         self.start_number = self.num_starts
         end = time.monotonic() + self._start_timeout_s + self._registry.patience_s
         while self.start_number:
-            report, node = self.report, self._registry.node_of(self)
+            node, report = self._registry.claim(self), self.report
             if report.start == self.start_number and report.state == "up":
                 self.url, self.token = report.url, report.token
                 return
@@ -105,7 +109,7 @@ class RemoteServer:
         was, self.start_number = self.start_number, 0
         end = time.monotonic() + self._registry.patience_s
         while was and self._registry.node_of(self) is not None and self.report.state not in ("failed", "ended"):
-            if time.monotonic() > end:
+            if time.monotonic() > end or self._registry.is_over:
                 break
             time.sleep(0.05)
 
@@ -139,14 +143,14 @@ class Registry(AbstractContextManager["Registry"]):
 
     address: str
     port: int
-    secret: str
+    secret: str = field(repr=False)
     versions: Mapping[str, str]
     settings: Mapping[str, Any]
     patience_s: float
     servers: list[RemoteServer] = field(default_factory=list)
     _nodes: dict[int, _Node] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
-    _is_over: bool = False
+    is_over: bool = False
     _last_told: set[int] = field(default_factory=set)
 
     def server(self, number: int, start_timeout_s: float, cache_probe_tokens: int = 0) -> RemoteServer:
@@ -166,7 +170,7 @@ class Registry(AbstractContextManager["Registry"]):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._is_over = True
+        self.is_over = True
         end = time.monotonic() + _FAREWELL_S
         while time.monotonic() < end and self._living() - self._last_told:
             time.sleep(0.02)
@@ -185,9 +189,19 @@ class Registry(AbstractContextManager["Registry"]):
         return self._nodes[node].name if node in self._nodes else "no node"
 
     def has_room(self, server: RemoteServer) -> bool:
-        return self.node_of(server) is not None or any(
-            node.room > 0 and not node.is_lost for node in self._nodes.values()
-        )
+        with self._lock:
+            return self.node_of(server) is not None or any(node.takes(server) for node in self._nodes.values())
+
+    def claim(self, server: RemoteServer) -> _Node | None:
+        """The living node that has it, now or from now on."""
+        with self._lock:
+            if (node := self.node_of(server)) is not None:
+                return node
+            for number, node in self._nodes.items():
+                if node.takes(server):
+                    server.node, node.room = number, node.room - 1
+                    return node
+            return None
 
     # --- what nodes ask
 
@@ -196,13 +210,10 @@ class Registry(AbstractContextManager["Registry"]):
         if problem := self._difference(body):
             return problem
         with self._lock:
-            wanted: Sequence[int] | None = body["numbers"]
             number = len(self._nodes)
-            node = self._nodes[number] = _Node(body["name"], int(body["room"]), time.monotonic())
+            node = self._nodes[number] = _Node(body["name"], int(body["room"]), time.monotonic(), body["numbers"])
             for server in self.servers:
-                is_free = self.node_of(server) is None
-                if is_free and node.room and (wanted is None or server.number in wanted):
-                    server.node, node.room = number, node.room - 1
+                self.claim(server)
             given = [server.number for server in self.servers if server.node == number]
         print(f"{node.name} has joined: {_engines(given)}", flush=True)
         return {"node": number}
@@ -236,7 +247,7 @@ class Registry(AbstractContextManager["Registry"]):
             own = [server for server in self.servers if server.node == body["node"]]
             if body.get("leaves"):
                 self._lose(body["node"], f"{node.name} has left")
-        if self._is_over:
+        if self.is_over:
             self._last_told.add(body["node"])
             return {"starts": {}, "is_over": True}
         return {"starts": {server.number: server.start_number for server in own}, "is_over": False}
@@ -244,7 +255,8 @@ class Registry(AbstractContextManager["Registry"]):
     def _hear(self, server: RemoteServer, report: _Report) -> None:
         before, server.report = server.report, report
         if (before.state, report.state) == ("up", "ended") and report.start == server.start_number:
-            server.on_death(ServerDied(f"engine {server.number} on {server.where} has ended"))
+            with suppress(RuntimeError):  # it is stopped at this moment
+                server.on_death(ServerDied(f"engine {server.number} on {server.where} has ended"))
 
     # --- its thread
 
@@ -280,7 +292,7 @@ class Registry(AbstractContextManager["Registry"]):
 
     @web.middleware
     async def _check_secret(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").encode()
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
         if not hmac.compare_digest(given, f"Bearer {self.secret}".encode()):
             return web.json_response("missing or wrong secret", status=401)
         return await handler(request)
@@ -290,7 +302,7 @@ class Registry(AbstractContextManager["Registry"]):
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             now = time.monotonic()
-            for number, node in self._nodes.items():
+            for number, node in list(self._nodes.items()):
                 silent_s = now - node.beat_s
                 if not node.is_lost and silent_s > self.patience_s:
                     self._lose(number, f"{node.name} has been silent for {silent_s:.1f} s (sync.timeout_s)")
@@ -299,10 +311,11 @@ class Registry(AbstractContextManager["Registry"]):
         self._nodes[number].is_lost = True
         for server in self.servers:
             if server.node == number and server.start_number:
-                server.on_death(ServerDied(why))
+                with suppress(RuntimeError):  # it is stopped at this moment
+                    server.on_death(ServerDied(why))
 
     def _living(self) -> set[int]:
-        return {number for number, node in self._nodes.items() if not node.is_lost}
+        return {number for number, node in list(self._nodes.items()) if not node.is_lost}
 
 
 def _engines(numbers: Sequence[int]) -> str:

@@ -19,6 +19,7 @@ of its own (`node.py`), when the driver says so (`registry.py`). What happens wh
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
@@ -36,7 +37,14 @@ from megatron_apo.rollout.engine import State
 from megatron_apo.rollout.evaluation import begin_evaluation, finished_evaluation
 from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.inputs import Inputs
-from megatron_apo.rollout.node import NodeEngines, engine_settings, say_idle_gpus, versions
+from megatron_apo.rollout.node import (
+    DriverLost,
+    JoinRefused,
+    NodeEngines,
+    engine_settings,
+    say_idle_gpus,
+    versions,
+)
 from megatron_apo.rollout.placement import Placement
 from megatron_apo.rollout.proof import policy_log_probs, prove
 from megatron_apo.rollout.registry import Registry
@@ -69,6 +77,15 @@ def transport_of(recipe: Recipe, placement: Placement, device: torch.device) -> 
             "GPU; use dedicated, or one machine and sync.transport=shm"
         )
     return wanted
+
+
+def _follow(node: NodeEngines) -> None:
+    """In a thread of a rank, which does not end with it: the run does, when the driver is gone."""
+    try:
+        node.follow()
+    except (JoinRefused, DriverLost) as error:
+        print(f"{error}; the engines of this host have ended", file=sys.stderr, flush=True)
+        node.__exit__()
 
 
 def _registry(recipe: Recipe) -> Registry:
@@ -148,8 +165,8 @@ class Rollouts:
 
     def __enter__(self) -> Rollouts:
         try:
-            on_driver(self._topology, self._start_graders)
             self._start_nodes()
+            on_driver(self._topology, self._start_graders)
             self._memory.start_engines()
             on_driver(self._topology, lambda: self.fleet.connect(self._sync.init_info))
         except BaseException:
@@ -257,7 +274,7 @@ class Rollouts:
                 )
             )
             node.join()
-            threading.Thread(target=node.follow, name="node", daemon=True).start()
+            threading.Thread(target=_follow, args=(node,), name="node", daemon=True).start()
 
         on_all(self._topology, join)
 

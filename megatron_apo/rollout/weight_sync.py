@@ -277,6 +277,9 @@ class _Update(Update):
             info = self._sender.update_info(engine)
             engine.client.start_weight_update()
             engine.client.update_weights({"where": info})
+        except BaseException:
+            self._sender.fail(engine)
+            raise
         finally:
             self._sender.drop(engine)
 
@@ -285,6 +288,8 @@ class _Update(Update):
             return
 
         def unread(engine: Engine) -> None:
+            if broken := [report["broken"] for report in engine.client.held_weights() if "broken" in report]:
+                raise TransferError(f"engine {engine.number}: {broken[0]}")
             raise ServerError(f"vLLM was done before it had read {bucket.tensors[0].name}")
 
         self._joined()
@@ -348,8 +353,10 @@ class _Update(Update):
         within_s = self._timeout_s if within_s is None else within_s
         asked = {engine: self._threads.submit(work, engine) for engine in self.engines}
         _, late = wait(asked.values(), within_s)
-        death = ServerDied(f"the rollout server has been silent for {within_s:.3g} s (sync.timeout_s)")
+        setting = f"sync.timeout_s={self._timeout_s:g}"
+        death = ServerDied(f"the rollout server has not answered in {within_s:.3g} s of an update ({setting})")
         failures: list[Exception] = []
+        others: list[Exception] = []
         for engine, future in asked.items():
             error = death if future in late else future.exception()
             if not isinstance(error, Exception):
@@ -359,10 +366,13 @@ class _Update(Update):
             elif isinstance(error, ServerError) and not isinstance(error, ServerDied):
                 error = UpdateFailed(f"the server's weights were not replaced: {error}")
             if not isinstance(error, (ServerDied, UpdateFailed)):
-                raise error
+                others.append(error)
+                continue
             engine.fail(error)
             self.engines.remove(engine)
             failures.append(error)
+        if others:  # weights that are not those that were sent first
+            raise min(others, key=lambda error: not isinstance(error, SyncError))
         if not self.engines:
             raise min(failures, key=lambda error: isinstance(error, ServerDied), default=ServerDied("no engine runs"))
 

@@ -60,5 +60,8 @@ def test_a_transfer_that_breaks_off_does_so_on_every_rank(
         assert error.startswith("RuntimeError: rank ") and error.endswith(": no memory"), error
     else:
         assert error.startswith("TransferError: "), error
-    assert not all(count == len(found[0]["plan"]["owners"]) for count in found[0][fault]["read"])
+    assert not all(count == found[0]["plan"]["tensors"] for count in found[0][fault]["read"])
+    if fault == "absent":
+        assert [one[fault]["silent"] for one in found] == [[1]] * len(found), error
+        assert "worker 0 of the engine at 127.0.0.1 did not come within 4 s" in error
     assert max(one[fault]["seconds"] for one in found) < TIMEOUT_S

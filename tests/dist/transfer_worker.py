@@ -42,6 +42,7 @@ FAULTS = {
     "reader": "a worker fails",
     "silent": "a worker reads no more",
     "sender": "the owner of the last stage fails",
+    "absent": "an engine that was started anew does not come",
     "gather": "a rank of the last stage has no memory to put a bucket together",
 }
 
@@ -75,6 +76,8 @@ class Transfer:
         self.fault, self.sent = fault, []
         found: dict[str, Any] = {"error": None}
         with ThreadPoolExecutor(3) as threads:
+            if fault == "absent":
+                self.engines[1].num_starts += 1
             if self.topology.is_driver:
                 self.sender.open(self.engines)
             self.sender.meet()
@@ -88,6 +91,7 @@ class Transfer:
                 digests = self.sender.send(self.gather, update)
             except (TransferError, RuntimeError) as error:
                 found["error"] = f"{type(error).__name__}: {error}"
+                found["silent"] = list(getattr(error, "silent", ()))
             found["seconds"] = time.monotonic() - start
             if self.topology.is_driver:
                 read = [future.result() for future in reading]
@@ -97,6 +101,8 @@ class Transfer:
 
     def read(self, number: int, info: dict[str, Any]) -> dict[str, str]:
         found: dict[str, str] = {}
+        if number == 2 and self.fault == "absent":
+            return found
         reader, fails = self.readers[number], number == 2 and self.fault in ("reader", "silent")
         try:
             for bucket, buffer in reader.buckets(info):
@@ -125,7 +131,10 @@ def main(work: str, layout: str, variant: str) -> None:
         for fault in FAULTS:
             found[fault] = transfer.run(fault)
             found[f"after {fault}"] = transfer.run()
-        found["plan"] = {"owners": [topology.owner_ranks(bucket.pp_rank)[0] for bucket in gather.plan.buckets]}
+        found["plan"] = {
+            "tensors": len(gather.plan.tensors),
+            "owners": [topology.owner_ranks(bucket.pp_rank)[0] for bucket in gather.plan.buckets],
+        }
         (folder / f"transfer.{topology.rank}.json").write_text(json.dumps(found))
 
 

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,27 @@ def test_a_stranger_in_a_members_place_gets_nothing() -> None:
         lambda infos: read(reader(), infos[0]),
         lambda infos: read(stranger, infos[1] | {"key": "00" * 32}),
     )
-    assert "worker 0 of the engine at 127.0.0.1 does not know the key" in str(error)
+    assert "was written by somebody who does not know the key" in str(error)
     assert all(isinstance(outcome, TransferError) for outcome in outcomes)
+
+
+def test_an_address_that_a_stranger_writes_is_used_by_nobody() -> None:
+    """He has the port, and is before the engine with what would lead the trainer to him."""
+    sender, engines = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), [Engine()]
+    (info,) = opened(sender, engines)
+    ((address, port),) = info["points"]
+    store = dist.TCPStore(address, port, None, False, wait_for_workers=False)
+    theirs = dist.PrefixStore("group", dist.PrefixStore(f"{info['session']}/0", store))
+    with ThreadPoolExecutor(2) as threads:
+        reading = threads.submit(read, reader(), info)
+        sending = threads.submit(sender.send, TensorSource(tensors(1), 64), DRIVER)
+        with suppress(RuntimeError):  # when the trainer has closed it
+            while not sending.done():
+                for rank in range(2):
+                    theirs.set(f"0/{rank}", b"x" * 200)  # gloo's own name of an address
+        errors = [future.exception(TIMEOUT_S + 10) for future in (sending, reading)]
+    assert all(isinstance(error, TransferError) for error in errors), errors
+    assert any("does not know the key" in str(error) for error in errors), errors
 
 
 def test_who_reaches_the_store_finds_no_key_and_is_met_by_nobody_else() -> None:

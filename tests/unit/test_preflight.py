@@ -72,6 +72,33 @@ def test_every_problem_is_named_at_once_and_once(problems):
     assert all(line.endswith(" (model.path)") for line in found[3:])
 
 
+def test_engines_elsewhere_ask_for_a_secret_an_address_and_no_gpu_here(problems, monkeypatch):
+    monkeypatch.delenv("MEGATRON_APO_SECRET", raising=False)
+    monkeypatch.setattr(
+        preflight, "route", {"node0": "127.0.1.1", "10.0.0.1": "10.0.0.1", "localhost": "127.0.0.1"}.get
+    )
+    dedicated = ["rollout.placement=dedicated", "rollout.replicas=8", "rollout.tp=4"]
+    without = problems([HOPPER], *dedicated, "rollout.driver=10.0.0.1:29600")
+    assert len(without) == 1 and without[0].startswith("MEGATRON_APO_SECRET: not set; ")
+    monkeypatch.setenv("MEGATRON_APO_SECRET", "long and random")
+    assert problems([HOPPER], *dedicated, "rollout.driver=10.0.0.1:29600") == []
+    assert problems([HOPPER], *dedicated, "rollout.driver=localhost:29600") == []
+    for host, said in (("node0", "node0 is 127.0.1.1 on this machine"), ("nowhere", "nowhere is not known here")):
+        (line,) = problems([HOPPER], *dedicated, f"rollout.driver={host}:29600")
+        assert line.startswith(f"rollout.driver: {said}")
+
+
+def test_weights_that_share_memory_or_a_gpu(problems):
+    """`auto` is shared memory on one machine."""
+    small = replace(machine([]), shared_bytes=1000)
+    for transport in ("auto", "shm"):
+        (line,) = problems(small, f"sync.transport={transport}")
+        assert line.startswith("sync.dir: 3 buckets of weights take ")
+    assert problems(small, "sync.transport=collective") == []
+    (line,) = problems([HOPPER], "sync.transport=collective")
+    assert line.startswith("sync.transport: collective, but colocated engines share GPUs")
+
+
 def test_a_rank_does_not_count_the_gpus(problems):
     (line,) = problems([HOPPER], "parallel.tp=2")
     assert "2 ranks, and here are 1 GPUs" in line

@@ -132,6 +132,9 @@ class Sender(Protocol):
     def drop(self, receiver: Receiver) -> None:
         """Wait for this engine no more."""
 
+    def fail(self, receiver: Receiver) -> None:
+        """This engine failed in the update, wherever the transfer is. From any thread."""
+
     def give_up(self) -> None:
         """Workers that still wait for a bucket give up."""
 

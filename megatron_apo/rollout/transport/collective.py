@@ -1,7 +1,8 @@
 """`collective`: each pipeline stage broadcasts its own buckets to every worker of every engine, on any host.
 
     rank 0 (the driver)     which engines, under which name and key -> all ranks
-    each stage's owner      opens a meeting point, gathers its stage's buckets, broadcasts them in a group of its own
+    each stage's owner      opens a meeting point, gathers its stage's buckets, broadcasts them in a group of its own,
+                            to workers that have come as far as its stage
     each worker             is told by HTTP where the owners are met, joins a group for each, and loads in plan order
 
 An owner is the first rank of its stage (`Gather.buckets("owners")`): what passes through rank 0 is its own stage alone.
@@ -11,22 +12,23 @@ them breaks; a new one has a new store, name and key. The key travels by HTTP, u
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
+import threading
 from collections.abc import Generator, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from contextlib import closing, nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_apo.rollout.transport.base import Ranks, Receiver, Source, TransferError, Update, bucket_digests
-from megatron_apo.rollout.transport.groups import Group, MeetingPoint, find
-from megatron_apo.runtime.hosts import route
+from megatron_apo.rollout.transport.groups import Group, Meeting, MeetingPoint, find
+from megatron_apo.runtime.hosts import is_loopback, own_address, route
 from megatron_apo.weights.plan import Bucket, Plan
 
 NUM_BUFFERS = 2  # one on its way, one that is put together, or loaded
+FIND_S = 2.0  # to tell an owner that the transfer broke off
 PATIENCE = 2 / 3  # of sync.timeout_s, for one step of a transfer; the rest is for telling who is silent
 
 
@@ -35,7 +37,7 @@ class _Session:
     """What holds from the making of the groups to their end. members: workers of each engine, and its name."""
 
     name: str
-    key: bytes
+    key: bytes = field(repr=False)
     hosts: tuple[str, ...]
     members: tuple[int, ...]
 
@@ -82,10 +84,11 @@ class CollectiveSender:
         self._session: _Session | None = None
         self._point: MeetingPoint | None = None
         self._group: Group | None = None
+        self._points: list[tuple[str, int]] = []  # by stage
+        self._num_sent = 0  # updates of this session
         # The driver's:
         self._receivers: tuple[tuple[Receiver, int], ...] = ()  # with how often each was started
         self._next_session: _Session | None = None
-        self._points: list[tuple[str, int]] = []  # by stage
 
     def open(self, receivers: Sequence[Receiver]) -> None:
         chosen = tuple((receiver, receiver.num_starts) for receiver in receivers)
@@ -95,7 +98,7 @@ class CollectiveSender:
         self._next_session = _Session(
             name=secrets.token_urlsafe(16),
             key=secrets.token_bytes(32),
-            hosts=tuple(receiver.host for receiver in receivers),
+            hosts=tuple(_seen_from_elsewhere(receiver.host) for receiver in receivers),
             members=tuple(receiver.num_workers for receiver in receivers),
         )
 
@@ -105,14 +108,14 @@ class CollectiveSender:
         if session is None:
             return
         self._end_group()
-        self._session, point, problem = session, None, ""
+        self._session, self._num_sent, point, problem = session, 0, None, ""
         stage = self._ranks.owned_stage
         if stage is not None:
             try:
                 self._point = MeetingPoint(_own_address(session.hosts))
                 point = (stage, (self._point.address, self._point.port))
-            except (OSError, RuntimeError) as error:
-                problem = f"no port can be opened for the engines: {error}"
+            except (OSError, RuntimeError, ValueError) as error:
+                problem = f"rank {self._ranks.rank}: no port can be opened for the engines: {error}"
         told = self._ranks.gather((point, problem))
         if problems := [text for _, text in told if text]:
             raise ValueError(problems[0])
@@ -128,18 +131,27 @@ class CollectiveSender:
             "points": self._points,
             "first": 1 + sum(session.members[:place]),
             "size": session.size,
+            "update": self._num_sent + 1,
             "timeout_s": PATIENCE * self._timeout_s,
         }
 
     def send(self, source: Source, update: Update | None) -> dict[str, str]:
+        session = self._session
+        assert session is not None
+        self._num_sent += 1
+        is_sent = False
         try:
             outcome = _Outcome(self._send(source, update))
+            is_sent = True
         except TransferError as error:
-            assert self._session is not None
-            blamed = {self._session.engine_of(member) for member in error.silent if member}
+            blamed = {session.engine_of(member) for member in error.silent if member}
             outcome = _Outcome({}, str(error), tuple(blamed))
         except (ValueError, RuntimeError, OSError) as error:
             outcome = _Outcome({}, failure=f"rank {self._ranks.rank}: {error}")
+        finally:  # also of what is raised here: readers and other owners wait
+            if not is_sent:
+                self._end_group()
+                self._break_off(session)
         outcomes: list[_Outcome] = self._ranks.gather(outcome)
         if any(one.broken or one.failure for one in outcomes):
             self._end_group()
@@ -158,11 +170,15 @@ class CollectiveSender:
     def drop(self, receiver: Receiver) -> None:
         pass
 
+    def fail(self, receiver: Receiver) -> None:
+        if (session := self._session) is not None:
+            threading.Thread(target=self._break_off, args=(session,), daemon=True).start()
+
     def start_anew(self) -> None:
         self._receivers = ()
 
     def give_up(self) -> None:
-        """A group that is left in the middle of a transfer has ended with it."""
+        """A transfer that did not end has taken its group with it (`send`)."""
 
     def close(self) -> None:
         pass
@@ -176,9 +192,10 @@ class CollectiveSender:
         phase = update.watch.phase if update else lambda name: nullcontext()
         with closing(source.buckets("owners", self._buffer if is_owner else None)) as buckets, phase("gather"):
             for bucket, buffer in buckets:
-                if self._group is None:  # only now, so that who sends to this rank hears of a failure
+                if not digests:  # only now, so that who sends to this rank hears of a failure
                     with phase("meet"):
-                        self._group = self._make_group()
+                        self._wait_for_readers()
+                assert self._group is not None
                 self._group.post(buffer[: bucket.num_bytes])
                 with phase("digest"):
                     digests |= bucket_digests(bucket, buffer, self._ranks.digest_kind)
@@ -198,20 +215,37 @@ class CollectiveSender:
         self._buffers.append(self._buffers.pop(0))
         return self._buffers[-1]
 
-    def _make_group(self) -> Group:
-        session, point = self._session, self._point
-        assert session is not None and point is not None
-        return Group(
-            point.store,
-            name=f"{session.name}/{self._ranks.owned_stage}",
-            key=session.key,
-            rank=0,
-            size=session.size,
-            device=self._ranks.device,
-            address=point.address,
-            timeout_s=PATIENCE * self._timeout_s,
-            names=session.name_of,
-        )
+    def _wait_for_readers(self) -> None:
+        """Until all read this stage's buckets: a time-out counts from when a bucket is posted. They come to the first
+        stage at once, and to others when those before are through, where it is seen who is silent."""
+        session, point, stage = self._session, self._point, self._ranks.owned_stage
+        assert session is not None and point is not None and stage is not None
+        patience_s = PATIENCE * self._timeout_s
+        if self._group is None:
+            meeting = Meeting(point.store, f"{session.name}/{stage}", session.key)
+            meeting.say("here", 0)
+            self._group = Group(
+                meeting,
+                rank=0,
+                size=session.size,
+                device=self._ranks.device,
+                address=point.address,
+                timeout_s=patience_s,
+                names=session.name_of,
+            )
+        others = range(1, session.size)
+        try:
+            self._group.meeting.wait_for(f"begun/{self._num_sent}", others, (stage + 1) * patience_s, session.name_of)
+        except TransferError as error:
+            if stage:  # whoever is late may be waiting for another
+                raise TransferError(str(error)) from None
+            raise
+
+    def _break_off(self, session: _Session) -> None:
+        """Tell all owners and workers that wait at a meeting."""
+        for stage, (address, port) in enumerate(self._points):
+            with suppress(TransferError):
+                Meeting(find(address, port, FIND_S), f"{session.name}/{stage}", session.key).break_off()
 
     def _end_group(self) -> None:
         if self._group is not None:
@@ -228,12 +262,17 @@ class CollectiveReader:
         self._device = device
         self._session = ""
         self._groups: list[Group] = []  # by stage
+        self._member = 0  # of each group
+        self._begun: set[int] = set()  # stages, in the present update
+        self._update = 0
         largest = max((bucket.num_bytes for bucket in buckets), default=0)
         self._memory = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(NUM_BUFFERS)]
 
     def buckets(self, where: dict[str, Any]) -> Generator[tuple[Bucket, Tensor], None, None]:
         if self._session != where["session"]:
             self._join(where)
+        self._begun.clear()
+        self._update = where["update"]
         for index in range(min(NUM_BUFFERS - 1, len(self._buckets))):
             self._post(index)
         for index, bucket in enumerate(self._buckets):
@@ -249,13 +288,18 @@ class CollectiveReader:
 
     def _join(self, where: dict[str, Any]) -> None:
         self.give_up(where)
-        for stage, (address, port) in enumerate(where["points"]):
+        self._member, key = where["first"] + self._rank, bytes.fromhex(where["key"])
+        meetings = [
+            Meeting(find(address, port, where["timeout_s"]), f"{where['session']}/{stage}", key)
+            for stage, (address, port) in enumerate(where["points"])
+        ]
+        for meeting in meetings:  # at all of them before the first group: who is late there is missed there alone
+            meeting.say("here", self._member)
+        for meeting, (address, _) in zip(meetings, where["points"], strict=True):
             self._groups.append(
                 Group(
-                    find(address, port, where["timeout_s"]),
-                    name=f"{where['session']}/{stage}",
-                    key=bytes.fromhex(where["key"]),
-                    rank=where["first"] + self._rank,
+                    meeting,
+                    rank=self._member,
                     size=where["size"],
                     device=self._device,
                     address=route(address),
@@ -266,10 +310,24 @@ class CollectiveReader:
 
     def _post(self, index: int) -> None:
         bucket = self._buckets[index]
+        if bucket.pp_rank not in self._begun:
+            self._begun.add(bucket.pp_rank)
+            self._groups[bucket.pp_rank].meeting.say(f"begun/{self._update}", self._member)
         self._groups[bucket.pp_rank].post(self._memory[index % NUM_BUFFERS][: bucket.num_bytes])
 
 
+def _seen_from_elsewhere(host: str) -> str:
+    """An engine's host on the driver's side: in place of loopback the driver's own address, which other ranks reach."""
+    found = route(host)
+    return own_address(host) if found and is_loopback(found) else host
+
+
 def _own_address(hosts: Sequence[str]) -> str:
-    """Of this host, by which all of `hosts` reach it: loopback only where they all are this host."""
-    routes = [found for host in hosts if (found := route(host))]
-    return next((found for found in routes if not ipaddress.ip_address(found).is_loopback), "127.0.0.1")
+    """Of this host, on the way to the first of `hosts` that is another; loopback only where they all are this one.
+    Raises ValueError for a host that there is no way to."""
+    for host in hosts:
+        if not (found := route(host)):
+            raise ValueError(f"there is no way to the engine's host {host} (rollout.advertise_host)")
+        if not is_loopback(found):
+            return found
+    return "127.0.0.1"

@@ -1,8 +1,14 @@
 """A process group of one sender and its receivers, in different jobs, beside whatever groups they are in.
 
-    with meeting_point(address) as store: ...                       the sender's
-    group = Group(store, name, rank, size, ...)                     everyone's; rank 0 is the sender
-    group.post(buffer); ...; group.wait()                           broadcasts in order
+    point = MeetingPoint(address)                       the sender's: a store that listens there
+    meeting = Meeting(point.store, name, key)           everyone's, the others' over `find(address, port)`
+    meeting.say("here", rank)
+    group = Group(meeting, rank=rank, size=size, ...)   rank 0 is the sender
+    group.post(buffer); ...; group.wait()               broadcasts in order
+
+Whoever reaches a store's port can read, list and write it. So no secret is in it, and what members say there is sealed
+with a key that they alone have: an address that a stranger writes is not used. What goes over the group is
+not encrypted.
 
 The one file that knows what a backend does in time: how a group is made, how long it waits and how it is ended.
 
@@ -19,7 +25,8 @@ import hmac
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,14 +35,12 @@ from torch import Tensor
 
 from megatron_apo.rollout.transport.base import TransferError
 
-_PROOF_BYTES = hashlib.sha256().digest_size
+_SEAL_BYTES = hashlib.sha256().digest_size
+_LOOK_EVERY_S = 2e-3
 
 
 class MeetingPoint:
-    """A store of this process, where one group's members find each other's addresses. It listens on `address` alone.
-
-    Whoever reaches its port can read it, write it and list it: what is in it is no secret.
-    """
+    """A store of this process. It listens on `address` alone."""
 
     def __init__(self, address: str):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -57,15 +62,88 @@ def find(address: str, port: int, timeout_s: float) -> dist.Store:
         raise TransferError(f"{address}:{port}, where the trainer's ranks are met, does not answer: {error}") from None
 
 
+class Meeting:
+    """What the members of a group tell each other through the sender's store. `name` was not used there before."""
+
+    def __init__(self, store: dist.Store, name: str, key: bytes):
+        self.name, self.key = name, key
+        self._store = dist.PrefixStore(name, store)
+
+    def sealed(self) -> dist.Store:
+        return _SealedStore(dist.PrefixStore("group", self._store), self.key)
+
+    def say(self, what: str, member: int) -> None:
+        try:
+            self._store.set(f"{what}/{member}", "1")
+        except RuntimeError as error:
+            raise TransferError(f"the trainer's ranks are gone: {_reason(error)}") from None
+
+    def break_off(self) -> None:
+        """Nobody need wait any more, as far as that can be said."""
+        with suppress(RuntimeError):
+            self._store.set("broken", "1")
+
+    def wait_for(self, what: str, members: Sequence[int], within_s: float, names: Callable[[int], str]) -> None:
+        """Until these have said it. Raises TransferError naming those who have not in time, and at once where somebody
+        has broken off."""
+        keys = [f"{what}/{member}" for member in members]
+        end = time.monotonic() + within_s
+        try:
+            while not self._store.check(keys):
+                if self._store.check(["broken"]):
+                    raise TransferError("another part of the transfer broke off")
+                if time.monotonic() > end:
+                    missing = [one for one, key in zip(members, keys, strict=True) if not self._store.check([key])]
+                    listed = ", ".join(names(one) for one in missing)
+                    raise TransferError(f"{listed} did not come within {within_s:g} s", silent=missing)
+                time.sleep(_LOOK_EVERY_S)
+        except TransferError:
+            raise
+        except RuntimeError as error:
+            raise TransferError(f"the trainer's ranks are gone: {_reason(error)}") from None
+
+
+class _SealedStore(dist.Store):
+    """A store whose values carry a seal of the key, their own name and themselves. Reading one without it raises."""
+
+    def __init__(self, store: dist.Store, key: bytes):
+        super().__init__()
+        self._store, self._key = store, key
+
+    def set(self, name: str, value: str | bytes) -> None:
+        data = value.encode() if isinstance(value, str) else bytes(value)
+        self._store.set(name, self._seal(name, data) + data)
+
+    def get(self, name: str) -> bytes:
+        value = self._store.get(name)
+        seal, data = value[:_SEAL_BYTES], value[_SEAL_BYTES:]
+        if not hmac.compare_digest(seal, self._seal(name, data)):
+            raise RuntimeError(f"{name} was written by somebody who does not know the key, where the ranks are met")
+        return data
+
+    def wait(self, names: list[str], timeout: datetime.timedelta | None = None) -> None:
+        self._store.wait(names, timeout) if timeout else self._store.wait(names)
+
+    def check(self, names: list[str]) -> bool:
+        return self._store.check(names)
+
+    def add(self, name: str, amount: int) -> int:
+        return self._store.add(name, amount)
+
+    def has_extended_api(self) -> bool:
+        return False
+
+    def _seal(self, name: str, data: bytes) -> bytes:
+        return hmac.new(self._key, f"{name}\0".encode() + data, hashlib.sha256).digest()
+
+
 class Group:
     """One member of a group. `rank` 0 sends. Raises TransferError, from all methods, where the group is broken."""
 
     def __init__(
         self,
-        store: dist.Store,
+        meeting: Meeting,
         *,
-        name: str,
-        key: bytes,
         rank: int,
         size: int,
         device: torch.device,
@@ -73,24 +151,20 @@ class Group:
         timeout_s: float,
         names: Callable[[int], str] = "member {}".format,
     ):
-        """name: of the group, not used before in this store. key: known to its members alone, who prove that they have
-        it. address: this host's, on the way to the others. timeout_s: how long the others may take to come, and a
-        broadcast to end, seconds."""
+        """Waits until all have said "here" at the meeting. address: this host's, on the way to the others. timeout_s:
+        how long the others may take to come, and a broadcast to end, seconds."""
+        self.meeting = meeting
         self._device = device
         self._timeout = datetime.timedelta(seconds=timeout_s)
-        self._names = names
         self._posted: deque[dist.Work] = deque()
         self._group: Any = None
-        own_store = dist.PrefixStore(name, store)
-        _meet(own_store, rank, size, timeout_s, names)
+        meeting.wait_for("here", range(size), timeout_s, names)
         try:
-            self._group = _MAKE[device.type](dist.PrefixStore("group", own_store), rank, size, address, self._timeout)
-            self._prove(name, key, rank, size)
+            self._group = _MAKE[device.type](meeting.sealed(), rank, size, address, self._timeout)
         except RuntimeError as error:
             why = _reason(error)
         else:
             return
-        self.close()
         raise TransferError(f"the group of {size} could not be made: {why}")
 
     def post(self, buffer: Tensor) -> None:
@@ -129,39 +203,8 @@ class Group:
         self._group = None
 
     def _break(self, why: str) -> None:
-        self.close()
+        self.close()  # and what was caught is let go by now: its traceback holds the group
         raise TransferError(f"the transfer broke off: {why}")
-
-    def _prove(self, name: str, key: bytes, rank: int, size: int) -> None:
-        """Each member shows that it has the key, before anything of worth is sent."""
-        own = torch.frombuffer(bytearray(_proof(key, name, rank)), dtype=torch.uint8).to(self._device)
-        found = [torch.empty(_PROOF_BYTES, dtype=torch.uint8, device=self._device) for _ in range(size)]
-        self._group.allgather([found], [own]).wait(self._timeout)
-        for other, value in enumerate(found):
-            if not hmac.compare_digest(bytes(value.cpu().numpy()), _proof(key, name, other)):
-                raise RuntimeError(f"{self._names(other)} does not know the key: a stranger is in its place")
-
-
-def _proof(key: bytes, name: str, rank: int) -> bytes:
-    return hmac.new(key, f"{name}/{rank}".encode(), hashlib.sha256).digest()
-
-
-def _meet(store: dist.Store, rank: int, size: int, timeout_s: float, names: Callable[[int], str]) -> None:
-    """Wait until every member is here. Raises TransferError naming those who are not."""
-    keys = [f"here/{other}" for other in range(size)]
-    end = time.monotonic() + timeout_s
-    try:
-        store.set(keys[rank], "1")
-        while not store.check(keys):
-            if time.monotonic() > end:
-                missing = [other for other, key in enumerate(keys) if not store.check([key])]
-                listed = ", ".join(names(other) for other in missing)
-                raise TransferError(f"{listed} did not come within {timeout_s:g} s", silent=missing)
-            time.sleep(2e-3)
-    except TransferError:
-        raise
-    except RuntimeError as error:
-        raise TransferError(f"the trainer's ranks are gone: {_reason(error)}") from None
 
 
 def _gloo(store: dist.Store, rank: int, size: int, address: str, timeout: datetime.timedelta) -> Any:

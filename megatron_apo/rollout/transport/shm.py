@@ -129,7 +129,7 @@ class ShmSender:
             while not self.has_room(bucket):
                 time.sleep(2e-4)
                 if time.monotonic() > end:
-                    silent = [receiver for receiver in self._reading if not self._has_read(receiver, bucket)]
+                    silent = [receiver for receiver in list(self._reading) if not self._has_read(receiver, bucket)]
                     for receiver in silent:
                         self.drop(receiver)
                     update.silent(silent, f"it has read no bucket of weights for {self._timeout_s:g} s")
@@ -164,6 +164,9 @@ class ShmSender:
 
     def drop(self, receiver: Receiver) -> None:
         self._reading.discard(receiver)
+
+    def fail(self, receiver: Receiver) -> None:
+        """It is left behind alone (`drop`)."""
 
     def give_up(self) -> None:
         for folder in self._folders.values():
