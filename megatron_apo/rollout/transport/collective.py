@@ -85,7 +85,7 @@ class CollectiveSender:
         self._point: MeetingPoint | None = None
         self._group: Group | None = None
         self._points: list[tuple[str, int]] = []  # by stage
-        self._num_sent = 0  # updates of this session
+        self._update = 0  # the number of the present one in this session
         # The driver's:
         self._receivers: tuple[tuple[Receiver, int], ...] = ()  # with how often each was started
         self._next_session: _Session | None = None
@@ -105,10 +105,11 @@ class CollectiveSender:
     def meet(self) -> None:
         session = self._ranks.broadcast(self._next_session)
         self._next_session = None
+        self._update += 1
         if session is None:
             return
         self._end_group()
-        self._session, self._num_sent, point, problem = session, 0, None, ""
+        self._session, self._update, point, problem = session, 1, None, ""
         stage = self._ranks.owned_stage
         if stage is not None:
             try:
@@ -131,14 +132,13 @@ class CollectiveSender:
             "points": self._points,
             "first": 1 + sum(session.members[:place]),
             "size": session.size,
-            "update": self._num_sent + 1,
+            "update": self._update,
             "timeout_s": PATIENCE * self._timeout_s,
         }
 
     def send(self, source: Source, update: Update | None) -> dict[str, str]:
         session = self._session
         assert session is not None
-        self._num_sent += 1
         is_sent = False
         try:
             outcome = _Outcome(self._send(source, update))
@@ -235,7 +235,7 @@ class CollectiveSender:
             )
         others = range(1, session.size)
         try:
-            self._group.meeting.wait_for(f"begun/{self._num_sent}", others, (stage + 1) * patience_s, session.name_of)
+            self._group.meeting.wait_for(f"begun/{self._update}", others, (stage + 1) * patience_s, session.name_of)
         except TransferError as error:
             if stage:  # whoever is late may be waiting for another
                 raise TransferError(str(error)) from None

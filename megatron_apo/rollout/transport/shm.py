@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_apo.rollout.transport.base import Ranks, Receiver, Source, TransferError, Update, bucket_digests
@@ -75,7 +76,7 @@ class ShmSender:
         place = self._ranks.broadcast(self._place() if is_driver else None)
         able = self._ranks.device.type == "cpu" and (is_driver or self._join(*place))
         answers = self._ranks.gather(able)
-        self._is_shared = len(answers) > 1 and all(answers)
+        self._is_shared = dist.is_initialized() and all(answers)
 
     def _place(self) -> tuple[str, int]:
         """Where the slots are, and what tells them from others there."""
