@@ -727,10 +727,11 @@ class Difference(NamedTuple):
 
 
 class SyncConfig(Section):
-    transport: Literal["auto", "shm", "collective"] = Field(
+    transport: Literal["auto", "shm", "collective", "ipc"] = Field(
         "auto",
-        description="shm: buckets in memory that trainer and engines share; collective: over the network, from each "
-        "pipeline stage to every engine; auto: shm where all engines are on rank 0's machine",
+        description="shm: buckets in host memory that trainer and engines share; collective: over the network, from "
+        "each pipeline stage to every engine; ipc: in memory of the GPU that a rank and an engine share; auto: shm "
+        "where all engines are on rank 0's machine, else collective, or ipc for colocated ones on GPUs",
     )
     timeout_s: float = Field(
         120.0,
@@ -883,10 +884,10 @@ class Recipe(Section):
                 + f"; use at least {padded}"
             )
         found += self.rollout.problems()
-        if self.rollout.placement == "dedicated" and self.sync.transport == "shm":
+        if self.rollout.placement == "dedicated" and self.sync.transport in ("shm", "ipc"):
             found.append(
-                "sync.transport: shm, but with rollout.placement=dedicated no engine shares memory with the trainer; "
-                "use collective, or auto"
+                f"sync.transport: {self.sync.transport}, but with rollout.placement=dedicated no engine shares memory "
+                "with the trainer; use collective, or auto"
             )
         found += self.mismatch.problems()
         found += self._adaptive_problems()

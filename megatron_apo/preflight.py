@@ -10,6 +10,7 @@ is reported together: machine, models and folders first, then the data, then wha
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -127,6 +128,16 @@ def _secret_problems() -> list[str]:
     ]
 
 
+def _ipc_problems() -> list[str]:
+    """Other processes open no memory of an allocator that maps it piece by piece."""
+    return [
+        f"{name}: {os.environ[name]}, of whose memory sync.transport=ipc can share none; leave expandable_segments "
+        "out, or use shm"
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+        if "expandable_segments:true" in os.environ.get(name, "").lower()
+    ]
+
+
 def _driver_problems(rollout: RolloutConfig) -> list[str]:
     """Of the address where rank 0 takes engines in. Debian's /etc/hosts has a host's own name at 127.0.1.1."""
     host = (rollout.driver or "").rpartition(":")[0].strip("[]")
@@ -199,8 +210,10 @@ def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
             if gpus and recipe.sync.transport == "collective":
                 found.append(
                     "sync.transport: collective, but colocated engines share GPUs with the trainer's ranks, and NCCL "
-                    "takes one process a GPU; use shm, or rollout.placement=dedicated"
+                    "takes one process a GPU; use shm or ipc, or rollout.placement=dedicated"
                 )
+            if gpus and recipe.sync.transport == "ipc":
+                found += _ipc_problems()
             found += sampling_problems(recipe, models, machine) + _replicas_problems(recipe.rollout, machine)
     checks = (
         lambda spec, _: check_layout(spec, parallel),
@@ -345,7 +358,7 @@ def _check_engine_memory(spec: ModelSpec, rollout: RolloutConfig, machine: Machi
 
 def _check_sync_room(spec: ModelSpec, recipe: Recipe, machine: Machine) -> None:
     """Where the buckets of a sync lie."""
-    is_shared = recipe.rollout.placement == "colocated" and recipe.sync.transport != "collective"
+    is_shared = recipe.rollout.placement == "colocated" and recipe.sync.transport in ("auto", "shm")
     if recipe.train.replay is not None or not is_shared:
         return
     parallel = recipe.parallel

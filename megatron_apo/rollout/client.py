@@ -240,6 +240,10 @@ class RolloutClient:
         """What the model of each of the engine's workers holds since the last update (`transport/content.py`)."""
         return self._call("POST", "/collective_rpc", {"method": "held_weights"})["results"]
 
+    def worker_places(self) -> list[dict[str, Any]]:
+        """Where each of the engine's workers has its weights (`transport/ipc.py`)."""
+        return self._call("POST", "/collective_rpc", {"method": "place"})["results"]
+
     def cached_tokens(self, token_ids: Sequence[int]) -> int:
         """Tokens of a prompt that are in the prefix cache, where one token more is asked for."""
         parameters = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}

@@ -92,6 +92,7 @@ class Engine:
         self.version: int | None = None
         self.num_workers = 0
         self.num_starts = 0
+        self.places: list[dict[str, Any]] = []  # of its workers, for a transport that asks
         self.needs_proof = False
         self.failure: Exception | None = None
 
@@ -116,6 +117,8 @@ class Engine:
         """Introduce the trainer to vLLM's weight transfer (`WeightSync.init_info`)."""
         self.client.init_weight_transfer_engine(init_info)
         self.num_workers = self.client.num_workers()
+        if init_info["transport"] == "ipc":
+            self.places = self.client.worker_places()
 
     @property
     def client(self) -> RolloutClient:

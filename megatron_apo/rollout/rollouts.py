@@ -69,14 +69,12 @@ def transport_of(recipe: Recipe, placement: Placement, device: torch.device) -> 
         raise ValueError(
             "sync.transport: shm, but engines are on other machines than rank 0's; use collective, or auto"
         )
-    if wanted == "auto":
-        wanted = "collective" if placement.elsewhere else "shm"
-    if wanted == "collective" and device.type == "cuda" and recipe.rollout.placement == "colocated":
-        raise ValueError(
-            "rollout.placement: colocated engines share GPUs with the trainer's ranks, and NCCL takes one process a "
-            "GPU; use dedicated, or one machine and sync.transport=shm"
-        )
-    return wanted
+    if wanted != "auto":
+        return wanted
+    if not placement.elsewhere:
+        return "shm"
+    # NCCL takes one process a GPU.
+    return "ipc" if device.type == "cuda" and recipe.rollout.placement == "colocated" else "collective"
 
 
 def _follow(node: NodeEngines) -> None:

@@ -32,12 +32,17 @@ from megatron_apo.rollout.transport.base import (
     told,
 )
 from megatron_apo.rollout.transport.collective import CollectiveSender
+from megatron_apo.rollout.transport.ipc import IpcSender
 from megatron_apo.rollout.transport.shm import ShmSender
 from megatron_apo.telemetry.timers import Stopwatch
 from megatron_apo.telemetry.units import some
 from megatron_apo.weights.plan import Bucket, Plan
 
-SENDERS: dict[str, Callable[[Plan, Ranks, float], Sender]] = {"shm": ShmSender, "collective": CollectiveSender}
+SENDERS: dict[str, Callable[[Plan, Ranks, float], Sender]] = {
+    "shm": ShmSender,
+    "collective": CollectiveSender,
+    "ipc": IpcSender,
+}
 
 
 class SyncError(RuntimeError):

@@ -70,7 +70,7 @@ def meet(job: Job, store: dist.Store, timeout_s: float) -> list[Place]:
     Raises `ConnectionError` for ranks that do not come, a ValueError, the same on every rank, where hosts cannot reach
     each other.
     """
-    own = Place(_host(), socket.gethostname(), route(job.master_address))
+    own = Place(this_host(), socket.gethostname(), route(job.master_address))
     places = [Place(**json.loads(text)) for text in _exchange(job, store, "place", json.dumps(asdict(own)), timeout_s)]
     if len({place.host for place in places}) == 1:
         return places
@@ -186,7 +186,8 @@ def _wait_for_store(job: Job, timeout_s: float) -> None:
             time.sleep(0.1)
 
 
-def _host() -> str:
+def this_host() -> str:
+    """A name that tells this host, and this network namespace of it, from others."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
 

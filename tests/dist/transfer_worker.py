@@ -1,10 +1,10 @@
-"""One rank that sends weights by `collective`; the readers of two engines, three workers, are threads of rank 0.
+"""One rank that sends weights by a transport; the readers of two engines, three workers, are threads of rank 0.
 
-    main(WORK, LAYOUT, VARIANT)
+    main(WORK, LAYOUT, VARIANT, TRANSPORT)
 
 WORK/models has the model. Rank R writes WORK/transfer.R.json: {case: {"error": what `send` raised, or null, "sent":
-indices of the buckets that this rank sent, "seconds": ...}}; rank 0 also {"right": whether every reader read every
-tensor of the checkpoint, bit by bit, and the digests are those, "read": number of tensors that each reader read}.
+indices of the buckets that this rank put together, "seconds": ...}}; rank 0 also {"right": whether every reader read
+every tensor of the checkpoint, bit by bit, and the digests are those, "read": number of tensors that each reader read}.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +23,9 @@ from torch import Tensor
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.groups import distributed
-from megatron_apo.rollout.transport import collective
 from megatron_apo.rollout.transport.base import Ranks, TransferError, heard, told
 from megatron_apo.rollout.transport.collective import CollectiveReader, CollectiveSender
+from megatron_apo.rollout.transport.ipc import IpcReader, IpcSender, place_of
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.timers import Stopwatch
 from megatron_apo.weights.digest import digest
@@ -35,6 +35,10 @@ from megatron_apo.weights.parameters import load_weights
 from megatron_apo.weights.plan import Bucket
 from tests.dist.ranks import parallel_of
 
+TRANSPORTS = {
+    "collective": (CollectiveSender, CollectiveReader, "_buffer"),
+    "ipc": (IpcSender, IpcReader, "_slot"),
+}
 BUCKET_BYTES = 12_000  # of a layer several
 TIMEOUT_S = 6.0
 # What breaks a transfer off, at the second bucket of whom it concerns.
@@ -54,15 +58,20 @@ class Engine:
     host: str = "127.0.0.1"
     payload_dir: Path = Path("unused")
 
+    @property
+    def places(self) -> list[dict[str, Any]]:
+        return [asdict(place_of(torch.device("cpu")))] * self.num_workers
+
 
 class Transfer:
-    def __init__(self, gather: Gather, topology: Topology, expected: dict[str, Tensor]):
+    def __init__(self, gather: Gather, topology: Topology, expected: dict[str, Tensor], transport: str):
         self.gather, self.topology = gather, topology
         self.expected = {name: digest(value) for name, value in expected.items()}
-        self.sender = CollectiveSender(gather.plan, Ranks.of(topology), TIMEOUT_S)
+        sender, reader, _ = TRANSPORTS[transport]
+        self.sender = sender(gather.plan, Ranks.of(topology), TIMEOUT_S)
         self.engines = [Engine(2), Engine(1)]
         buckets = heard(told(gather.plan))
-        self.readers = [CollectiveReader(buckets, rank, torch.device("cpu")) for rank in (0, 1, 0)]
+        self.readers = [reader(buckets, rank, torch.device("cpu")) for rank in (0, 1, 0)]
         self.sent: list[int] = []
         self.fault: str | None = None
 
@@ -117,7 +126,7 @@ class Transfer:
         return found
 
 
-def main(work: str, layout: str, variant: str) -> None:
+def main(work: str, layout: str, variant: str, transport: str) -> None:
     folder, parallel = Path(work), parallel_of(layout)
     path = folder / "models" / variant
     spec, reader = read_hf_config(path), HFReader(path)
@@ -125,8 +134,8 @@ def main(work: str, layout: str, variant: str) -> None:
         chunks = build_model(spec, parallel, topology)
         load_weights(chunks, spec, topology, reader)
         gather = Gather(chunks, spec, topology, bucket_bytes=BUCKET_BYTES)
-        transfer = Transfer(gather, topology, {name: reader.get(name) for name in reader.names()})
-        note_what_is_sent(transfer)
+        transfer = Transfer(gather, topology, {name: reader.get(name) for name in reader.names()}, transport)
+        note_what_is_sent(transfer, *TRANSPORTS[transport][::2])
         found = {"whole": transfer.run(), "again": transfer.run()}
         for fault in FAULTS:
             found[fault] = transfer.run(fault)
@@ -138,20 +147,15 @@ def main(work: str, layout: str, variant: str) -> None:
         (folder / f"transfer.{topology.rank}.json").write_text(json.dumps(found))
 
 
-def note_what_is_sent(transfer: Transfer) -> None:
+def note_what_is_sent(transfer: Transfer, sender: type, method: str) -> None:
     """And put a sender's faults in, from outside."""
-    buffer_of, digests_of = CollectiveSender._buffer, collective.bucket_digests
+    buffer_of = getattr(sender, method)
 
-    def buffer(self: CollectiveSender, bucket: Bucket) -> Tensor:
-        if transfer.fault == "gather" and transfer.breaks and len(transfer.sent) == 1:
-            raise RuntimeError("no memory")
-        return buffer_of(self, bucket)
-
-    def digests(bucket: Bucket, *arguments: Any) -> dict[str, str]:
+    def watched(self: Any, bucket: Bucket) -> Tensor:
+        if transfer.breaks and len(transfer.sent) == 1:
+            raise TransferError("the network is gone") if transfer.fault == "sender" else RuntimeError("no memory")
+        buffer = buffer_of(self, bucket)
         transfer.sent.append(bucket.index)
-        if transfer.fault == "sender" and transfer.breaks and len(transfer.sent) == 2:
-            raise TransferError("the network is gone")
-        return digests_of(bucket, *arguments)
+        return buffer
 
-    CollectiveSender._buffer = buffer  # type: ignore[method-assign]
-    collective.bucket_digests = digests
+    setattr(sender, method, watched)

@@ -73,7 +73,7 @@ def prove_two_updates(rollouts: Rollouts, transport: str = "shm") -> WeightSync:
     return sync
 
 
-@pytest.mark.parametrize("transport", ["collective", "shm"])
+@pytest.mark.parametrize("transport", ["collective", "ipc", "shm"])
 def test_tied(rollouts: Rollouts, transport: str) -> None:
     prove_two_updates(rollouts, transport)
 

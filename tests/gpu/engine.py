@@ -49,8 +49,16 @@ _ROOT = Path(__file__).parents[2]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*")
+    parser.add_argument(
+        "--transport",
+        choices=("shm", "ipc", "collective"),
+        default="shm",
+        help="collective: engine on a second GPU",
+    )
     args = parse(parser)
     require_vllm()
+    if args.transport == "collective" and torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        cannot_run("not run: one GPU is here, and trainer and engine need one each")
     verdict = Verdict()
     with tempfile.TemporaryDirectory(prefix="engine-") as name, job() as topology:
         folder = Path(name)
@@ -61,7 +69,8 @@ def main() -> None:
         batch = random_batch(spec, _LENGTHS)
         start = time.monotonic()
         try:
-            with served(recipe, folder, WeightStream(learner.policy, spec, topology), topology.device) as server:
+            weights = WeightStream(learner.policy, spec, topology)
+            with served(recipe, folder, weights, topology.device, args.transport) as server:
                 print(f"vLLM answered after {time.monotonic() - start:.0f} s", flush=True)
                 print(f"{'':24}{'log-prob, nats: largest':>25}{'mean':>10}")
                 compare_all(server, learner, batch, Comparison(recipe, verdict))
@@ -104,8 +113,10 @@ class Served:
 
 
 @contextmanager
-def served(recipe: Recipe, model: Path, weights: WeightStream, device: torch.device) -> Iterator[Served]:
-    """An engine of the recipe.
+def served(
+    recipe: Recipe, model: Path, weights: WeightStream, device: torch.device, transport: str = "shm"
+) -> Iterator[Served]:
+    """An engine of the recipe, on the trainer's GPU, or by `collective` on the next.
 
     All that this check knows of `megatron_apo.rollout` is here, imported once it is sure that there is a vLLM for it.
     """
@@ -117,19 +128,21 @@ def served(recipe: Recipe, model: Path, weights: WeightStream, device: torch.dev
 
     log = Path(os.environ.get("GPU_CHECKS_FOLDER", model)) / "engine-vllm.log"
     length = recipe.max_sequence_tokens
+    is_apart = transport == "collective" and device.type == "cuda"
     server = VLLMServer(
-        recipe.rollout,
+        recipe.rollout.model_copy(update={"replicas": 2 if is_apart else 1}),
         model,
         log_path=log,
         seed=0,
         max_model_len=length,
         shm_dir=model / "payloads",  # in the check's own folder, which goes even if the check is killed
         load_format="dummy",
+        replica=1 if is_apart else None,
     )
     engine = Engine(server, timeout_s=60)
     try:
         engine.start()
-        sync = WeightSync(weights, [engine], ranks=Ranks(device=device))
+        sync = WeightSync(weights, [engine], ranks=Ranks(device=device), transport=transport)
         engine.connect(sync.init_info)
 
         def give(version: int) -> tuple[float, int]:

@@ -63,6 +63,8 @@ ALL = [
     check("step --shape 7B", 600, "step-7B"),
     check("logprob_head", 600),
     check("engine", 600),
+    check("engine --transport ipc", 600, "engine-ipc"),
+    check("engine --transport collective", 600, "engine-collective"),
 ]
 # What matters most comes first. The limits are 510 s in all: the rest is for the start and for what is cut.
 FIRST = [

@@ -88,7 +88,7 @@ def test_engines_elsewhere_ask_for_a_secret_an_address_and_no_gpu_here(problems,
         assert line.startswith(f"rollout.driver: {said}")
 
 
-def test_weights_that_share_memory_or_a_gpu(problems):
+def test_weights_that_share_memory_or_a_gpu(problems, monkeypatch):
     """`auto` is shared memory on one machine."""
     small = replace(machine([]), shared_bytes=1000)
     for transport in ("auto", "shm"):
@@ -97,6 +97,10 @@ def test_weights_that_share_memory_or_a_gpu(problems):
     assert problems(small, "sync.transport=collective") == []
     (line,) = problems([HOPPER], "sync.transport=collective")
     assert line.startswith("sync.transport: collective, but colocated engines share GPUs")
+    assert problems([HOPPER], "sync.transport=ipc") == []
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    (line,) = problems([HOPPER], "sync.transport=ipc")
+    assert line.startswith("PYTORCH_CUDA_ALLOC_CONF: expandable_segments:True, ") and problems([HOPPER]) == []
 
 
 def test_a_rank_does_not_count_the_gpus(problems):

@@ -305,10 +305,10 @@ def test_colocated_engines_are_spread_over_the_hosts(replicas: int, hosts: tuple
         ({}, "cpu", "shm"),
         ({}, "cuda", "shm"),
         ({"hosts": ("a", "b")}, "cpu", "collective"),
-        ({"hosts": ("a", "b")}, "cuda", "NCCL takes one process a GPU"),
+        ({"hosts": ("a", "b")}, "cuda", "ipc"),
         ({"hosts": ("a", "b"), "transport": "shm"}, "cpu", "sync.transport: shm, but engines are on other machines"),
         ({"transport": "collective"}, "cpu", "collective"),
-        ({"transport": "collective"}, "cuda", "NCCL takes one process a GPU"),
+        ({"transport": "ipc"}, "cuda", "ipc"),
         ({"placement": "dedicated"}, "cuda", "collective"),
     ],
 )

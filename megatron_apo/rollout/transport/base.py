@@ -36,7 +36,8 @@ class TransferError(RuntimeError):
 
 
 class Receiver(Protocol):
-    """What a sender knows of an engine. `num_starts`: how often it was started, each time with new workers."""
+    """What a sender knows of an engine. `num_starts`: how often it was started, each time with new workers; `places`:
+    of these (`ipc.Place`), where that is asked."""
 
     @property
     def payload_dir(self) -> Path: ...
@@ -46,6 +47,8 @@ class Receiver(Protocol):
     def num_workers(self) -> int: ...
     @property
     def num_starts(self) -> int: ...
+    @property
+    def places(self) -> Sequence[dict[str, Any]]: ...
 
 
 class Source(Protocol):
@@ -143,6 +146,47 @@ class Sender(Protocol):
 
     def close(self) -> None:
         """The update is over, and nothing of it is left that another does not use again."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a rank's part of a transfer. broken: why it did not send all of it; blamed: engines, by their
+    places; failure: why it could not give its weights."""
+
+    digests: dict[str, str] = field(default_factory=dict)
+    broken: str | None = None
+    blamed: tuple[int, ...] = ()
+    failure: str | None = None
+
+    @property
+    def is_sent(self) -> bool:
+        return self.broken is None and self.failure is None
+
+
+def outcome_of(ranks: Ranks, send: Callable[[], dict[str, str]], engine_of: Callable[[int], int | None]) -> Outcome:
+    """A rank's part of a transfer, which returns the digests of what it has sent. engine_of: of whom it blames."""
+    try:
+        return Outcome(send())
+    except TransferError as error:
+        engines = {engine_of(one) for one in error.silent} - {None}
+        return Outcome(broken=str(error), blamed=tuple(one for one in engines if one is not None))
+    except (ValueError, RuntimeError, OSError) as error:
+        return Outcome(failure=f"rank {ranks.rank}: {error}")
+
+
+def settled(ranks: Ranks, outcome: Outcome, plan: Plan) -> dict[str, str]:
+    """Collective: what came of a transfer as a whole, the same on every rank. On rank 0, the digest of each tensor.
+
+    Raises RuntimeError where a rank could not give its weights, TransferError where the transfer broke off."""
+    outcomes: list[Outcome] = ranks.gather(outcome)
+    for one in outcomes:
+        if one.failure:
+            raise RuntimeError(one.failure)
+    if broken := [one for one in outcomes if one.broken]:
+        first = next((one for one in broken if one.blamed), broken[0])
+        raise TransferError(str(first.broken), sorted({engine for one in broken for engine in one.blamed}))
+    found = {name: value for one in outcomes for name, value in one.digests.items()}
+    return {} if ranks.rank else {meta.name: found[meta.name] for meta in plan.tensors}
 
 
 class Reader(Protocol):

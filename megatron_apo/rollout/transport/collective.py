@@ -22,7 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_apo.rollout.transport.base import Ranks, Receiver, Source, TransferError, Update, bucket_digests
+from megatron_apo.rollout.transport.base import (
+    Ranks,
+    Receiver,
+    Source,
+    TransferError,
+    Update,
+    bucket_digests,
+    outcome_of,
+    settled,
+)
 from megatron_apo.rollout.transport.groups import Group, Meeting, MeetingPoint, find
 from megatron_apo.runtime.hosts import is_loopback, own_address, route
 from megatron_apo.weights.plan import Bucket, Plan
@@ -45,8 +54,10 @@ class _Session:
     def size(self) -> int:
         return 1 + sum(self.members)
 
-    def engine_of(self, member: int) -> int:
-        """The engine of a member of a group, which is not the sender."""
+    def engine_of(self, member: int) -> int | None:
+        """The engine of a member of a group; None for the sender."""
+        if member == 0:
+            return None
         member -= 1
         for index, count in enumerate(self.members):
             if member < count:
@@ -58,18 +69,9 @@ class _Session:
         if member == 0:
             return "the trainer's rank"
         engine = self.engine_of(member)
+        assert engine is not None
         worker = member - 1 - sum(self.members[:engine])
         return f"worker {worker} of the engine at {self.hosts[engine]}"
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What came of a rank's part. broken: why it did not send all of it; blamed: engines, by their places."""
-
-    digests: dict[str, str]
-    broken: str | None = None
-    blamed: tuple[int, ...] = ()
-    failure: str | None = None  # of gathering
 
 
 class CollectiveSender:
@@ -139,33 +141,19 @@ class CollectiveSender:
     def send(self, source: Source, update: Update | None) -> dict[str, str]:
         session = self._session
         assert session is not None
-        is_sent = False
+        outcome = None
         try:
-            outcome = _Outcome(self._send(source, update))
-            is_sent = True
-        except TransferError as error:
-            blamed = {session.engine_of(member) for member in error.silent if member}
-            outcome = _Outcome({}, str(error), tuple(blamed))
-        except (ValueError, RuntimeError, OSError) as error:
-            outcome = _Outcome({}, failure=f"rank {self._ranks.rank}: {error}")
+            outcome = outcome_of(self._ranks, lambda: self._send(source, update), session.engine_of)
         finally:  # also of what is raised here: readers and other owners wait
-            if not is_sent:
+            if outcome is None or not outcome.is_sent:
                 self._end_group()
                 self._break_off(session)
-        outcomes: list[_Outcome] = self._ranks.gather(outcome)
-        if any(one.broken or one.failure for one in outcomes):
+        try:
+            return settled(self._ranks, outcome, self._plan)
+        except BaseException:
             self._end_group()
             self._session = None
-        for one in outcomes:
-            if one.failure:
-                raise RuntimeError(one.failure)
-        broken = [one for one in outcomes if one.broken]
-        if broken:
-            blamed = {engine for one in broken for engine in one.blamed}
-            first = next((one for one in broken if one.blamed), broken[0])
-            raise TransferError(str(first.broken), sorted(blamed))
-        found = {name: value for one in outcomes for name, value in one.digests.items()}
-        return {meta.name: found[meta.name] for meta in self._plan.tensors} if update else {}
+            raise
 
     def drop(self, receiver: Receiver) -> None:
         pass

@@ -7,7 +7,7 @@ ipc_engine.py; model_executor/model_loader/reload/layerwise.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,12 +24,13 @@ from vllm.platforms import current_platform
 from megatron_apo.rollout.transport.base import Reader, TransferError, heard
 from megatron_apo.rollout.transport.collective import CollectiveReader
 from megatron_apo.rollout.transport.content import ModelContent, tied_heads
+from megatron_apo.rollout.transport.ipc import IpcReader, place_of
 from megatron_apo.rollout.transport.shm import ShmReader
 from megatron_apo.telemetry.units import some
 from megatron_apo.weights.digest import DigestKind
 from megatron_apo.weights.plan import Bucket
 
-READERS = {"shm": ShmReader, "collective": CollectiveReader}
+READERS = {"shm": ShmReader, "collective": CollectiveReader, "ipc": IpcReader}
 
 
 @dataclass
@@ -158,6 +159,10 @@ class WorkerExtension:
     """What vLLM's workers can be asked beside their own (`--worker-extension-cls`, POST /collective_rpc)."""
 
     weight_transfer_engine: BucketTransferEngine
+
+    def place(self) -> dict[str, Any]:
+        """Where this worker has its weights."""
+        return asdict(place_of(self.weight_transfer_engine.device))
 
     def held_weights(self) -> dict[str, Any]:
         """`ModelContent.report`, {"broken": why} where the transfer broke off, or {"error": ...}: with several workers

@@ -89,7 +89,7 @@ class ShmSender:
             try:
                 if _inode(Path(path)) != inode:
                     return False
-                self._slots, self._inode = _mapped(Path(path)), inode
+                self._slots, self._inode = mapped(Path(path)), inode
             except OSError:
                 return False
         return True
@@ -153,13 +153,13 @@ class ShmSender:
     def _has_read(self, receiver: Receiver, bucket: Bucket) -> bool:
         """What was in the bucket's slot before."""
         folder = self._folders[receiver]
-        return all(_count(folder / f"read.{rank}") > bucket.index - NUM_SLOTS for rank in range(receiver.num_workers))
+        return all(count(folder / f"read.{rank}") > bucket.index - NUM_SLOTS for rank in range(receiver.num_workers))
 
     def publish(self, bucket: Bucket) -> None:
         """The bucket is whole: the workers may read it."""
         for receiver in list(self._reading):
             try:
-                _grow(self._folders[receiver] / "published")
+                grow(self._folders[receiver] / "published")
             except OSError:  # the folder goes with the engine
                 self.drop(receiver)
 
@@ -197,7 +197,7 @@ class ShmSender:
             raise ValueError(no_room(name.parent, self.num_bytes, shutil.disk_usage(name.parent).free)) from error
         finally:
             os.close(descriptor)
-        self._slots, self._inode = _mapped(name), _inode(name)
+        self._slots, self._inode = mapped(name), _inode(name)
         return name
 
 
@@ -210,30 +210,43 @@ class ShmReader:
         self._slots: Tensor | None = None
         self._inode = 0
 
-    def buckets(self, where: dict[str, Any]) -> Generator[tuple[Bucket, Tensor], None, None]:
-        folder, slot_bytes = Path(where["folder"]), where["slot_bytes"]
-        path = folder.parent / "buckets"
+    def own(self, where: dict[str, Any]) -> dict[str, Any]:
+        """What of it is for this worker."""
+        return where
+
+    def memory(self, where: dict[str, Any]) -> Tensor:
+        """The slots."""
+        path = Path(where["folder"]).parent / "buckets"
         if self._slots is None or _inode(path) != self._inode:
-            self._slots, self._inode = _mapped(path), _inode(path)
+            self._slots, self._inode = mapped(path), _inode(path)
+        return self._slots
+
+    def has_read(self) -> None:
+        """Until what was read of a bucket is no longer in its slot alone."""
+
+    def buckets(self, where: dict[str, Any]) -> Generator[tuple[Bucket, Tensor], None, None]:
+        where = self.own(where)
+        folder, slot_bytes, slots = Path(where["folder"]), where["slot_bytes"], self.memory(where)
         try:
             for bucket in self._buckets:
                 self._wait_for(bucket, folder, where["timeout_s"])
                 start = bucket.index % NUM_SLOTS * slot_bytes
-                yield bucket, self._slots[start : start + bucket.num_bytes]
-                _grow(folder / f"read.{self._rank}")
+                yield bucket, slots[start : start + bucket.num_bytes]
+                self.has_read()
+                grow(folder / f"read.{self._rank}")
         except FileNotFoundError:
             raise TransferError("the trainer gave up") from None
 
     def give_up(self, where: dict[str, Any]) -> None:
         with suppress(OSError):
-            (Path(where["folder"]) / "failed").touch()
+            (Path(self.own(where)["folder"]) / "failed").touch()
 
     def _wait_for(self, bucket: Bucket, folder: Path, timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
 
         def is_over() -> bool:
             return (
-                _count(folder / "published") > bucket.index
+                count(folder / "published") > bucket.index
                 or (folder / "given-up").exists()
                 or (folder / "failed").exists()
                 or not folder.is_dir()
@@ -241,7 +254,7 @@ class ShmReader:
             )
 
         _wait(is_over)
-        if _count(folder / "published") <= bucket.index:
+        if count(folder / "published") <= bucket.index:
             why = "the trainer fell silent" if time.monotonic() > end else "the trainer gave up"
             why = "another worker failed" if (folder / "failed").exists() else why
             raise TransferError(f"{why} before {bucket.tensors[0].name} was sent")
@@ -263,7 +276,7 @@ def _wait(is_over: Callable[[], bool]) -> None:
         pause_s = min(2 * pause_s, 1e-3)
 
 
-def _mapped(path: Path) -> Tensor:
+def mapped(path: Path) -> Tensor:
     """A file's bytes, shared with everyone who maps it."""
     with path.open("r+b") as file:
         size = os.fstat(file.fileno()).st_size
@@ -279,12 +292,12 @@ def _inode(path: Path) -> int:
         return -1
 
 
-def _grow(path: Path) -> None:
+def grow(path: Path) -> None:
     with path.open("ab") as file:
         file.write(b".")
 
 
-def _count(path: Path) -> int:
+def count(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError:
