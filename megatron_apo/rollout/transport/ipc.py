@@ -179,9 +179,12 @@ class IpcSender:
                 (folder / "given-up").touch()
 
     def _let_go(self) -> None:
-        """Readers that have all of it need the folder no more; those that have not find it gone."""
+        """Readers that have all of it need the folder no more; those that have not, in time, find it gone."""
+        end = time.monotonic() + self._timeout_s
         for worker, folder in self._folders.items():
             while count(folder / f"read.{worker[1]}") < len(self._plan.buckets) and not _is_over(folder):
+                if time.monotonic() > end:
+                    break
                 time.sleep(1e-3)
             shutil.rmtree(folder, ignore_errors=True)
         self._folders.clear()
