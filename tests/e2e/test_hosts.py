@@ -181,9 +181,12 @@ def test_engines_on_hosts_of_their_own(tmp_path: Path, monkeypatch: pytest.Monke
     assert took_s < TIMEOUT_S
     numbers = {int(host): int(number) for host, number in re.findall(r"h(\d) has joined: engine (\d)", output)}
     assert sorted(numbers) == [2, 3] and sorted(numbers.values()) == [0, 1]
-    # vLLM's server outlives its workers, and answers with an error.
-    assert re.search(r"a weight update failed in step 2 \(.*/update_weights.*\); restarting its engine", output)
-    assert re.search(rf"rollout engine {numbers[3]} serves again, with the weights of version 3; .* by at most", output)
+    # Its server may outlive its workers, and answer whatever it is asked next with an error.
+    lost = (
+        rf"a weight update failed in step 2 \(.*\); restarting its engine|rollout engine {numbers[3]} died in step 2 \("
+    )
+    assert re.search(lost, output)
+    assert re.search(rf"rollout engine {numbers[3]} serves again, with the weights of version [34]; ", output)
     assert f"rollout engine {numbers[2]} died in step 4 (" in output
     assert re.search(
         rf"rollout engine {numbers[2]} serves again, with the weights of version [56]; .* by at most", output
