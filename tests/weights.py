@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_apo.rollout.transport.ipc import place_of
 from megatron_apo.weights.plan import Bucket, Plan, TensorMeta
+
+
+@dataclass(eq=False)
+class Receiver:
+    """An engine as a sender of weights knows it, whose workers are where the test has them."""
+
+    payload_dir: Path = Path("unused")
+    num_workers: int = 1
+    num_starts: int = 1
+    host: str = "127.0.0.1"
+
+    @property
+    def places(self) -> list[dict[str, Any]]:
+        """This process's, on the CPU."""
+        return [asdict(place_of(torch.device("cpu")))] * self.num_workers
 
 
 class TensorSource:

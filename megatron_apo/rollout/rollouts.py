@@ -51,8 +51,7 @@ from megatron_apo.rollout.registry import Registry
 from megatron_apo.rollout.sampler import GradedSampling, begin_step, finished_batch
 from megatron_apo.rollout.server import ServerDied, cache_probe_tokens
 from megatron_apo.rollout.sharing import MemorySharing
-from megatron_apo.rollout.transport.base import Ranks
-from megatron_apo.rollout.transport.collective import PATIENCE
+from megatron_apo.rollout.transport.base import PATIENCE, Ranks
 from megatron_apo.rollout.weight_sync import SyncError, SyncReport, UpdateFailed, WeightSync
 from megatron_apo.runtime.collective import Answer, driver_only, on_all, on_driver
 from megatron_apo.runtime.hosts import own_address

@@ -115,20 +115,17 @@ class WeightSync:
         chosen: list[Engine] = []
         if self._ranks.rank == 0:
             chosen = [one for one in self.engines if one.answers] if engines is None else list(engines)
-        unexplained: TransferError | None = None
+        num_unexplained = 0
         while True:
             try:
                 digests = self._update(version, chosen, watch)
                 break
             except TransferError as broken:
                 self._sender.start_anew()
-                left = [engine for engine in chosen if engine.answers and engine.version != version]
-                if all(engine.answers for engine in chosen):
-                    before, unexplained = unexplained, broken
-                else:
-                    before = None
-                self.on_rank_0(lambda before=before: _give_up_after(before))
-                chosen = left
+                num_unexplained += all(engine.answers for engine in chosen)
+                if self._ranks.broadcast(num_unexplained > 1):
+                    raise SyncError(f"the weights could not be sent, twice: {broken}") from None
+                chosen = [engine for engine in chosen if engine.answers and engine.version != version]
         seconds = time.monotonic() - start
         if self._ranks.rank:
             return SyncReport(version, seconds, 0, {})
@@ -232,11 +229,6 @@ class WeightSync:
                 raise failure[0](f"rank {rank}: {failure[1]}")
 
 
-def _give_up_after(broken: TransferError | None) -> None:
-    if broken:
-        raise SyncError(f"the weights could not be sent, twice: {broken}")
-
-
 class _Update(Update):
     """One update of the weights of several engines, on rank 0. Engines that fail leave it."""
 
@@ -293,8 +285,7 @@ class _Update(Update):
             return
 
         def unread(engine: Engine) -> None:
-            if broken := [report["broken"] for report in engine.client.held_weights() if "broken" in report]:
-                raise TransferError(f"engine {engine.number}: {broken[0]}")
+            _require_whole(engine, engine.client.held_weights())
             raise ServerError(f"vLLM was done before it had read {bucket.tensors[0].name}")
 
         self._joined()
@@ -331,9 +322,7 @@ class _Update(Update):
             for report in reports:
                 for name in ("load", "content"):
                     self.watch.seconds[name] = max(self.watch.seconds[name], report.get("seconds", {}).get(name, 0.0))
-            if broken := [report["broken"] for report in reports if "broken" in report]:
-                engine.state = State.STARTED
-                raise TransferError(f"engine {engine.number}: {broken[0]}")
+            _require_whole(engine, reports)
             if problem := held_problem(self.digests, previous, reports, engine.num_workers):
                 raise SyncError(problem)
             engine.client.resume()
@@ -385,6 +374,13 @@ class _Update(Update):
         self._sender.give_up()
         self._threads.shutdown()
         self._sender.close()
+
+
+def _require_whole(engine: Engine, reports: Sequence[Mapping[str, Any]]) -> None:
+    """Raise TransferError where a transfer broke off for one of an engine's workers."""
+    if broken := [report["broken"] for report in reports if "broken" in report]:
+        engine.state = State.STARTED
+        raise TransferError(f"engine {engine.number}: {broken[0]}")
 
 
 def held_problem(

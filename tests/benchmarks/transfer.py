@@ -18,7 +18,6 @@ host, and bytes are not shown.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import subprocess
@@ -27,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -48,17 +46,10 @@ from megatron_apo.telemetry.timers import Stopwatch
 from megatron_apo.telemetry.units import data_size
 from megatron_apo.weights.gather import Gather
 from tests import hosts
-from tests.benchmarks.weight_sync import COMMON, SHAPES
+from tests.benchmarks.weight_sync import SHAPES, write_config
+from tests.weights import Receiver
 
 ROOT = Path(__file__).parents[2]
-
-
-@dataclass(eq=False)
-class Engine:
-    host: str
-    num_workers: int
-    num_starts: int = 1
-    payload_dir: Path = Path("unused")
 
 
 def main() -> None:
@@ -88,10 +79,7 @@ def main() -> None:
 def start(args: argparse.Namespace, folder: Path, engines: int) -> None:
     """All parts, on their hosts, and wait for them."""
     if args.model is None:
-        (folder / "model").mkdir()
-        config = COMMON | SHAPES[args.shape] | {"architectures": ["Qwen2ForCausalLM"]}
-        (folder / "model" / "config.json").write_text(json.dumps(config))
-        args.model = folder / "model"
+        args.model = write_config(folder / "model", args.shape)
     command = [sys.executable, "-m", "tests.benchmarks.transfer", *sys.argv[1:], "--engines", str(engines)]
     command += ["--model", str(args.model)]
     with ExitStack() as stack:
@@ -145,7 +133,7 @@ def be_rank(args: argparse.Namespace, folder: Path, engines: int) -> None:
                 parameter.normal_(std=0.02)
         gather = Gather(policy, spec, topology, bucket_bytes=args.bucket_mib * 2**20)
         sender = CollectiveSender(gather.plan, Ranks.of(topology))
-        readers = [Engine(address_of(args, engine), args.workers) for engine in range(engines)]
+        readers = [Receiver(host=address_of(args, engine), num_workers=args.workers) for engine in range(engines)]
         if topology.is_driver:
             write(folder / "plan", told(gather.plan))
         times: dict[str, list[float]] = {"transfer": [], "broadcast": []}

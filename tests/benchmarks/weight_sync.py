@@ -81,10 +81,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         args.scratch = Path(scratch)
         if args.model is None:
-            (args.scratch / "model").mkdir()
-            config = COMMON | SHAPES[args.shape] | {"architectures": ["Qwen2ForCausalLM"]}
-            (args.scratch / "model" / "config.json").write_text(json.dumps(config))
+            write_config(args.scratch / "model", args.shape)
         run_ranks(args.tp * args.pp, be_rank, args)
+
+
+def write_config(folder: Path, shape: str) -> Path:
+    """A new folder with the config.json of one of SHAPES."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(COMMON | SHAPES[shape] | {"architectures": ["Qwen2ForCausalLM"]}))
+    return folder
 
 
 def be_rank(args: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,7 @@ from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.groups import distributed
 from megatron_apo.rollout.transport.base import Ranks, TransferError, heard, told
 from megatron_apo.rollout.transport.collective import CollectiveReader, CollectiveSender
-from megatron_apo.rollout.transport.ipc import IpcReader, IpcSender, place_of
+from megatron_apo.rollout.transport.ipc import IpcReader, IpcSender
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.timers import Stopwatch
 from megatron_apo.weights.digest import digest
@@ -34,6 +33,7 @@ from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.parameters import load_weights
 from megatron_apo.weights.plan import Bucket
 from tests.dist.ranks import parallel_of
+from tests.weights import Receiver
 
 TRANSPORTS = {
     "collective": (CollectiveSender, CollectiveReader, "_buffer"),
@@ -51,25 +51,13 @@ FAULTS = {
 }
 
 
-@dataclass(eq=False)
-class Engine:
-    num_workers: int
-    num_starts: int = 1
-    host: str = "127.0.0.1"
-    payload_dir: Path = Path("unused")
-
-    @property
-    def places(self) -> list[dict[str, Any]]:
-        return [asdict(place_of(torch.device("cpu")))] * self.num_workers
-
-
 class Transfer:
     def __init__(self, gather: Gather, topology: Topology, expected: dict[str, Tensor], transport: str):
         self.gather, self.topology = gather, topology
         self.expected = {name: digest(value) for name, value in expected.items()}
         sender, reader, _ = TRANSPORTS[transport]
         self.sender = sender(gather.plan, Ranks.of(topology), TIMEOUT_S)
-        self.engines = [Engine(2), Engine(1)]
+        self.engines = [Receiver(num_workers=2), Receiver()]
         buckets = heard(told(gather.plan))
         self.readers = [reader(buckets, rank, torch.device("cpu")) for rank in (0, 1, 0)]
         self.sent: list[int] = []

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from megatron_apo.rollout.transport.collective import CollectiveReader, Collecti
 from megatron_apo.telemetry.timers import Stopwatch
 from megatron_apo.weights.digest import digest
 from megatron_apo.weights.plan import Plan
-from tests.weights import TensorSource
+from tests.weights import Receiver, TensorSource
 
 CPU = torch.device("cpu")
 TIMEOUT_S = 6.0
@@ -33,14 +31,6 @@ def tensors(version: int) -> dict[str, torch.Tensor]:
 
 PLAN: Plan = TensorSource(tensors(0), 64).plan
 NUM_BUCKETS = len(PLAN.buckets)
-
-
-@dataclass(eq=False)
-class Engine:
-    num_workers: int = 1
-    num_starts: int = 1
-    host: str = "127.0.0.1"
-    payload_dir: Path = Path("unused")
 
 
 def reader(rank: int = 0) -> CollectiveReader:
@@ -60,7 +50,7 @@ def read(one: CollectiveReader, info: dict[str, Any]) -> list[float]:
     return found
 
 
-def opened(sender: CollectiveSender, engines: list[Engine]) -> list[dict[str, Any]]:
+def opened(sender: CollectiveSender, engines: list[Receiver]) -> list[dict[str, Any]]:
     """An update begins: what each engine is told."""
     sender.open(engines)
     sender.meet()
@@ -71,7 +61,9 @@ def values(version: int) -> list[float]:
     return [float(value[0, 0]) for value in tensors(version).values()]
 
 
-def update(sender: CollectiveSender, engines: list[Engine], readers: list[list[CollectiveReader]], version: int) -> str:
+def update(
+    sender: CollectiveSender, engines: list[Receiver], readers: list[list[CollectiveReader]], version: int
+) -> str:
     """One update that arrives; the name of its session."""
     with ThreadPoolExecutor(8) as threads:
         infos = opened(sender, engines)
@@ -94,7 +86,7 @@ DRIVER: Any = Driver()
 def test_every_worker_reads_every_bucket_of_every_update() -> None:
     """Groups stay as long as the engines do; an engine that was started again, or joins, has new ones."""
     sender = CollectiveSender(PLAN, timeout_s=TIMEOUT_S)
-    engines, readers = [Engine(num_workers=2), Engine()], [[reader(0), reader(1)], [reader()]]
+    engines, readers = [Receiver(num_workers=2), Receiver()], [[reader(0), reader(1)], [reader()]]
     first = update(sender, engines, readers, 1)
     assert update(sender, engines, readers, 2) == first
     engines[1].num_starts, readers[1] = 2, [reader()]
@@ -103,7 +95,7 @@ def test_every_worker_reads_every_bucket_of_every_update() -> None:
     assert update(sender, engines[:1], readers[:1], 5) != second
 
 
-def broken(sender: CollectiveSender, engines: list[Engine], *members: Callable[[list[dict[str, Any]]], Any]):
+def broken(sender: CollectiveSender, engines: list[Receiver], *members: Callable[[list[dict[str, Any]]], Any]):
     """An update that does not arrive: what the sender raised, what became of each member, and after how long."""
     with ThreadPoolExecutor(8) as threads:
         infos = opened(sender, engines)
@@ -117,7 +109,7 @@ def broken(sender: CollectiveSender, engines: list[Engine], *members: Callable[[
 
 
 def test_a_reader_that_fails_ends_it_for_all_and_the_next_update_is_right() -> None:
-    sender, engines = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), [Engine(), Engine()]
+    sender, engines = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), [Receiver(), Receiver()]
     good, bad = reader(), reader()
 
     def fail(infos: list[dict[str, Any]]) -> None:
@@ -133,7 +125,7 @@ def test_a_reader_that_fails_ends_it_for_all_and_the_next_update_is_right() -> N
 
 
 def test_who_does_not_come_is_named() -> None:
-    sender, engines = CollectiveSender(PLAN, timeout_s=1.5), [Engine(), Engine(num_workers=2)]
+    sender, engines = CollectiveSender(PLAN, timeout_s=1.5), [Receiver(), Receiver(num_workers=2)]
     error, outcomes, took_s = broken(sender, engines, lambda infos: read(reader(), infos[0]))
     expected = "worker 0 of the engine at 127.0.0.1, worker 1 of the engine at 127.0.0.1 did not come within 1 s"
     assert (str(error), error.silent, took_s < 1.5) == (expected, (1,), True)
@@ -141,7 +133,7 @@ def test_who_does_not_come_is_named() -> None:
 
 
 def test_who_falls_silent_ends_it_in_time() -> None:
-    sender, engines = CollectiveSender(PLAN, timeout_s=3.0), [Engine(), Engine()]
+    sender, engines = CollectiveSender(PLAN, timeout_s=3.0), [Receiver(), Receiver()]
     silent = reader()
 
     def fall_silent(infos: list[dict[str, Any]]) -> None:
@@ -153,7 +145,7 @@ def test_who_falls_silent_ends_it_in_time() -> None:
 
 
 def test_a_stranger_in_a_members_place_gets_nothing() -> None:
-    sender, engines = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), [Engine(), Engine()]
+    sender, engines = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), [Receiver(), Receiver()]
     stranger = reader()
     error, outcomes, _ = broken(
         sender,
@@ -167,7 +159,7 @@ def test_a_stranger_in_a_members_place_gets_nothing() -> None:
 
 def test_an_address_that_a_stranger_writes_is_used_by_nobody() -> None:
     """He has the port, and is before the engine with what would lead the trainer to him."""
-    sender, engines = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), [Engine()]
+    sender, engines = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), [Receiver()]
     (info,) = opened(sender, engines)
     ((address, port),) = info["points"]
     store = dist.TCPStore(address, port, None, False, wait_for_workers=False)
@@ -185,7 +177,7 @@ def test_an_address_that_a_stranger_writes_is_used_by_nobody() -> None:
 
 
 def test_who_reaches_the_store_finds_no_key_and_is_met_by_nobody_else() -> None:
-    sender, engines = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), [Engine()]
+    sender, engines = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), [Receiver()]
     one = reader()
     update(sender, engines, [[one]], 1)
     (info,) = opened(sender, engines)

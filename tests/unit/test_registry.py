@@ -108,6 +108,12 @@ def fleet_of(registry: Registry, stack: ExitStack, count: int, start_timeout_s: 
     return fleet
 
 
+def serve(fleet: Fleet) -> None:
+    """Start what is down, and let all that answer serve."""
+    fleet.start()
+    fleet.serve_own_weights()
+
+
 def ask(fleet: Fleet, count: int = 4) -> RequestQueue:
     queue = RequestQueue(requests(count))
     fleet.generate(queue, lambda index, completion: None)
@@ -136,8 +142,7 @@ def test_an_engine_that_dies_is_known_at_once_and_started_again(
 ) -> None:
     fleet = fleet_of(registry, stack, 2)
     node = make_node(room=2)
-    fleet.start()
-    fleet.serve_own_weights()
+    serve(fleet)
     fleet.may_start = True
     node.servers[0].held = True  # so that what is asked of it waits
     threading.Timer(0.3, node.servers[0].die).start()
@@ -155,8 +160,7 @@ def test_a_node_that_is_silent_is_lost_and_another_takes_its_place(
 ) -> None:
     fleet = fleet_of(registry, stack, 1)
     silent = make_node()
-    fleet.start()
-    fleet.serve_own_weights()
+    serve(fleet)
     silent.engines.stop()  # it says no more; its engine would answer
     since = time.monotonic()
     until(lambda: fleet.engines[0].server.is_gone)
@@ -166,8 +170,7 @@ def test_a_node_that_is_silent_is_lost_and_another_takes_its_place(
     assert not fleet.engines[0].can_start
     other = make_node()
     assert fleet.engines[0].can_start
-    fleet.start()
-    fleet.serve_own_weights()
+    serve(fleet)
     assert len(ask(fleet).answers) == 4 and list(other.servers) == [0]
 
 
@@ -175,22 +178,19 @@ def test_a_node_with_room_takes_over_what_is_lost(registry: Registry, stack: Exi
     """Though it joined when nothing was to be had."""
     fleet = fleet_of(registry, stack, 1)
     first, spare = make_node(), make_node()
-    fleet.start()
-    fleet.serve_own_weights()
+    serve(fleet)
     first.engines.__exit__(None, None, None)
     with pytest.raises(ServerDied, match="has left"):
         ask(fleet)
     assert fleet.engines[0].can_start
-    fleet.start()
-    fleet.serve_own_weights()
+    serve(fleet)
     assert len(ask(fleet).answers) == 4 and list(spare.servers) == [0]
 
 
 def test_a_node_that_leaves_is_missed_at_once(registry: Registry, stack: ExitStack, make_node) -> None:
     fleet = fleet_of(registry, stack, 1)
     node = make_node()
-    fleet.start()
-    fleet.serve_own_weights()
+    serve(fleet)
     node.engines.__exit__(None, None, None)
     assert not node.servers[0].alive() and fleet.engines[0].server.is_gone
     with pytest.raises(ServerDied, match="has left"):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,24 +16,16 @@ from megatron_apo.rollout.transport.base import TransferError, heard, told
 from megatron_apo.rollout.transport.shm import NUM_SLOTS, ShmReader, ShmSender
 from megatron_apo.telemetry.timers import Stopwatch
 from megatron_apo.weights.plan import Plan, TensorMeta
-from tests.weights import TensorSource
+from tests.weights import Receiver, TensorSource
 
 NUM_BUCKETS = 11
 CPU = torch.device("cpu")
 PLAN = Plan.of_tensors([TensorMeta(f"t{index}", torch.float32, (5, 3)) for index in range(NUM_BUCKETS)], 64)
 
 
-@dataclass(eq=False)
-class Engine:
-    payload_dir: Path
-    num_workers: int = 1
-    num_starts: int = 1
-    host: str = "127.0.0.1"
-
-
 @pytest.fixture
-def engines(tmp_path: Path) -> list[Engine]:
-    made = [Engine(tmp_path / "a", num_workers=2), Engine(tmp_path / "b")]
+def engines(tmp_path: Path) -> list[Receiver]:
+    made = [Receiver(tmp_path / "a", num_workers=2), Receiver(tmp_path / "b")]
     for engine in made:
         engine.payload_dir.mkdir()
     return made
@@ -48,7 +39,7 @@ def send(sender: ShmSender, version: int) -> None:
         sender.publish(bucket)
 
 
-def read(sender: ShmSender, engine: Engine, rank: int, delay_s: float = 0.0) -> list[float]:
+def read(sender: ShmSender, engine: Receiver, rank: int, delay_s: float = 0.0) -> list[float]:
     reader, found = ShmReader(heard(told(PLAN)), rank, CPU), []
     for bucket, buffer in reader.buckets(sender.update_info(engine)):
         time.sleep(delay_s)
@@ -64,7 +55,7 @@ def test_the_plan_is_heard_as_it_was_told() -> None:
         assert heard(told(plan)) == list(plan.buckets)
 
 
-def test_every_worker_reads_every_bucket_of_every_update(engines: list[Engine]) -> None:
+def test_every_worker_reads_every_bucket_of_every_update(engines: list[Receiver]) -> None:
     """One of them takes its time, and the sender waits for it. The slots are those of the first update."""
     sender, inodes = ShmSender(PLAN), set()
     with ThreadPoolExecutor(3) as threads:
@@ -81,7 +72,7 @@ def test_every_worker_reads_every_bucket_of_every_update(engines: list[Engine]) 
     assert all([path.name for path in engine.payload_dir.iterdir()] == ["buckets"] for engine in engines)
 
 
-def test_a_slot_is_free_when_all_workers_have_read_it(engines: list[Engine]) -> None:
+def test_a_slot_is_free_when_all_workers_have_read_it(engines: list[Receiver]) -> None:
     sender = ShmSender(PLAN)
     sender.open(engines)
     for bucket in PLAN.buckets[:NUM_SLOTS]:
@@ -97,7 +88,7 @@ def test_a_slot_is_free_when_all_workers_have_read_it(engines: list[Engine]) -> 
     sender.close()
 
 
-def test_a_worker_reads_slots_that_were_made_anew(engines: list[Engine]) -> None:
+def test_a_worker_reads_slots_that_were_made_anew(engines: list[Receiver]) -> None:
     reader, found = ShmReader(PLAN.buckets, 0, CPU), []
     for version in (1, 2):
         sender = ShmSender(PLAN)  # of another trainer, which finds the first one's slots there
@@ -113,7 +104,7 @@ def test_a_worker_reads_slots_that_were_made_anew(engines: list[Engine]) -> None
     assert found == [[100.0 * version + index for index in range(NUM_BUCKETS)] for version in (1, 2)]
 
 
-def test_an_engine_that_joins_later_gets_a_name_of_the_same_slots(engines: list[Engine]) -> None:
+def test_an_engine_that_joins_later_gets_a_name_of_the_same_slots(engines: list[Receiver]) -> None:
     sender = ShmSender(PLAN)
     inodes = set()
     for engine in engines:  # one at a time, as after a restart
@@ -123,7 +114,7 @@ def test_an_engine_that_joins_later_gets_a_name_of_the_same_slots(engines: list[
     assert len(inodes) == 1
 
 
-def test_a_worker_that_fails_is_waited_for_by_nobody(engines: list[Engine]) -> None:
+def test_a_worker_that_fails_is_waited_for_by_nobody(engines: list[Receiver]) -> None:
     sender = ShmSender(PLAN)
     sender.open(engines)
     for bucket in PLAN.buckets[:NUM_SLOTS]:
@@ -143,7 +134,7 @@ def test_a_worker_that_fails_is_waited_for_by_nobody(engines: list[Engine]) -> N
     sender.close()
 
 
-def test_an_engine_that_dies_takes_its_names_alone(engines: list[Engine]) -> None:
+def test_an_engine_that_dies_takes_its_names_alone(engines: list[Receiver]) -> None:
     """Also one that the slots were made for; a new one shares those that the other has."""
     import shutil
 
@@ -169,9 +160,9 @@ def test_an_engine_that_dies_takes_its_names_alone(engines: list[Engine]) -> Non
         sender.close()
 
 
-def test_an_engine_that_reads_nothing_is_left_behind(engines: list[Engine]) -> None:
+def test_an_engine_that_reads_nothing_is_left_behind(engines: list[Receiver]) -> None:
     """The others get all of it."""
-    told_of: list[tuple[list[Engine], str]] = []
+    told_of: list[tuple[list[Receiver], str]] = []
 
     class Driver:
         watch = Stopwatch()
@@ -189,7 +180,7 @@ def test_an_engine_that_reads_nothing_is_left_behind(engines: list[Engine]) -> N
     assert told_of == [([engines[0]], "it has read no bucket of weights for 0.3 s")]
 
 
-def test_other_ranks_write_into_the_same_memory(engines: list[Engine]) -> None:
+def test_other_ranks_write_into_the_same_memory(engines: list[Receiver]) -> None:
     sender, rank = ShmSender(PLAN), ShmSender(PLAN)
     sender.open(engines)
     path, inode = sender._place()
@@ -201,7 +192,7 @@ def test_other_ranks_write_into_the_same_memory(engines: list[Engine]) -> None:
     sender.close()
 
 
-def test_a_worker_waits_for_no_trainer_that_gave_up_or_is_silent(engines: list[Engine]) -> None:
+def test_a_worker_waits_for_no_trainer_that_gave_up_or_is_silent(engines: list[Receiver]) -> None:
     sender = ShmSender(PLAN)
     sender.open(engines)
     info = sender.update_info(engines[0])
@@ -231,7 +222,7 @@ def test_a_worker_waits_for_no_trainer_that_gave_up_or_is_silent(engines: list[E
     ]
 
 
-def test_no_room_is_said_before_anything_is_sent(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_is_said_before_anything_is_sent(engines: list[Receiver], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 

@@ -7,6 +7,7 @@ While a worker loads one bucket the next ones are on their way.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.timers import Stopwatch
 from megatron_apo.weights.digest import DigestKind, digest, digest_kind
 from megatron_apo.weights.plan import Bucket, Plan, TensorMeta
+
+PATIENCE = 2 / 3  # of sync.timeout_s, for one step of a transfer; the rest is for telling who is silent
 
 
 class TransferError(RuntimeError):
@@ -113,6 +116,11 @@ class Update(Protocol):
 
     def silent(self, receivers: Sequence[Receiver], why: str) -> None:
         """These have not read what they were given; they are waited for no longer. Raises where none is left."""
+
+
+def phases_of(update: Update | None) -> Callable[[str], AbstractContextManager[None]]:
+    """What measures the phases of an update: on the driver its stopwatch, elsewhere nothing."""
+    return update.watch.phase if update else lambda name: nullcontext()
 
 
 class Sender(Protocol):

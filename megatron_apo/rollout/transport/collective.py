@@ -15,7 +15,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Generator, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_apo.rollout.transport.base import (
+    PATIENCE,
     Ranks,
     Receiver,
     Source,
@@ -30,6 +31,7 @@ from megatron_apo.rollout.transport.base import (
     Update,
     bucket_digests,
     outcome_of,
+    phases_of,
     settled,
 )
 from megatron_apo.rollout.transport.groups import Group, Meeting, MeetingPoint, find
@@ -38,7 +40,6 @@ from megatron_apo.weights.plan import Bucket, Plan
 
 NUM_BUFFERS = 2  # one on its way, one that is put together, or loaded
 FIND_S = 2.0  # to tell an owner that the transfer broke off
-PATIENCE = 2 / 3  # of sync.timeout_s, for one step of a transfer; the rest is for telling who is silent
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class CollectiveSender:
         """This rank's part. Digests of what it has sent."""
         digests: dict[str, str] = {}
         is_owner = self._ranks.owned_stage is not None
-        phase = update.watch.phase if update else lambda name: nullcontext()
+        phase = phases_of(update)
         with closing(source.buckets("owners", self._buffer if is_owner else None)) as buckets, phase("gather"):
             for bucket, buffer in buckets:
                 if not digests:  # only now, so that who sends to this rank hears of a failure

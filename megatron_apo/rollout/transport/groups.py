@@ -66,11 +66,11 @@ class Meeting:
     """What the members of a group tell each other through the sender's store. `name` was not used there before."""
 
     def __init__(self, store: dist.Store, name: str, key: bytes):
-        self.name, self.key = name, key
+        self._key = key
         self._store = dist.PrefixStore(name, store)
 
     def sealed(self) -> dist.Store:
-        return _SealedStore(dist.PrefixStore("group", self._store), self.key)
+        return _SealedStore(dist.PrefixStore("group", self._store), self._key)
 
     def say(self, what: str, member: int) -> None:
         try:

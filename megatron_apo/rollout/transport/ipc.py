@@ -14,14 +14,13 @@ Where the device is a CPU the slots are shared memory: that is what runs in the 
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_apo.rollout.transport.base import (
+    PATIENCE,
     Ranks,
     Receiver,
     Source,
@@ -36,13 +36,21 @@ from megatron_apo.rollout.transport.base import (
     Update,
     bucket_digests,
     outcome_of,
+    phases_of,
     settled,
 )
-from megatron_apo.rollout.transport.shm import NUM_SLOTS, ShmReader, count, grow, mapped
+from megatron_apo.rollout.transport.shm import (
+    NUM_SLOTS,
+    ShmReader,
+    count,
+    grow,
+    mapped,
+    slot_of,
+    slot_size,
+)
 from megatron_apo.runtime.hosts import this_host
 from megatron_apo.weights.plan import Bucket, Plan
 
-_PAGE = mmap.PAGESIZE
 Worker = tuple[int, int]  # an engine's place among those of an update, and the worker's rank in it
 
 
@@ -70,21 +78,20 @@ class IpcSender:
         self._ranks = ranks or Ranks()
         self._timeout_s = timeout_s
         self._plan = plan
-        self._slot_bytes = -(-plan.largest_bucket_bytes // _PAGE) * _PAGE
+        self._slot_bytes = slot_size(plan)
         self._slots: _Slots | None = None
         self._folders: dict[Worker, Path] = {}  # of the present update, of this rank's workers
-        # The driver's:
-        self._receivers: list[Receiver] = []
-        self._told: dict[Worker, dict[str, Any]] = {}
+        self._told: dict[Worker, dict[str, Any]] = {}  # of all ranks' workers
+        self._receivers: list[Receiver] = []  # the driver's
 
     def open(self, receivers: Sequence[Receiver]) -> None:
         self._receivers = list(receivers)
 
     def meet(self) -> None:
-        is_driver = self._ranks.rank == 0
         places = self._ranks.broadcast([list(one.places) for one in self._receivers])
-        ranks = [Place(**place) for place in self._ranks.gather(asdict(place_of(self._ranks.device)))]
-        own, told, problem = ranks[self._ranks.rank], {}, ""
+        ranks: list[Place] = self._ranks.gather(place_of(self._ranks.device))
+        told: dict[Worker, dict[str, Any]] = {}
+        problem = ""
         for engine, workers in enumerate(places):
             for number, place in enumerate(Place(**worker) for worker in workers):
                 rank = _rank_at(place, ranks, f"worker {number} of engine {engine}")
@@ -92,11 +99,11 @@ class IpcSender:
                     try:
                         told[engine, number] = self._open_for((engine, number), place)
                     except OSError as error:
-                        problem = f"{own.host}: the folder of engine {engine} cannot be used: {error}"
+                        problem = f"{place.host}: the folder of engine {engine} cannot be used: {error}"
         answers = self._ranks.gather((told, problem))
         if problems := [text for _, text in answers if text]:
             raise TransferError(problems[0])
-        self._told = {worker: info for one, _ in answers for worker, info in one.items()} if is_driver else {}
+        self._told = {worker: info for one, _ in answers for worker, info in one.items()}
 
     def _open_for(self, worker: Worker, place: Place) -> dict[str, Any]:
         """What a worker of this rank's device must know."""
@@ -115,12 +122,12 @@ class IpcSender:
     def send(self, source: Source, update: Update | None) -> dict[str, str]:
         outcome = outcome_of(self._ranks, lambda: self._send(source, update), lambda engine: engine)
         if not outcome.is_sent:
-            self._give_up()
+            self.give_up()
         try:
             return settled(self._ranks, outcome, self._plan)
         finally:
-            if update is None:
-                self._let_go()
+            if update is None:  # the driver's update closes its own
+                self.close()
 
     def drop(self, receiver: Receiver) -> None:
         """Its folders say so themselves."""
@@ -132,14 +139,24 @@ class IpcSender:
         pass
 
     def give_up(self) -> None:
-        self._give_up()
+        for folder in self._folders.values():
+            with suppress(OSError):
+                (folder / "given-up").touch()
 
     def close(self) -> None:
-        self._let_go()
+        """Readers that have all of it need the folder no more; those that have not, in time, find it gone."""
+        end = time.monotonic() + self._timeout_s
+        for worker, folder in self._folders.items():
+            while count(folder / f"read.{worker[1]}") < len(self._plan.buckets) and not _is_over(folder):
+                if time.monotonic() > end:
+                    break
+                time.sleep(1e-3)
+            shutil.rmtree(folder, ignore_errors=True)
+        self._folders.clear()
 
     def _send(self, source: Source, update: Update | None) -> dict[str, str]:
         digests: dict[str, str] = {}
-        phase = update.watch.phase if update else lambda name: nullcontext()
+        phase = phases_of(update)
         with closing(source.buckets("all", self._slot)) as buckets, phase("gather"):
             for bucket, buffer in buckets:
                 if self._ranks.rank == 0:
@@ -157,14 +174,14 @@ class IpcSender:
         some memory."""
         if self._slots is None:
             return torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._ranks.device)
-        end = time.monotonic() + self._timeout_s * 2 / 3
+        patience_s = PATIENCE * self._timeout_s
+        end = time.monotonic() + patience_s
         while waiting := [worker for worker in self._folders if not self._has_read(worker, bucket)]:
             if time.monotonic() > end:
                 engines = sorted({engine for engine, _ in waiting})
-                raise TransferError(f"it has read no bucket of weights for {self._timeout_s * 2 / 3:g} s", engines)
+                raise TransferError(f"it has read no bucket of weights for {patience_s:g} s", engines)
             time.sleep(2e-4)
-        start = bucket.index % NUM_SLOTS * self._slot_bytes
-        return self._slots.memory[start : start + bucket.num_bytes]
+        return slot_of(bucket, self._slots.memory, self._slot_bytes)
 
     def _has_read(self, worker: Worker, bucket: Bucket) -> bool:
         """What was in the bucket's slot before. Raises TransferError where it reads no more."""
@@ -172,22 +189,6 @@ class IpcSender:
         if (folder / "failed").exists() or not folder.is_dir():
             raise TransferError(f"worker {worker[1]} of engine {worker[0]} reads no more")
         return count(folder / f"read.{worker[1]}") > bucket.index - NUM_SLOTS
-
-    def _give_up(self) -> None:
-        for folder in self._folders.values():
-            with suppress(OSError):
-                (folder / "given-up").touch()
-
-    def _let_go(self) -> None:
-        """Readers that have all of it need the folder no more; those that have not, in time, find it gone."""
-        end = time.monotonic() + self._timeout_s
-        for worker, folder in self._folders.items():
-            while count(folder / f"read.{worker[1]}") < len(self._plan.buckets) and not _is_over(folder):
-                if time.monotonic() > end:
-                    break
-                time.sleep(1e-3)
-            shutil.rmtree(folder, ignore_errors=True)
-        self._folders.clear()
 
 
 def _is_over(folder: Path) -> bool:

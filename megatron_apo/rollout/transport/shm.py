@@ -41,7 +41,7 @@ class ShmSender:
         """timeout_s: how long an engine may take to load a bucket."""
         self._ranks = ranks or Ranks()
         self._timeout_s = timeout_s
-        self._slot_bytes = -(-plan.largest_bucket_bytes // _PAGE) * _PAGE
+        self._slot_bytes = slot_size(plan)
         self._slots: Tensor | None = None
         self._inode = 0
         self._names: set[Path] = set()  # of the slots
@@ -140,8 +140,7 @@ class ShmSender:
     def buffer_of(self, bucket: Bucket) -> Tensor:
         """The bucket's slot."""
         assert self._slots is not None
-        start = bucket.index % NUM_SLOTS * self._slot_bytes
-        return self._slots[start : start + bucket.num_bytes]
+        return slot_of(bucket, self._slots, self._slot_bytes)
 
     def has_room(self, bucket: Bucket) -> bool:
         """Whether all have read what was in the bucket's slot before."""
@@ -230,8 +229,7 @@ class ShmReader:
         try:
             for bucket in self._buckets:
                 self._wait_for(bucket, folder, where["timeout_s"])
-                start = bucket.index % NUM_SLOTS * slot_bytes
-                yield bucket, slots[start : start + bucket.num_bytes]
+                yield bucket, slot_of(bucket, slots, slot_bytes)
                 self.has_read()
                 grow(folder / f"read.{self._rank}")
         except FileNotFoundError:
@@ -258,6 +256,17 @@ class ShmReader:
             why = "the trainer fell silent" if time.monotonic() > end else "the trainer gave up"
             why = "another worker failed" if (folder / "failed").exists() else why
             raise TransferError(f"{why} before {bucket.tensors[0].name} was sent")
+
+
+def slot_size(plan: Plan) -> int:
+    """Bytes of each slot: whole pages."""
+    return -(-plan.largest_bucket_bytes // _PAGE) * _PAGE
+
+
+def slot_of(bucket: Bucket, slots: Tensor, slot_bytes: int) -> Tensor:
+    """The bucket's bytes in the slots, of which `slots` are all."""
+    start = bucket.index % NUM_SLOTS * slot_bytes
+    return slots[start : start + bucket.num_bytes]
 
 
 def no_room(folder: Path, num_bytes: int, free_bytes: int) -> str:
