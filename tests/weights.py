@@ -37,7 +37,7 @@ class TensorSource:
         self.plan = Plan.of_tensors(metas, bucket_bytes)
 
     def buckets(
-        self, to: str, buffer_of: Callable[[Bucket], torch.Tensor] | None = None, has_room: object = None
+        self, to: str, buffer_of: Callable[[Bucket], torch.Tensor] | None = None, *arguments: object, **options: object
     ) -> Generator[tuple[Bucket, torch.Tensor], None, None]:
         for bucket in self.plan.buckets:
             buffer = buffer_of(bucket) if buffer_of else torch.empty(bucket.num_bytes, dtype=torch.uint8)

@@ -33,7 +33,7 @@ from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.parameters import stage_parameters
 from megatron_apo.weights.plan import BUCKET_BYTES, Bucket, Plan
 
-Destination = Literal["driver", "owners", "all", "shared"]
+Destination = Literal["driver", "owners", "all"]
 BufferOf = Callable[[Bucket], Tensor]  # flat, uint8, of at least the bucket's bytes
 HasRoom = Callable[[Bucket], bool]
 
@@ -74,7 +74,11 @@ class Gather:
         self._parts: dict[int, list[_Part]] = {}
 
     def buckets(
-        self, to: Destination, buffer_of: BufferOf | None = None, has_room: HasRoom | None = None
+        self,
+        to: Destination,
+        buffer_of: BufferOf | None = None,
+        has_room: HasRoom | None = None,
+        shared: bool = False,
     ) -> Generator[tuple[Bucket, Tensor], None, None]:
         """Gather every bucket once, in the plan's order. Collective: every rank iterates, and gets (bucket, flat uint8
         buffer) for each bucket that it receives. Close it, or drop it, before the next one begins.
@@ -84,16 +88,16 @@ class Gather:
           "owners"  tensor rank 0 of each stage's first replica receives the stage's buckets, whatever other stages do.
           "all"     every rank receives every bucket. It ends on all ranks, one bucket later at most, where it ends
                     early on any.
-          "shared"  `buffer_of` is memory that all ranks share which hold a part of the bucket: each writes its own
-                    there, and global rank 0 receives every bucket once it is whole. It asks `buffer_of` first, and then
-                    the others do.
 
         buffer_of: where a receiver puts a bucket together; none: in new memory each time, since callers keep views. It
-        may wait until there is room. has_room: on rank 0, for "shared": whether `buffer_of` would not wait for this
-        bucket, which is then written while the caller works on the one before it; none: it would.
+        may wait until there is room.
+        shared: `buffer_of` is memory that the receiver ("driver" or "owners") shares with all ranks that hold a part of
+        the bucket. Each writes its own there; the receiver asks `buffer_of` first, and then the others do. has_room: on
+        the receiver, whether `buffer_of` would not wait for this bucket, which is then written while the caller works
+        on the one before it; none: it would.
 
-        A rank other than the receiver that fails ends the job, except in "shared" and "all": there `GatherError`, or an
-        early end, is what the others see.
+        A rank other than the receiver that fails ends the job, except with shared memory or "all": there `GatherError`,
+        or an early end, is what the others see.
         """
         assert to in get_args(Destination), to
         if to == "all":
@@ -103,13 +107,13 @@ class Gather:
         leader = self._topology.owner_ranks(stage)[0] if to == "owners" else 0
         buckets = [bucket for bucket in self.plan.buckets if to != "owners" or bucket.pp_rank == stage]
         leads = self._topology.rank == leader
-        if to == "shared":
-            assert buffer_of is not None, "shared: needs the memory that is shared"
+        if shared:
+            assert buffer_of is not None, "the memory that is shared"
             if leads:
                 begin = partial(self._begin_writing, buffer_of=buffer_of)
                 yield from self._lead(buckets, begin, self._written, has_room or (lambda bucket: False))
             else:
-                self._write(buckets, buffer_of)
+                self._write(buckets, leader, buffer_of)
         elif leads:
             complete = partial(self._put_together, buffer_of=buffer_of)
             yield from self._lead(buckets, self._begin_receiving, complete, lambda bucket: True)
@@ -179,20 +183,20 @@ class Gather:
         for one in sending:
             one.wait()
 
-    def _write(self, buckets: Sequence[Bucket], buffer_of: BufferOf) -> None:
-        """A rank's side of "shared". After an error it answers to the end, so that rank 0 is not left waiting."""
+    def _write(self, buckets: Sequence[Bucket], leader: int, buffer_of: BufferOf) -> None:
+        """A rank's side of shared memory. After an error it answers to the end, so that nobody is left waiting."""
         failure: Exception | None = None
         for bucket in buckets:
             if self._own_part(bucket) is None:
                 continue
-            if not self._is_next(0):
+            if not self._is_next(leader):
                 break
             try:
                 if failure is None:
                     self.place(bucket, buffer_of(bucket))
             except Exception as error:  # raised below, when nobody waits any more
                 failure = error
-            dist.send(_word(_WRITTEN if failure is None else _FAILED), dst=0, group=self._topology.host_group)
+            dist.send(_word(_WRITTEN if failure is None else _FAILED), dst=leader, group=self._topology.host_group)
         if failure is not None:
             raise failure
 

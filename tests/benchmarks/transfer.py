@@ -164,12 +164,11 @@ def broadcast(sender: CollectiveSender, gather: Gather, topology: Topology) -> N
     """What the owners sent, bare."""
     if sender._group is None:
         return
-    buffers = sender._buffers
     own = [bucket for bucket in gather.plan.buckets if bucket.pp_rank == topology.pp_rank]
-    for index, bucket in enumerate(own):
+    for bucket in own:
         if sender._group.num_posted == NUM_BUFFERS:
             sender._group.wait()
-        sender._group.post(buffers[index % len(buffers)][: bucket.num_bytes])
+        sender._group.post(sender._slot(bucket))
     while sender._group.num_posted:
         sender._group.wait()
 

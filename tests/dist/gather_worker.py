@@ -17,7 +17,6 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_apo.model.build import build_model
@@ -27,10 +26,11 @@ from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.gather import Gather
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.parameters import load_weights
-from megatron_apo.weights.plan import Bucket
+from megatron_apo.weights.plan import Bucket, Plan
 from tests.dist.ranks import parallel_of
 
-DESTINATIONS = ("driver", "owners", "all", "shared")
+DESTINATIONS = ("driver", "owners", "all", "driver shared", "owners shared")
+SHARED = [to for to in DESTINATIONS if to.endswith("shared")]
 # What breaks a gathering off at its second bucket.
 FAULTS = {
     "ends": "the caller on rank 0 has had enough",
@@ -60,21 +60,19 @@ class Watched(Gather):
 
 
 class Slots:
-    """A file that all ranks map, with room for some buckets. It tells who has asked for which bucket."""
+    """A file for each receiver, with room for some of its buckets, that all ranks map who give to them. They tell who
+    has asked for which bucket."""
 
-    def __init__(self, folder: Path, topology: Topology, slot_bytes: int):
-        self.folder, self.topology, self.slot_bytes = folder, topology, slot_bytes
-        if topology.is_driver:
-            folder.mkdir()
-            with (folder / "slots").open("wb") as file:
-                file.truncate(NUM_SLOTS * slot_bytes)
-        dist.barrier()
-        size = NUM_SLOTS * slot_bytes
-        self.memory = torch.from_file(str(folder / "slots"), shared=True, size=size, dtype=torch.uint8)
+    def __init__(self, folder: Path, topology: Topology, plan: Plan, to: str):
+        self.folder, self.topology, self.slot_bytes = folder, topology, plan.largest_bucket_bytes
+        self.received = [one.index for one in plan.buckets if to == "driver" or one.pp_rank == topology.pp_rank]
+        size, path = NUM_SLOTS * self.slot_bytes, folder / ("slots" if to == "driver" else f"slots{topology.pp_rank}")
+        folder.mkdir(exist_ok=True)
+        self.memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)  # makes it
 
     def buffer_of(self, bucket: Bucket) -> Tensor:
         (self.folder / f"{bucket.index}.{self.topology.rank}").touch()
-        start = bucket.index % NUM_SLOTS * self.slot_bytes
+        start = self.received.index(bucket.index) % NUM_SLOTS * self.slot_bytes
         return self.memory[start : start + bucket.num_bytes]
 
     def have_asked(self, index: int) -> set[int]:
@@ -97,8 +95,9 @@ class Case:
         self.num_cases += 1
         buffer_of: Callable[[Bucket], Tensor] | None = None
         slots = None
-        if to == "shared":
-            slots = Slots(self.folder / f"case{self.num_cases}", self.topology, self.gather.plan.largest_bucket_bytes)
+        to, _, shared = to.partition(" ")
+        if shared:
+            slots = Slots(self.folder / f"case{self.num_cases}", self.topology, self.gather.plan, to)
             buffer_of = slots.buffer_of
         faulty = {"no memory": 0, "last has none": self.topology.world_size - 1}.get(fault or "")
         if faulty == self.topology.rank:
@@ -107,7 +106,7 @@ class Case:
         found: dict = {"buckets": [], "wrong": [], "error": None}
         kept = []  # callers keep views of what is not theirs alone to write: each bucket has memory of its own
         try:
-            with closing(self.gather.buckets(to, buffer_of, has_room)) as buckets:
+            with closing(self.gather.buckets(to, buffer_of, has_room, shared=bool(shared))) as buckets:
                 for bucket, buffer in buckets:
                     found["buckets"].append(bucket.index)
                     if slots is None:
@@ -115,7 +114,7 @@ class Case:
                     else:
                         found["wrong"] += self.wrong(bucket, buffer)
                         if fault is None:
-                            self.see_who_writes(slots, bucket.index + 1, ahead)
+                            self.see_who_writes(slots, bucket, ahead)
                     if fault in ("ends", "raises") and self.topology.is_driver and len(found["buckets"]) == 2:
                         if fault == "raises":
                             raise Enough("enough")
@@ -145,16 +144,18 @@ class Case:
             if not torch.equal(tensor, self.expected[meta.name])
         ]
 
-    def see_who_writes(self, slots: Slots, index: int, ahead: bool) -> None:
+    def see_who_writes(self, slots: Slots, present: Bucket, ahead: bool) -> None:
         """While the caller works on a bucket, the next is written by all who have a part of it, or by none."""
-        if index == len(self.gather.plan.buckets):
+        index = next((index for index in slots.received if index > present.index), None)
+        if index is None:
             return
         expected = {part.rank for part in self.gather._parts_of(self.gather.plan.buckets[index])} if ahead else set()
+        own = {self.topology.rank}
         end = time.monotonic() + (LIMIT_S if ahead else 0.02)
-        while slots.have_asked(index) - {0} != expected - {0} and time.monotonic() < end:
+        while slots.have_asked(index) - own != expected - own and time.monotonic() < end:
             time.sleep(0.001)
-        asked = slots.have_asked(index) - {0}
-        assert asked == expected - {0}, f"bucket {index} is written by {asked}, not by {expected}"
+        asked = slots.have_asked(index) - own
+        assert asked == expected - own, f"bucket {index} is written by {asked}, not by {expected}"
 
 
 def main(work: str, layout: str, variant: str) -> None:
@@ -173,10 +174,11 @@ def main(work: str, layout: str, variant: str) -> None:
             for fault in FAULTS:
                 found[f"{to}, {fault}"] = case.run(to, fault=fault)
                 found[f"{to}, after {fault}"] = case.run(to)
-        found["shared, ahead"] = case.run("shared", ahead=True)
-        for fault in FAULTS:
-            found[f"shared, ahead, {fault}"] = case.run("shared", fault=fault, ahead=True)
-            found[f"shared, after ahead, {fault}"] = case.run("shared", ahead=True)
+        for to in SHARED:
+            found[f"{to}, ahead"] = case.run(to, ahead=True)
+            for fault in FAULTS:
+                found[f"{to}, ahead, {fault}"] = case.run(to, fault=fault, ahead=True)
+                found[f"{to}, after ahead, {fault}"] = case.run(to, ahead=True)
         for tensor in (parameter for chunk in chunks for parameter in chunk.parameters()):
             tensor.data.add_(1)  # and what is gathered is what the weights are now
         found["moved"] = case.run("driver")

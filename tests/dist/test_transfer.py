@@ -53,7 +53,7 @@ def test_every_worker_reads_the_checkpoint(
     owners = found[0]["plan"]["owners"]
     assert len(owners) > 8 and len(set(owners)) == parallel_of(layout).pp
     for rank, one in enumerate(found):
-        assert one[case]["error"] is None
+        assert one[case]["error"] is None and (one["plan"]["shares memory"] or transport == "ipc")
         everyone = transport == "ipc"
         assert one[case]["sent"] == [index for index, owner in enumerate(owners) if owner == rank or everyone]
 

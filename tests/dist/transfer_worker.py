@@ -36,7 +36,7 @@ from tests.dist.ranks import parallel_of
 from tests.weights import Receiver
 
 TRANSPORTS = {
-    "collective": (CollectiveSender, CollectiveReader, "_buffer"),
+    "collective": (CollectiveSender, CollectiveReader, "_free_slot"),
     "ipc": (IpcSender, IpcReader, "_slot"),
 }
 BUCKET_BYTES = 12_000  # of a layer several
@@ -130,6 +130,7 @@ def main(work: str, layout: str, variant: str, transport: str) -> None:
             found[f"after {fault}"] = transfer.run()
         found["plan"] = {
             "tensors": len(gather.plan.tensors),
+            "shares memory": getattr(transfer.sender, "_is_shared", None),
             "owners": [topology.owner_ranks(bucket.pp_rank)[0] for bucket in gather.plan.buckets],
         }
         (folder / f"transfer.{topology.rank}.json").write_text(json.dumps(found))

@@ -48,7 +48,7 @@ class Nothing:
 
     plan = Plan.of_tensors([], BUCKET_BYTES)
 
-    def buckets(self, *arguments: object) -> Generator[tuple[Bucket, Tensor], None, None]:
+    def buckets(self, *arguments: object, **options: object) -> Generator[tuple[Bucket, Tensor], None, None]:
         dist.barrier()
         yield from ()
 
@@ -68,14 +68,14 @@ class Slow(WeightStream):
 class Broken(WeightStream):
     """Weights of which the driver finds no memory for the second bucket."""
 
-    def buckets(self, *arguments: object) -> Generator[tuple[Bucket, Tensor], None, None]:
+    def buckets(self, *arguments: object, **options: object) -> Generator[tuple[Bucket, Tensor], None, None]:
         return super().buckets("driver", memory_for_one)
 
 
 class ToTheDriver(WeightStream):
     """Weights that the driver puts together before it asks for the engines' memory, as those of GPUs."""
 
-    def buckets(self, *arguments: object) -> Generator[tuple[Bucket, Tensor], None, None]:
+    def buckets(self, *arguments: object, **options: object) -> Generator[tuple[Bucket, Tensor], None, None]:
         return super().buckets("driver")
 
 

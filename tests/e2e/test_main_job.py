@@ -224,10 +224,10 @@ def test_a_stale_tensor_stops_the_run_with_its_name(
 ) -> None:
     gather, first = Gather.buckets, {}
 
-    def stale(self: Gather, to: str, *arguments: Any) -> Iterator[tuple[Bucket, torch.Tensor]]:
-        for bucket, buffer in gather(self, to, *arguments):
+    def stale(self: Gather, *arguments: Any, **options: Any) -> Iterator[tuple[Bucket, torch.Tensor]]:
+        for bucket, buffer in gather(self, *arguments, **options):
             names = [meta.name for meta in bucket.tensors]
-            if STALE in names and to == "shared":
+            if STALE in names and options["shared"]:
                 view = bucket.views(buffer)[names.index(STALE)]
                 view.copy_(first.setdefault(STALE, view.clone()))
             yield bucket, buffer

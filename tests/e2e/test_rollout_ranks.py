@@ -27,7 +27,7 @@ class HalvedSource(ModelSource):
     lost: str | None = None
 
     def buckets(
-        self, to: str, buffer_of: Callable[[Bucket], torch.Tensor] | None = None, has_room: object = None
+        self, to: str, buffer_of: Callable[[Bucket], torch.Tensor] | None = None, *arguments: object, **options: object
     ) -> Generator[tuple[Bucket, torch.Tensor], None, None]:
         for bucket in self.plan.buckets:
             wholes = {}

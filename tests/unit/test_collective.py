@@ -95,6 +95,26 @@ def test_every_worker_reads_every_bucket_of_every_update() -> None:
     assert update(sender, engines[:1], readers[:1], 5) != second
 
 
+def test_what_is_on_its_way_is_not_written_over() -> None:
+    """By the buckets after it, which a reader that takes its time lets wait; none fits into what the network holds."""
+    source = TensorSource({f"t{index}": torch.full((2**21,), float(index)) for index in range(7)}, 2**20)
+    sender, engine = CollectiveSender(source.plan, timeout_s=TIMEOUT_S), Receiver()
+    slow = CollectiveReader(heard(told(source.plan)), 0, CPU)
+
+    def read_slowly(info: dict[str, Any]) -> list[tuple[float, float]]:
+        found = []
+        for _, buffer in slow.buckets(info):
+            time.sleep(0.05)
+            found.append((float(buffer.view(torch.float32).min()), float(buffer.view(torch.float32).max())))
+        return found
+
+    with ThreadPoolExecutor(1) as threads:
+        (info,) = opened(sender, [engine])
+        reading = threads.submit(read_slowly, info)
+        sender.send(source, DRIVER)
+        assert reading.result(20) == [(float(index), float(index)) for index in range(7)]
+
+
 def broken(sender: CollectiveSender, engines: list[Receiver], *members: Callable[[list[dict[str, Any]]], Any]):
     """An update that does not arrive: what the sender raised, what became of each member, and after how long."""
     with ThreadPoolExecutor(8) as threads:

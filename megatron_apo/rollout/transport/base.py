@@ -65,6 +65,7 @@ class Source(Protocol):
         to: str,
         buffer_of: Callable[[Bucket], Tensor] | None = None,
         has_room: Callable[[Bucket], bool] | None = None,
+        shared: bool = False,
     ) -> Generator[tuple[Bucket, Tensor], None, None]:
         """Collective over the trainer's ranks. Where they are received (`to`), each bucket and its bytes. Who leaves it
         before its end closes it, so that the other ranks hear of it."""
@@ -73,18 +74,21 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class Ranks:
     """The trainer's ranks, as one of them sees them. group: in which they wait for each other (`Topology.broadcast`),
-    the default group for None; without torch.distributed there is rank 0 alone. device: where the weights are.
-    owned_stage: the pipeline stage that it is the first rank of; None for one that is not."""
+    the default group for None; without torch.distributed there is rank 0 alone. device: where the weights are. stage:
+    its pipeline stage. is_owner: whether it is the stage's first rank. gives: whether it gives weights at all."""
 
     rank: int = 0
     group: dist.ProcessGroup | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    owned_stage: int | None = 0
+    stage: int = 0
+    is_owner: bool = True
+    gives: bool = True
 
     @classmethod
     def of(cls, topology: Topology) -> Ranks:
-        owns = topology.rank == topology.owner_ranks(topology.pp_rank)[0]
-        return cls(topology.rank, topology.host_group, topology.device, topology.pp_rank if owns else None)
+        rank, stage = topology.rank, topology.pp_rank
+        givers = [one for ep_rank in range(topology.ep) for one in topology.owner_ranks(stage, ep_rank)]
+        return cls(rank, topology.host_group, topology.device, stage, rank == givers[0], rank in givers)
 
     @property
     def digest_kind(self) -> DigestKind:

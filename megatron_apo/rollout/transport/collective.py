@@ -3,6 +3,7 @@
     rank 0 (the driver)     which engines, under which name and key -> all ranks
     each stage's owner      opens a meeting point, gathers its stage's buckets, broadcasts them in a group of its own,
                             to workers that have come as far as its stage
+    its stage's others      give it their parts: on its host and without a GPU they write them where it sends from
     each worker             is told by HTTP where the owners are met, joins a group for each, and loads in plan order
 
 An owner is the first rank of its stage (`Gather.buckets("owners")`): what passes through rank 0 is its own stage alone.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ from megatron_apo.rollout.transport.base import (
     settled,
 )
 from megatron_apo.rollout.transport.groups import Group, Meeting, MeetingPoint, find
+from megatron_apo.rollout.transport.memory import accepted, offered, slot_size
 from megatron_apo.runtime.hosts import is_loopback, own_address, route
 from megatron_apo.weights.plan import Bucket, Plan
 
@@ -82,8 +84,12 @@ class CollectiveSender:
         self._ranks = ranks or Ranks()
         self._timeout_s = timeout_s
         self._plan = plan
-        self._largest_bytes = plan.largest_bucket_bytes
-        self._buffers: list[Tensor] = []
+        own = [bucket.index for bucket in plan.buckets if bucket.pp_rank == self._ranks.stage]
+        self._places = {index: place for place, index in enumerate(own)}  # among the stage's
+        self._slot_bytes = slot_size(plan)
+        self._memory: Tensor | None = None  # where this stage's buckets are put together, used in turns
+        self._is_shared: bool | None = None  # by all who give a part of them; none: not asked yet
+        self._num_sent = 0  # of an owner's buckets in the present transfer
         self._session: _Session | None = None
         self._point: MeetingPoint | None = None
         self._group: Group | None = None
@@ -113,17 +119,18 @@ class CollectiveSender:
             return
         self._end_group()
         self._session, self._update, point, problem = session, 1, None, ""
-        stage = self._ranks.owned_stage
-        if stage is not None:
+        if self._ranks.is_owner:
             try:
                 self._point = MeetingPoint(_own_address(session.hosts))
-                point = (stage, (self._point.address, self._point.port))
+                point = (self._ranks.stage, (self._point.address, self._point.port))
             except (OSError, RuntimeError, ValueError) as error:
                 problem = f"rank {self._ranks.rank}: no port can be opened for the engines: {error}"
         told = self._ranks.gather((point, problem))
         if problems := [text for _, text in told if text]:
             raise ValueError(problems[0])
         self._points = [address for _, address in sorted(point for point, _ in told if point)]
+        if self._is_shared is None:
+            self._share_memory()
 
     def update_info(self, receiver: Receiver) -> dict[str, Any]:
         session = self._session
@@ -177,9 +184,10 @@ class CollectiveSender:
     def _send(self, source: Source, update: Update | None) -> dict[str, str]:
         """This rank's part. Digests of what it has sent."""
         digests: dict[str, str] = {}
-        is_owner = self._ranks.owned_stage is not None
-        phase = phases_of(update)
-        with closing(source.buckets("owners", self._buffer if is_owner else None)) as buckets, phase("gather"):
+        self._num_sent = 0
+        phase, buffer_of = phases_of(update), self._free_slot if self._ranks.is_owner else self._slot
+        given = source.buckets("owners", buffer_of, self._has_room, shared=bool(self._is_shared))
+        with closing(given) as buckets, phase("gather"):
             for bucket, buffer in buckets:
                 if not digests:  # only now, so that who sends to this rank hears of a failure
                     with phase("meet"):
@@ -190,25 +198,60 @@ class CollectiveSender:
                     digests |= bucket_digests(bucket, buffer, self._ranks.digest_kind)
             with phase("wait"):
                 while self._group and self._group.num_posted:
-                    self._group.wait()
+                    self._wait_for_first()
         return digests
 
-    def _buffer(self, bucket: Bucket) -> Tensor:
-        """Where a bucket is put together, once what was there is sent. They are used in turns."""
-        if self._group:
-            while self._group.num_posted >= NUM_BUFFERS:
-                self._group.wait()
-        if len(self._buffers) < NUM_BUFFERS:
-            self._buffers.append(torch.empty(self._largest_bytes, dtype=torch.uint8, device=self._ranks.device))
-            return self._buffers[-1]
-        self._buffers.append(self._buffers.pop(0))
-        return self._buffers[-1]
+    def _free_slot(self, bucket: Bucket) -> Tensor:
+        """Where a bucket is put together, once what was there is sent."""
+        while not self._is_free(bucket):
+            self._wait_for_first()
+        return self._slot(bucket)
+
+    def _has_room(self, bucket: Bucket) -> bool:
+        while self._group and self._group.first_has_ended:
+            self._wait_for_first()
+        return self._is_free(bucket)
+
+    def _is_free(self, bucket: Bucket) -> bool:
+        """Whether what was in the bucket's slot is known to be sent."""
+        return self._places[bucket.index] < self._num_sent + NUM_BUFFERS
+
+    def _wait_for_first(self) -> None:
+        assert self._group is not None
+        self._group.wait()
+        self._num_sent += 1
+
+    def _slot(self, bucket: Bucket) -> Tensor:
+        assert self._memory is not None
+        start = self._places[bucket.index] % NUM_BUFFERS * self._slot_bytes
+        return self._memory[start : start + bucket.num_bytes]
+
+    def _share_memory(self) -> None:
+        """Collective. A stage's memory is its owner's, and shared where all can who give a part of its weights."""
+        ranks, num_bytes, offer, problem = self._ranks, NUM_BUFFERS * self._slot_bytes, None, ""
+        on_cpu = ranks.device.type == "cpu"
+        try:
+            if ranks.is_owner and on_cpu:
+                self._memory, offer = offered(num_bytes)
+            elif ranks.is_owner:
+                self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=ranks.device)
+        except (OSError, RuntimeError) as error:
+            problem = f"rank {ranks.rank}: no memory to send weights from (sync.bucket_mib): {error}"
+        with closing(offer) if offer else nullcontext():
+            told = ranks.gather((ranks.stage, offer, problem))
+            if problems := [text for *_, text in told if text]:
+                raise ValueError(problems[0])
+            offers = {stage: one for stage, one, _ in told if one}
+            if ranks.gives and not ranks.is_owner and on_cpu:
+                self._memory = accepted(offers[ranks.stage])
+            answers = ranks.gather((ranks.stage, on_cpu and (self._memory is not None or not ranks.gives)))
+        self._is_shared = all(can for stage, can in answers if stage == ranks.stage)
 
     def _wait_for_readers(self) -> None:
         """Until all read this stage's buckets: a time-out counts from when a bucket is posted. They come to the first
         stage at once, and to others when those before are through, where it is seen who is silent."""
-        session, point, stage = self._session, self._point, self._ranks.owned_stage
-        assert session is not None and point is not None and stage is not None
+        session, point, stage = self._session, self._point, self._ranks.stage
+        assert session is not None and point is not None
         patience_s = PATIENCE * self._timeout_s
         if self._group is None:
             meeting = Meeting(point.store, f"{session.name}/{stage}", session.key)

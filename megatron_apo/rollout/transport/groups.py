@@ -192,6 +192,11 @@ class Group:
         self._break(why)
 
     @property
+    def first_has_ended(self) -> bool:
+        """Whether `wait` would not wait."""
+        return bool(self._posted) and self._posted[0].is_completed()
+
+    @property
     def num_posted(self) -> int:
         return len(self._posted)
 

@@ -39,15 +39,8 @@ from megatron_apo.rollout.transport.base import (
     phases_of,
     settled,
 )
-from megatron_apo.rollout.transport.shm import (
-    NUM_SLOTS,
-    ShmReader,
-    count,
-    grow,
-    mapped,
-    slot_of,
-    slot_size,
-)
+from megatron_apo.rollout.transport.memory import mapped, slot_size
+from megatron_apo.rollout.transport.shm import NUM_SLOTS, ShmReader, count, grow, slot_of
 from megatron_apo.runtime.hosts import this_host
 from megatron_apo.weights.plan import Bucket, Plan
 

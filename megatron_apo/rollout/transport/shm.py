@@ -12,7 +12,6 @@ goes into the slot of the one that was read before it. A growing file is a count
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
 import tempfile
@@ -28,10 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_apo.rollout.transport.base import Ranks, Receiver, Source, TransferError, Update, bucket_digests
+from megatron_apo.rollout.transport.memory import mapped, slot_size
 from megatron_apo.weights.plan import Bucket, Plan
 
 NUM_SLOTS = 3  # one that is read, one that is whole, one that is written
-_PAGE = mmap.PAGESIZE
 
 
 class ShmSender:
@@ -103,14 +102,13 @@ class ShmSender:
 
     def send(self, source: Source, update: Update | None) -> dict[str, str]:
         if update is None:
-            theirs = source.buckets("shared", self.buffer_of) if self._is_shared else source.buckets("driver")
-            with closing(theirs):
+            with closing(source.buckets("driver", self.buffer_of, shared=self._is_shared)) as theirs:
                 for _ in theirs:
                     pass
             return {}
         slot = partial(self._free_slot, update)
         if self._is_shared:
-            buckets = source.buckets("shared", slot, self.has_room)
+            buckets = source.buckets("driver", slot, self.has_room, shared=True)
         else:  # what is on a GPU is put together and digested there
             buckets = source.buckets("driver", slot if self._ranks.device.type == "cpu" else None)
         digests: dict[str, str] = {}
@@ -258,11 +256,6 @@ class ShmReader:
             raise TransferError(f"{why} before {bucket.tensors[0].name} was sent")
 
 
-def slot_size(plan: Plan) -> int:
-    """Bytes of each slot: whole pages."""
-    return -(-plan.largest_bucket_bytes // _PAGE) * _PAGE
-
-
 def slot_of(bucket: Bucket, slots: Tensor, slot_bytes: int) -> Tensor:
     """The bucket's bytes in the slots, of which `slots` are all."""
     start = bucket.index % NUM_SLOTS * slot_bytes
@@ -283,15 +276,6 @@ def _wait(is_over: Callable[[], bool]) -> None:
     while not is_over():
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 1e-3)
-
-
-def mapped(path: Path) -> Tensor:
-    """A file's bytes, shared with everyone who maps it."""
-    with path.open("r+b") as file:
-        size = os.fstat(file.fileno()).st_size
-        if not size:
-            return torch.empty(0, dtype=torch.uint8)
-        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
 
 
 def _inode(path: Path) -> int:
