@@ -240,6 +240,11 @@ class RolloutClient:
         """What the model of each of the engine's workers holds since the last update (`transport/content.py`)."""
         return self._call("POST", "/collective_rpc", {"method": "held_weights"})["results"]
 
+    def broken_transfers(self) -> list[dict[str, Any]]:
+        """Of the engine's workers for whom the present transfer of weights broke off (`transport/receiver.py`)."""
+        results = self._call("POST", "/collective_rpc", {"method": "broken_transfer"})["results"]
+        return [result for result in results if result]
+
     def worker_places(self) -> list[dict[str, Any]]:
         """Where each of the engine's workers has its weights (`transport/ipc.py`)."""
         return self._call("POST", "/collective_rpc", {"method": "place"})["results"]

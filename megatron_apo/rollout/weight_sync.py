@@ -11,6 +11,7 @@ trainer does: `proof.py`.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -37,6 +38,8 @@ from megatron_apo.rollout.transport.shm import ShmSender
 from megatron_apo.telemetry.timers import Stopwatch
 from megatron_apo.telemetry.units import some
 from megatron_apo.weights.plan import Bucket, Plan
+
+_EARLY_S = 0.5  # before the others, an engine may well be through; after that it is asked whether it is
 
 SENDERS: dict[str, Callable[[Plan, Ranks, float], Sender]] = {
     "shm": ShmSender,
@@ -115,10 +118,14 @@ class WeightSync:
         chosen: list[Engine] = []
         if self._ranks.rank == 0:
             chosen = [one for one in self.engines if one.answers] if engines is None else list(engines)
-        num_unexplained = 0
+        num_unexplained, given = 0, chosen
         while True:
             try:
-                digests = self._update(version, chosen, watch)
+                self._update(version, chosen, watch)
+                break
+            except (ServerDied, UpdateFailed):  # of all that were sent to anew; the others go on
+                if not self._ranks.broadcast(any(engine.version == version for engine in given)):
+                    raise
                 break
             except TransferError as broken:
                 self._sender.start_anew()
@@ -129,24 +136,22 @@ class WeightSync:
         seconds = time.monotonic() - start
         if self._ranks.rank:
             return SyncReport(version, seconds, 0, {})
-        return SyncReport(version, seconds, self.source.plan.num_bytes, digests, dict(watch.seconds))
+        return SyncReport(version, seconds, self.source.plan.num_bytes, self.sent[-1], dict(watch.seconds))
 
-    def _update(self, version: int, chosen: Sequence[Engine], watch: Stopwatch) -> dict[str, str]:
-        """One try. Returns the digests of what was sent, on rank 0."""
+    def _update(self, version: int, chosen: Sequence[Engine], watch: Stopwatch) -> None:
+        """One try. What was sent is noted on rank 0 before it is looked for in the engines: some may hold it then."""
         update = _Update(chosen, self._sender, watch, self._timeout_s) if self._ranks.rank == 0 else None
         try:
             self._together(update, lambda update: update.begin())
             self._together(update, lambda update: self._sender.meet(), self._sender.meet)
             self._together(update, self._send, lambda: self._send(None))
             previous = self._previous(version)
+            if update:
+                self._version, self.sent = version, [previous, update.digests]
             self._together(update, lambda update: update.finish(version, previous))
         finally:
             if update:
                 update.close()
-        if update is None:
-            return {}
-        self._version, self.sent = version, [previous, update.digests]
-        return update.digests
 
     def source_digests(self) -> dict[str, str]:
         """Digests of the trainer's weights as they are now, on rank 0; collective, as a sync is."""
@@ -182,7 +187,7 @@ class WeightSync:
         try:
             digests = self._sender.send(self.source, update)
             if update:
-                update.digests = digests
+                update.has_sent(digests)
         except TransferError as broken:
             if update:  # rank 0 says what becomes of it
                 update.break_off(broken)
@@ -241,6 +246,8 @@ class _Update(Update):
         self._threads = ThreadPoolExecutor(max(1, 2 * len(self.engines)), "update")  # each loads, and is asked
         self._opened: list[Engine] = []
         self._loading: dict[Engine, Future[None]] = {}
+        self._cut_off: dict[Engine, str] = {}  # engines that cannot be sent to, and why
+        self._is_sent = threading.Event()
 
     def begin(self) -> None:
         """Engines are paused, and wait for the first bucket."""
@@ -269,11 +276,19 @@ class _Update(Update):
         """Engines read what is sent from now on."""
         self._loading = {engine: self._threads.submit(self._load, engine) for engine in self.engines}
 
+    def has_sent(self, digests: dict[str, str]) -> None:
+        self.digests = digests
+        self._is_sent.set()
+
     def _load(self, engine: Engine) -> None:
         try:
             info = self._sender.update_info(engine)
             engine.client.start_weight_update()
             engine.client.update_weights({"where": info})
+            if not self._is_sent.wait(_EARLY_S) and (broken := engine.client.broken_transfers()):
+                if alone := [one["broken"] for one in broken if one["alone"]]:
+                    self._cut_off[engine] = alone[0]
+                self._sender.fail(engine)
         except BaseException:
             self._sender.fail(engine)
             raise
@@ -294,7 +309,7 @@ class _Update(Update):
     def silent(self, receivers: Sequence[Receiver], why: str) -> None:
         def give_up(engine: Engine) -> None:
             if engine in receivers:
-                raise ServerDied(f"{why} (sync.timeout_s)")
+                raise ServerDied(self._cut_off.get(engine, f"{why} (sync.timeout_s)"))
 
         self._with_each(give_up)
 
@@ -302,7 +317,7 @@ class _Update(Update):
         """The transfer broke off: engines that are to blame leave the update, the others read no more of it.
 
         Raises TransferError where it can be made anew."""
-        self.silent([self._opened[index] for index in broken.silent], str(broken))
+        self.silent([self._opened[index] for index in broken.silent] + list(self._cut_off), str(broken))
         self._joined(self._timeout_s / 3)
         self._with_each(lambda engine: engine.client.finish_weight_update(None))
         for engine in self.engines:

@@ -46,6 +46,7 @@ FAULTS = {
     "reader": "a worker fails",
     "silent": "a worker reads no more",
     "sender": "the owner of the last stage fails",
+    "stuck": "a worker reads no more before the next stage's first bucket",
     "absent": "an engine that was started anew does not come",
     "gather": "a rank of the last stage has no memory to put a bucket together",
 }
@@ -59,6 +60,8 @@ class Transfer:
         self.sender = sender(gather.plan, Ranks.of(topology), TIMEOUT_S)
         self.engines = [Receiver(num_workers=2), Receiver()]
         buckets = heard(told(gather.plan))
+        later = [bucket.index for bucket in buckets if bucket.pp_rank != buckets[0].pp_rank]
+        self.stuck_at = later[0] - 2 if later else 1  # one bucket ahead, a worker says that it has come to the stage
         self.readers = [reader(buckets, rank, torch.device("cpu")) for rank in (0, 1, 0)]
         self.sent: list[int] = []
         self.fault: str | None = None
@@ -100,13 +103,14 @@ class Transfer:
         found: dict[str, str] = {}
         if number == 2 and self.fault == "absent":
             return found
-        reader, fails = self.readers[number], number == 2 and self.fault in ("reader", "silent")
+        reader, fails = self.readers[number], number == 2 and self.fault in ("reader", "silent", "stuck")
+        last = self.stuck_at if self.fault == "stuck" else 1
         try:
             for bucket, buffer in reader.buckets(info):
                 for meta, view in zip(bucket.tensors, bucket.views(buffer), strict=True):
                     found[meta.name] = digest(view)
-                if fails and bucket.index == 1:
-                    time.sleep(TIMEOUT_S if self.fault == "silent" else 0)
+                if fails and bucket.index == last:
+                    time.sleep(0 if self.fault == "reader" else TIMEOUT_S)
                     reader.give_up(info)
                     break
         except TransferError:

@@ -4,16 +4,20 @@ what was sent, and a member that fails, is missing, falls silent or is a strange
 from __future__ import annotations
 
 import socket
+import struct
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_apo.rollout.transport import collective, groups
 from megatron_apo.rollout.transport.base import TransferError, heard, told
 from megatron_apo.rollout.transport.collective import CollectiveReader, CollectiveSender
 from megatron_apo.telemetry.timers import Stopwatch
@@ -160,6 +164,7 @@ def test_who_falls_silent_ends_it_in_time() -> None:
         next(silent.buckets(infos[1]))
 
     error, outcomes, took_s = broken(sender, engines, lambda infos: read(reader(), infos[0]), fall_silent)
+    assert error.silent == (), "who it is, is found by who has not loaded"
     assert isinstance(outcomes[0], TransferError) and took_s < 3.0
     silent.give_up({})
 
@@ -194,6 +199,64 @@ def test_an_address_that_a_stranger_writes_is_used_by_nobody() -> None:
         errors = [future.exception(TIMEOUT_S + 10) for future in (sending, reading)]
     assert all(isinstance(error, TransferError) for error in errors), errors
     assert any("does not know the key" in str(error) for error in errors), errors
+
+
+def test_a_stranger_who_connects_in_a_members_place_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gloo asks nobody who he is: whoever is first at the address that the trainer's rank says is taken for the member.
+    The store shows that address to all."""
+    got: list[bytes] = []
+
+    class Late(groups._SealedStore):
+        """The engine's: it hears of the address when the stranger is there already."""
+
+        def get(self, name: str) -> bytes:
+            time.sleep(0.5 if threading.current_thread().name == "engine" else 0)
+            return super().get(name)
+
+    def connect(info: dict[str, Any]) -> None:
+        ((address, port),) = info["points"]
+        store = dist.PrefixStore(f"{info['session']}/0/group", dist.TCPStore(address, port, None, False))
+        store.wait(["0/0"], timedelta(seconds=TIMEOUT_S))
+        said = store.get("0/0")  # a seal and a socket's address, in which the port comes after the family
+        begin = said.index(b"\x02\x00", 40) + 2
+        for pair in range(4):
+            threading.Thread(target=be_a_pair, args=(int.from_bytes(said[begin : begin + 2], "big"), pair)).start()
+
+    def be_a_pair(port: int, pair: int) -> None:
+        """As gloo's transport (gloo/transport/tcp/pair.cc) does, as far as one buffer is concerned."""
+        with socket.create_connection((info["points"][0][0], port)) as connection:
+            connection.settimeout(2 * TIMEOUT_S)
+            connection.sendall(struct.pack("<Q", pair))
+            with suppress(OSError):
+                while len(head := connection.recv(48, socket.MSG_WAITALL)) == 48:
+                    num_bytes, kind, slot, _, size, _ = struct.unpack("<6Q", head)
+                    if kind == 2:  # it has something to send: say that there is room
+                        connection.sendall(struct.pack("<6Q", 48, 3, slot, 0, size, 0))
+                    elif kind == 1:
+                        got.append(connection.recv(num_bytes - 48, socket.MSG_WAITALL))
+
+    monkeypatch.setattr(groups, "_SealedStore", Late)
+    monkeypatch.setattr(collective, "route", lambda host: "127.0.0.2")  # so that the engine is the one that connects
+    sender = CollectiveSender(PLAN, timeout_s=TIMEOUT_S)
+    (info,) = opened(sender, [Receiver(host="127.0.0.2")])
+    with ThreadPoolExecutor(2) as threads:
+        reading = threads.submit(named("engine", lambda: read(reader(), info)))
+        sending = threads.submit(sender.send, TensorSource(tensors(1), 64), DRIVER)
+        connect(info)
+        errors = [future.exception(TIMEOUT_S + 10) for future in (sending, reading)]
+    assert all(isinstance(error, TransferError) for error in errors), errors
+    assert "worker 0 of the engine at 127.0.0.1 did not come" in str(errors[0])
+    assert [len(one) for one in got] == [32], "the random message, and no weights"
+
+
+def named(name: str, work: Callable[[], Any]) -> Callable[[], Any]:
+    """`work` in a thread of this name."""
+
+    def run() -> Any:
+        threading.current_thread().name = name
+        return work()
+
+    return run
 
 
 def test_who_reaches_the_store_finds_no_key_and_is_met_by_nobody_else() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from megatron_apo.runtime.hosts import is_loopback, own_address, route
 from megatron_apo.weights.plan import Bucket, Plan
 
 NUM_BUFFERS = 2  # one on its way, one that is put together, or loaded
-FIND_S = 2.0  # to tell an owner that the transfer broke off
+FIND_S = 1.0  # to tell all owners that the transfer broke off
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,10 @@ class CollectiveSender:
         self._plan = plan
         own = [bucket.index for bucket in plan.buckets if bucket.pp_rank == self._ranks.stage]
         self._places = {index: place for place, index in enumerate(own)}  # among the stage's
+        firsts = {bucket.pp_rank: bucket.index for bucket in reversed(plan.buckets)}
+        self._is_first = firsts.get(self._ranks.stage) == 0
+        # Stages whose first bucket comes after one of this stage's, by the place of that.
+        self._followed_by = {self._places[first - 1]: stage for stage, first in firsts.items() if first - 1 in own}
         self._slot_bytes = slot_size(plan)
         self._memory: Tensor | None = None  # where this stage's buckets are put together, used in turns
         self._is_shared: bool | None = None  # by all who give a part of them; none: not asked yet
@@ -94,6 +99,7 @@ class CollectiveSender:
         self._point: MeetingPoint | None = None
         self._group: Group | None = None
         self._points: list[tuple[str, int]] = []  # by stage
+        self._others: dict[int, Meeting] = {}  # of other stages, as far as this one tells them something
         self._update = 0  # the number of the present one in this session
         # The driver's:
         self._receivers: tuple[tuple[Receiver, int], ...] = ()  # with how often each was started
@@ -154,8 +160,8 @@ class CollectiveSender:
             outcome = outcome_of(self._ranks, lambda: self._send(source, update), session.engine_of)
         finally:  # also of what is raised here: readers and other owners wait
             if outcome is None or not outcome.is_sent:
-                self._end_group()
                 self._break_off(session)
+                self._end_group()
         try:
             return settled(self._ranks, outcome, self._plan)
         except BaseException:
@@ -219,6 +225,8 @@ class CollectiveSender:
     def _wait_for_first(self) -> None:
         assert self._group is not None
         self._group.wait()
+        if (stage := self._followed_by.get(self._num_sent)) is not None:
+            self._meeting_of(stage).say(f"before/{self._update}", 0)
         self._num_sent += 1
 
     def _slot(self, bucket: Bucket) -> Tensor:
@@ -248,8 +256,8 @@ class CollectiveSender:
         self._is_shared = all(can for stage, can in answers if stage == ranks.stage)
 
     def _wait_for_readers(self) -> None:
-        """Until all read this stage's buckets: a time-out counts from when a bucket is posted. They come to the first
-        stage at once, and to others when those before are through, where it is seen who is silent."""
+        """Until all read this stage's buckets: a time-out counts from when a bucket is posted. They come when they have
+        received what is before; whoever sends that sees who is silent until then."""
         session, point, stage = self._session, self._point, self._ranks.stage
         assert session is not None and point is not None
         patience_s = PATIENCE * self._timeout_s
@@ -265,24 +273,39 @@ class CollectiveSender:
                 timeout_s=patience_s,
                 names=session.name_of,
             )
-        others = range(1, session.size)
-        try:
-            self._group.meeting.wait_for(f"begun/{self._update}", others, (stage + 1) * patience_s, session.name_of)
-        except TransferError as error:
-            if stage:  # whoever is late may be waiting for another
-                raise TransferError(str(error)) from None
-            raise
+        if not self._is_first:
+            whole_s = len(self._points) * self._timeout_s
+            self._group.meeting.wait_for(f"before/{self._update}", [0], whole_s, lambda _: "the stage before")
+        self._group.meeting.wait_for(f"begun/{self._update}", range(1, session.size), patience_s, session.name_of)
+
+    def _meeting_of(self, stage: int) -> Meeting:
+        if stage not in self._others:
+            assert self._session is not None
+            self._others[stage] = self._found(self._session, stage, PATIENCE * self._timeout_s)
+        return self._others[stage]
+
+    def _found(self, session: _Session, stage: int, within_s: float) -> Meeting:
+        return Meeting(find(*self._points[stage], within_s), f"{session.name}/{stage}", session.key)
 
     def _break_off(self, session: _Session) -> None:
         """Tell all owners and workers that wait at a meeting."""
-        for stage, (address, port) in enumerate(self._points):
+
+        def tell(stage: int) -> None:
             with suppress(TransferError):
-                Meeting(find(address, port, FIND_S), f"{session.name}/{stage}", session.key).break_off()
+                self._found(session, stage, FIND_S).break_off()
+
+        tellers = [threading.Thread(target=tell, args=(stage,), daemon=True) for stage in range(len(self._points))]
+        for teller in tellers:
+            teller.start()
+        end = time.monotonic() + FIND_S
+        for teller in tellers:
+            teller.join(max(0.0, end - time.monotonic()))
 
     def _end_group(self) -> None:
         if self._group is not None:
             self._group.close()
         self._group = self._point = None
+        self._others.clear()
 
 
 class CollectiveReader:
@@ -321,10 +344,13 @@ class CollectiveReader:
     def _join(self, where: dict[str, Any]) -> None:
         self.give_up(where)
         self._member, key = where["first"] + self._rank, bytes.fromhex(where["key"])
-        meetings = [
-            Meeting(find(address, port, where["timeout_s"]), f"{where['session']}/{stage}", key)
-            for stage, (address, port) in enumerate(where["points"])
-        ]
+        try:
+            meetings = [
+                Meeting(find(address, port, where["timeout_s"]), f"{where['session']}/{stage}", key)
+                for stage, (address, port) in enumerate(where["points"])
+            ]
+        except TransferError as error:  # of which nobody else hears
+            raise TransferError(str(error), silent=[self._member]) from None
         for meeting in meetings:  # at all of them before the first group: who is late there is missed there alone
             meeting.say("here", self._member)
         for meeting, (address, _) in zip(meetings, where["points"], strict=True):

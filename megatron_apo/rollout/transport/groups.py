@@ -7,8 +7,9 @@
     group.post(buffer); ...; group.wait()               broadcasts in order
 
 Whoever reaches a store's port can read, list and write it. So no secret is in it, and what members say there is sealed
-with a key that they alone have: an address that a stranger writes is not used. What goes over the group is
-not encrypted.
+with a key that they alone have: an address that a stranger writes is not used. Whoever reads the sender's address there
+can connect to it in a member's place. So the sender's first message is random, and it sends no other before all members
+have said, sealed, that they have it. Strangers can break a transfer off. What goes over the group is not encrypted.
 
 The one file that knows what a backend does in time: how a group is made, how long it waits and how it is ended.
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import hmac
+import secrets
 import socket
 import time
 from collections import deque
@@ -37,6 +39,7 @@ from megatron_apo.rollout.transport.base import TransferError
 
 _SEAL_BYTES = hashlib.sha256().digest_size
 _LOOK_EVERY_S = 2e-3
+_NONCE_BYTES = 32
 
 
 class MeetingPoint:
@@ -164,8 +167,36 @@ class Group:
         except RuntimeError as error:
             why = _reason(error)
         else:
+            self._prove(rank, range(1, size), names)
             return
         raise TransferError(f"the group of {size} could not be made: {why}")
+
+    def _prove(self, rank: int, others: Sequence[int], names: Callable[[int], str]) -> None:
+        """That who is in the group, and who sends to it, have the key: by what the sender says in both ways."""
+        sealed, limit_s = self.meeting.sealed(), self._timeout.total_seconds()
+        nonce = torch.zeros(_NONCE_BYTES, dtype=torch.uint8) if rank else _nonce()
+        message = nonce.to(self._device)
+        try:
+            if rank == 0:
+                sealed.set("nonce", _hashed(nonce))
+            self.post(message)
+            self.wait()
+            if rank:
+                sealed.wait(["nonce"], self._timeout)
+                if sealed.get("nonce") != _hashed(message.cpu()):
+                    raise TransferError("who sends is not the trainer's rank that is met")
+                sealed.set(f"nonce/{rank}", _hashed(message.cpu()))
+                return
+            self.meeting.wait_for("group/nonce", others, limit_s, names)
+            strangers = [one for one in others if sealed.get(f"nonce/{one}") != _hashed(nonce)]
+            if strangers:
+                raise TransferError(f"{', '.join(map(names, strangers))} has not heard what was sent", strangers)
+        except (TransferError, RuntimeError) as error:
+            why, silent = _reason(error), getattr(error, "silent", ())
+        else:
+            return
+        self.close()
+        raise TransferError(why, silent)
 
     def post(self, buffer: Tensor) -> None:
         """Begin to send, or to receive, a buffer; it is not to be touched until its `wait`."""
@@ -226,6 +257,14 @@ def _nccl(store: dist.Store, rank: int, size: int, address: str, timeout: dateti
 
 
 _MAKE = {"cpu": _gloo, "cuda": _nccl}
+
+
+def _nonce() -> Tensor:
+    return torch.frombuffer(bytearray(secrets.token_bytes(_NONCE_BYTES)), dtype=torch.uint8)
+
+
+def _hashed(nonce: Tensor) -> bytes:
+    return hashlib.sha256(bytes(nonce.tolist())).digest()
 
 
 def _reason(error: BaseException) -> str:

@@ -65,7 +65,7 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         self.tied_heads = tied_heads(self.model)
-        self.broken: str | None = None
+        self.broken: dict[str, Any] | None = None
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load one update.
@@ -77,7 +77,7 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         try:
             self._receive(update_info)
         except TransferError as error:
-            self.broken = str(error)
+            self.broken = {"broken": str(error), "alone": bool(error.silent)}
             self.reader.give_up(update_info.where)
             finalize_layerwise_reload(self.model, self.model_config)
         except BaseException:
@@ -164,12 +164,15 @@ class WorkerExtension:
         """Where this worker has its weights."""
         return asdict(place_of(self.weight_transfer_engine.device))
 
+    def broken_transfer(self) -> dict[str, Any]:
+        """Of the present update, {"broken": why, "alone": whether this worker is to blame}; empty if it did not."""
+        return self.weight_transfer_engine.broken or {}
+
     def held_weights(self) -> dict[str, Any]:
-        """`ModelContent.report`, {"broken": why} where the transfer broke off, or {"error": ...}: with several workers
-        an exception would leave the answers of the others to be taken for those of a later question
-        (v1/executor/multiproc_executor.py)."""
-        if self.weight_transfer_engine.broken is not None:
-            return {"broken": self.weight_transfer_engine.broken}
+        """`broken_transfer`, `ModelContent.report`, or {"error": ...}: with several workers an exception would leave
+        the answers of the others to be taken for those of a later question (v1/executor/multiproc_executor.py)."""
+        if broken := self.broken_transfer():
+            return broken
         try:
             return self.weight_transfer_engine.content.report()
         except Exception as error:
