@@ -593,7 +593,8 @@ class RolloutConfig(Section):
         1,
         ge=1,
         json_schema_extra=MAY_CHANGE,
-        description="vLLM engines, each of tp GPUs (CPU: workers) of its own, all on one machine",
+        description="vLLM engines, each of tp GPUs (CPU: workers) of its own on one machine; colocated ones are spread "
+        "over the trainer's machines",
     )
     driver: str | None = Field(
         None,

@@ -29,6 +29,7 @@ from megatron_apo.model.precision import Layers, check_precision, layer_kind, op
 from megatron_apo.model.recompute import check_recompute
 from megatron_apo.model.tokenizer import load_tokenizer, stop_token_ids
 from megatron_apo.rollout.inputs import Inputs, load_inputs, store_fingerprint
+from megatron_apo.rollout.placement import Placement, transport_of
 from megatron_apo.rollout.replay import check_replay
 from megatron_apo.rollout.server import engine_problems, served_length
 from megatron_apo.rollout.training_data import TrainingData
@@ -118,12 +119,16 @@ def check_serving(recipe: Recipe, engines: int | None = None, machine: Machine |
     _raise(found)
 
 
-def _secret_problems() -> list[str]:
-    """Of a job whose parts are started apart from each other."""
-    if given_secret() is not None:
+def _secret_problems(is_needed: bool = True) -> list[str]:
+    """Of a job; it is needed where its parts are started apart from each other."""
+    secret = given_secret()
+    if secret is None and not is_needed:
         return []
+    if secret and secret.isascii() and secret.isprintable():
+        return []
+    what = "has other than ASCII's printable characters" if secret else "not set"
     return [
-        f"{SECRET}: not set; dedicated engines and the trainer must share a secret: set it for both, to something long "
+        f"{SECRET}: {what}; dedicated engines and the trainer must share a secret: set it for both, to something long "
         'and random, such as `python -c "import secrets; print(secrets.token_urlsafe(32))"` prints'
     ]
 
@@ -207,14 +212,12 @@ def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
         if recipe.rollout.placement == "dedicated":
             found += _secret_problems() + _driver_problems(recipe.rollout)
         else:
-            if gpus and recipe.sync.transport == "collective":
-                found.append(
-                    "sync.transport: collective, but colocated engines share GPUs with the trainer's ranks, and NCCL "
-                    "takes one process a GPU; use shm or ipc, or rollout.placement=dedicated"
-                )
-            if gpus and recipe.sync.transport == "ipc":
-                found += _ipc_problems()
+            found += _secret_problems(is_needed=False)
             found += sampling_problems(recipe, models, machine) + _replicas_problems(recipe.rollout, machine)
+        try:
+            found += _ipc_problems() if gpus and _transport(recipe, machine) == "ipc" else []
+        except ValueError as error:
+            found.append(str(error))
     checks = (
         lambda spec, _: check_layout(spec, parallel),
         lambda spec, _: check_precision(spec, parallel, recipe.model.fp8),
@@ -244,14 +247,24 @@ def sampling_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
 
 
 def _replicas_problems(rollout: RolloutConfig, machine: Machine) -> list[str]:
-    num_gpus = len(machine.gpus)
-    if rollout.tp <= num_gpus < rollout.replicas * rollout.tp:
+    num_gpus, here = len(machine.gpus), len(_placement(rollout, machine).here)
+    if rollout.tp <= num_gpus < here * rollout.tp:
+        where = "here are" if machine.num_nodes == 1 else f"each of {machine.num_nodes} nodes has"
         return [
             f"rollout.replicas: {rollout.replicas} engines of rollout.tp={rollout.tp} need "
-            f"{rollout.replicas * rollout.tp} GPUs, and here are {num_gpus}; use at most {num_gpus // rollout.tp}, "
-            "or name more in CUDA_VISIBLE_DEVICES"
+            f"{here * rollout.tp} GPUs{' of a node' if machine.num_nodes > 1 else ''}, and {where} {num_gpus}; use at "
+            f"most {num_gpus // rollout.tp * machine.num_nodes}, or name more in CUDA_VISIBLE_DEVICES"
         ]
     return []
+
+
+def _placement(rollout: RolloutConfig, machine: Machine) -> Placement:
+    """Of a job on nodes like this one, which is the first."""
+    return Placement.of(rollout, [str(node) for node in range(machine.num_nodes)])
+
+
+def _transport(recipe: Recipe, machine: Machine) -> str:
+    return transport_of(recipe, _placement(recipe.rollout, machine), on_gpu=bool(machine.gpus))
 
 
 def _interpreter_problems(rollout: RolloutConfig) -> list[str]:
@@ -358,8 +371,7 @@ def _check_engine_memory(spec: ModelSpec, rollout: RolloutConfig, machine: Machi
 
 def _check_sync_room(spec: ModelSpec, recipe: Recipe, machine: Machine) -> None:
     """Where the buckets of a sync lie."""
-    is_shared = recipe.rollout.placement == "colocated" and recipe.sync.transport in ("auto", "shm")
-    if recipe.train.replay is not None or not is_shared:
+    if recipe.train.replay is not None or _transport(recipe, machine) != "shm":
         return
     parallel = recipe.parallel
     dtype = torch.float32 if recipe.model.dtype == "fp32" else torch.bfloat16
@@ -388,7 +400,7 @@ def _check_host_memory(spec: ModelSpec, recipe: Recipe, machine: Machine) -> Non
         needs[f"model.reference_mode: {model.reference_mode}"] = copies * held * _BYTES[model.dtype] * here
     if recipe.rollout.sleep_while_training and recipe.train.replay is None:
         needs["rollout.sleep_while_training: true"] = (
-            recipe.rollout.replicas * spec.num_weights * _BYTES[recipe.rollout.dtype]
+            len(_placement(recipe.rollout, machine).here) * spec.num_weights * _BYTES[recipe.rollout.dtype]
         )
     available = machine.available_bytes
     if sum(needs.values()) > available:

@@ -101,6 +101,9 @@ class Engine:
         self.stop()
         self.server.start()
         self._client = RolloutClient(self.server.url, self.server.token, timeout_s=self._timeout_s)
+        if self.server.is_gone:  # meanwhile, when there was nobody yet to tell (`lose`)
+            self.stop()
+            raise ServerDied("it is gone as soon as it answered")
         self.state = State.STARTED
         self.needs_proof = self.failure is not None
         self.version, self.num_workers = None, 0

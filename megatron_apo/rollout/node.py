@@ -2,7 +2,8 @@
 
     with NodeEngines(recipe, address, secret, room=2, patience_s=60) as node:
         node.join()
-        node.follow()               returns when the job is over
+        node.follow()               returns when the job is over; or, in a process that does more than that:
+        node.follow_beside()        returns at once
 
 What a node must have in common with the trainer is said as it joins: versions of what weights pass through, and the
 settings of engines.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import secrets
 import socket
 import subprocess
 import sys
@@ -27,7 +29,7 @@ from typing import Any
 
 from megatron_apo.config import Recipe, fields_marked
 from megatron_apo.rollout.server import VLLMServer, engine_gpus, log_file
-from megatron_apo.runtime.hosts import is_loopback, route
+from megatron_apo.runtime.hosts import names_loopback, route
 from megatron_apo.runtime.job import SECRET
 from megatron_apo.runtime.signals import RANK_LOST
 
@@ -84,7 +86,8 @@ class _Engine:
     start: int = 0
     state: str = "none"
     text: str = ""
-    thread: threading.Thread | None = None
+    thread: threading.Thread | None = None  # in which it is started or ended
+    interruption: threading.Thread | None = None
 
     def told(self) -> dict[str, Any]:
         if self.state == "up" and not self.server.alive():
@@ -124,6 +127,7 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
         self._patience_s = patience_s
         self._engines: dict[int, _Engine] = {}
         self._node = -1  # what the driver calls this node
+        self._following: threading.Thread | None = None
         self._stopping = threading.Event()
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy must see the secret
 
@@ -150,7 +154,21 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
             if answer["is_over"]:
                 return
             for number, start in answer["starts"].items():
-                self._bring(int(number), start)
+                if not self._stopping.is_set():
+                    self._bring(int(number), start)
+
+    def follow_beside(self) -> None:
+        """`follow`, in a thread of a process that does not end with it: the run does, when the driver is gone."""
+
+        def follow() -> None:
+            try:
+                self.follow()
+            except Exception as error:  # whatever it is, the driver finds these engines lost
+                print(f"{error}; the engines of this host have ended", file=sys.stderr, flush=True)
+                self._leave()
+
+        self._following = threading.Thread(target=follow, name="node", daemon=True)
+        self._following.start()
 
     def stop(self) -> None:
         """From any thread: `follow` returns."""
@@ -158,6 +176,11 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
+        if self._following is not None:
+            self._following.join()
+        self._leave()
+
+    def _leave(self) -> None:
         self._end_engines()
         if self._node >= 0:
             with suppress(OSError, JoinRefused):  # it may be gone itself
@@ -176,6 +199,7 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
     def join(self) -> None:
         """Raises JoinRefused, or DriverLost where nobody answers within rollout.start_timeout_s."""
         body = {
+            "id": secrets.token_hex(8),
             "name": socket.gethostname(),
             "numbers": self._numbers,
             "room": self._room,
@@ -232,8 +256,10 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
         if engine.start == start or (not start and engine.state in ("none", "failed", "ended")):
             return
         if engine.thread is not None and engine.thread.is_alive():
-            engine.server.stop()  # and look again at the next beat
-            return
+            if engine.state == "starting" and not (engine.interruption and engine.interruption.is_alive()):
+                engine.interruption = threading.Thread(target=engine.server.stop, daemon=True)
+                engine.interruption.start()
+            return  # and look again at the next beat
         if start:
             engine.start, engine.state, engine.text = start, "starting", ""
         engine.thread = threading.Thread(target=self._start if start else self._end, args=(engine,), daemon=True)
@@ -258,7 +284,7 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
         rollout = recipe.rollout.model_copy(
             update={
                 "replicas": self._room,
-                "host": own if is_loopback(host) else host,
+                "host": own if names_loopback(host) else host,
                 "advertise_host": recipe.rollout.advertise_host or own,
             }
         )

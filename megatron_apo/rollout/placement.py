@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_apo.config import RolloutConfig
+from megatron_apo.config import Recipe, RolloutConfig
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,22 @@ class Placement:
     def elsewhere(self) -> list[int]:
         """On other hosts."""
         return [number for number in range(self.num_engines) if number not in self.here]
+
+
+def transport_of(recipe: Recipe, placement: Placement, on_gpu: bool) -> str:
+    """How weights travel: `sync.transport`, or for "auto" what suits best. Raises ValueError where it cannot be."""
+    wanted, colocated = recipe.sync.transport, recipe.rollout.placement == "colocated"
+    if wanted == "shm" and placement.elsewhere:
+        raise ValueError(
+            "sync.transport: shm, but engines are on other machines than rank 0's; use collective, or auto"
+        )
+    if wanted == "collective" and on_gpu and colocated:
+        raise ValueError(
+            "sync.transport: collective, but colocated engines share GPUs with the trainer's ranks, and NCCL takes one "
+            "process a GPU; use shm or ipc, or rollout.placement=dedicated"
+        )
+    if wanted != "auto":
+        return wanted
+    if not placement.elsewhere:
+        return "shm"
+    return "ipc" if on_gpu and colocated else "collective"

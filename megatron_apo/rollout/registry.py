@@ -8,7 +8,8 @@ them to start and to stop.
 Every request carries the job's secret. A node asks twice a second (`node.py`); one that does not for `patience_s` is
 lost, and its engines with it.
 
-    POST /join {"name", "numbers": [of engines] or null, "room", "versions", "settings"} -> {"node"}; 409: why not
+    POST /join {"id", "name", "numbers": [of engines] or null, "room", "versions", "settings"} -> {"node"}; 409: why not
+               The same id is the same node, which may have missed the answer.
     POST /beat {"node", "engines": {number: {"start", "state", "url", "token", "text"}}} -> {"starts": {number: start}}
                {"node", "engines": {}, "leaves": true}: its engines have ended, and it asks no more
 
@@ -39,6 +40,7 @@ _FAREWELL_S = 3.0
 class _Node:
     """A node that has joined. room: engines that can still be given to it; one that is lost gets no other."""
 
+    id: str
     name: str
     room: int
     beat_s: float
@@ -84,6 +86,7 @@ class RemoteServer:
         self.report = _Report()
         self.start_number = self.num_starts
         end = time.monotonic() + self._start_timeout_s + self._registry.patience_s
+        node = None
         while self.start_number:
             node, report = self._registry.claim(self), self.report
             if report.start == self.start_number and report.state == "up":
@@ -102,6 +105,8 @@ class RemoteServer:
                     )
                 raise ServerError(f"engine {self.number} on {self.where} did not answer {limit}")
             time.sleep(_LOOK_EVERY_S)
+        if node is not None and node.is_lost:
+            raise ServerError(f"{node.name} was lost while engine {self.number} started on it")
         raise ServerError(f"engine {self.number} was stopped while it started")
 
     def stop(self) -> None:
@@ -210,8 +215,13 @@ class Registry(AbstractContextManager["Registry"]):
         if problem := self._difference(body):
             return problem
         with self._lock:
+            for number, known in self._nodes.items():
+                if known.id == body["id"] and not known.is_lost:
+                    known.beat_s = time.monotonic()
+                    return {"node": number}
             number = len(self._nodes)
-            node = self._nodes[number] = _Node(body["name"], int(body["room"]), time.monotonic(), body["numbers"])
+            node = _Node(body["id"], body["name"], int(body["room"]), time.monotonic(), body["numbers"])
+            self._nodes[number] = node
             for server in self.servers:
                 self.claim(server)
             given = [server.number for server in self.servers if server.node == number]
@@ -220,13 +230,8 @@ class Registry(AbstractContextManager["Registry"]):
 
     def _difference(self, body: Mapping[str, Any]) -> str:
         """What keeps a node from joining, one line."""
-        theirs = body["versions"]
-        for name, own in self.versions.items():
-            if theirs.get(name) != own:
-                return (
-                    f"{name}: the trainer has {own}, {body['name']} {theirs.get(name)}; install {name} {own} there, or "
-                    f"{theirs.get(name)} for the trainer"
-                )
+        if problem := version_problem(self.versions, body["versions"], body["name"]):
+            return problem
         for key, value in self.settings.items():
             if body["settings"].get(key) != value:
                 return (
@@ -300,8 +305,12 @@ class Registry(AbstractContextManager["Registry"]):
     async def _watch(self) -> None:
         """Engines of a node that is silent are lost."""
         while True:
+            before = time.monotonic()
             await asyncio.sleep(_LOOK_EVERY_S)
             now = time.monotonic()
+            if (late_s := now - before - _LOOK_EVERY_S) > _LOOK_EVERY_S:  # it was this process that was silent
+                for node in self._nodes.values():
+                    node.beat_s += late_s
             for number, node in list(self._nodes.items()):
                 silent_s = now - node.beat_s
                 if not node.is_lost and silent_s > self.patience_s:
@@ -313,9 +322,26 @@ class Registry(AbstractContextManager["Registry"]):
             if server.node == number and server.start_number:
                 with suppress(RuntimeError):  # it is stopped at this moment
                     server.on_death(ServerDied(why))
+            if server.node == number:  # what it is on next starts it when it is told to
+                server.start_number, server.report = 0, _Report()
 
     def _living(self) -> set[int]:
         return {number for number, node in list(self._nodes.items()) if not node.is_lost}
+
+
+def version_problem(ours: Mapping[str, str], theirs: Mapping[str, str], who: str) -> str:
+    """What differs between the trainer's versions and another's, one line; empty if nothing does."""
+    for name in sorted({*ours, *theirs}):
+        own, other = ours.get(name), theirs.get(name)
+        if own is None:
+            return f"{name}: the trainer has none, {who} {other}; install {name} {other} for the trainer, or none there"
+        if other is None:
+            return f"{name}: the trainer has {own}, {who} none; install {name} {own} there, or none for the trainer"
+        if own != other:
+            return (
+                f"{name}: the trainer has {own}, {who} {other}; install {name} {own} there, or {other} for the trainer"
+            )
+    return ""
 
 
 def _engines(numbers: Sequence[int]) -> str:

@@ -19,13 +19,9 @@ of its own (`node.py`), when the driver says so (`registry.py`). What happens wh
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from itertools import chain, cycle, islice
-
-import torch
 
 from megatron_apo.config import Difference, Recipe
 from megatron_apo.data.prompts import Prompt
@@ -37,17 +33,10 @@ from megatron_apo.rollout.engine import State
 from megatron_apo.rollout.evaluation import begin_evaluation, finished_evaluation
 from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.inputs import Inputs
-from megatron_apo.rollout.node import (
-    DriverLost,
-    JoinRefused,
-    NodeEngines,
-    engine_settings,
-    say_idle_gpus,
-    versions,
-)
-from megatron_apo.rollout.placement import Placement
+from megatron_apo.rollout.node import NodeEngines, engine_settings, say_idle_gpus, versions
+from megatron_apo.rollout.placement import Placement, transport_of
 from megatron_apo.rollout.proof import policy_log_probs, prove
-from megatron_apo.rollout.registry import Registry
+from megatron_apo.rollout.registry import Registry, version_problem
 from megatron_apo.rollout.sampler import GradedSampling, begin_step, finished_batch
 from megatron_apo.rollout.server import ServerDied, cache_probe_tokens
 from megatron_apo.rollout.sharing import MemorySharing
@@ -59,30 +48,6 @@ from megatron_apo.runtime.job import given_secret, new_secret, read_job
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.recorder import Evaluation
 from megatron_apo.weights.gather import Gather
-
-
-def transport_of(recipe: Recipe, placement: Placement, device: torch.device) -> str:
-    """How weights travel. Raises ValueError where that cannot be."""
-    wanted = recipe.sync.transport
-    if wanted == "shm" and placement.elsewhere:
-        raise ValueError(
-            "sync.transport: shm, but engines are on other machines than rank 0's; use collective, or auto"
-        )
-    if wanted != "auto":
-        return wanted
-    if not placement.elsewhere:
-        return "shm"
-    # NCCL takes one process a GPU.
-    return "ipc" if device.type == "cuda" and recipe.rollout.placement == "colocated" else "collective"
-
-
-def _follow(node: NodeEngines) -> None:
-    """In a thread of a rank, which does not end with it: the run does, when the driver is gone."""
-    try:
-        node.follow()
-    except (JoinRefused, DriverLost) as error:
-        print(f"{error}; the engines of this host have ended", file=sys.stderr, flush=True)
-        node.__exit__()
 
 
 def _registry(recipe: Recipe) -> Registry:
@@ -124,6 +89,7 @@ class Rollouts:
         self._phase = phase
         self._stack = ExitStack()
         self._placement = Placement.of(recipe.rollout, topology.hosts)
+        transport = transport_of(recipe, self._placement, on_gpu=topology.device.type == "cuda")
         self._registry, self._fleet = None, None
         if topology.is_driver:
             servers = []
@@ -149,7 +115,7 @@ class Rollouts:
             Gather(policy, spec, topology, bucket_bytes=recipe.sync.bucket_mib * 2**20),
             self._fleet.engines if self._fleet else (),
             ranks=Ranks.of(topology),
-            transport=transport_of(recipe, self._placement, topology.device),
+            transport=transport,
             timeout_s=recipe.sync.timeout_s,
         )
         self._version = 0
@@ -248,6 +214,9 @@ class Rollouts:
 
         def listen() -> tuple[str, str]:
             assert self._registry
+            python = self._recipe.rollout.python
+            if python and self._placement.here and (problem := version_problem(versions(), versions(python), python)):
+                raise ValueError(f"rollout.python: {problem}")
             try:
                 registry = self._stack.enter_context(self._registry)
             except OSError as error:
@@ -271,7 +240,7 @@ class Rollouts:
                 )
             )
             node.join()
-            threading.Thread(target=_follow, args=(node,), name="node", daemon=True).start()
+            node.follow_beside()
 
         on_all(self._topology, join)
 

@@ -213,5 +213,14 @@ def own_address(address: str) -> str:
     return route(address)
 
 
+def names_loopback(host: str) -> bool:
+    """Whether a name or an address is of this host's loopback alone."""
+    try:
+        found = {str(target[0]).partition("%")[0] for *_, target in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(map(is_loopback, found))
+
+
 def is_loopback(address: str) -> bool:
     return address != "" and ipaddress.ip_address(address).is_loopback

@@ -130,7 +130,7 @@ def read_job(environment: Mapping[str, str] = os.environ) -> Job | None:
         attempt=number(_ATTEMPT) or 0,
         launched=_LAUNCHED in environment,
         slurm_task="LOCAL_RANK" not in environment and "SLURM_LOCALID" in environment,
-        secret=environment.get(SECRET) or None,
+        secret=given_secret(environment),
     )
     if not problems and job.rank >= job.world_size:
         problems.append(f"RANK: {job.rank} of WORLD_SIZE={job.world_size} ranks, which are counted from 0; correct one")
@@ -144,9 +144,20 @@ def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
+def world_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Ranks of this process's job; 1 for a process that is none."""
+    return int(environment["WORLD_SIZE"]) if is_rank(environment) else 1
+
+
 def num_local_ranks(environment: Mapping[str, str] = os.environ) -> int | None:
     """How many of a rank's job are on its node; None where nobody says."""
     return int(environment["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in environment else None
+
+
+def num_nodes(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Of a rank's job; None where nobody says."""
+    given = environment.get("GROUP_WORLD_SIZE") or environment.get("SLURM_STEP_NUM_NODES")
+    return int(given) if given else None
 
 
 def is_later_rank(environment: Mapping[str, str] = os.environ) -> bool:
@@ -167,8 +178,8 @@ def slurm_tasks(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def given_secret(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The secret of this process's job; None where nobody has given it one."""
-    return environment.get(SECRET) or None
+    """The secret of this process's job, without blanks around it; None where nobody has given it one."""
+    return environment.get(SECRET, "").strip() or None
 
 
 def new_secret() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from megatron_apo.runtime.gpus import Capability, gpu_memory_bytes, visible_gpus
-from megatron_apo.runtime.job import is_rank, num_local_ranks
+from megatron_apo.runtime.job import is_rank, num_local_ranks, num_nodes, world_size
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Machine:
     """What this process may compute on.
 
     gpus: none for the CPU. gpu_memory_bytes: of each of them. available_bytes: host memory. shared_bytes: room in
-    /dev/shm. ranks_here: how many ranks
-    of a job that someone else started are on this machine; None where this process would start them.
+    /dev/shm. ranks_here: how many ranks of a job that someone else started are on this machine; None where this process
+    would start them. num_nodes: machines of that job.
     """
 
     gpus: tuple[Capability, ...] = ()
@@ -26,17 +26,21 @@ class Machine:
     available_bytes: int = 2**63
     shared_bytes: int = 2**63
     ranks_here: int | None = None
+    num_nodes: int = 1
 
     @classmethod
     def here(cls) -> Machine:
         gpus = tuple(visible_gpus())
+        # torchrun says how many ranks and nodes there are; without a word, there is a rank for each GPU.
+        ranks_here = (num_local_ranks() or len(gpus) or 1) if is_rank() else None
+        nodes = num_nodes() or (-(-world_size() // len(gpus)) if gpus else 1)
         return cls(
             gpus,
             tuple(gpu_memory_bytes()) if gpus else (),
             psutil.virtual_memory().available,
             free_bytes(Path("/dev/shm")),
-            # torchrun says how many there are; without a word, as many as there are GPUs.
-            (num_local_ranks() or len(gpus) or 1) if is_rank() else None,
+            ranks_here,
+            nodes if is_rank() else 1,
         )
 
     def room(self, folder: Path | None) -> int:

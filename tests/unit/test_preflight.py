@@ -83,6 +83,13 @@ def test_engines_elsewhere_ask_for_a_secret_an_address_and_no_gpu_here(problems,
     monkeypatch.setenv("MEGATRON_APO_SECRET", "long and random")
     assert problems([HOPPER], *dedicated, "rollout.driver=10.0.0.1:29600") == []
     assert problems([HOPPER], *dedicated, "rollout.driver=localhost:29600") == []
+    monkeypatch.setenv("MEGATRON_APO_SECRET", "long and\nrandom\n")
+    (line,) = problems([HOPPER], *dedicated, "rollout.driver=10.0.0.1:29600")
+    assert (
+        line.startswith("MEGATRON_APO_SECRET: has other than ASCII's printable characters; ") and "random\n" not in line
+    )
+    assert problems([HOPPER]) == [line]
+    monkeypatch.setenv("MEGATRON_APO_SECRET", "long and random\n")  # as it comes of a file
     for host, said in (("node0", "node0 is 127.0.1.1 on this machine"), ("nowhere", "nowhere is not known here")):
         (line,) = problems([HOPPER], *dedicated, f"rollout.driver={host}:29600")
         assert line.startswith(f"rollout.driver: {said}")
@@ -98,9 +105,14 @@ def test_weights_that_share_memory_or_a_gpu(problems, monkeypatch):
     (line,) = problems([HOPPER], "sync.transport=collective")
     assert line.startswith("sync.transport: collective, but colocated engines share GPUs")
     assert problems([HOPPER], "sync.transport=ipc") == []
+    two = machine([HOPPER], ranks_here=1, num_nodes=2)
+    assert problems(two, "parallel.dp=2", "rollout.replicas=2") == []
+    (line,) = problems(two, "parallel.dp=2", "rollout.replicas=2", "sync.transport=shm")
+    assert line.startswith("sync.transport: shm, but engines are on other machines")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     (line,) = problems([HOPPER], "sync.transport=ipc")
     assert line.startswith("PYTORCH_CUDA_ALLOC_CONF: expandable_segments:True, ") and problems([HOPPER]) == []
+    assert problems(two, "parallel.dp=2", "rollout.replicas=2") == [line], "auto is ipc there"
 
 
 def test_a_rank_does_not_count_the_gpus(problems):
@@ -128,6 +140,13 @@ def test_an_engine_that_does_not_fit(problems):
 
 def test_each_replica_has_gpus_of_its_own(problems):
     assert problems([HOPPER] * 4, "rollout.tp=2", "rollout.replicas=2") == problems([], "rollout.replicas=9") == []
+    nodes = machine([HOPPER] * 8, ranks_here=8, num_nodes=2)
+    layout = ["parallel.tp=2", "parallel.dp=8", "rollout.tp=4"]
+    assert problems(nodes, *layout, "rollout.replicas=4") == []
+    (line,) = problems(nodes, *layout, "rollout.replicas=5")
+    assert line.startswith(
+        "rollout.replicas: 5 engines of rollout.tp=4 need 12 GPUs of a node, and each of 2 nodes has 8"
+    )
     (line,) = problems([HOPPER] * 5, "rollout.tp=2", "rollout.replicas=3")
     assert line == (
         "rollout.replicas: 3 engines of rollout.tp=2 need 6 GPUs, and here are 5; use at most 2, or name more in "

@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_apo.config import Recipe, RolloutConfig
 from megatron_apo.rollout import node as nodes
 from megatron_apo.rollout.engine import Engine, State
 from megatron_apo.rollout.fleet import Fleet, RequestQueue
 from megatron_apo.rollout.node import DriverLost, JoinRefused, NodeEngines, engine_settings, versions
-from megatron_apo.rollout.placement import Placement
-from megatron_apo.rollout.registry import Registry
-from megatron_apo.rollout.rollouts import transport_of
+from megatron_apo.rollout.placement import Placement, transport_of
+from megatron_apo.rollout.registry import Registry, version_problem
 from megatron_apo.rollout.server import ServerDied, ServerError
 from tests.engines import LIMIT_S, Server, requests, until
 from tests.runs import write_run
@@ -42,6 +40,23 @@ class NodeServer(Server):
 class FailingServer(NodeServer):
     def start(self) -> None:
         raise ServerError("vLLM ended with status 1 at its start")
+
+
+class SlowServer(NodeServer):
+    """Neither starts nor stops before it is let."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.goes_on, self.is_starting = threading.Event(), False
+
+    def start(self) -> None:
+        self.is_starting = True
+        assert self.goes_on.wait(LIMIT_S)
+        raise ServerError("it was stopped")
+
+    def stop(self) -> None:
+        if self.is_starting:
+            assert self.goes_on.wait(LIMIT_S)
 
 
 @pytest.fixture
@@ -268,6 +283,94 @@ def test_nobody_there_is_said_within_the_limit(recipe: Recipe, registry: Registr
         fleet.start()
 
 
+def test_a_node_that_is_lost_while_its_engine_starts_is_not_waited_for(
+    registry: Registry, stack: ExitStack, make_node
+) -> None:
+    """And another, which it joins as later, starts nothing that it is not told to."""
+    fleet = fleet_of(registry, stack, 1, start_timeout_s=LIMIT_S)
+    node = make_node(kind=SlowServer)
+    outcome: list[Exception] = []
+
+    def start() -> None:
+        try:
+            fleet.start()
+        except ServerError as error:
+            outcome.append(error)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    until(lambda: node.servers and node.servers[0].is_starting)  # type: ignore[attr-defined]
+    node.engines.stop()
+    since = time.monotonic()
+    starting.join(LIMIT_S)
+    assert time.monotonic() - since < 3 and "was lost while engine 0 started on it" in str(outcome[0])
+    assert fleet.engines[0].server.is_gone
+    other = make_node()
+    time.sleep(0.3)
+    assert not other.servers
+    node.servers[0].goes_on.set()  # type: ignore[attr-defined]
+
+
+def test_a_node_beats_while_it_stops_an_engine(registry: Registry, stack: ExitStack, make_node) -> None:
+    """Which takes longer than the driver would wait for a beat."""
+    fleet = fleet_of(registry, stack, 1)
+    node = make_node(kind=SlowServer)
+    starting = threading.Thread(target=lambda: pytest.raises(ServerError, fleet.start))
+    starting.start()
+    until(lambda: node.servers and node.servers[0].is_starting)  # type: ignore[attr-defined]
+    fleet.engines[0].server.stop()
+    time.sleep(2 * registry.patience_s)
+    assert not registry._nodes[0].is_lost
+    node.servers[0].goes_on.set()  # type: ignore[attr-defined]
+    starting.join(LIMIT_S)
+
+
+def test_a_driver_that_was_asleep_does_not_take_the_nodes_for_silent(
+    registry: Registry, stack: ExitStack, make_node
+) -> None:
+    make_node()
+    registry._loop.call_soon_threadsafe(time.sleep, 2 * registry.patience_s)
+    time.sleep(2 * registry.patience_s + 1)
+    assert not registry._nodes[0].is_lost
+
+
+def test_a_node_that_missed_the_answer_joins_once(recipe: Recipe, registry: Registry) -> None:
+    body = {"id": "x", "name": "h", "room": 1, "numbers": None, "versions": versions()}
+    body["settings"] = engine_settings(recipe)
+    registry.server(0, 1.0)
+    assert registry._join(body) == registry._join(body) == {"node": 0}
+    assert registry._join(body | {"id": "y"}) == {"node": 1}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        ({"torch": "2.11.0", "nccl": "2.27"}, ""),
+        ({"torch": "2.11.0"}, "nccl: the trainer has 2.27, h1 none; install nccl 2.27 there, or none for the trainer"),
+        (
+            {"torch": "2.11.0", "nccl": "2.27", "x": "1"},
+            "x: the trainer has none, h1 1; install x 1 for the trainer, or none there",
+        ),
+        (
+            {"torch": "2.10.0", "nccl": "2.27"},
+            "torch: the trainer has 2.11.0, h1 2.10.0; install torch 2.11.0 there, or 2.10.0 for the trainer",
+        ),
+    ],
+)
+def test_versions_are_compared_both_ways(theirs: dict[str, str], expected: str) -> None:
+    assert version_problem({"torch": "2.11.0", "nccl": "2.27"}, theirs, "h1") == expected
+
+
+@pytest.mark.parametrize(
+    ("host", "given"),
+    [("127.0.0.1", "own"), ("localhost", "own"), ("0.0.0.0", "0.0.0.0"), ("somewhere.invalid", "somewhere.invalid")],
+)
+def test_engines_of_a_node_listen_where_the_driver_reaches_them(recipe: Recipe, host: str, given: str) -> None:
+    recipe.rollout.host = host
+    made = NodeEngines(recipe, "192.0.2.1:9", SECRET, room=1, patience_s=1.5)._server(0)
+    assert made.rollout.host == (nodes.route("192.0.2.1") if given == "own" else given)
+
+
 def test_a_start_that_fails_says_why(registry: Registry, stack: ExitStack, make_node) -> None:
     fleet = fleet_of(registry, stack, 1)
     make_node(kind=FailingServer)
@@ -308,6 +411,8 @@ def test_colocated_engines_are_spread_over_the_hosts(replicas: int, hosts: tuple
         ({"hosts": ("a", "b")}, "cuda", "ipc"),
         ({"hosts": ("a", "b"), "transport": "shm"}, "cpu", "sync.transport: shm, but engines are on other machines"),
         ({"transport": "collective"}, "cpu", "collective"),
+        ({"transport": "collective"}, "cuda", "sync.transport: collective, but colocated engines share GPUs"),
+        ({"transport": "collective", "placement": "dedicated"}, "cuda", "collective"),
         ({"transport": "ipc"}, "cuda", "ipc"),
         ({"placement": "dedicated"}, "cuda", "collective"),
     ],
@@ -317,10 +422,10 @@ def test_how_weights_travel(settings: dict[str, Any], device: str, expected: str
     recipe.sync.transport = settings.get("transport", "auto")
     placement = Placement.of(recipe.rollout, settings.get("hosts", ("a", "a")))
     if " " not in expected:
-        assert transport_of(recipe, placement, torch.device(device)) == expected
+        assert transport_of(recipe, placement, on_gpu=device == "cuda") == expected
         return
     with pytest.raises(ValueError, match=expected):
-        transport_of(recipe, placement, torch.device(device))
+        transport_of(recipe, placement, on_gpu=device == "cuda")
 
 
 def test_dedicated_engines_are_nobodys() -> None:

@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/update_weights":
             self.server.worker.update(body["update_info"])
         elif path == "/collective_rpc":
-            answer = self.server.worker.held_weights()
+            answer = self.server.worker.asked(body["method"])
         elif path == "/finish_weight_update":
             self.server.version = body["weight_version"]
         elif path == GENERATE and self.server.deaths:

@@ -198,8 +198,8 @@ def test_what_was_gathered_wrongly_is_named_by_the_proof(
     rollouts, job = start(1)
     honest = TensorSource.buckets
 
-    def flipped(self: TensorSource, to: str, *arguments: Any) -> Iterator[Any]:
-        for bucket, buffer in honest(self, to, *arguments):
+    def flipped(self: TensorSource, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for bucket, buffer in honest(self, *arguments, **options):
             if num_flips.pop():
                 buffer[0] ^= 1
             yield bucket, buffer
