@@ -274,7 +274,7 @@ def doctor(
     overrides: Overrides = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="check this recipe as well")] = None,
     stage: Annotated[
-        Literal["warmup", "estimate-vstar", "train", "evaluate"] | None,
+        Literal["warmup", "estimate-vstar", "train", "evaluate", "serve"] | None,
         typer.Option("--for", help="check what this command would refuse; default: what the next stage would"),
     ] = None,
     fields: Annotated[bool, typer.Option("--fields", help="only list every field of a recipe")] = False,

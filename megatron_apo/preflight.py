@@ -44,7 +44,7 @@ from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.plan import Plan
 from megatron_apo.weights.whole_folder import check_empty
 
-Stage = Literal["warmup", "estimate-vstar", "train", "evaluate"]
+Stage = Literal["warmup", "estimate-vstar", "train", "evaluate", "serve"]
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2}  # of a number, as recipes name its type
 
 
@@ -179,6 +179,7 @@ def problems(recipe: Recipe, stage: Stage, machine: Machine | None = None) -> li
         "estimate-vstar": estimate_vstar,
         "train": lambda: open_training(recipe, machine),
         "evaluate": lambda: open_evaluation(recipe, machine),
+        "serve": lambda: check_serving(recipe, machine=machine),
     }
     return lines_of([checks[stage]])
 
