@@ -78,10 +78,9 @@ def main() -> None:
 
 def start(args: argparse.Namespace, folder: Path, engines: int) -> None:
     """All parts, on their hosts, and wait for them."""
-    if args.model is None:
-        args.model = write_config(folder / "model", args.shape)
+    model = args.model or write_config(folder / "model", args.shape)
     command = [sys.executable, "-m", "tests.benchmarks.transfer", *sys.argv[1:], "--engines", str(engines)]
-    command += ["--model", str(args.model)]
+    command += ["--model", str(model)]
     with ExitStack() as stack:
         net = None if args.one_host else stack.enter_context(hosts.network(folder, args.pp + engines))
         processes: list[subprocess.Popen] = []
