@@ -16,7 +16,7 @@ from aiohttp import web
 
 from megatron_apo.rollout.client import GenerateRequest, Sampling, generate_body
 from megatron_apo.rollout.engine import Engine
-from megatron_apo.rollout.transport.base import heard
+from megatron_apo.rollout.transport.base import TransferError, heard
 from megatron_apo.rollout.transport.collective import CollectiveReader
 from megatron_apo.rollout.transport.shm import ShmReader
 from megatron_apo.weights.digest import digest
@@ -40,23 +40,42 @@ def until(true: Callable[[], object]) -> None:
 
 
 class Worker:
-    """What a worker of vLLM does with buckets, without a model: it holds what it has read."""
+    """What a worker of vLLM does with buckets, without a model: it holds what it has read.
+
+    num_breaks: how many transfers from now on break off for it, each after `after` buckets (0: before it has come);
+    is_alone: whether it says that nobody else hears of that."""
 
     def __init__(self, init_info: dict[str, Any]):
         buckets = heard(init_info["buckets"])
         self._reader = READERS[init_info["transport"]](buckets, 0, torch.device("cpu"))
         self._report: dict[str, Any] = {"wrong": {}, "seconds": {}}
+        self._broken: dict[str, Any] = {}
+        self.num_breaks, self.after, self.is_alone = 0, 0, False
 
     def update(self, update_info: dict[str, Any]) -> None:
-        pairs = self._reader.buckets(update_info["where"])
-        self._report["held"] = [digest(view) for bucket, buffer in pairs for view in bucket.views(buffer)]
+        """A transfer that breaks off raises nothing here, as in `BucketTransferEngine.receive_weights`."""
+        where, held, self._broken = update_info["where"], [], {}
+        try:
+            self._break_off_after(0)
+            for bucket, buffer in self._reader.buckets(where):
+                held += [digest(view) for view in bucket.views(buffer)]
+                self._break_off_after(bucket.index + 1)
+            self._report["held"] = held
+        except TransferError as error:
+            self._reader.give_up(where)
+            self._broken = {"broken": str(error), "alone": bool(error.silent)}
+
+    def _break_off_after(self, num_read: int) -> None:
+        if self.num_breaks and num_read == self.after:
+            self.num_breaks -= 1
+            raise TransferError("the network is gone", silent=[0] if self.is_alone else ())
 
     def held_weights(self) -> dict[str, Any]:
-        return {"results": [self._report]}
+        return {"results": [self._broken or self._report]}
 
     def asked(self, method: str) -> dict[str, Any]:
         """What an engine of this worker answers."""
-        return {"results": [{}]} if method == "broken_transfer" else self.held_weights()
+        return {"results": [self._broken]} if method == "broken_transfer" else self.held_weights()
 
 
 class Server:
@@ -168,7 +187,7 @@ class Server:
             await asyncio.to_thread(self.before_update, body["update_info"]["where"])
             await asyncio.to_thread(self.worker.update, body["update_info"])
         if path == "/collective_rpc":
-            return web.json_response(self.worker.asked(body["method"]))
+            return web.json_response(await asyncio.to_thread(self.worker.asked, body["method"]))
         if path == "/finish_weight_update":
             self.version = body["weight_version"]
         if path == GENERATE:

@@ -29,10 +29,13 @@ class Receiver:
 
 
 class TensorSource:
-    """The weight source of plain tensors in this process, in buckets of a few of them (`weight_sync.Source`)."""
+    """The weight source of plain tensors in this process, in buckets of a few of them (`weight_sync.Source`).
+
+    num_begun: buckets that memory was given for, of those that are given out now."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], bucket_bytes: int = 200_000):
         self.tensors = tensors
+        self.num_begun = 0
         metas = [TensorMeta(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
         self.plan = Plan.of_tensors(metas, bucket_bytes)
 
@@ -41,6 +44,7 @@ class TensorSource:
     ) -> Generator[tuple[Bucket, torch.Tensor], None, None]:
         for bucket in self.plan.buckets:
             buffer = buffer_of(bucket) if buffer_of else torch.empty(bucket.num_bytes, dtype=torch.uint8)
+            self.num_begun = bucket.index + 1
             for meta, view in zip(bucket.tensors, bucket.views(buffer), strict=True):
                 view.copy_(self.tensors[meta.name])
             yield bucket, buffer

@@ -3,6 +3,7 @@ what was sent, and a member that fails, is missing, falls silent or is a strange
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +20,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.rollout.transport import collective, groups
-from megatron_apo.rollout.transport.base import TransferError, heard, told
-from megatron_apo.rollout.transport.collective import CollectiveReader, CollectiveSender
+from megatron_apo.rollout.transport.base import Outcome, TransferError, heard, settled, told
+from megatron_apo.rollout.transport.collective import NUM_BUFFERS, CollectiveReader, CollectiveSender
+from megatron_apo.rollout.transport.groups import Meeting, MeetingPoint
 from megatron_apo.telemetry.timers import Stopwatch
 from megatron_apo.weights.digest import digest
 from megatron_apo.weights.plan import Plan
+from tests.engines import until
 from tests.weights import Receiver, TensorSource
 
 CPU = torch.device("cpu")
@@ -119,6 +123,22 @@ def test_what_is_on_its_way_is_not_written_over() -> None:
         assert reading.result(20) == [(float(index), float(index)) for index in range(7)]
 
 
+def test_while_a_bucket_is_loaded_the_next_are_on_their_way() -> None:
+    """The reader has one and receives one; for as many more there is memory on the sender's side."""
+    sender, source = CollectiveSender(PLAN, timeout_s=TIMEOUT_S), TensorSource(tensors(1), 64)
+    with ThreadPoolExecutor(1) as threads:
+        (info,) = opened(sender, [Receiver()])
+        sending = threads.submit(sender.send, source, DRIVER)
+        buckets = reader().buckets(info)
+        next(buckets)
+        until(lambda: source.num_begun >= 2 + NUM_BUFFERS or sending.done())
+        time.sleep(0.1)
+        begun = source.num_begun
+        rest = len(list(buckets))
+        sending.result(20)
+    assert (begun, rest) == (4, NUM_BUCKETS - 1)
+
+
 def broken(sender: CollectiveSender, engines: list[Receiver], *members: Callable[[list[dict[str, Any]]], Any]):
     """An update that does not arrive: what the sender raised, what became of each member, and after how long."""
     with ThreadPoolExecutor(8) as threads:
@@ -154,6 +174,25 @@ def test_who_does_not_come_is_named() -> None:
     expected = "worker 0 of the engine at 127.0.0.1, worker 1 of the engine at 127.0.0.1 did not come within 1 s"
     assert (str(error), error.silent, took_s < 1.5) == (expected, (1,), True)
     assert isinstance(outcomes[0], TransferError)
+
+
+def test_who_does_not_come_to_a_later_update_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its group is there, and its connections are open."""
+    monkeypatch.setattr(collective, "_seen_from_elsewhere", lambda host: host)
+    sender, engines = CollectiveSender(PLAN, timeout_s=3.0), [Receiver(), Receiver(host="127.0.0.2")]
+    readers = [[reader()], [reader()]]
+    update(sender, engines, readers, 1)
+    error, outcomes, took_s = broken(sender, engines, lambda infos: read(readers[0][0], infos[0]))
+    assert (str(error), error.silent) == ("worker 0 of the engine at 127.0.0.2 did not come within 2 s", (1,))
+    assert isinstance(outcomes[0], TransferError) and took_s < 4.0
+
+
+def test_all_whom_any_rank_blames_are_blamed() -> None:
+    outcomes = [Outcome(broken="gone"), Outcome(broken="silent", blamed=(2,)), Outcome(broken="so too", blamed=(0, 2))]
+    ranks: Any = SimpleNamespace(rank=0, gather=lambda outcome: outcomes)
+    with pytest.raises(TransferError, match="^silent$") as caught:
+        settled(ranks, outcomes[0], PLAN)
+    assert caught.value.silent == (0, 2)
 
 
 def test_who_falls_silent_ends_it_in_time() -> None:
@@ -199,6 +238,17 @@ def test_an_address_that_a_stranger_writes_is_used_by_nobody() -> None:
         errors = [future.exception(TIMEOUT_S + 10) for future in (sending, reading)]
     assert all(isinstance(error, TransferError) for error in errors), errors
     assert any("does not know the key" in str(error) for error in errors), errors
+
+
+def test_a_value_that_a_stranger_copies_to_another_name_is_used_by_nobody() -> None:
+    point = MeetingPoint("127.0.0.1")
+    sealed = Meeting(point.store, "m", b"k" * 32).sealed()
+    theirs = dist.PrefixStore("group", dist.PrefixStore("m", point.store))
+    sealed.set("0/0", b"an address")
+    theirs.set("0/1", theirs.get("0/0"))
+    assert sealed.get("0/0") == b"an address"
+    with pytest.raises(RuntimeError, match="0/1 was written by somebody who does not know the key"):
+        sealed.get("0/1")
 
 
 def test_a_stranger_who_connects_in_a_members_place_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +316,19 @@ def test_who_reaches_the_store_finds_no_key_and_is_met_by_nobody_else() -> None:
     (info,) = opened(sender, engines)
     ((address, port),) = info["points"]
     store = dist.TCPStore(address, port, None, False, wait_for_workers=False)
-    found = b"".join(store.get(key) for key in store.list_keys())
+    found = b"".join(name.encode() + store.get(name) for name in store.list_keys())
     assert found and bytes.fromhex(info["key"]) not in found and info["key"].encode() not in found
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.2", port), timeout=2).close()
+
+
+def test_names_and_keys_of_sessions_are_guessed_by_nobody() -> None:
+    """One sender's two sessions, and another's, have neither in common."""
+    senders = [CollectiveSender(PLAN, timeout_s=TIMEOUT_S) for _ in range(2)]
+    infos = opened(senders[0], [Receiver()])
+    for sender in senders:
+        sender.start_anew()
+        infos += opened(sender, [Receiver()])
+    for what, length in (("session", 20), ("key", 64)):
+        for one, other in itertools.combinations([info[what] for info in infos], 2):
+            assert len(one) >= length and sum(a != b for a, b in zip(one, other, strict=True)) > length / 2

@@ -4,6 +4,7 @@ the driver says, and nobody else is heard. Behind each is a counterpart of an en
 from __future__ import annotations
 
 import json
+import socket
 import tempfile
 import threading
 import time
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import megatron_apo
 from megatron_apo.config import Recipe, RolloutConfig
 from megatron_apo.rollout import node as nodes
 from megatron_apo.rollout.engine import Engine, State
@@ -246,10 +249,13 @@ def test_who_has_another_secret_version_or_setting_is_refused_in_a_line(
     registry.server(0, 1.0)
     address = f"{registry.address}:{registry.port}"
     stranger = NodeEngines(recipe, address, "a stranger's", room=1, patience_s=1.5)
-    with pytest.raises(JoinRefused, match=f"^MEGATRON_APO_SECRET: the driver at {address} has another one; give both"):
+    expected = f"^MEGATRON_APO_SECRET: the driver at {address} has another one; give both"
+    with pytest.raises(JoinRefused, match=expected) as refusal:
         stranger.join()
+    assert "a stranger's" not in str(refusal.value)
+    almost = [SECRET[0], SECRET[:-1], SECRET[:-1] + "x", SECRET + "s"]
     for path in ("/join", "/beat", "/"):
-        for headers in ({}, {"Authorization": "Bearer "}, {"Authorization": "Bearer a stranger's"}):
+        for headers in ({}, *({"Authorization": f"Bearer {given}"} for given in ("", "a stranger's", *almost))):
             request = urllib.request.Request(f"http://{address}{path}", b"{}", headers)
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(request, timeout=5)
@@ -268,6 +274,27 @@ def test_who_has_another_secret_version_or_setting_is_refused_in_a_line(
     ):
         NodeEngines(other, address, SECRET, room=1, patience_s=1.5).join()
     assert not registry._nodes
+
+
+def test_the_registry_listens_on_its_address_alone(registry: Registry) -> None:
+    socket.create_connection((registry.address, registry.port), timeout=2).close()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.2", registry.port), timeout=2).close()
+
+
+def test_no_proxy_sees_the_secret(
+    recipe: Recipe, registry: Registry, make_node: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.rollout.start_timeout_s = 2.0
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        make_node()
+        assert len(registry._nodes) == 1
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 def test_nobody_there_is_said_within_the_limit(recipe: Recipe, registry: Registry, stack: ExitStack) -> None:
@@ -355,20 +382,37 @@ def test_a_node_that_missed_the_answer_joins_once(recipe: Recipe, registry: Regi
             {"torch": "2.10.0", "nccl": "2.27"},
             "torch: the trainer has 2.11.0, h1 2.10.0; install torch 2.11.0 there, or 2.10.0 for the trainer",
         ),
+        (
+            {"torch": "2.11.1", "nccl": "2.27"},
+            "torch: the trainer has 2.11.0, h1 2.11.1; install torch 2.11.0 there, or 2.11.1 for the trainer",
+        ),
+        (
+            {"torch": "2.11.0", "nccl": "2.27.3"},
+            "nccl: the trainer has 2.27, h1 2.27.3; install nccl 2.27 there, or 2.27.3 for the trainer",
+        ),
     ],
 )
 def test_versions_are_compared_both_ways(theirs: dict[str, str], expected: str) -> None:
     assert version_problem({"torch": "2.11.0", "nccl": "2.27"}, theirs, "h1") == expected
 
 
+def test_versions_are_of_what_weights_pass_through() -> None:
+    found = versions()
+    own = {"torch": torch.__version__.partition("+")[0], "megatron-apo": megatron_apo.__version__}
+    assert own.items() <= found.items() <= (own | {"nccl": found.get("nccl")}).items()
+
+
 @pytest.mark.parametrize(
     ("host", "given"),
     [("127.0.0.1", "own"), ("localhost", "own"), ("0.0.0.0", "0.0.0.0"), ("somewhere.invalid", "somewhere.invalid")],
 )
-def test_engines_of_a_node_listen_where_the_driver_reaches_them(recipe: Recipe, host: str, given: str) -> None:
+def test_engines_of_a_node_listen_where_the_driver_reaches_them(
+    recipe: Recipe, host: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "route", {"192.0.2.1": "10.0.0.7"}.get)
     recipe.rollout.host = host
-    made = NodeEngines(recipe, "192.0.2.1:9", SECRET, room=1, patience_s=1.5)._server(0)
-    assert made.rollout.host == (nodes.route("192.0.2.1") if given == "own" else given)
+    made = NodeEngines(recipe, "192.0.2.1:9", SECRET, room=1, patience_s=1.5)._server(0).rollout
+    assert (made.host, made.advertise_host) == ("10.0.0.7" if given == "own" else given, "10.0.0.7")
 
 
 def test_a_start_that_fails_says_why(registry: Registry, stack: ExitStack, make_node) -> None:

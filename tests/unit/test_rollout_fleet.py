@@ -21,7 +21,7 @@ from megatron_apo.rollout.engine import Address, Engine, State
 from megatron_apo.rollout.fleet import Fleet, RequestQueue
 from megatron_apo.rollout.proof import prove
 from megatron_apo.rollout.server import ServerDied, ServerError
-from megatron_apo.rollout.weight_sync import SyncError, UpdateFailed, WeightSync
+from megatron_apo.rollout.weight_sync import SyncError, UpdateFailed, WeightSync, held_problem
 from megatron_apo.weights.digest import digest
 from tests.engines import GENERATE, LIMIT_S, Server, engines_of, requests, until
 from tests.weights import TensorSource
@@ -295,6 +295,15 @@ def test_each_engines_workers_say_what_they_hold(make_fleet: MakeFleet) -> None:
     servers[1].worker.held_weights = lambda: {"results": [{"wrong": {}, "held": held}]}
     with pytest.raises(SyncError, match=r"sent: w \(it holds what the sync before sent\)$"):
         sync.sync(5)
+
+
+def test_a_tensor_is_to_be_held_by_some_worker_and_each_holds_what_was_sent() -> None:
+    sent = {"a": "1", "b": "2"}
+    lacks_a, lacks_b = ({"wrong": {}, "held": ["1", "2"], "unheld": [number]} for number in range(2))
+    assert held_problem(sent, {}, [lacks_a, lacks_b], 2) is None
+    assert "b (no parameter of vLLM's model has it)" in str(held_problem(sent, {}, [lacks_b, lacks_b], 2))
+    stale = held_problem(sent, {}, [lacks_a, lacks_b | {"held": ["1", "3"]}], 2)
+    assert stale == "vLLM's worker 1 does not hold the weights that were sent: b (it has other values)"
 
 
 def test_an_engine_that_answers_without_reading_is_unusable(make_fleet: MakeFleet) -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_apo.config import ModelConfig, RolloutConfig, SyncConfig
@@ -19,6 +20,8 @@ from megatron_apo.rollout.server import (
     engine_problems,
     served_length,
 )
+from megatron_apo.rollout.vllm_plugin import TOKEN_VARIABLE
+from megatron_apo.runtime.job import SECRET
 
 QWEN_7B = {
     "model_type": "qwen2",
@@ -95,11 +98,14 @@ def test_an_engine_is_reached_by_an_address_that_it_need_not_bind(settings: dict
 def test_a_server_on_all_interfaces_is_waited_for_where_it_is_reached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not a vLLM, but what is started binds and answers as told."""
+    """Not a vLLM, but what is started binds and answers as told. Its processes know their token and not the job's
+    secret; neither is on a command line, which others can read."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
     script = "import http.server as h, sys; h.test(h.SimpleHTTPRequestHandler, bind='0.0.0.0', port=int(sys.argv[1]))"
     (tmp_path / "health").touch()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(SECRET, "the secret of the job")
+    monkeypatch.setenv("RANK", "1")
     server = VLLMServer(
         RolloutConfig(host="0.0.0.0"), tmp_path, log_path=tmp_path / "log", seed=0, max_model_len=9, shm_dir=tmp_path
     )
@@ -107,6 +113,18 @@ def test_a_server_on_all_interfaces_is_waited_for_where_it_is_reached(
     with server:
         assert server.url.startswith("http://127.0.0.1:")
         assert server.alive() and server.pid in server.pids()
+        for process in map(psutil.Process, server.pids()):
+            environment = process.environ()
+            assert environment[TOKEN_VARIABLE] == server.token and "RANK" not in environment
+            assert "the secret of the job" not in environment.values()
+            assert not any(server.token in word or "the secret of" in word for word in process.cmdline())
+
+
+def test_the_token_is_not_on_the_command_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET, "the secret of the job")
+    server = VLLMServer(RolloutConfig(kv_cache_gib=2), model, log_path=model / "log", seed=0, max_model_len=9)
+    server.token = "the token of the server"
+    assert not any(word for word in server._command(1) if server.token in word or "the secret of" in word)
 
 
 def test_replicas_have_cores_gpus_and_ports_of_their_own(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
