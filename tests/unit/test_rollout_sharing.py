@@ -110,6 +110,7 @@ def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         token = ""
         cache_probe_tokens = 0
         can_start = True
+        is_gone = False
 
         def start(self) -> None:
             self.url, self.payload_dir = f"http://127.0.0.1:{http.server_port}", tmp_path
