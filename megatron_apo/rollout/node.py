@@ -309,9 +309,10 @@ def say_idle_gpus(recipe: Recipe, engines: int) -> None:
     """Name the GPUs of this machine that no engine has."""
     gpus = engine_gpus(recipe.rollout)
     if idle := list(range(engines * recipe.rollout.tp, gpus)):
+        names, have = ("GPUs", "have") if len(idle) > 1 else ("GPU", "has")
         print(
-            f"{socket.gethostname()}: GPU{'s' if len(idle) > 1 else ''} {', '.join(map(str, idle))} of {gpus} have no "
-            f"engine: {engines} of rollout.tp={recipe.rollout.tp}",
+            f"{socket.gethostname()}: {names} {', '.join(map(str, idle))} of {gpus} {have} no engine: {engines} of "
+            f"rollout.tp={recipe.rollout.tp}",
             flush=True,
         )
 
