@@ -227,7 +227,7 @@ def test_a_stale_tensor_stops_the_run_with_its_name(
     def stale(self: Gather, *arguments: Any, **options: Any) -> Iterator[tuple[Bucket, torch.Tensor]]:
         for bucket, buffer in gather(self, *arguments, **options):
             names = [meta.name for meta in bucket.tensors]
-            if STALE in names and options["shared"]:
+            if STALE in names and options.get("shared"):
                 view = bucket.views(buffer)[names.index(STALE)]
                 view.copy_(first.setdefault(STALE, view.clone()))
             yield bucket, buffer
