@@ -16,6 +16,7 @@ import typer
 
 import megatron_apo
 from megatron_apo.config import EstimatorName
+from megatron_apo.runtime.ending import EndedEarly
 from megatron_apo.runtime.garbage import not_collected
 from megatron_apo.runtime.job import is_later_rank
 from megatron_apo.runtime.signals import unwind_on_sigterm
@@ -333,9 +334,10 @@ def main() -> None:
 
         if is_later_rank():
             traceback.print_exc()  # into its log
+        label = "" if isinstance(error, EndedEarly) else "error: "
         for line in error.problems if isinstance(error, RecipeError) else [str(error)]:
             if line:
-                print(f"error: {line}", file=sys.stderr)
+                print(f"{label}{line}", file=sys.stderr)
         sys.exit(2 if isinstance(error, RecipeError) else getattr(error, "exit_code", 1))
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -129,6 +130,7 @@ class Checkpoints:
         self._recipe = recipe
         self._topology = topology
         self._learner = learner
+        self._saved = 0  # the newest there is; what no step has changed is the model
 
     def restore(self) -> int:
         """Load the newest checkpoint, if there is one. Returns the number of steps already taken. Collective."""
@@ -145,16 +147,22 @@ class Checkpoints:
         on_all(self._topology, lambda: self._learner.trainable.load_state(state, folder))
         self._learner.skipped_in_a_row = run.skipped_in_a_row
         self._learner.mismatch.restore(run.first_mismatches)
+        self._saved = run.step
         return run.step
 
-    def save_if_due(self, step: int) -> None:
-        """Save after `step` steps if train.save_every says so. Collective."""
+    def is_due(self, step: int) -> bool:
+        """Whether train.save_every asks for a save after `step` steps."""
+        every = self._recipe.train.save_every
+        return bool(every) and step % every == 0
+
+    def save(self, step: int) -> float | None:
+        """Save what `step` steps have made. Collective. Seconds that it took; None where there is nothing to save."""
         from megatron_apo.runtime.collective import on_driver
         from megatron_apo.weights import torch_dist
 
-        every = self._recipe.train.save_every
-        if not every or step % every:
-            return
+        start = time.monotonic()
+        if step == self._saved:
+            return None
 
         def describe(folder: Path) -> None:
             recipe, learner = self._recipe.model_dump(mode="json"), self._learner
@@ -165,6 +173,8 @@ class Checkpoints:
 
         folder = self._recipe.run.dir / "checkpoints" / f"step-{step:06d}"
         torch_dist.write(folder, self._topology, self._learner.trainable.sharded_state(), describe)
+        self._saved = step
+        return time.monotonic() - start
 
 
 def _run_of(folder: Path) -> RunState:

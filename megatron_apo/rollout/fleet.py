@@ -26,6 +26,7 @@ from megatron_apo.rollout.client import Body, Completion, Outcome, RolloutClient
 from megatron_apo.rollout.engine import Answer, Engine, State, at_once
 from megatron_apo.rollout.registry import RemoteServer
 from megatron_apo.rollout.server import ServerDied, ServerError, VLLMServer, log_file
+from megatron_apo.runtime.ending import Interrupted
 
 
 class RequestQueue:
@@ -68,6 +69,10 @@ class Fleet(AbstractContextManager["Fleet"]):
         self.engines = list(engines)
         self.activity = "the start"
         self.may_start = True
+        self.is_interrupted = False
+        self._arrived: SimpleQueue[tuple[Engine, int, Outcome, float] | None] | None = (
+            None  # answers, while any are due
+        )
         self._window = window if len(engines) > 1 else None
         self._starts: dict[Engine, Future[None]] = {}
         self._threads: list[threading.Thread] = []
@@ -239,8 +244,10 @@ class Fleet(AbstractContextManager["Fleet"]):
 
         Requests of an engine that dies are asked of the others. Raises ServerDied when none is left; asked again, this
         goes on with what is unanswered. A request that is refused ends the call, and so does an error of the caller's.
+        Raises Interrupted once the fleet was interrupted (`interrupt`).
         """
-        arrived: SimpleQueue[tuple[Engine, int, Outcome, float]] = SimpleQueue()
+        arrived: SimpleQueue[tuple[Engine, int, Outcome, float] | None] = SimpleQueue()
+        self._arrived = arrived
         in_flight: dict[Engine, set[int]] = {engine: set() for engine in self.engines}
         given_up: Counter[Engine] = Counter()
 
@@ -259,7 +266,9 @@ class Fleet(AbstractContextManager["Fleet"]):
         try:
             hand_out()
             while any(in_flight.values()):
-                engine, index, outcome, now = arrived.get()
+                if self.is_interrupted or (found := arrived.get()) is None:
+                    raise Interrupted("the run was asked to end")
+                engine, index, outcome, now = found
                 in_flight[engine].discard(index)
                 if isinstance(outcome, ServerDied):
                     queue.put_back(index)
@@ -276,10 +285,17 @@ class Fleet(AbstractContextManager["Fleet"]):
                     on_completion(index, completion)
                 hand_out()
         finally:
+            self._arrived = None
             for engine in self.answering:
                 engine.client.cancel()
         if queue.has_open:
             raise self.death()
+
+    def interrupt(self) -> None:
+        """Whatever is generated is dropped, now and later. From any thread."""
+        self.is_interrupted = True
+        if (arrived := self._arrived) is not None:
+            arrived.put(None)
 
     def death(self) -> ServerDied:
         """Why there is no engine left to ask."""

@@ -29,6 +29,7 @@ from typing import Any
 
 from megatron_apo.config import Recipe, fields_marked
 from megatron_apo.rollout.server import VLLMServer, engine_gpus, log_file
+from megatron_apo.runtime.ending import request
 from megatron_apo.runtime.hosts import names_loopback, route
 from megatron_apo.runtime.job import SECRET
 from megatron_apo.runtime.signals import RANK_LOST
@@ -131,14 +132,16 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
         self._stopping = threading.Event()
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy must see the secret
 
-    def follow(self) -> None:
-        """Do as the driver says until the job is over. A node that it has given up joins anew, without engines. Raises
-        JoinRefused where it is not taken, DriverLost when the driver has been silent for `patience_s`."""
+    def follow(self) -> int:
+        """Do as the driver says until the job is over; returns its exit code, 0 where this was stopped here. A node
+        that it has given up joins anew, without engines. Raises JoinRefused where it is not taken, DriverLost when the
+        driver has been silent for `patience_s`."""
         heard_s = time.monotonic()
         while not self._stopping.wait(BEAT_EVERY_S):
             told = {number: engine.told() for number, engine in self._engines.items()}
             try:
-                answer = self._ask("/beat", {"node": self._node, "engines": told})
+                asked = {"asked": [request.why, request.left_s]} if request.why is not None else {}
+                answer = self._ask("/beat", {"node": self._node, "engines": told} | asked)
                 heard_s = time.monotonic()
             except JoinRefused as refusal:
                 self._node = -1
@@ -152,10 +155,11 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
                     raise DriverLost(self._silence(error)) from None
                 continue
             if answer["is_over"]:
-                return
+                return answer["exit_code"]
             for number, start in answer["starts"].items():
                 if not self._stopping.is_set():
                     self._bring(int(number), start)
+        return 0
 
     def follow_beside(self) -> None:
         """`follow`, in a thread of a process that does not end with it: the run does, when the driver is gone."""

@@ -10,8 +10,10 @@ lost, and its engines with it.
 
     POST /join {"id", "name", "numbers": [of engines] or null, "room", "versions", "settings"} -> {"node"}; 409: why not
                The same id is the same node, which may have missed the answer.
-    POST /beat {"node", "engines": {number: {"start", "state", "url", "token", "text"}}} -> {"starts": {number: start}}
+    POST /beat {"node", "engines": {number: {"start", "state", "url", "token", "text"}}}
+               -> {"starts": {number: start}, "is_over": whether the job has ended, "exit_code": with which code}
                {"node", "engines": {}, "leaves": true}: its engines have ended, and it asks no more
+               {..., "asked": [why, left_s]}: the node was asked to end the run early (`runtime/ending.py`)
 
 `start` counts the starts of an engine, 0 for none: the node starts it anew when its number rises, and ends it at 0.
 """
@@ -26,11 +28,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from aiohttp import web
 
 from megatron_apo.rollout.server import ServerDied, ServerError
+from megatron_apo.runtime.ending import EndedEarly, request
+from megatron_apo.runtime.signals import ENDED_EARLY, RANK_LOST
 
 _LOOK_EVERY_S = 0.25
 _FAREWELL_S = 3.0
@@ -156,6 +161,7 @@ class Registry(AbstractContextManager["Registry"]):
     _nodes: dict[int, _Node] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     is_over: bool = False
+    exit_code: int = 0  # of the job that is over
     _last_told: set[int] = field(default_factory=set)
 
     def server(self, number: int, start_timeout_s: float, cache_probe_tokens: int = 0) -> RemoteServer:
@@ -174,7 +180,9 @@ class Registry(AbstractContextManager["Registry"]):
             raise started[0]
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if error is not None:
+            self.exit_code = ENDED_EARLY if isinstance(error, EndedEarly) else RANK_LOST
         self.is_over = True
         end = time.monotonic() + _FAREWELL_S
         while time.monotonic() < end and self._living() - self._last_told:
@@ -250,11 +258,13 @@ class Registry(AbstractContextManager["Registry"]):
                 if server.node == body["node"] and (told := body["engines"].get(str(server.number))):
                     self._hear(server, _Report(**told))
             own = [server for server in self.servers if server.node == body["node"]]
+            if asked := body.get("asked"):
+                request.ask(f"{node.name}: {asked[0]}", float(asked[1]))
             if body.get("leaves"):
                 self._lose(body["node"], f"{node.name} has left")
         if self.is_over:
             self._last_told.add(body["node"])
-            return {"starts": {}, "is_over": True}
+            return {"starts": {}, "is_over": True, "exit_code": self.exit_code}
         return {"starts": {server.number: server.start_number for server in own}, "is_over": False}
 
     def _hear(self, server: RemoteServer, report: _Report) -> None:

@@ -34,6 +34,9 @@ class Replay(AbstractContextManager["Replay"]):
     def __exit__(self, *_: object) -> None:
         pass
 
+    def interrupt(self) -> None:
+        """There is nothing to drop."""
+
     def sync(self, version: int) -> None:
         pass
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from itertools import chain, cycle, islice
+from types import TracebackType
 
 from megatron_apo.config import Difference, Recipe
 from megatron_apo.data.prompts import Prompt
@@ -43,6 +44,7 @@ from megatron_apo.rollout.sharing import MemorySharing
 from megatron_apo.rollout.transport.base import PATIENCE, Ranks
 from megatron_apo.rollout.weight_sync import SyncError, SyncReport, UpdateFailed, WeightSync
 from megatron_apo.runtime.collective import Answer, driver_only, on_all, on_driver
+from megatron_apo.runtime.ending import Interrupted, request
 from megatron_apo.runtime.hosts import own_address
 from megatron_apo.runtime.job import given_secret, new_secret, read_job
 from megatron_apo.runtime.topology import Topology
@@ -137,8 +139,12 @@ class Rollouts:
             raise
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._stack.__exit__(kind, error, trace)
+
+    def interrupt(self) -> None:
+        """On the driver, from any thread: `sample` and `evaluate` raise Interrupted on every rank, now and later."""
+        self.fleet.interrupt()
 
     @property
     def fleet(self) -> Fleet:
@@ -328,6 +334,8 @@ class Rollouts:
         try:
             return work()
         except ServerDied as death:
+            if on_driver(self._topology, lambda: request.why is not None):
+                raise Interrupted("the run was asked to end") from None
             who = "the rollout server" if self._recipe.rollout.replicas == 1 else "the last rollout engine"
             if self._all_lost_in == self._activity:
                 tail = on_driver(self._topology, lambda: self.fleet.log_tail())

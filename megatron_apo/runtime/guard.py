@@ -2,8 +2,8 @@
 
 A rollout server is a tree of processes (API server, engine core, workers, resource trackers) with shared memory and
 sockets. The guard is its root: a subreaper, so that orphans of the tree become its children and none is lost. When the
-command ends, the guard gets SIGTERM, or the parent is gone (SIGKILL included), it ends the whole tree, unlinks the
-shared memory that the tree had mapped, removes the folders, and exits with the command's status.
+command ends, the guard gets SIGTERM or SIGUSR1, or the parent is gone (SIGKILL included), it ends the whole tree,
+unlinks the shared memory that the tree had mapped, removes the folders, and exits with the command's status.
 It looks for shared memory all along, since a process that ends in order may leave its own (vLLM's workers on a CPU do).
 It makes the folders as well: a parent that made them could be killed before there is a guard.
 Standard library only: it is started by path, and imports nothing of this package.
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals | {signal.SIGCHLD})
     status, made = 1, []
     mapped: set[Path] = set()

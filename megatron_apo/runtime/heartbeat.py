@@ -4,7 +4,8 @@ A wait in a collective does not tell work that takes long from a rank that is go
 for the driver for days. So every rank beats: a thread counts up in the job's store, however long its main thread works
 or waits. Rank 0 looks at all counters, the others at rank 0's; one that stands still for `LIMIT` of
 `parallel.timeout_s` ends the run, which takes until `timeout_s` at most. Rank 0 says which, and tells the others by its
-own counter. Each process then ends from a thread, since its main thread may hang.
+own counter. Each process then ends from a thread, since its main thread may hang. A rank that is asked to end the run
+early (`ending.py`) tells rank 0 the same way.
 
 A call to a store whose host is gone can hang too. So a second thread looks at when the first was last answered.
 Only time in which a process runs counts: a job that is stopped as a whole and continued later goes on.
@@ -22,6 +23,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from megatron_apo.runtime.ending import request
 from megatron_apo.runtime.hosts import store_client
 from megatron_apo.runtime.job import Job
 from megatron_apo.runtime.signals import RANK_LOST, end_now
@@ -32,12 +34,15 @@ _LONGEST_INTERVAL_S = 10.0
 _LEAVING_INTERVAL_S = 0.05
 _UNWIND_LIMIT_S = 30.0  # a rank that has seen another fail has servers to stop, and a reason to tell
 _FAILED_LIMIT_S = 1.0  # for a rank that fails to say so
+_ASKED = "asked"  # key of whether a rank was asked to end the run
 _DONE, _FAILED, _LOST = "done", "failed", "lost "  # what a counter says last
 
 
 def announce(job: Job, store: dist.Store) -> None:
     """Put this rank's counter into the job's store, before the ranks meet: who reads one waits for nothing."""
     store.set(_key(job.rank), "0")
+    if job.rank == 0:
+        store.set(_ASKED, "")
 
 
 class Heartbeat:
@@ -48,24 +53,28 @@ class Heartbeat:
         """hosts: the name of each rank's. Every rank has called `announce` before."""
         self._job = job
         self._hosts = hosts
+        self._wake = threading.Event()
         self._timeout_s = timeout_s
         self._interval_s = min(timeout_s / _BEATS, _LONGEST_INTERVAL_S)
         self._watched = [rank for rank in range(job.world_size) if rank != job.rank] if job.rank == 0 else [0]
         self._seen: dict[int, str] = {}
         self._answers = 0
         self._last_word = ""
+        self._has_passed_on = False  # that the run is asked to end
+        self._heard = request.heard_by(self._wake.set)
         self._leaving = False
         self._given = threading.Event()  # the last word is in the store
-        self._wake = threading.Event()
         self._ended = threading.Event()
         self._all_left = threading.Event()
 
     def __enter__(self) -> Heartbeat:
         for work in (self._beat, self._watch):
             threading.Thread(target=work, name=f"heartbeat-{work.__name__.strip('_')}", daemon=True).start()
+        self._heard.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._heard.__exit__(kind, error, trace)
         self._leaving = True
         self._wake.set()
         if kind is None and self._job.rank == 0:
@@ -89,11 +98,17 @@ class Heartbeat:
             try:
                 client = client or store_client(self._job, self._timeout_s)
                 client.set(_key(self._job.rank), last or str(count + 1))
-                values = client.multi_get([_key(rank) for rank in self._watched])
+                if self._job.rank and request.why is not None and not self._has_passed_on:
+                    client.set(_ASKED, f"{request.left_s} {request.why}")
+                    self._has_passed_on = True
+                *values, asked = client.multi_get([*map(_key, self._watched), _ASKED])
             except (RuntimeError, OSError):  # the store is gone, for good or for a moment
                 client = None
                 time.sleep(self._pause_s)
                 continue
+            if self._job.rank == 0 and asked:
+                left_s, _, why = asked.decode().partition(" ")
+                request.ask(why, float(left_s))
             self._seen = {rank: value.decode() for rank, value in zip(self._watched, values, strict=True)}
             self._answers += 1
             if all(word in (_DONE, _FAILED) for word in self._seen.values()):

@@ -6,6 +6,7 @@ library only.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 SECRET = "MEGATRON_APO_SECRET"  # in the environment alone: a command line and a TCPStore can be read by others
 _LAUNCHED = "MEGATRON_APO_LAUNCHED"
+_NOTICE = "MEGATRON_APO_NOTICE_S"
 _AGENT_STORE, _ATTEMPT = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"
 VARIABLES = (
     "RANK",
@@ -25,6 +27,7 @@ VARIABLES = (
     "MASTER_PORT",
     SECRET,
     _LAUNCHED,
+    _NOTICE,
 )
 _PREFIXES = ("TORCHELASTIC_",)
 
@@ -46,6 +49,7 @@ class Job:
     launched: bool = False  # by our own launcher, which checks the recipe, and writes logs, recipe and summary
     slurm_task: bool = False  # SLURM has started this rank itself, and may show each its own GPU alone
     secret: str | None = None
+    notice_s: float = math.inf  # from SIGUSR1, by which a run is asked to end, to when it is ended
 
     def variables(self) -> dict[str, str]:
         """What a rank is told: `read_job` of it is this job."""
@@ -62,6 +66,7 @@ class Job:
             _LAUNCHED: 1 if self.launched else None,
             _AGENT_STORE: True if self.agent_has_store else None,
             _ATTEMPT: self.attempt or None,
+            _NOTICE: self.notice_s if self.notice_s < math.inf else None,
         }
         return {name: str(value) for name, value in found.items() if value is not None}
 
@@ -92,6 +97,7 @@ class Node:
             num_nodes=self.count,
             launched=True,
             secret=self.secret,
+            notice_s=notice_s(),
         )
 
 
@@ -131,6 +137,7 @@ def read_job(environment: Mapping[str, str] = os.environ) -> Job | None:
         launched=_LAUNCHED in environment,
         slurm_task="LOCAL_RANK" not in environment and "SLURM_LOCALID" in environment,
         secret=given_secret(environment),
+        notice_s=notice_s(environment),
     )
     if not problems and job.rank >= job.world_size:
         problems.append(f"RANK: {job.rank} of WORLD_SIZE={job.world_size} ranks, which are counted from 0; correct one")
@@ -180,6 +187,11 @@ def slurm_tasks(environment: Mapping[str, str] = os.environ) -> int:
 def given_secret(environment: Mapping[str, str] = os.environ) -> str | None:
     """The secret of this process's job, without blanks around it; None where nobody has given it one."""
     return environment.get(SECRET, "").strip() or None
+
+
+def notice_s(environment: Mapping[str, str] = os.environ) -> float:
+    """Seconds from being asked to end a run to being ended, as its launcher has said; without a word, infinite."""
+    return float(environment.get(_NOTICE, math.inf))
 
 
 def new_secret() -> str:

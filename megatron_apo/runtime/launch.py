@@ -11,18 +11,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
 from megatron_apo.config import Recipe
 from megatron_apo.runtime import guard
+from megatron_apo.runtime.ending import EndedEarly, request
 from megatron_apo.runtime.gpus import visible_gpus
 from megatron_apo.runtime.job import Job, Node, given_secret, new_secret, slurm_tasks, without_job
 from megatron_apo.runtime.ports import free_port
-from megatron_apo.runtime.signals import RANK_LOST, end_with_parent
+from megatron_apo.runtime.signals import ASK, RANK_LOST, block_ask, end_with_parent, on_ask
 
 _STOP_LIMIT_S = 10.0
 _TOGETHER_S = 3.0
@@ -69,6 +71,7 @@ def be_rank(job: Job, log_dir: Path | None = None) -> None:
     log_dir: where all ranks but rank 0 write from now on; None: they write where they do.
     """
     end_with_parent()
+    on_ask(lambda: request.ask("SIGUSR1", job.notice_s))
     if job.launched:
         return
     for name, value in _defaults().items():
@@ -95,7 +98,7 @@ def spawn_node(arguments: Sequence[str], node: Node, log_dir: Path) -> None:
     every process that the ranks started is gone before this returns.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    failed, code = _supervise(
+    failed, code, _ = _supervise(
         [partial(_start_rank, arguments, node.job(local_rank), log_dir) for local_rank in range(node.num_ranks)]
     )
     if failed is not None:
@@ -104,7 +107,7 @@ def spawn_node(arguments: Sequence[str], node: Node, log_dir: Path) -> None:
 
 def run_command(arguments: Sequence[str]) -> None:
     """Run `megatron-apo ARGUMENTS` in a process of its own and wait for it, as `spawn` does for ranks."""
-    failed, code = _supervise([partial(_start, arguments, dict(os.environ), None)])
+    failed, code, _ = _supervise([partial(_start, arguments, dict(os.environ), None)])
     if failed is not None:
         raise RankFailed(f"megatron-apo {arguments[0]} ended with status {code}", code)
 
@@ -121,26 +124,44 @@ def run_guarded(arguments: Sequence[str], environment: Mapping[str, str]) -> Non
     own = {**environment, _GUARDED: "1", "TMPDIR": str(scratch)}
     watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}", f"--folder={scratch}", "--"]
     try:
-        failed, code = _supervise([partial(_start, arguments, own, None, watch)])
+        failed, code, was_asked = _supervise([partial(_start, arguments, own, None, watch)])
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # as the guard does: either may be killed
+    if failed is not None and was_asked:
+        raise EndedEarly(f"{arguments[0]} ended early, as it was asked to; started again it goes on with what is left")
     if failed is not None:
         raise RankFailed(_killed(f"megatron-apo {arguments[0]}", code), code)
 
 
-def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple[int | None, int]:
-    """Start processes, wait for all. Returns (index of the first to fail or None, its exit code as a shell has it)."""
+def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple[int | None, int, bool]:
+    """Start processes, wait for all. Returns (index of the first to fail or None, its exit code as a shell has it,
+    whether they were asked to end early)."""
     guard.LIBC.prctl(guard.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a killed child leaves becomes ours
     processes: list[subprocess.Popen[bytes]] = []
     callers_own, others = set(guard.descendants(os.getpid())), guard.shared_memory()
     try:
-        for start in starts:
-            processes.append(start())
-        failed = _wait(processes)
+        with _heard_ask() as is_asked:
+            for start in starts:
+                processes.append(start())
+            failed = _wait(processes, is_asked)
         code = processes[failed].returncode if failed is not None else 0
     finally:
         _stop(processes, callers_own, others)
-    return failed, code if code >= 0 else 128 - code
+    return failed, code if code >= 0 else 128 - code, is_asked()
+
+
+@contextmanager
+def _heard_ask() -> Iterator[Callable[[], bool]]:
+    """Whether this process was asked to end its run early (`ending.py`), which is its children's to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    times: list[float] = []
+    before = signal.signal(ASK, lambda number, frame: times.append(time.monotonic()))
+    try:
+        yield lambda: bool(times)
+    finally:
+        signal.signal(ASK, before)
 
 
 def _start_rank(arguments: Sequence[str], job: Job, log_dir: Path) -> subprocess.Popen[bytes]:
@@ -170,18 +191,27 @@ def _start(
             stdout=log,
             stderr=log and subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the others in order
-            preexec_fn=partial(guard.end_with, os.getpid()),
+            preexec_fn=partial(_prepare, os.getpid()),
         )
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
-    """Index of the first rank that failed; None when all ended well.
+def _prepare(parent: int) -> None:
+    block_ask()
+    guard.end_with(parent)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], is_asked: Callable[[], bool] = lambda: False) -> int | None:
+    """Index of the first rank that failed; None when all ended well. They are told once when it `is_asked`.
 
     An error that all ranks raise together is the first's to tell, which writes to the terminal where it is rank 0: it
     has a moment to end as well.
     """
+    is_told = False
     while True:
         codes = [rank.poll() for rank in ranks]
+        if not is_told and (is_told := is_asked()):
+            for rank in ranks:
+                rank.send_signal(ASK)
         failed = [index for index, code in enumerate(codes) if code not in (None, 0)]
         if failed:
             with suppress(subprocess.TimeoutExpired):

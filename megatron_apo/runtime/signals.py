@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 RANK_LOST = 76  # exit code of a rank that ended only because another did, or fell silent
+ENDED_EARLY = 75  # of a run that was asked to end, and has saved: started again it goes on (sysexits' EX_TEMPFAIL)
 TERMINATED = 128 + signal.SIGTERM
+ASK = signal.SIGUSR1  # asks a run to end early (`ending.py`)
 _LOOK_EVERY_S = 0.5
 _UNWIND_LIMIT_S = 20.0
 
@@ -30,6 +34,29 @@ def unwind_on_sigterm() -> None:
             sys.exit(TERMINATED)
 
     signal.signal(signal.SIGTERM, handle)
+
+
+def on_ask(heard: Callable[[], None]) -> None:
+    """Call `heard`, in a thread, whenever this process is sent SIGUSR1, whatever its main thread does: a handler of
+    Python's waits until that is back from a collective. Ends a blockade of that signal (`block_ask`)."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    signal.signal(ASK, lambda number, frame: None)
+
+    def listen() -> None:
+        with reader, writer:
+            while numbers := reader.recv(64):
+                if ASK in numbers:
+                    heard()
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [ASK])
+
+
+def block_ask() -> None:
+    """In a new process that will call `on_ask`: be not ended by a signal that comes before it does."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [ASK])
 
 
 def end_with_parent() -> None:

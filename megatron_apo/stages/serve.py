@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from megatron_apo import preflight
 from megatron_apo.config import Recipe
-from megatron_apo.rollout.node import NodeEngines, room_here, say_idle_gpus
-from megatron_apo.runtime.job import given_secret
+from megatron_apo.rollout.node import DriverLost, NodeEngines, room_here, say_idle_gpus
+from megatron_apo.runtime.ending import EndedEarly, request
+from megatron_apo.runtime.job import given_secret, notice_s
+from megatron_apo.runtime.signals import ENDED_EARLY, on_ask
 
 
 def run(recipe: Recipe, engines: int | None = None) -> None:
@@ -13,8 +15,13 @@ def run(recipe: Recipe, engines: int | None = None) -> None:
     preflight.check_serving(recipe, engines)
     room = engines or room_here(recipe)
     say_idle_gpus(recipe, room)
+    on_ask(lambda: request.ask("SIGUSR1", notice_s()))
     secret = given_secret()
     assert secret and recipe.rollout.driver
     with NodeEngines(recipe, recipe.rollout.driver, secret, room=room, patience_s=recipe.parallel.timeout_s) as node:
         node.join()
-        node.follow()
+        code = node.follow()
+    if code == ENDED_EARLY:
+        raise EndedEarly("the training was asked to end, and has saved")
+    if code:
+        raise DriverLost("the training has ended with an error")

@@ -20,10 +20,12 @@ from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.training_data import TrainingData
 from megatron_apo.runtime.collective import driver_only, on_driver
+from megatron_apo.runtime.deadline import Deadline
+from megatron_apo.runtime.ending import EndedEarly, Interrupted, request
 from megatron_apo.runtime.garbage import garbage_collection_frozen
 from megatron_apo.runtime.launch import write_recipe
 from megatron_apo.runtime.topology import Topology
-from megatron_apo.telemetry.recorder import Recorder
+from megatron_apo.telemetry.recorder import GENERATE_S, SAVE_S, STEP_S, Recorder
 from megatron_apo.weights.stream import WeightStream, export_hf
 
 
@@ -38,41 +40,74 @@ def train(recipe: Recipe, topology: Topology) -> None:
     with (
         _rollouts(recipe, topology, learner, data) as rollouts,
         Recorder(recipe, topology, rollouts.memory_pids, start) as recorder,
+        Deadline(topology, rollouts.interrupt) as deadline,
         Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress,
         garbage_collection_frozen(),
     ):
-        recorder.synced(rollouts.sync(start))
-        recorder.proved(rollouts.prove())
-        if start == 0:
-            recorder.evaluated(0, rollouts.evaluate(0))
-        task = progress.add_task("A*-PO", total=recipe.train.steps, completed=start)
-        for step in range(start, recipe.train.steps):
-            learner.timer.pop()  # an evaluation's phases are no step's
-            with learner.timer.phase("step"):
-                prompts = data.prompts_of(recipe, step, learner.objective.samples_per_prompt) if data else []
-                batch = learner.receive(rollouts.sample(prompts, step))
-                values = on_driver(topology, partial(TrainingData.values, data, batch))
-                if recipe.train.record:
-                    on_driver(topology, partial(recorded_rollouts(recipe.run.dir).write, step, batch))
-                record = learner.learn(batch, values, step)
-                with learner.timer.phase("sync"):
-                    recorder.synced(rollouts.sync(step + 1))
-            if step == 0 and recipe.model.reference_path == recipe.model.path:
-                record.require_no_log_ratio(learner.first_log_ratio_tolerance)
-            if (step + 1) % recipe.sync.probe_every == 0:
-                recorder.proved(rollouts.prove())
-            phases = learner.timer.pop()
-            recorder.log(
-                step + 1, {**learner.step_metrics(record, batch, values, phases), **rollouts.step_metrics()}, phases
-            )
-            if recipe.eval.every and (step + 1) % recipe.eval.every == 0 and step + 1 < recipe.train.steps:
-                recorder.evaluated(step + 1, rollouts.evaluate(step))
-            checkpoints.save_if_due(step + 1)
-            progress.advance(task)
-        recorder.evaluated(recipe.train.steps, rollouts.evaluate(recipe.train.steps))
+        deadline.expect(*map(recorder.last, (STEP_S, GENERATE_S, SAVE_S)))
+        done = start
+
+        def save() -> None:
+            if (seconds := checkpoints.save(done)) is not None:
+                recorder.saved(done, seconds)
+                deadline.has_saved(seconds)
+
+        try:
+            recorder.synced(rollouts.sync(start))
+            recorder.proved(rollouts.prove())
+            if start == recipe.train.steps or on_driver(topology, lambda: _lacks_evaluation(recipe, recorder, start)):
+                recorder.evaluated(start, rollouts.evaluate(start))
+            task = progress.add_task("A*-PO", total=recipe.train.steps, completed=start)
+            for step in range(start, recipe.train.steps):
+                deadline.require_time()
+                learner.timer.pop()  # an evaluation's phases are no step's
+                with learner.timer.phase("step"):
+                    prompts = data.prompts_of(recipe, step, learner.objective.samples_per_prompt) if data else []
+                    with deadline.sampling():
+                        batch = learner.receive(rollouts.sample(prompts, step))
+                    with deadline.learning():
+                        values = on_driver(topology, partial(TrainingData.values, data, batch))
+                        if recipe.train.record:
+                            on_driver(topology, partial(recorded_rollouts(recipe.run.dir).write, step, batch))
+                        record = learner.learn(batch, values, step)
+                    done = step + 1
+                    if goes_on := not deadline.is_asked:
+                        with learner.timer.phase("sync"):
+                            recorder.synced(rollouts.sync(done))
+                if step == 0 and recipe.model.reference_path == recipe.model.path:
+                    record.require_no_log_ratio(learner.first_log_ratio_tolerance)
+                if goes_on and done % recipe.sync.probe_every == 0:
+                    recorder.proved(rollouts.prove())
+                phases = learner.timer.pop()
+                recorder.log(
+                    done, {**learner.step_metrics(record, batch, values, phases), **rollouts.step_metrics()}, phases
+                )
+                if checkpoints.is_due(done):
+                    save()
+                progress.advance(task)
+                deadline.require_time()
+                if _is_evaluated_after(recipe, done):
+                    recorder.evaluated(done, rollouts.evaluate(done))
+        except Interrupted:
+            save()
+            why = on_driver(topology, lambda: request.why)
+            raise EndedEarly(
+                f"ended early after {done} of {recipe.train.steps} steps, which are saved ({why})"
+            ) from None
         recorder.finish(rollouts.grader_failures)
     stream = WeightStream(learner.policy, learner.spec, topology)
     export_hf(stream, topology, source=recipe.model.path, out=recipe.run.dir / "checkpoints" / "hf")
+
+
+def _is_evaluated_after(recipe: Recipe, step: int) -> bool:
+    """Whether the weights after `step` steps are evaluated: before the first, after the last, and by eval.every."""
+    every = recipe.eval.every
+    return step in (0, recipe.train.steps) or bool(every and step % every == 0)
+
+
+def _lacks_evaluation(recipe: Recipe, recorder: Recorder, step: int) -> bool:
+    """On the driver, whether a run that goes on after `step` steps was ended before their evaluation."""
+    return _is_evaluated_after(recipe, step) and not recorder.has_evaluated(step)
 
 
 def _rollouts(

@@ -26,6 +26,7 @@ from megatron_apo.telemetry.metrics import MetricsWriter, read_metrics
 from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.telemetry.timers import Phase
 
+SAVE_S, STEP_S, GENERATE_S = "checkpoint/save_s", "time/step_s", "time/generate_s"  # names in metrics.jsonl
 _SETTLED_STEPS = 2  # the first steps warm caches and kernels up; means leave them out
 
 
@@ -134,6 +135,19 @@ class Recorder:
             "eval/truncated": found.truncated,
         }
         self._log(step, {name: value for name, value in values.items() if value is not None})
+
+    def has_evaluated(self, step: int) -> bool:
+        """Whether the run has an evaluation of the weights after `step` steps; False except on the driver."""
+        rows = read_metrics(self._recipe.run.dir) if self._topology.is_driver else []
+        return any(row["step"] == step and "eval/avg_at_k" in row for row in rows)
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A checkpoint of what `step` steps have made was written."""
+        self._log(step, {SAVE_S: seconds})
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a metric, also of the run before it was resumed; None where there is none."""
+        return self._history[name][-1] if name in self._history else None
 
     def log(self, step: int, values: Mapping[str, float], phases: Mapping[str, Phase]) -> None:
         """One training step (`step` counts from 1): `values` by the names of metrics.jsonl. Collective."""

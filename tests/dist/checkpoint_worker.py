@@ -77,7 +77,8 @@ def train(recipe: Recipe, topology: Topology, steps: int) -> dict:
         found["losses"].append(learner.learn(part, no_values(part), step).metrics()["loss"])
         found["lr"].append(learner.trainable.lr)
         begin = time.perf_counter()
-        checkpoints.save_if_due(step + 1)
+        if checkpoints.is_due(step + 1):
+            checkpoints.save(step + 1)
         found["save_s"] = max(found["save_s"], time.perf_counter() - begin)
     found["mismatches"] = list(learner.mismatch.first_means)
     return found | {"weights": dict(WeightStream(learner.policy, read_hf_config(recipe.model.path), topology))}

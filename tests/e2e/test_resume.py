@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_apo.data.rollouts import RolloutBatch
+from megatron_apo.learner.checkpoint import latest
+from megatron_apo.runtime.signals import ENDED_EARLY
 from tests.batches import assert_same_batch
 from tests.dist.ranks import start_ranks
 from tests.e2e.command import Command
 from tests.runs import write_run
 
-STEPS, KILLED_AFTER, SAVED = 8, 5, 4
+STEPS, ASKED_AFTER, KILLED_AFTER, SAVED = 8, 1, 5, 4
 
 
 def rows(run: Path) -> list[dict]:
@@ -26,15 +28,22 @@ def rows(run: Path) -> list[dict]:
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(command: Callable[..., Command], tmp_path: Path) -> None:
-    """The step that was lost is sampled again, and again the same; nothing is twice in the metrics; the weights are
-    those of an undisturbed run on the same batches."""
+    """It is asked to end first, and then killed. The step that was lost is sampled again, and again the same; nothing
+    is twice in the metrics; the weights are those of an undisturbed run on the same batches."""
     recipe = write_run(tmp_path, "parallel.pp=2", f"train.steps={STEPS}", "train.save_every=2", "eval.every=2")
     run_dir, arguments = recipe.run.dir, ["train", "-r", str(tmp_path / "recipe.yaml"), "--record"]
+    asked = command(*arguments, MEGATRON_APO_NOTICE_S="0.1")  # too little for the rest of any step
+    asked.wait_for(lambda: any(row["step"] == ASKED_AFTER for row in rows(run_dir)))
+    assert asked.send(signal.SIGUSR1) == ENDED_EARLY
+    done = max(row["step"] for row in rows(run_dir))
+    assert f"\nended early after {done} of {STEPS} steps, which are saved (SIGUSR1)" in asked.output
+    assert latest(run_dir).name == f"step-{done:06d}" and done < KILLED_AFTER
     first = command(*arguments)
     first.wait_for(lambda: any(row["step"] == KILLED_AFTER for row in rows(run_dir)))
     assert first.send(signal.SIGKILL) == -signal.SIGKILL
     before, killed_rows = tmp_path / "before", rows(run_dir)
     shutil.copytree(run_dir / "rollouts", before)
+    assert f"resuming from {run_dir}/checkpoints/step-{done:06d}" in first.output
     second = command(*arguments)
     assert second.wait() == 0, second.output
     assert f"resuming from {run_dir}/checkpoints/step-{SAVED:06d}" in second.output

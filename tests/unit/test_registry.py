@@ -21,12 +21,14 @@ import torch
 import megatron_apo
 from megatron_apo.config import Recipe, RolloutConfig
 from megatron_apo.rollout import node as nodes
+from megatron_apo.rollout import registry as registries
 from megatron_apo.rollout.engine import Engine, State
 from megatron_apo.rollout.fleet import Fleet, RequestQueue
 from megatron_apo.rollout.node import DriverLost, JoinRefused, NodeEngines, engine_settings, versions
 from megatron_apo.rollout.placement import Placement, transport_of
 from megatron_apo.rollout.registry import Registry, version_problem
 from megatron_apo.rollout.server import ServerDied, ServerError
+from megatron_apo.runtime.ending import EndedEarly, Request
 from tests.engines import LIMIT_S, Server, requests, until
 from tests.runs import write_run
 
@@ -86,7 +88,7 @@ class Node:
         self, recipe: Recipe, registry: Registry, stack: ExitStack, kind: type[Server] = NodeServer, **options
     ):
         self.servers: dict[int, Server] = {}
-        self.ended: list[Exception | None] = []
+        self.ended: list[Exception | int] = []  # its exit code, or what it failed with
         self.engines = NodeEngines(
             recipe, f"{registry.address}:{registry.port}", SECRET, **{"room": 1, "patience_s": 1.5} | options
         )
@@ -103,8 +105,7 @@ class Node:
 
     def _follow(self) -> None:
         try:
-            self.engines.follow()
-            self.ended.append(None)
+            self.ended.append(self.engines.follow())
         except (DriverLost, JoinRefused) as error:
             self.ended.append(error)
 
@@ -152,7 +153,7 @@ def test_engines_of_two_nodes_are_a_fleet(registry: Registry, stack: ExitStack, 
     fleet.stop()
     until(lambda: not any(server.alive() for server in (*first.servers.values(), *second.servers.values())))
     stack.close()
-    until(lambda: first.ended == second.ended == [None])
+    until(lambda: first.ended == second.ended == [0])
 
 
 def test_an_engine_that_dies_is_known_at_once_and_started_again(
@@ -359,6 +360,28 @@ def test_a_driver_that_was_asleep_does_not_take_the_nodes_for_silent(
     registry._loop.call_soon_threadsafe(time.sleep, 2 * registry.patience_s)
     time.sleep(2 * registry.patience_s + 1)
     assert not registry._nodes[0].is_lost
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (EndedEarly("asked"), 75), (RuntimeError("no"), 76)])
+def test_a_node_ends_with_the_job_and_hears_how(
+    error: Exception | None, code: int, recipe: Recipe, registry: Registry, make_node
+) -> None:
+    node = make_node()
+    registry.__exit__(type(error) if error else None, error, None)
+    until(lambda: node.ended)
+    assert node.ended == [code]
+
+
+def test_a_node_that_is_asked_to_end_the_run_tells_the_driver(
+    registry: Registry, make_node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = Request(), Request()
+    monkeypatch.setattr(registries, "request", ours)
+    monkeypatch.setattr(nodes, "request", theirs)
+    node = make_node()
+    theirs.ask("SIGUSR1", 30)
+    until(lambda: ours.why is not None)
+    assert ours.why == f"{socket.gethostname()}: SIGUSR1" and 25 < ours.left_s <= 30 and not node.ended
 
 
 def test_a_node_that_missed_the_answer_joins_once(recipe: Recipe, registry: Registry) -> None:
