@@ -26,7 +26,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_apo", "megatron_apo.*"]),
     # megatron_apo/recipes is a link to launch/recipes, so that a wheel carries the recipes too.
-    package_data={"megatron_apo": ["recipes/*.yaml", "telemetry/*.css"]},
+    package_data={"megatron_apo": ["recipes/*.yaml", "recipes/shapes/*.json", "telemetry/*.css"]},
     # Ranges; launch/requirements/cpu.txt has the exact versions that the tests run with.
     install_requires=[
         "aiohttp>=3.9",

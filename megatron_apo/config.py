@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.config import JsonDict
 
 RECIPES = Path(__file__).parent / "recipes"
+SHAPE = "shape:"  # before the name of a public model whose config.json is one of RECIPES/shapes
 
 # What a field is to a resumed run and to a V* store stands at the field (`fields_marked`). Without a mark a resumed run
 # must have the same value, and a store does not depend on it.
@@ -110,12 +111,13 @@ class FP8Config(Section):
 class ModelConfig(Section):
     path: Path = Field(
         json_schema_extra=behind_fingerprint("model_hash", "tokenizer_hash", "template_hash"),
-        description="Hugging Face folder of the starting policy (config.json, safetensors, tokenizer)",
+        description="Hugging Face folder of the starting policy (config.json, safetensors, tokenizer); for `doctor` "
+        "also shape:NAME, a public model's config.json without weights, of launch/recipes/shapes",
     )
     reference: Path | None = Field(
         None,
         json_schema_extra=behind_fingerprint("model_hash"),
-        description="Hugging Face folder of pi_ref; none: the same as model.path",
+        description="Hugging Face folder of pi_ref, or as model.path a shape; none: the same as model.path",
     )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="what the trainer computes in; bf16 keeps master weights and gradients in fp32"
@@ -133,9 +135,21 @@ class ModelConfig(Section):
         "buffers while it computes",
     )
 
+    @field_validator("path", "reference")
+    @classmethod
+    def _has_a_known_shape(cls, value: Path | None) -> Path | None:
+        if value is not None and (name := shape_name(value)) is not None and name not in (known := shapes()):
+            raise ValueError(f"a Hugging Face folder, or one of {', '.join(SHAPE + other for other in known)}")
+        return value
+
     @property
     def reference_path(self) -> Path:
         return self.reference or self.path
+
+    @property
+    def shapes(self) -> dict[str, Path]:
+        """Those of `folders` that are shapes."""
+        return {key: folder for key, folder in self.folders.items() if shape_name(folder) is not None}
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -995,6 +1009,22 @@ class Recipe(Section):
 def aligned(length: int, multiple: int) -> int:
     """`length` rounded up to a multiple of `multiple`."""
     return -(-length // multiple) * multiple
+
+
+def shapes() -> list[str]:
+    """Names of the public models whose config.json is here."""
+    return sorted(path.stem for path in (RECIPES / "shapes").glob("*.json"))
+
+
+def shape_name(folder: Path) -> str | None:
+    """ "qwen3-8b" for shape:qwen3-8b, None for a folder."""
+    return str(folder).removeprefix(SHAPE) if str(folder).startswith(SHAPE) else None
+
+
+def model_config_file(folder: Path) -> Path:
+    """The config.json of a Hugging Face folder or of a shape, whether it is there or not."""
+    name = shape_name(folder)
+    return folder / "config.json" if name is None else RECIPES / "shapes" / f"{name}.json"
 
 
 def recipe_path(name: str) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_apo.config import ParallelConfig
+from megatron_apo.config import ParallelConfig, model_config_file
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 # What transformers assumes where a config.json is silent, and the fallbacks below do not.
@@ -122,8 +122,8 @@ class ModelSpec:
 
 
 def read_hf_config(folder: Path) -> ModelSpec:
-    """Read `folder/config.json`. Raises `ModelConfigError` with one line per problem."""
-    path = Path(folder) / "config.json"
+    """Read `folder/config.json`, or that of a shape. Raises `ModelConfigError` with one line per problem."""
+    path = model_config_file(Path(folder))
     if not path.is_file():
         raise ModelConfigError(f"model path {folder}: no config.json there; give a Hugging Face model folder")
     try:

@@ -32,8 +32,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_module_recipe_and_asset_is_in_the_wheel(installed: Path) -> None:
     here = {path.relative_to(ROOT) for path in (ROOT / "megatron_apo").rglob("*") if path.suffix in (".py", ".css")}
-    here |= {Path("megatron_apo/recipes") / path.name for path in (ROOT / "launch/recipes").glob("*.yaml")}
-    assert Path("megatron_apo/recipes/quickstart.yaml") in here
+    recipes = ROOT / "launch/recipes"
+    here |= {
+        Path("megatron_apo/recipes") / path.relative_to(recipes)
+        for path in recipes.rglob("*")
+        if path.suffix in (".yaml", ".json")
+    }
+    assert {Path("megatron_apo/recipes") / name for name in ("quickstart.yaml", "shapes/qwen3-8b.json")} <= here
     assert [str(path) for path in sorted(here) if not (installed / path).is_file()] == []
 
 
