@@ -23,6 +23,7 @@ from megatron_apo.runtime.signals import unwind_on_sigterm
 
 if TYPE_CHECKING:
     from megatron_apo.config import Recipe
+    from megatron_apo.runtime.machine import Machine
 
 DEBUG = "MEGATRON_APO_DEBUG"
 
@@ -279,14 +280,48 @@ def doctor(
         typer.Option("--for", help="check what this command would refuse; default: what the next stage would"),
     ] = None,
     fields: Annotated[bool, typer.Option("--fields", help="only list every field of a recipe")] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="hold the recipe against nodes with these GPUs, such as H100, in place of here")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="of --gpu, in each node; default: 8")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="with --gpu: how many nodes; default: 1")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="with --gpu: memory of each node's host, as 1TB")] = None,
 ) -> None:
-    """Say what is installed, what this machine can do, and what is lost without the rest."""
+    """Say what is installed, what this machine can do, and what is lost without the rest.
+
+    It needs no weights: model.path=shape:NAME stands for a public model (launch/recipes/shapes).
+    """
     from megatron_apo import doctor as checks
 
     if fields:
         checks.print_fields()
-    else:
-        checks.print_findings(_load(recipe, overrides) if recipe else None, stage)
+        return
+    loaded = _load(recipe, overrides) if recipe else None
+    checks.print_findings(loaded, stage, _described(loaded, gpu, gpus, nodes, host_memory))
+
+
+def _described(
+    recipe: Recipe | None, gpu: str | None, gpus: int | None, nodes: int | None, host_memory: str | None
+) -> Machine | None:
+    """The machine that the doctor's options describe, None without them."""
+    from megatron_apo.runtime.machine import UNLIMITED, Machine
+    from megatron_apo.telemetry.units import parse_size
+
+    given = {"--gpu": gpu, "--gpus": gpus, "--nodes": nodes, "--host-memory": host_memory}
+    names = ", ".join(name for name, value in given.items() if value is not None)
+    if not names:
+        return None
+    if gpu is None:
+        raise typer.BadParameter("describes nodes, whose GPUs are missing; give --gpu too", param_hint=names)
+    if recipe is None:
+        raise typer.BadParameter("describes what a recipe is held against; give --recipe too", param_hint=names)
+    memory = UNLIMITED if host_memory is None else parse_size(host_memory, "--host-memory")
+    try:
+        return Machine.described(
+            gpu, gpus or 8, nodes or 1, num_ranks=recipe.parallel.world_size, available_bytes=memory
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--gpu") from None
 
 
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:

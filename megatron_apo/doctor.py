@@ -9,6 +9,7 @@ import os
 import shutil
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pynvml
@@ -26,8 +27,11 @@ from megatron_apo.model.precision import (
     optimizer_problems,
 )
 from megatron_apo.runtime.gpus import Capability
-from megatron_apo.runtime.machine import Machine
+from megatron_apo.runtime.machine import UNLIMITED, Machine
 from megatron_apo.telemetry.units import data_size
+
+if TYPE_CHECKING:
+    from megatron_apo.preflight import Stage
 
 Finding = tuple[str, str, str]
 _LAYERS = {"te": "Transformer Engine's layers", "local": "Megatron-Core's local layers"}
@@ -44,34 +48,57 @@ _PACKAGES = {
 }
 
 
-def print_findings(recipe: Recipe | None, stage: str | None = None) -> None:
+def print_findings(recipe: Recipe | None, stage: Stage | None = None, described: Machine | None = None) -> None:
     """Print the tables; with a recipe, also what keeps `stage` from starting here (None: the next one, and stage 2's
-    demands on the machine already). Raises `RecipeError` if anything does."""
+    demands on the machine already). described: hold the recipe against this machine instead, and print no tables.
+    Raises `RecipeError` if anything keeps it."""
     console = Console()
-    run_dir = recipe.run.dir if recipe else Path("runs")
-    machine = Machine.here()
-    capability = machine.capability
-    _print(console, "Installed", ("package", "version", "for"), package_findings())
-    _print(console, "Machine", ("part", "seen", "note"), gpu_findings() + machine_findings(run_dir))
-    _print(console, "What this allows", ("feature", "here", "why"), feature_findings(capability))
-    if recipe is not None:
-        from megatron_apo.preflight import next_stage
-
-        if found := recipe_problems(recipe, stage, machine):
-            raise RecipeError(found)
-        layers = layer_kind(recipe.model, recipe.parallel, capability)
-        console.print(f"{stage or next_stage(recipe)} can start here. The recipe trains on {_LAYERS[layers]}.")
+    machine = described or Machine.here()
+    if described is None:
+        run_dir = recipe.run.dir if recipe else Path("runs")
+        _print(console, "Installed", ("package", "version", "for"), package_findings())
+        _print(console, "Machine", ("part", "seen", "note"), gpu_findings() + machine_findings(run_dir))
+        _print(console, "What this allows", ("feature", "here", "why"), feature_findings(machine.capability))
+    if recipe is None:
+        return
+    if found := recipe_problems(recipe, stage, machine):
+        raise RecipeError(found)
+    console.print(_verdict(recipe, stage, machine))
 
 
-def recipe_problems(recipe: Recipe, stage: str | None, machine: Machine) -> list[str]:
-    """What `stage` would refuse; for None what the next one would, and what stage 2 would of machine and models."""
-    from megatron_apo.preflight import new_lines, next_stage, problems, training_problems
+def recipe_problems(recipe: Recipe, stage: Stage | None, machine: Machine) -> list[str]:
+    """What `stage` would refuse; for None what the next one would, and what stage 2 would of machine and models. With a
+    shape in place of a model: what shows without weights."""
+    from megatron_apo.preflight import new_lines, next_stage, problems, shape_problems, training_problems
 
+    if recipe.model.shapes:
+        return shape_problems(recipe, stage, machine)
     if stage:
         return problems(recipe, stage, machine)
     found = problems(recipe, next_stage(recipe), machine)
     models = {key: folder for key, folder in recipe.model.folders.items() if folder.exists()}
     return found + new_lines(training_problems(recipe, models, machine), known=found)
+
+
+def _verdict(recipe: Recipe, stage: Stage | None, machine: Machine) -> str:
+    """That nothing keeps the recipe, and what was not looked at."""
+    from megatron_apo.preflight import next_stage
+
+    where, unseen = "here", []
+    if machine.is_described:
+        nodes, memory = machine.described_nodes, data_size(machine.gpu_memory_bytes[0])
+        where = f"on {nodes} x {len(machine.gpus)} GPUs of {memory}"
+        unseen += ["software and network there"]
+        if machine.available_bytes == UNLIMITED:
+            unseen += ["host memory (--host-memory)"]
+    if recipe.model.shapes:
+        unseen += ["weights, tokenizer, data and store"]
+        name = stage or "both stages"
+    else:
+        name = stage or next_stage(recipe)
+    layers = layer_kind(recipe.model, recipe.parallel, machine.capability, elsewhere=machine.is_described)
+    told = f"{name} can start {where}. The recipe trains on {_LAYERS[layers]}."
+    return f"{told} Not looked at: {'; '.join(unseen)}." if unseen else told
 
 
 def print_fields() -> None:

@@ -2,6 +2,7 @@
 
     data = open_training(recipe)        # stage 2's prompts and V*; raises for anything that training would trip over
     problems(recipe, "train")           # the same as lines, for the doctor
+    shape_problems(recipe, "train")     # of these what shows without weights, tokenizer and data
 
 Each check is a function of what it reads: the recipe, the `Machine`, a model's config.json. What can be found together
 is reported together: machine, models and folders first, then the data, then what depends on both. Starts nothing.
@@ -13,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import util
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_apo.config import Recipe, RecipeError, RolloutConfig, values_marked
+from megatron_apo.config import Recipe, RecipeError, RolloutConfig, shape_name, values_marked
 from megatron_apo.data.sft import Examples, read_examples
 from megatron_apo.learner.checkpoint import check_resume, next_step
 from megatron_apo.model.hf_config import ModelSpec, check_layout, check_served, read_hf_config
@@ -54,6 +55,7 @@ def open_warmup(recipe: Recipe, machine: Machine | None = None) -> Examples:
     if warmup.data is None or warmup.start is None:
         raise ValueError("warmup.data and warmup.start: both are needed for a warm start; set them in the recipe")
     start = warmup.start
+    _refuse_shapes(recipe.model.folders | {"warmup.start": start})
     _raise(
         training_problems(recipe, {"warmup.start": start}, machine or Machine.here()),
         lambda: HFReader(start).check(read_hf_config(start)),
@@ -71,6 +73,11 @@ def warmup_examples(recipe: Recipe) -> Examples:
 
 def check_sampling(recipe: Recipe, machine: Machine | None = None) -> None:
     """What stage 1's engine needs of machine and reference."""
+    _refuse_shapes(recipe.model.folders)
+    _raise(_stage_1_problems(recipe, machine or Machine.here()))
+
+
+def _stage_1_problems(recipe: Recipe, machine: Machine) -> list[str]:
     offline = [
         f"rollout.{name}: {value!r} is for a server, and stage 1 has vLLM in its own process; leave it out"
         for name in ("python", "extra_args")
@@ -78,11 +85,12 @@ def check_sampling(recipe: Recipe, machine: Machine | None = None) -> None:
     ]
     key = "model.reference" if recipe.model.reference else "model.path"
     models = {key: recipe.model.reference_path}
-    _raise(offline + sampling_problems(recipe, models, machine or Machine.here()))
+    return offline + sampling_problems(recipe, models, machine)
 
 
 def open_sampling(recipe: Recipe) -> tuple[Inputs, StoreWriter]:
     """Stage 1's prompts, and the store that it fills."""
+    _refuse_shapes(recipe.model.folders)
     inputs = load_inputs(recipe)
     num_shards = -(-len(inputs.training.prompts) // recipe.vstar.prompts_per_shard)
     settings = values_marked(recipe, "shards")
@@ -91,6 +99,7 @@ def open_sampling(recipe: Recipe) -> tuple[Inputs, StoreWriter]:
 
 def open_training(recipe: Recipe, machine: Machine | None = None) -> TrainingData:
     """Stage 2's prompts and their V*, from a store that is proven to be this run's."""
+    _refuse_shapes(recipe.model.folders)
     _raise(_run_problems(recipe, machine or Machine.here()))
     inputs = load_inputs(recipe)
     store = VStarStore.open(recipe.vstar.dir, recipe.vstar.samples_used)
@@ -103,20 +112,25 @@ def open_training(recipe: Recipe, machine: Machine | None = None) -> TrainingDat
 
 def check_serving(recipe: Recipe, engines: int | None = None, machine: Machine | None = None) -> None:
     """What `megatron-apo serve` needs: a training that takes dedicated engines, and room for `engines` here."""
-    machine = machine or Machine.here()
+    _refuse_shapes(recipe.model.folders)
+    _raise(_serving_problems(recipe, engines, machine or Machine.here()))
+
+
+def _serving_problems(recipe: Recipe, engines: int | None, machine: Machine) -> list[str]:
     rollout, found = recipe.rollout, []
     if rollout.placement != "dedicated":
         found.append(
             "rollout.placement: colocated, whose engines the trainer's own processes start; use dedicated in its recipe"
         )
-    found += _secret_problems() + sampling_problems(recipe, {"model.path": recipe.model.path}, machine)
+    found += [] if machine.is_described else _secret_problems()
+    found += sampling_problems(recipe, {"model.path": recipe.model.path}, machine)
     num_gpus = len(machine.gpus)
     if engines and rollout.tp <= num_gpus < engines * rollout.tp:
         found.append(
             f"--engines: {engines} of rollout.tp={rollout.tp} need {engines * rollout.tp} GPUs, and here are "
             f"{num_gpus}; use at most {num_gpus // rollout.tp}"
         )
-    _raise(found)
+    return found
 
 
 def _secret_problems(is_needed: bool = True) -> list[str]:
@@ -158,12 +172,16 @@ def _driver_problems(rollout: RolloutConfig) -> list[str]:
 
 def open_evaluation(recipe: Recipe, machine: Machine | None = None) -> Inputs:
     """The held-out prompts of `model.path`, by its own tokenizer."""
+    _refuse_shapes({"model.path": recipe.model.path})
     missing = [] if recipe.data.eval else ["data.eval: missing; give held-out prompts to evaluate on"]
-    models = {"model.path": recipe.model.path}
-    machine = machine or Machine.here()
-    engines = sampling_problems(recipe, models, machine) + _replicas_problems(recipe.rollout, machine)
-    _raise(missing + engines)
+    _raise(missing + _evaluation_problems(recipe, machine or Machine.here()))
     return load_inputs(recipe)
+
+
+def _evaluation_problems(recipe: Recipe, machine: Machine) -> list[str]:
+    """Of its engines, which are all on one machine."""
+    found = sampling_problems(recipe, {"model.path": recipe.model.path}, machine)
+    return found + _replicas_problems(recipe.rollout, replace(machine, num_nodes=1))
 
 
 def problems(recipe: Recipe, stage: Stage, machine: Machine | None = None) -> list[str]:
@@ -184,6 +202,33 @@ def problems(recipe: Recipe, stage: Stage, machine: Machine | None = None) -> li
     return lines_of([checks[stage]])
 
 
+def shape_problems(recipe: Recipe, stage: Stage | None = None, machine: Machine | None = None) -> list[str]:
+    """What `megatron-apo STAGE` (None: stages 1 and 2) would say of recipe, machine and the models' config.json alone,
+    where they have no more: weights, tokenizer, data and store are not looked at."""
+    machine = machine or Machine.here()
+    found: list[str] = []
+    if stage in (None, "warmup", "train"):
+        found += training_problems(recipe, recipe.model.folders, machine)
+    if stage in (None, "estimate-vstar"):
+        found += new_lines(_stage_1_problems(recipe, machine), known=found)
+    if stage == "evaluate":
+        found += _evaluation_problems(recipe, machine)
+    if stage == "serve":
+        found += _serving_problems(recipe, None, machine)
+    return found
+
+
+def _refuse_shapes(models: Mapping[str, Path]) -> None:
+    """Raise for a model that is no more than a config.json, before anything else is looked at."""
+    _raise(
+        [
+            f"{key}: {folder} has no weights, it is for `megatron-apo doctor` alone; give a Hugging Face folder"
+            for key, folder in models.items()
+            if shape_name(folder) is not None
+        ]
+    )
+
+
 def next_stage(recipe: Recipe) -> Stage:
     """The first stage whose outcome is not there yet."""
     if recipe.warmup.data is not None and not recipe.model.path.exists():
@@ -192,17 +237,19 @@ def next_stage(recipe: Recipe) -> Stage:
 
 
 def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machine) -> list[str]:
-    """What keeps a valid recipe from training here, one line each.
+    """What keeps a valid recipe from training on this machine, one line each.
 
     models: key of the recipe -> the Hugging Face folder there, of which only config.json is read.
     """
     parallel, gpus, found = recipe.parallel, machine.gpus, []
     layers: Layers = "local"
     try:
-        layers = layer_kind(recipe.model, parallel, machine.capability)
+        layers = layer_kind(recipe.model, parallel, machine.capability, elsewhere=machine.is_described)
     except RecipeError as error:
         found += error.problems
-    found += optimizer_problems(recipe.optimizer, machine.capability)
+    found += optimizer_problems(recipe.optimizer, machine.capability, elsewhere=machine.is_described)
+    if machine.is_described:
+        found += _nodes_problems(recipe, machine)
     if gpus and parallel.world_size > len(gpus) and machine.ranks_here is None:
         found.append(
             f"parallel.dp: tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} x dp={parallel.dp} is "
@@ -210,13 +257,16 @@ def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
             "several machines with torchrun"
         )
     if recipe.train.replay is None:
-        if recipe.rollout.placement == "dedicated":
-            found += _secret_problems() + _driver_problems(recipe.rollout)
-        else:
-            found += _secret_problems(is_needed=False)
+        if recipe.rollout.placement == "colocated":
+            found += [] if machine.is_described else _secret_problems(is_needed=False)
             found += sampling_problems(recipe, models, machine) + _replicas_problems(recipe.rollout, machine)
+        elif machine.is_described:
+            found += sampling_problems(recipe, models, machine)
+        else:
+            found += _secret_problems() + _driver_problems(recipe.rollout)
         try:
-            found += _ipc_problems() if gpus and _transport(recipe, machine) == "ipc" else []
+            is_ipc = gpus and _transport(recipe, machine) == "ipc"
+            found += _ipc_problems() if is_ipc and not machine.is_described else []
         except ValueError as error:
             found.append(str(error))
     checks = (
@@ -226,13 +276,16 @@ def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
         lambda spec, _: _check_host_memory(spec, recipe, machine),
         lambda spec, _: _check_sync_room(spec, recipe, machine),
     )
-    return found + _of_models(models, checks, known=found) + wandb_problems(recipe.telemetry.wandb)
+    found += _of_models(models, checks, known=found)
+    return found if machine.is_described else found + wandb_problems(recipe.telemetry.wandb)
 
 
 def sampling_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machine) -> list[str]:
     """`training_problems` of vLLM alone."""
     rollout, gpus = recipe.rollout, machine.gpus
-    found = _interpreter_problems(rollout) + engine_problems(rollout)
+    on_gpu = bool(gpus) if machine.is_described else None
+    found = [] if machine.is_described else _interpreter_problems(rollout)
+    found += engine_problems(rollout, on_gpu)
     if gpus and rollout.tp > len(gpus):
         found.append(
             f"rollout.tp: {rollout.tp} workers, and here are {len(gpus)} GPUs; use at most as many, or name "
@@ -242,9 +295,29 @@ def sampling_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
         lambda spec, _: check_served(spec),
         lambda spec, _: _check_engine(spec, rollout.tp),
         lambda spec, _: _check_engine_memory(spec, rollout, machine),
-        lambda _, folder: served_length(rollout, folder, recipe.max_sequence_tokens),
+        lambda _, folder: served_length(rollout, folder, recipe.max_sequence_tokens, on_gpu),
     )
     return found + _of_models(models, checks, known=found)
+
+
+def _nodes_problems(recipe: Recipe, machine: Machine) -> list[str]:
+    """Whether the nodes that were described are enough for the ranks, and for dedicated engines beside them."""
+    rollout, world_size = recipe.rollout, recipe.parallel.world_size
+    gpus, nodes = len(machine.gpus), machine.described_nodes
+    left = nodes - -(-world_size // gpus)
+    if left < 0:
+        return [
+            f"parallel.dp: {world_size} ranks (tp x pp x cp x dp), and {nodes} x {gpus} GPUs are {nodes * gpus}; use a "
+            f"smaller layout, or at least {nodes - left} nodes"
+        ]
+    room = left * (gpus // rollout.tp)
+    is_dedicated = recipe.train.replay is None and rollout.placement == "dedicated"
+    if is_dedicated and rollout.tp <= gpus and rollout.replicas > room:
+        return [
+            f"rollout.replicas: {rollout.replicas} dedicated engines of rollout.tp={rollout.tp}, and {left} nodes "
+            f"without ranks have room for {room}; use fewer, or more nodes"
+        ]
+    return []
 
 
 def _replicas_problems(rollout: RolloutConfig, machine: Machine) -> list[str]:

@@ -75,13 +75,17 @@ class Precision:
         return 0.5 if self.fp8 else 0.1
 
 
-def layer_kind(model: ModelConfig, parallel: ParallelConfig, capability: Capability | None) -> Layers:
+def layer_kind(
+    model: ModelConfig, parallel: ParallelConfig, capability: Capability | None, *, elsewhere: bool = False
+) -> Layers:
     """Transformer Engine's layers or Megatron-Core's own, on a GPU of `capability` (None: there is none).
+
+    elsewhere: the GPU is another machine's, which counts as one that has Transformer Engine, new enough for anything.
 
     Raises `RecipeError`, one line a problem, where the recipe needs Transformer Engine's and they cannot run, or an FP8
     recipe that the GPU does not have.
     """
-    missing = _missing(capability)
+    missing = _missing(capability, elsewhere)
     needs = []
     if model.layers == "te":
         needs.append("model.layers: te needs Transformer Engine on a GPU, and {}; use auto or local")
@@ -91,7 +95,7 @@ def layer_kind(model: ModelConfig, parallel: ParallelConfig, capability: Capabil
         needs.append("parallel.sequence_parallel: true needs Transformer Engine on a GPU, and {}; use false")
     if missing and needs:
         raise RecipeError([need.format(missing) for need in needs])
-    if model.fp8 and capability and model.fp8.recipe not in (found := fp8_recipes(capability)):
+    if model.fp8 and capability and model.fp8.recipe not in (found := fp8_recipes(capability, elsewhere=elsewhere)):
         first, end, hardware = _HARDWARE[model.fp8.recipe]
         needs_te = _too_old(_RECIPE_SINCE[model.fp8.recipe]) if first <= capability < end else None
         needed = needs_te or f"{hardware}, and the GPU here has capability {capability[0]}.{capability[1]}"
@@ -101,12 +105,13 @@ def layer_kind(model: ModelConfig, parallel: ParallelConfig, capability: Capabil
     return "local" if missing or model.layers == "local" or model.dtype == "fp32" else "te"
 
 
-def fp8_recipes(capability: Capability) -> list[str]:
-    """Values of `model.fp8.recipe` that such a GPU computes in, with the Transformer Engine that is here."""
+def fp8_recipes(capability: Capability, *, elsewhere: bool = False) -> list[str]:
+    """Values of `model.fp8.recipe` that such a GPU computes in, with the Transformer Engine that is here (elsewhere:
+    with any)."""
     return [
         name
         for name, (first, end, _) in _HARDWARE.items()
-        if first <= capability < end and not _too_old(_RECIPE_SINCE[name])
+        if first <= capability < end and (elsewhere or not _too_old(_RECIPE_SINCE[name]))
     ]
 
 
@@ -158,15 +163,16 @@ def _te_version() -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def optimizer_problems(config: OptimizerConfig, capability: Capability | None) -> list[str]:
+def optimizer_problems(config: OptimizerConfig, capability: Capability | None, *, elsewhere: bool = False) -> list[str]:
     """Where a GPU of `capability` (None: there is none) cannot keep the optimizer as wanted, one line a setting.
+    elsewhere: as in `layer_kind`.
 
     Both settings are Megatron-Core's precision-aware optimizer, which compares Transformer Engine's version with what
     it needs (optimizer_config.py, `__post_init__`): a TypeError where there is none.
     """
     settings = {"cpu_offload": (config.cpu_offload, 0), "moments": (config.moments, "fp32")}
-    missing = _missing(capability)
-    if not missing and config.moments == "bf16" and (needed := _too_old(_MOMENTS_SINCE)):
+    missing = _missing(capability, elsewhere)
+    if not missing and not elsewhere and config.moments == "bf16" and (needed := _too_old(_MOMENTS_SINCE)):
         return [f"optimizer.moments: bf16 needs {needed}, whose Adam copies both moments to fp32; use fp32"]
     return [
         f"optimizer.{key}: {value} needs Transformer Engine on a GPU, and {missing}; use {usual}"
@@ -175,11 +181,11 @@ def optimizer_problems(config: OptimizerConfig, capability: Capability | None) -
     ]
 
 
-def _missing(capability: Capability | None) -> str | None:
+def _missing(capability: Capability | None, elsewhere: bool) -> str | None:
     """What keeps Transformer Engine from running on a GPU of `capability`."""
     if capability is None:
         return "here is no GPU"
-    if has_transformer_engine():
+    if elsewhere or has_transformer_engine():
         return None
     if error := load_error("transformer_engine"):
         return f"importing it fails here ({error})"

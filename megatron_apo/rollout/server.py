@@ -268,9 +268,9 @@ def engine_options(rollout: RolloutConfig) -> dict[str, Any]:
     return options
 
 
-def engine_problems(rollout: RolloutConfig) -> list[str]:
-    """Settings that this machine has no GPU for, one line each."""
-    if _has_gpu(rollout):
+def engine_problems(rollout: RolloutConfig, on_gpu: bool | None = None) -> list[str]:
+    """Settings that need a GPU, where there is none, one line each. on_gpu: whether there is; None: look here."""
+    if _has_gpu(rollout) if on_gpu is None else on_gpu:
         return []
     wanted = {"quantization": "fp8", "kv_cache_dtype": "fp8", "sleep_while_training": True}
     found = [
@@ -341,10 +341,14 @@ def _has_gpu(rollout: RolloutConfig) -> bool:
     return engine_gpus(rollout) > 0
 
 
-def served_length(rollout: RolloutConfig, model: Path, max_model_len: int) -> int:
-    """`longest_request`. Raises `ValueError` also where the KV cache cannot hold one, with what can."""
+def served_length(rollout: RolloutConfig, model: Path, max_model_len: int, on_gpu: bool | None = None) -> int:
+    """`longest_request`. Raises `ValueError` also where the KV cache cannot hold one, with what can.
+
+    on_gpu: whether the engine has GPUs; None: look here.
+    """
     longest = longest_request(model, max_model_len)
-    if not _has_gpu(rollout) and rollout.max_num_batched_tokens < longest:  # prefills are whole there
+    on_gpu = _has_gpu(rollout) if on_gpu is None else on_gpu
+    if not on_gpu and rollout.max_num_batched_tokens < longest:  # prefills are whole there
         raise ValueError(
             f"rollout.max_num_batched_tokens: {rollout.max_num_batched_tokens} is less than a whole sequence of "
             f"data.max_prompt_tokens + sampling.max_response_tokens, and without a GPU a prefill is whole; use at "

@@ -179,7 +179,7 @@ WEIGHTS, STATE = 15.23, 12 / 2 * 15.23  # GB of bf16 weights; of fp32 main weigh
     ],
 )
 def test_an_engine_that_a_gpu_cannot_hold(problems, monkeypatch, overrides, most):
-    monkeypatch.setattr(preflight, "engine_problems", lambda _: [])
+    monkeypatch.setattr(preflight, "engine_problems", lambda *_: [])
     here = machine([HOPPER] * 3, gpu_memory_bytes=(80 * GIB, 90 * GIB, 1))
     found = problems(here, *overrides, **QWEN_7B)
     assert len(found) == (most is not None)
