@@ -1,5 +1,5 @@
-"""Hosts of one machine: each has its own network, name, /etc/hosts, /dev/shm and /tmp, as a real one has; they share a
-switch, the software that is installed, and of what a run writes one folder.
+"""Hosts of one machine: each has its own network, name, /etc/hosts, /dev/shm, /tmp and /run, as a real one has; they
+share a switch, the software that is installed, and of what a run writes one folder.
 
     with network(folder, count=3) as net:
         process = net.hosts[1].start("hostname", log=folder / "log")
@@ -8,7 +8,7 @@ All of it lies below one process, the first of a process namespace: when that en
 every other and takes interfaces, addresses and mounts with them. It ends with this process. Nothing has a name outside,
 so that several networks can be side by side.
 
-`python hosts.py FOLDER COUNT` is that first process.
+`python hosts.py FOLDER NAME ...` is that first process.
 """
 
 from __future__ import annotations
@@ -57,22 +57,29 @@ class Host:
     name: str
     address: str
 
-    def run(self, *command: str) -> str:
-        """Run a command in it; its output."""
-        return _run("nsenter", f"--target={self.pid}", "--net", "--uts", "--mount", "--pid", *command)
+    def run(self, *command: str, cwd: Path | None = None, given: str = "", **environment: str) -> str:
+        """Run a command in it, which is given some text to read; its output."""
+        return _run(*self._entering(cwd), *command, given=given, **environment)
 
     def start(self, *command: str, log: Path, cwd: Path | None = None, **environment: str) -> Process:
         """Start a command in it, which ends with this process, or with the network."""
-        enter = ["nsenter", f"--target={self.pid}", "--net", "--uts", "--mount", "--pid"]
         with log.open("ab") as output:
             return Process(
-                [*enter, *([f"--wdns={cwd}"] if cwd else []), *command],
+                [*self._entering(cwd), *command],
                 env=os.environ | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 preexec_fn=partial(_end_with, os.getpid()),
             )
+
+    def pids(self) -> list[int]:
+        """Of all processes on it, the one that holds it left out."""
+        return [pid for pid in _together(self.pid, "pid", "net") if pid != self.pid]
+
+    def _entering(self, cwd: Path | None) -> list[str]:
+        enter = ["nsenter", f"--target={self.pid}", "--net", "--uts", "--mount", "--pid"]
+        return [*enter, f"--wdns={cwd}"] if cwd else enter
 
     def enter(self) -> None:
         """Move this process, which has one thread, into it, but for its number."""
@@ -103,8 +110,8 @@ class Network:
 
     def pids(self) -> list[int]:
         """Of all processes on the hosts, those that hold them left out."""
-        everyone = _below(self.switch.pid)
-        return [pid for pid in everyone if pid not in {host.pid for host in self.hosts}]
+        holders = {self.switch.pid, *(host.pid for host in self.hosts)}
+        return [pid for pid in _together(self.switch.pid, "pid") if pid not in holders]
 
 
 def why_none() -> str:
@@ -117,23 +124,25 @@ def why_none() -> str:
 
 
 @contextmanager
-def network(folder: Path, count: int = 2) -> Iterator[Network]:
-    """`count` hosts h0, h1 .., 10.77.0.1 and on, whose names resolve to 127.0.1.1 at home, as Debian has it. They share
-    `folder`, where it is."""
+def network(folder: Path, count: int = 2, others: Sequence[str] = ()) -> Iterator[Network]:
+    """`count` hosts h0, h1 .., then others by their names; 10.77.0.1 and on. A name resolves to 127.0.1.1 at home, as
+    Debian has it. They share `folder`, where it is."""
+    names = [*(f"h{index}" for index in range(count)), *others]
     flags = ["--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
     first = subprocess.Popen(
-        ["unshare", *flags, sys.executable, "-I", __file__, str(folder), str(count)],
+        ["unshare", *flags, sys.executable, "-I", __file__, str(folder), *names],
         stdout=subprocess.PIPE,
         preexec_fn=partial(_end_with, os.getpid()),
     )
     try:
         assert first.stdout is not None
         numbers = first.stdout.readline().split()
-        assert len(numbers) == count, "the hosts were not made"
+        assert len(numbers) == len(names), "the hosts were not made"
         (root,) = _children(first.pid)
-        outside = {_number_inside(pid): pid for pid in _below(root)}
+        outside = {_number_inside(pid): pid for pid in _together(root, "pid")}
         hosts = [
-            Host(outside[int(number)], f"h{index}", f"10.77.0.{index + 1}") for index, number in enumerate(numbers)
+            Host(outside[int(number)], name, f"10.77.0.{index + 1}")
+            for index, (number, name) in enumerate(zip(numbers, names, strict=True))
         ]
         yield Network(hosts, Host(root, "switch", ""))
     finally:
@@ -144,11 +153,10 @@ def network(folder: Path, count: int = 2) -> Iterator[Network]:
 # --- the first process
 
 
-def _be_first(folder: Path, count: int) -> None:
+def _be_first(folder: Path, names: list[str]) -> None:
     _run("ip", "link", "add", "bridge", "type", "bridge")
     _run("ip", "link", "set", "bridge", "up")
-    holders = [subprocess.Popen(["unshare", "--net", "--uts", "--mount", "sleep", "infinity"]) for _ in range(count)]
-    names = [f"h{index}" for index in range(count)]
+    holders = [subprocess.Popen(["unshare", "--net", "--uts", "--mount", "sleep", "infinity"]) for _ in names]
     for index, holder in enumerate(holders):
         while Path(f"/proc/{holder.pid}/comm").read_text() != "sleep\n":
             assert holder.poll() is None, "unshare failed"
@@ -162,7 +170,7 @@ def _be_first(folder: Path, count: int) -> None:
         run = partial(_run, "nsenter", f"--target={holder.pid}", "--net", "--uts", "--mount")
         run("mount", "--bind", str(table), "/etc/hosts")
         run("mount", "--bind", str(folder), "/mnt")
-        for own in ("/dev/shm", "/tmp"):
+        for own in ("/dev/shm", "/tmp", "/run"):
             run("mount", "-t", "tmpfs", "tmpfs", own)
         run("mkdir", "-p", str(folder))
         run("mount", "--move", "/mnt", str(folder))
@@ -189,14 +197,17 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _below(pid: int) -> list[int]:
-    """Processes of this machine in the process namespace whose first is `pid`, without it."""
-    namespace = os.stat(f"/proc/{pid}/ns/pid").st_ino
-    found = []
+def _together(pid: int, *kinds: str) -> list[int]:
+    """Processes of this machine whose namespaces of these kinds are those of `pid`, which is one of them."""
+
+    def namespaces(entry: Path) -> list[int]:
+        return [os.stat(entry / "ns" / kind).st_ino for kind in kinds]
+
+    wanted, found = namespaces(Path(f"/proc/{pid}")), []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and int(entry.name) != pid:
+        if entry.name.isdecimal():
             try:
-                if os.stat(entry / "ns" / "pid").st_ino == namespace and _is_alive(int(entry.name)):
+                if namespaces(entry) == wanted and _is_alive(int(entry.name)):
                     found.append(int(entry.name))
             except OSError:
                 continue
@@ -209,8 +220,9 @@ def _number_inside(pid: int) -> int:
     return int(line.split()[-1])
 
 
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _run(*command: str, given: str = "", **environment: str) -> str:
+    everything = os.environ | environment
+    return subprocess.run(command, check=True, capture_output=True, text=True, input=given, env=everything).stdout
 
 
 def alive(pids: Sequence[int]) -> list[int]:
@@ -226,4 +238,4 @@ def _is_alive(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    _be_first(Path(sys.argv[1]), int(sys.argv[2]))
+    _be_first(Path(sys.argv[1]), sys.argv[2:])

@@ -38,22 +38,26 @@ def test_hosts_share_a_switch_and_a_folder_alone(tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-    with hosts.network(folders[0]) as first, hosts.network(folders[1]) as second:
-        for net, folder in ((first, folders[0]), (second, folders[1])):
-            assert [host.run("hostname") for host in net.hosts] == ["h0\n", "h1\n"]
+    with hosts.network(folders[0]) as first, hosts.network(folders[1], 1, ["other"]) as second:
+        own = ["/dev/shm/own", "/tmp/own", "/run/own"]
+        for net, folder, names in ((first, folders[0], ["h0", "h1"]), (second, folders[1], ["h0", "other"])):
+            assert [host.run("hostname").strip() for host in net.hosts] == names
             for host in net.hosts:
-                host.run("sh", "-c", f"hostname >> {folder}/met; hostname > /dev/shm/own; hostname > /tmp/own")
-            assert (folder / "met").read_text() == "h0\nh1\n"
+                host.run("sh", "-c", f"for path in met {' '.join(own)}; do hostname >> $path; done", cwd=folder)
+            assert (folder / "met").read_text().split() == names
             for host in net.hosts:
-                assert host.run("cat", "/dev/shm/own", "/tmp/own") == 2 * f"{host.name}\n"
-                assert not Path("/dev/shm/own").exists() and not Path("/tmp/own").exists()
-            net.hosts[0].run("getent", "hosts", "h1")
+                assert host.run("cat", *own) == 3 * f"{host.name}\n"
+                assert not any(map(os.path.exists, own))
+            net.hosts[0].run("getent", "hosts", names[1])
         assert not (folders[1] / "h0.hosts").samefile(folders[0] / "h0.hosts")
         before = first.bytes_sent(0)
         listener = first.hosts[1].start(
             *(sys.executable, "-c", "import socket; s = socket.create_server(('10.77.0.2', 999)); c, _ = s.accept();"),
             log=folders[0] / "log",
         )
+        while not first.hosts[1].pids():
+            time.sleep(0.01)
+        assert first.hosts[1].pids() == first.pids() and not first.hosts[0].pids() and not second.pids()
         send = "\n".join(
             [
                 "import socket, time",
