@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up and run the tests: unit and dist (gloo ranks) in one lane, e2e (vLLM) in another beside it. Arguments go to
-# pytest, which then runs once.
+# Set up and run the tests: unit and dist (gloo ranks) in one lane, e2e (vLLM) and slurm in another beside it. Arguments
+# go to pytest, which then runs once.
 #   --full   the whole of every matrix, where the default is its corners
 # The checks for a GPU run when they are named: bash tests/run.sh tests/gpu
 set -euo pipefail
@@ -37,7 +37,7 @@ export TESTS_STARTED_BY=$$ # a lane ends with this script, however that ends
 
 color=no
 [[ -t 1 ]] && color=yes
-names=(unit+dist e2e) lanes=()
+names=(unit+dist e2e+slurm) lanes=()
 for name in "${names[@]}"; do
     read -ra folders <<< "tests/${name//+/ tests/}"
     [[ -z ${interrupted:-} ]] || break
