@@ -16,10 +16,10 @@ import typer
 
 import megatron_apo
 from megatron_apo.config import EstimatorName
-from megatron_apo.runtime.ending import EndedEarly
+from megatron_apo.runtime.ending import EndedEarly, request
 from megatron_apo.runtime.garbage import not_collected
-from megatron_apo.runtime.job import is_later_rank
-from megatron_apo.runtime.signals import unwind_on_sigterm
+from megatron_apo.runtime.job import is_below_node, is_later_rank, notice
+from megatron_apo.runtime.signals import leave_sigterm_to_node, on_ask, unwind_on_sigterm
 
 if TYPE_CHECKING:
     from megatron_apo.config import Recipe
@@ -153,6 +153,7 @@ def serve(
     with not_collected():
         from megatron_apo.stages import serve as stage
 
+    on_ask(lambda: request.ask(*notice()))
     stage.run(loaded, engines)
 
 
@@ -324,6 +325,41 @@ def _described(
         raise typer.BadParameter(str(error), param_hint="--gpu") from None
 
 
+@app.command("run-job", hidden=True)
+def run_job(
+    recipe: Annotated[str, typer.Argument()],
+    overrides: Overrides = None,
+    stage: Annotated[int | None, typer.Option(min=1, max=2)] = None,
+    spare: Annotated[int, typer.Option(min=0)] = 0,
+    limit: Annotated[float | None, typer.Option(help="minutes")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run")] = False,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Both stages on the nodes of the SLURM job that this is the script of (launch/run_apo.sh)."""
+    from megatron_apo.cluster import run as job
+    from megatron_apo.cluster import show
+
+    options = job.Options(spare, stage, None if limit is None else 60 * limit)
+    if dry_run:
+        show.dry_run(recipe, overrides or [], options, nodes, gpus)
+    else:
+        job.run(recipe, overrides or [], options)
+
+
+@app.command("node", hidden=True)
+def node(
+    step: Annotated[Literal["check", "estimate-vstar", "train", "evaluate"], typer.Argument()],
+    folder: Annotated[Path, typer.Argument()],
+    token: Annotated[str, typer.Option()] = "",
+    within: Annotated[float, typer.Option()] = 60.0,
+) -> None:
+    """One node's part of a step of a SLURM job; srun starts it."""
+    from megatron_apo.cluster import node as one
+
+    one.run(step, folder, token, within)
+
+
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:
     from megatron_apo.config import load_recipe
 
@@ -358,6 +394,8 @@ def _quiet_upstream() -> None:
 
 def main() -> None:
     """Run the command line and exit."""
+    if is_below_node():
+        leave_sigterm_to_node()
     _quiet_upstream()
     unwind_on_sigterm()
     try:
@@ -367,7 +405,7 @@ def main() -> None:
             raise
         from megatron_apo.config import RecipeError
 
-        if is_later_rank():
+        if is_later_rank() and not isinstance(error, EndedEarly):
             traceback.print_exc()  # into its log
         label = "" if isinstance(error, EndedEarly) else "error: "
         for line in error.problems if isinstance(error, RecipeError) else [str(error)]:

@@ -189,6 +189,12 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(
         False, description="split what lies between tensor-parallel layers over their ranks; Transformer Engine only"
     )
+    ranks_per_node: int | None = Field(
+        None,
+        ge=1,
+        json_schema_extra=MAY_CHANGE,
+        description="ranks of each node of a SLURM job; none: as many as it has GPUs, without GPUs all on one node",
+    )
     threads_per_rank: int = Field(
         1, ge=1, description="CPU threads of each trainer rank; optimizer.cpu_offload updates by them"
     )

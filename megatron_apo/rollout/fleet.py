@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from heapq import heappop, heappush
 from pathlib import Path
@@ -27,6 +27,9 @@ from megatron_apo.rollout.engine import Answer, Engine, State, at_once
 from megatron_apo.rollout.registry import RemoteServer
 from megatron_apo.rollout.server import ServerDied, ServerError, VLLMServer, log_file
 from megatron_apo.runtime.ending import Interrupted
+from megatron_apo.runtime.job import log_path
+
+_LOOK_EVERY_S = 0.5
 
 
 class RequestQueue:
@@ -98,7 +101,7 @@ class Fleet(AbstractContextManager["Fleet"]):
             servers[number] = VLLMServer(
                 rollout,
                 model,
-                log_path=recipe.run.dir / "logs" / log_file(log_name, number, recipe.rollout.replicas),
+                log_path=log_path(recipe.run.dir, log_file(log_name, number, recipe.rollout.replicas)),
                 seed=recipe.run.seed,
                 max_model_len=recipe.max_sequence_tokens,
                 shm_dir=recipe.sync.dir,
@@ -135,9 +138,13 @@ class Fleet(AbstractContextManager["Fleet"]):
 
     def finish_starts(self) -> None:
         """Wait for the engines that are starting. One that does not start is left for the next step while others
-        answer; raises ServerError where none does."""
+        answer; raises ServerError where none does, Interrupted once the fleet was interrupted."""
         while self._starts:
             engine, future = next(iter(self._starts.items()))
+            while not future.done():
+                if self.is_interrupted:
+                    raise Interrupted("the run was asked to end")
+                wait([future], _LOOK_EVERY_S)
             error = future.exception()
             del self._starts[engine]  # only now: `stop` ends the starts that are waited for
             if error is None:
@@ -292,7 +299,7 @@ class Fleet(AbstractContextManager["Fleet"]):
             raise self.death()
 
     def interrupt(self) -> None:
-        """Whatever is generated is dropped, now and later. From any thread."""
+        """What is generated is dropped, and what starts is not waited for, now and later. From any thread."""
         self.is_interrupted = True
         if (arrived := self._arrived) is not None:
             arrived.put(None)

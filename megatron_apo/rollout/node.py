@@ -31,7 +31,7 @@ from megatron_apo.config import Recipe, fields_marked
 from megatron_apo.rollout.server import VLLMServer, engine_gpus, log_file
 from megatron_apo.runtime.ending import request
 from megatron_apo.runtime.hosts import names_loopback, route
-from megatron_apo.runtime.job import SECRET
+from megatron_apo.runtime.job import SECRET, log_path
 from megatron_apo.runtime.signals import RANK_LOST
 
 BEAT_EVERY_S = 0.5
@@ -295,7 +295,7 @@ class NodeEngines(AbstractContextManager["NodeEngines"]):
         return VLLMServer(
             rollout,
             recipe.model.path,
-            log_path=recipe.run.dir / "logs" / log_file("vllm", number, recipe.rollout.replicas),
+            log_path=log_path(recipe.run.dir, log_file("vllm", number, recipe.rollout.replicas)),
             seed=recipe.run.seed,
             max_model_len=recipe.max_sequence_tokens,
             replica=None if self._room == 1 else place,

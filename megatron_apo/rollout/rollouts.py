@@ -19,6 +19,7 @@ of its own (`node.py`), when the driver says so (`registry.py`). What happens wh
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from itertools import chain, cycle, islice
@@ -46,10 +47,12 @@ from megatron_apo.rollout.weight_sync import SyncError, SyncReport, UpdateFailed
 from megatron_apo.runtime.collective import Answer, driver_only, on_all, on_driver
 from megatron_apo.runtime.ending import Interrupted, request
 from megatron_apo.runtime.hosts import own_address
-from megatron_apo.runtime.job import given_secret, new_secret, read_job
+from megatron_apo.runtime.job import given_secret, is_below_node, new_secret, read_job
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.recorder import Evaluation
 from megatron_apo.weights.gather import Gather
+
+_PASSED_ON_S = 5.0  # that the run is to end
 
 
 def _registry(recipe: Recipe) -> Registry:
@@ -67,6 +70,15 @@ def _registry(recipe: Recipe) -> Registry:
         engine_settings(recipe),
         patience_s=PATIENCE * recipe.sync.timeout_s,
     )
+
+
+def _is_ending() -> bool:
+    """On the driver, whether the run is asked to end. SLURM signals engines and nodes at once when it preempts a job,
+    and the nodes pass it on."""
+    end = time.monotonic() + (_PASSED_ON_S if is_below_node() else 0.0)
+    while request.why is None and time.monotonic() < end:
+        time.sleep(0.05)
+    return request.why is not None
 
 
 class Rollouts:
@@ -334,7 +346,7 @@ class Rollouts:
         try:
             return work()
         except ServerDied as death:
-            if on_driver(self._topology, lambda: request.why is not None):
+            if on_driver(self._topology, _is_ending):
                 raise Interrupted("the run was asked to end") from None
             who = "the rollout server" if self._recipe.rollout.replicas == 1 else "the last rollout engine"
             if self._all_lost_in == self._activity:

@@ -26,7 +26,7 @@ from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.rollout.vllm_plugin import BACKEND, TOKEN_VARIABLE
 from megatron_apo.runtime import guard
 from megatron_apo.runtime.gpus import drivers_gpus, gpu_names, visible_gpus
-from megatron_apo.runtime.job import without_job
+from megatron_apo.runtime.job import is_below_node, without_job
 from megatron_apo.runtime.ports import free_port, try_port
 
 LOG_TAIL_LINES = 30
@@ -93,7 +93,7 @@ class VLLMServer:
         scratch = guard.unused_name("apo-")  # sockets; their paths have at most 107 characters
         self._folders = [self.payload_dir, scratch]
         watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}"]
-        watch += [*(f"--folder={folder}" for folder in self._folders), "--"]
+        watch += [*(f"--folder={folder}" for folder in self._folders), *(["--deaf"] if is_below_node() else []), "--"]
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self.log_start = log.tell()
@@ -300,11 +300,11 @@ def engine_environment(
     environment.pop("VLLM_RPC_BASE_PATH", None)  # so that its sockets lie in TMPDIR
     environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
     if _has_gpu(rollout):
-        return environment | ({} if replica is None else _own_gpus(environment, rollout.tp, replica))
+        return environment | ({} if replica is None else own_gpus(environment, rollout.tp, replica))
     return environment | _cpu_environment(rollout, replica)
 
 
-def _own_gpus(environment: Mapping[str, str], tp: int, replica: int) -> dict[str, str]:
+def own_gpus(environment: Mapping[str, str], tp: int, replica: int) -> dict[str, str]:
     """The GPUs of one replica: `tp` in a row of those that CUDA_VISIBLE_DEVICES leaves."""
     count = len(drivers_gpus())
     names = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]

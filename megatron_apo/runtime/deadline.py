@@ -71,6 +71,15 @@ class Deadline(AbstractContextManager["Deadline"]):
             raise Interrupted
 
     @contextmanager
+    def put_off(self) -> Iterator[None]:
+        """Of what belongs to a step that is learned: an Interrupted is kept for the next `require_time`, which is to
+        come once the step is written down."""
+        try:
+            yield
+        except Interrupted:
+            pass
+
+    @contextmanager
     def sampling(self) -> Iterator[None]:
         """Collective at its end."""
         self._sampling_since = start = time.monotonic()

@@ -1,9 +1,11 @@
-"""Runs one command and leaves nothing behind: `python guard.py --parent PID [--folder DIR]... -- COMMAND...`
+"""Runs one command and leaves nothing behind: `python guard.py --parent PID [--folder DIR]... [--deaf] -- COMMAND...`
 
 A rollout server is a tree of processes (API server, engine core, workers, resource trackers) with shared memory and
 sockets. The guard is its root: a subreaper, so that orphans of the tree become its children and none is lost. When the
 command ends, the guard gets SIGTERM or SIGUSR1, or the parent is gone (SIGKILL included), it ends the whole tree,
 unlinks the shared memory that the tree had mapped, removes the folders, and exits with the command's status.
+SLURM sends its signals to every process of a step. With --deaf the guard heeds its parent's alone, and what it guards
+gets none.
 It looks for shared memory all along, since a process that ends in order may leave its own (vLLM's workers on a CPU do).
 It makes the folders as well: a parent that made them could be killed before there is a guard.
 Standard library only: it is started by path, and imports nothing of this package.
@@ -37,10 +39,11 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--folder", type=Path, action="append", default=[])
+    parser.add_argument("--deaf", action="store_true")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals | {signal.SIGCHLD})
     status, made = 1, []
     mapped: set[Path] = set()
@@ -50,13 +53,14 @@ def main() -> int:
         for folder in args.folder:
             folder.mkdir(mode=0o700)
             made.append(folder)
-        prepare = partial(_prepare_child, os.getpid())
+        prepare = partial(_prepare_child, os.getpid(), args.deaf)
         server = subprocess.Popen(args.command[1:], stdin=subprocess.DEVNULL, preexec_fn=prepare)
         while (code := server.poll()) is None and os.getppid() == args.parent:
             if time.monotonic() >= next_look:
                 mapped |= mapped_shared_memory(_everyone(), others)
                 next_look = time.monotonic() + LOOK_EVERY_S
-            if (caught := signal.sigtimedwait(signals | {signal.SIGCHLD}, POLL_S)) and caught.si_signo in signals:
+            caught = signal.sigtimedwait(signals | {signal.SIGCHLD}, POLL_S)
+            if caught and caught.si_signo in signals and (not args.deaf or caught.si_pid == args.parent):
                 break
             _reap(server.pid)
         status = 1 if code is None else code
@@ -74,16 +78,16 @@ def unused_name(prefix: str, parent: Path | None = None) -> Path:
     return Path(parent or tempfile.gettempdir()) / (prefix + secrets.token_hex(6))
 
 
-def _prepare_child(guard: int) -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    end_with(guard)  # for the guard's own sudden end
+def _prepare_child(guard: int, deaf: bool) -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGTERM, signal.SIGUSR1] if deaf else [])
+    end_with(guard, signal.SIGKILL if deaf else signal.SIGTERM)  # for the guard's own sudden end
 
 
-def end_with(parent: int) -> None:
-    """In a new process: be sent SIGTERM when `parent` ends, which may have been before this."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+def end_with(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """In a new process: be sent a signal when `parent` ends, which may have been before this."""
+    LIBC.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
 
 def end_all(living: Callable[[], list[int]], mapped: Iterable[Path] = (), others: Set[int] = frozenset()) -> None:

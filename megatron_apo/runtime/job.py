@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 SECRET = "MEGATRON_APO_SECRET"  # in the environment alone: a command line and a TCPStore can be read by others
 _LAUNCHED = "MEGATRON_APO_LAUNCHED"
-_NOTICE = "MEGATRON_APO_NOTICE_S"
+_LOGS = "MEGATRON_APO_LOGS"  # what the path of every log begins with
+_NODE = "MEGATRON_APO_NODE"
+_NOTICE = "MEGATRON_APO_NOTICE"  # a file: seconds from being asked to end to being ended, and why
 _AGENT_STORE, _ATTEMPT = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"
 VARIABLES = (
     "RANK",
@@ -27,7 +30,6 @@ VARIABLES = (
     "MASTER_PORT",
     SECRET,
     _LAUNCHED,
-    _NOTICE,
 )
 _PREFIXES = ("TORCHELASTIC_",)
 
@@ -49,7 +51,6 @@ class Job:
     launched: bool = False  # by our own launcher, which checks the recipe, and writes logs, recipe and summary
     slurm_task: bool = False  # SLURM has started this rank itself, and may show each its own GPU alone
     secret: str | None = None
-    notice_s: float = math.inf  # from SIGUSR1, by which a run is asked to end, to when it is ended
 
     def variables(self) -> dict[str, str]:
         """What a rank is told: `read_job` of it is this job."""
@@ -66,7 +67,6 @@ class Job:
             _LAUNCHED: 1 if self.launched else None,
             _AGENT_STORE: True if self.agent_has_store else None,
             _ATTEMPT: self.attempt or None,
-            _NOTICE: self.notice_s if self.notice_s < math.inf else None,
         }
         return {name: str(value) for name, value in found.items() if value is not None}
 
@@ -82,6 +82,7 @@ class Node:
     master_port: int
     secret: str
     index: int = 0
+    label: str = ""  # what its ranks' logs begin with; none: rank 0's is the terminal
     count: int = 1
 
     def job(self, local_rank: int) -> Job:
@@ -97,7 +98,6 @@ class Node:
             num_nodes=self.count,
             launched=True,
             secret=self.secret,
-            notice_s=notice_s(),
         )
 
 
@@ -137,7 +137,6 @@ def read_job(environment: Mapping[str, str] = os.environ) -> Job | None:
         launched=_LAUNCHED in environment,
         slurm_task="LOCAL_RANK" not in environment and "SLURM_LOCALID" in environment,
         secret=given_secret(environment),
-        notice_s=notice_s(environment),
     )
     if not problems and job.rank >= job.world_size:
         problems.append(f"RANK: {job.rank} of WORLD_SIZE={job.world_size} ranks, which are counted from 0; correct one")
@@ -179,6 +178,44 @@ def without_job(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class SlurmJob:
+    """The SLURM job that this process is in. node_list: as SLURM writes it, "n[1-3]"; node: this one's name; attempt:
+    how often the job was requeued; array_task: of an array of `array_tasks`, this one."""
+
+    job_id: str
+    node_list: str
+    node: str
+    attempt: int = 0
+    cpus: int | None = None
+    array_task: int | None = None
+    array_tasks: int = 1
+
+
+def slurm_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
+    """None outside of one."""
+    if "SLURM_JOB_ID" not in environment:
+        return None
+
+    def number(name: str) -> int | None:
+        return int(environment[name]) if name in environment else None
+
+    return SlurmJob(
+        environment["SLURM_JOB_ID"],
+        environment.get("SLURM_JOB_NODELIST", ""),
+        environment.get("SLURMD_NODENAME", ""),
+        number("SLURM_RESTART_COUNT") or 0,
+        number("SLURM_CPUS_ON_NODE"),
+        number("SLURM_ARRAY_TASK_ID"),
+        number("SLURM_ARRAY_TASK_COUNT") or 1,
+    )
+
+
+def share_secret(secret: str, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have the processes that this one starts know the job's secret."""
+    environment[SECRET] = secret
+
+
 def slurm_tasks(environment: Mapping[str, str] = os.environ) -> int:
     """Tasks of the SLURM step that this process belongs to; 1 outside of SLURM."""
     return int(environment.get("SLURM_STEP_NUM_TASKS", 1))
@@ -189,9 +226,48 @@ def given_secret(environment: Mapping[str, str] = os.environ) -> str | None:
     return environment.get(SECRET, "").strip() or None
 
 
-def notice_s(environment: Mapping[str, str] = os.environ) -> float:
-    """Seconds from being asked to end a run to being ended, as its launcher has said; without a word, infinite."""
-    return float(environment.get(_NOTICE, math.inf))
+def notice(environment: Mapping[str, str] = os.environ) -> tuple[str, float]:
+    """Why this process is asked to end its run at this moment, and how long it has for it, seconds; infinite where who
+    has started it knows of no limit."""
+    try:
+        seconds, _, why = Path(environment[_NOTICE]).read_text().partition(" ")
+        return why or "SIGUSR1", float(seconds)
+    except (KeyError, OSError):
+        return "SIGUSR1", math.inf
+
+
+def give_notice(why: str, seconds: float, environment: MutableMapping[str, str] = os.environ) -> None:
+    """What `notice` is from now on, here and in the processes that have this one's environment."""
+    path = Path(environment[_NOTICE])
+    partial = path.with_suffix(".partial")
+    partial.write_text(f"{seconds} {why}")
+    partial.rename(path)
+
+
+def tell_notice_in(folder: Path, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Before processes are started: where `give_notice` will write."""
+    environment[_NOTICE] = str(folder / "notice")
+
+
+def log_path(run_dir: Path, name: str, environment: Mapping[str, str] = os.environ) -> Path:
+    """Where a process of this node writes the log of this name."""
+    prefix = environment.get(_LOGS)
+    return Path(prefix + name) if prefix else run_dir / "logs" / name
+
+
+def put_logs(folder: Path, node: str, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Have this process, and those that it starts, write its logs there, under the node's name."""
+    environment[_LOGS] = str(folder / f"{node}-")
+
+
+def be_node(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Before processes are started: this one acts upon SLURM's signals, which come to them too."""
+    environment[_NODE] = "1"
+
+
+def is_below_node(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is one of a step whose signals its node's process acts upon (`cluster/node.py`)."""
+    return _NODE in environment
 
 
 def new_secret() -> str:

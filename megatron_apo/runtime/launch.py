@@ -22,9 +22,25 @@ from megatron_apo.config import Recipe
 from megatron_apo.runtime import guard
 from megatron_apo.runtime.ending import EndedEarly, request
 from megatron_apo.runtime.gpus import visible_gpus
-from megatron_apo.runtime.job import Job, Node, given_secret, new_secret, slurm_tasks, without_job
+from megatron_apo.runtime.job import (
+    Job,
+    Node,
+    given_secret,
+    is_below_node,
+    new_secret,
+    notice,
+    slurm_tasks,
+    without_job,
+)
 from megatron_apo.runtime.ports import free_port
-from megatron_apo.runtime.signals import ASK, RANK_LOST, block_ask, end_with_parent, on_ask
+from megatron_apo.runtime.signals import (
+    ASK,
+    END,
+    RANK_LOST,
+    block_ask,
+    end_with_parent,
+    on_ask,
+)
 
 _STOP_LIMIT_S = 10.0
 _TOGETHER_S = 3.0
@@ -71,14 +87,14 @@ def be_rank(job: Job, log_dir: Path | None = None) -> None:
     log_dir: where all ranks but rank 0 write from now on; None: they write where they do.
     """
     end_with_parent()
-    on_ask(lambda: request.ask("SIGUSR1", job.notice_s))
+    on_ask(lambda: request.ask(*notice()))
     if job.launched:
         return
     for name, value in _defaults().items():
         os.environ.setdefault(name, value)
     if job.rank and log_dir is not None:
         log_dir.mkdir(parents=True, exist_ok=True)
-        with open(log_path(log_dir, job.rank), "ab" if job.attempt else "wb") as log:
+        with open(rank_log(log_dir, job.rank), "ab" if job.attempt else "wb") as log:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
                 os.dup2(log.fileno(), stream.fileno())
@@ -98,18 +114,30 @@ def spawn_node(arguments: Sequence[str], node: Node, log_dir: Path) -> None:
     every process that the ranks started is gone before this returns.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
+    logs: list[Path | None] = [
+        rank_log(log_dir, node.first_rank + local_rank, node.label) for local_rank in range(node.num_ranks)
+    ]
+    if node.first_rank == 0 and not node.label:
+        logs[0] = None  # the terminal
     failed, code, _ = _supervise(
-        [partial(_start_rank, arguments, node.job(local_rank), log_dir) for local_rank in range(node.num_ranks)]
+        [partial(_start_rank, arguments, node.job(local_rank), log) for local_rank, log in enumerate(logs)]
     )
     if failed is not None:
-        raise RankFailed(_describe(node.first_rank + failed, code, log_dir), code)
+        raise RankFailed(_describe(node.first_rank + failed, code, logs[failed]), code)
 
 
 def run_command(arguments: Sequence[str]) -> None:
     """Run `megatron-apo ARGUMENTS` in a process of its own and wait for it, as `spawn` does for ranks."""
-    failed, code, _ = _supervise([partial(_start, arguments, dict(os.environ), None)])
+    run_commands([(arguments, {})])
+
+
+def run_commands(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
+    """`run_command` of several at once: (arguments, what differs in the environment)."""
+    failed, code, _ = _supervise(
+        [partial(_start, arguments, {**os.environ, **own}, None) for arguments, own in commands]
+    )
     if failed is not None:
-        raise RankFailed(f"megatron-apo {arguments[0]} ended with status {code}", code)
+        raise RankFailed(f"megatron-apo {commands[failed][0][0]} ended with status {code}", code)
 
 
 def is_guarded() -> bool:
@@ -122,7 +150,8 @@ def run_guarded(arguments: Sequence[str], environment: Mapping[str, str]) -> Non
     this one, even when this one is killed, nor does what they leave in TMPDIR."""
     scratch = guard.unused_name("apo-")
     own = {**environment, _GUARDED: "1", "TMPDIR": str(scratch)}
-    watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}", f"--folder={scratch}", "--"]
+    watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}", f"--folder={scratch}"]
+    watch += [*(["--deaf"] if is_below_node() else []), "--"]
     try:
         failed, code, was_asked = _supervise([partial(_start, arguments, own, None, watch)])
     finally:
@@ -140,33 +169,34 @@ def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple
     processes: list[subprocess.Popen[bytes]] = []
     callers_own, others = set(guard.descendants(os.getpid())), guard.shared_memory()
     try:
-        with _heard_ask() as is_asked:
+        with _heard_ask():
             for start in starts:
                 processes.append(start())
-            failed = _wait(processes, is_asked)
+            failed = _wait(processes)
         code = processes[failed].returncode if failed is not None else 0
     finally:
         _stop(processes, callers_own, others)
-    return failed, code if code >= 0 else 128 - code, is_asked()
+    return failed, code if code >= 0 else 128 - code, request.why is not None
 
 
 @contextmanager
-def _heard_ask() -> Iterator[Callable[[], bool]]:
-    """Whether this process was asked to end its run early (`ending.py`), which is its children's to do."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+def _heard_ask() -> Iterator[None]:
+    """SIGUSR1 asks this process to end its run early (`ending.py`), unless it means something else here already."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(ASK) is not signal.SIG_DFL:
+        yield
         return
-    times: list[float] = []
-    before = signal.signal(ASK, lambda number, frame: times.append(time.monotonic()))
+    signal.signal(ASK, lambda number, frame: request.ask(*notice()))
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, [ASK])
     try:
-        yield lambda: bool(times)
+        yield
     finally:
-        signal.signal(ASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(ASK, signal.SIG_DFL)
 
 
-def _start_rank(arguments: Sequence[str], job: Job, log_dir: Path) -> subprocess.Popen[bytes]:
+def _start_rank(arguments: Sequence[str], job: Job, log: Path | None) -> subprocess.Popen[bytes]:
     environment = _defaults() | without_job(os.environ) | job.variables()
-    return _start(arguments, environment, None if job.rank == 0 else log_path(log_dir, job.rank))
+    return _start(arguments, environment, log)
 
 
 def _defaults() -> dict[str, str]:
@@ -200,8 +230,8 @@ def _prepare(parent: int) -> None:
     guard.end_with(parent)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], is_asked: Callable[[], bool] = lambda: False) -> int | None:
-    """Index of the first rank that failed; None when all ended well. They are told once when it `is_asked`.
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """Index of the first rank that failed; None when all ended well. They are told once if the run is to end early.
 
     An error that all ranks raise together is the first's to tell, which writes to the terminal where it is rank 0: it
     has a moment to end as well.
@@ -209,7 +239,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], is_asked: Callable[[], bool] = l
     is_told = False
     while True:
         codes = [rank.poll() for rank in ranks]
-        if not is_told and (is_told := is_asked()):
+        if not is_told and (is_told := request.why is not None):
             for rank in ranks:
                 rank.send_signal(ASK)
         failed = [index for index, code in enumerate(codes) if code not in (None, 0)]
@@ -232,7 +262,7 @@ def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int], other
         return
     first, *rest = processes
     if first.poll() is None:
-        first.terminate()
+        first.send_signal(END)
     for process in rest:
         process.kill()
         process.wait()
@@ -256,11 +286,10 @@ def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int], other
         path.unlink(missing_ok=True)
 
 
-def _describe(rank: int, code: int, log_dir: Path) -> str:
-    if rank == 0:
-        return _killed("rank 0", code)
+def _describe(rank: int, code: int, path: Path | None) -> str:
+    if path is None:
+        return _killed(f"rank {rank}", code)
     message = f"rank {rank} ended with status {code}"
-    path = log_path(log_dir, rank)
     lines = path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     return "\n".join([f"{message}; the end of {path}:", *lines])
 
@@ -273,5 +302,5 @@ def _killed(what: str, code: int) -> str:
     return f"{what} was ended by signal {code - 128}{hint}"
 
 
-def log_path(log_dir: Path, rank: int) -> Path:
-    return log_dir / f"rank{rank}.log"
+def rank_log(log_dir: Path, rank: int, label: str = "") -> Path:
+    return log_dir / f"{label}rank{rank}.log"

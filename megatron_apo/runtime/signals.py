@@ -15,12 +15,13 @@ RANK_LOST = 76  # exit code of a rank that ended only because another did, or fe
 ENDED_EARLY = 75  # of a run that was asked to end, and has saved: started again it goes on (sysexits' EX_TEMPFAIL)
 TERMINATED = 128 + signal.SIGTERM
 ASK = signal.SIGUSR1  # asks a run to end early (`ending.py`)
+END = signal.SIGUSR2  # ends a process at once, as SIGTERM does, from who has started it
 _LOOK_EVERY_S = 0.5
 _UNWIND_LIMIT_S = 20.0
 
 
 def unwind_on_sigterm() -> None:
-    """Let SIGTERM unwind the stack, as Ctrl-C does, so that servers and ranks are stopped on the way out.
+    """Let SIGTERM, or `END`, unwind the stack, as Ctrl-C does, so that servers and ranks are stopped on the way out.
 
     The first one alone: SLURM sends it to every process of a step and torchrun passes it on, and a second would break
     into what the first has begun to tear down.
@@ -34,6 +35,13 @@ def unwind_on_sigterm() -> None:
             sys.exit(TERMINATED)
 
     signal.signal(signal.SIGTERM, handle)
+    signal.signal(END, handle)
+
+
+def leave_sigterm_to_node() -> None:
+    """Below a node's process of a SLURM job: SIGTERM comes to all processes of a step when the job is preempted or
+    cancelled, and is that one's to act upon. To be called before there are threads; children inherit it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
 
 def on_ask(heard: Callable[[], None]) -> None:
@@ -60,7 +68,7 @@ def block_ask() -> None:
 
 
 def end_with_parent() -> None:
-    """End this process when its parent does: by SIGTERM, and for good if it has not unwound after a while, such as one
+    """End this process when its parent does: as by `END`, and for good if it has not unwound after a while, such as one
     that waits in a collective, where Python handles no signal.
 
     Our launcher asks the kernel for a signal as well (`guard.end_with`); torchrun does not, and the kernel looks at the
@@ -71,7 +79,7 @@ def end_with_parent() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_LOOK_EVERY_S)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), END)
         time.sleep(_UNWIND_LIMIT_S)
         end_now(TERMINATED)
 

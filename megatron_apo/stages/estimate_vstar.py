@@ -28,6 +28,7 @@ from megatron_apo.rollout.inputs import Inputs, load_inputs, store_fingerprint
 from megatron_apo.rollout.offline import OfflineEngine, Sample
 from megatron_apo.rollout.server import device_name
 from megatron_apo.runtime.garbage import garbage_collection_frozen
+from megatron_apo.runtime.job import log_path
 from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.values.claims import Claims
 from megatron_apo.values.sampling import more_samples
@@ -150,7 +151,7 @@ def _fill(job: SamplingJob, worker: Worker, claims: Claims) -> None:
             seed=recipe.vstar.seed,
             max_sequence_tokens=recipe.max_sequence_tokens,
             prefix_caching=recipe.vstar.prefix_caching,
-            log_path=recipe.run.dir / "logs" / f"vllm-estimate-vstar{worker.suffix}.log",
+            log_path=log_path(recipe.run.dir, f"vllm-estimate-vstar{worker.suffix}.log"),
         )
         sample_all(job, Sampler(job, engine, pool, start), claims, index, progress)
 

@@ -27,13 +27,18 @@ def run(recipe: Recipe, model: Path | None = None) -> None:
         sampling = begin_evaluation(recipe, inputs, pool)
         sampling.advance(fleet)
         found = finished_evaluation(recipe, inputs, sampling)
-    path = recipe.run.dir / f"evaluation-{_label(recipe.run.dir, model)}.json"
+    path = result_path(recipe.run.dir, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(found) | {"model": str(model)}, indent=1) + "\n")
     print(
         f"{model}: avg@{found.samples_per_prompt} {with_error(found.mean, found.stderr)}, "
         f"greedy {with_error(found.greedy, found.greedy_stderr)} ({found.num_prompts} prompts); {path}"
     )
+
+
+def result_path(run_dir: Path, model: Path) -> Path:
+    """Where the evaluation of a model is written."""
+    return run_dir / f"evaluation-{_label(run_dir, model)}.json"
 
 
 def _label(run_dir: Path, model: Path) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from megatron_apo import preflight
 from megatron_apo.config import Recipe
 from megatron_apo.rollout.node import DriverLost, NodeEngines, room_here, say_idle_gpus
-from megatron_apo.runtime.ending import EndedEarly, request
-from megatron_apo.runtime.job import given_secret, notice_s
-from megatron_apo.runtime.signals import ENDED_EARLY, on_ask
+from megatron_apo.runtime.ending import EndedEarly
+from megatron_apo.runtime.job import given_secret
+from megatron_apo.runtime.signals import ENDED_EARLY
 
 
 def run(recipe: Recipe, engines: int | None = None) -> None:
@@ -15,7 +15,6 @@ def run(recipe: Recipe, engines: int | None = None) -> None:
     preflight.check_serving(recipe, engines)
     room = engines or room_here(recipe)
     say_idle_gpus(recipe, room)
-    on_ask(lambda: request.ask("SIGUSR1", notice_s()))
     secret = given_secret()
     assert secret and recipe.rollout.driver
     with NodeEngines(recipe, recipe.rollout.driver, secret, room=room, patience_s=recipe.parallel.timeout_s) as node:

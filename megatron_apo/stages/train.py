@@ -71,13 +71,13 @@ def train(recipe: Recipe, topology: Topology) -> None:
                             on_driver(topology, partial(recorded_rollouts(recipe.run.dir).write, step, batch))
                         record = learner.learn(batch, values, step)
                     done = step + 1
-                    if goes_on := not deadline.is_asked:
-                        with learner.timer.phase("sync"):
-                            recorder.synced(rollouts.sync(done))
+                    with deadline.put_off(), learner.timer.phase("sync"):
+                        recorder.synced(rollouts.sync(done))
                 if step == 0 and recipe.model.reference_path == recipe.model.path:
                     record.require_no_log_ratio(learner.first_log_ratio_tolerance)
-                if goes_on and done % recipe.sync.probe_every == 0:
-                    recorder.proved(rollouts.prove())
+                if done % recipe.sync.probe_every == 0:
+                    with deadline.put_off():
+                        recorder.proved(rollouts.prove())
                 phases = learner.timer.pop()
                 recorder.log(
                     done, {**learner.step_metrics(record, batch, values, phases), **rollouts.step_metrics()}, phases

@@ -32,11 +32,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(command: Callable[..., Comm
     is twice in the metrics; the weights are those of an undisturbed run on the same batches."""
     recipe = write_run(tmp_path, "parallel.pp=2", f"train.steps={STEPS}", "train.save_every=2", "eval.every=2")
     run_dir, arguments = recipe.run.dir, ["train", "-r", str(tmp_path / "recipe.yaml"), "--record"]
-    asked = command(*arguments, MEGATRON_APO_NOTICE_S="0.1")  # too little for the rest of any step
+    (tmp_path / "notice").write_text("0.1 the limit is near")  # seconds, too little for the rest of any step
+    asked = command(*arguments, MEGATRON_APO_NOTICE=str(tmp_path / "notice"))
     asked.wait_for(lambda: any(row["step"] == ASKED_AFTER for row in rows(run_dir)))
     assert asked.send(signal.SIGUSR1) == ENDED_EARLY
     done = max(row["step"] for row in rows(run_dir))
-    assert f"\nended early after {done} of {STEPS} steps, which are saved (SIGUSR1)" in asked.output
+    assert f"\nended early after {done} of {STEPS} steps, which are saved (the limit is near)" in asked.output
     assert latest(run_dir).name == f"step-{done:06d}" and done < KILLED_AFTER
     first = command(*arguments)
     first.wait_for(lambda: any(row["step"] == KILLED_AFTER for row in rows(run_dir)))

@@ -43,6 +43,11 @@ def request_() -> Request:
     return Request()
 
 
+@pytest.fixture(autouse=True)
+def launchers_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "request", Request())
+
+
 @pytest.fixture
 def drops() -> list[float]:
     return []
@@ -164,3 +169,11 @@ def test_work_under_a_guard_ends_at_once(capfd: pytest.CaptureFixture[str], monk
     signal.alarm(1)
     with pytest.raises(EndedEarly, match="estimate-vstar ended early, as it was asked to"):
         launch.run_guarded(["estimate-vstar"], os.environ)
+
+
+def test_a_step_that_is_learned_is_written_down_before_the_run_ends(request_: Request, deadline: Deadline) -> None:
+    with deadline.put_off():
+        request_.ask("SIGUSR1", 1.0)
+        raise Interrupted
+    with pytest.raises(Interrupted):
+        deadline.require_time()

@@ -34,8 +34,9 @@ def test_a_launcher_checks_stage_2_without_megatron_core() -> None:
 
 # From the top down; rooms of one row do not know each other.
 ROWS = [
-    {"cli", "doctor", "quickstart"},
-    {"stages"},
+    {"cli", "quickstart"},
+    {"cluster"},
+    {"doctor", "stages"},
     {"preflight"},
     {"learner", "rollout"},
     {"weights"},

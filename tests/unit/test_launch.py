@@ -70,7 +70,7 @@ def test_what_a_rank_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("GROUP_RANK", "7")
     node = Node(2, 2, 8, "10.0.0.1", 12345, "s3cret", index=1, count=4)
-    rank = launch._start_rank(["--version"], node.job(1), tmp_path)
+    rank = launch._start_rank(["--version"], node.job(1), tmp_path / "log")
     told, command = psutil.Process(rank.pid).environ(), psutil.Process(rank.pid).cmdline()
     assert rank.wait() == 0
     job = read_job(told)
@@ -137,7 +137,7 @@ def test_a_signal_is_told_as_a_shell_tells_it():
 
 def test_the_end_of_a_failed_ranks_log_is_shown(tmp_path):
     (tmp_path / "rank3.log").write_text("\n".join(f"line {i}" for i in range(100)))
-    lines = launch._describe(3, 1, tmp_path).splitlines()
+    lines = launch._describe(3, 1, tmp_path / "rank3.log").splitlines()
     assert lines[0] == f"rank 3 ended with status 1; the end of {tmp_path / 'rank3.log'}:"
     assert lines[1:] == [f"line {i}" for i in range(80, 100)]
 

@@ -1,0 +1,240 @@
+"""One node's part of a step of a job: `srun` starts this once on each node. It starts and guards what belongs there.
+
+    check            look at this node (`check.py`)
+    estimate-vstar   stage 1's workers, one for each engine that the node has GPUs for
+    train            ranks, or engines alone, as `plan.json` says
+    evaluate         the trained model, on the first node
+
+Asked to end early (SIGUSR1, or SIGTERM, which SLURM sends at once to all of a step that it preempts or cancels), it
+finds out how long there is and tells its processes. SIGUSR2 ends it at once. The first process that leaves with an
+error takes the others with it: of one that has ended early the code is in a file (`codes`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from megatron_apo.cluster import check, slurm
+from megatron_apo.cluster.plan import RECIPE, Plan, Step
+from megatron_apo.config import Recipe, load_recipe
+from megatron_apo.rollout.server import own_gpus
+from megatron_apo.runtime.ending import EndedEarly, request
+from megatron_apo.runtime.job import Node, be_node, give_notice, given_secret, put_logs, slurm_job, tell_notice_in
+from megatron_apo.runtime.launch import RankFailed, rank_log, run_command, run_commands, spawn_node
+from megatron_apo.runtime.signals import ASK, END, ENDED_EARLY, RANK_LOST
+from megatron_apo.telemetry.summary import RunSummary
+
+FAILURE = ".failure.json"
+NODES = "nodes.json"
+_ENDED = ".ended"
+_MARGIN_S = 10.0  # of the time that a job has left: for ending what runs, once it has saved
+_LOOK_S = 0.1
+
+
+def run(step: Step, folder: Path, token: str = "", within_s: float = 60.0) -> None:
+    """folder: of this attempt, which the job has made. Exits with the step's code."""
+    job = slurm_job()
+    if job is None:
+        raise ValueError("node: started by srun in a SLURM job alone; use sbatch launch/run_apo.sh")
+    name = job.node
+    if step == "check":
+        nodes = json.loads((folder / NODES).read_text()) if (folder / NODES).exists() else [name]
+        line = json.dumps(asdict(check.look(name, nodes, folder / "check", token, within_s)))
+        os.write(1, f"{line}\n".encode())  # in one piece, among those of the others
+        return
+    plan, recipe = Plan.read(folder), load_recipe(str(folder / RECIPE), [])
+    put_logs(folder, name)
+    be_node()
+    with tempfile.TemporaryDirectory(prefix="apo-node-") as own:
+        tell_notice_in(Path(own))
+        with _asked(job.job_id, folder):
+            code = _code_of(lambda: _do(step, plan, recipe, name, folder), step, name, folder)
+    (folder / f"{name}.{step}{_ENDED}").write_text(str(code))
+    sys.exit(0 if code == ENDED_EARLY else code)
+
+
+def _do(step: Step, plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
+    if step == "estimate-vstar":
+        _sample(plan, recipe, name, folder)
+    elif step == "evaluate":
+        run_command(
+            ["evaluate", "--recipe", str(folder / RECIPE), "--model", str(recipe.run.dir / "checkpoints" / "hf")]
+        )
+    elif name in plan.trainer_nodes:
+        _train(plan, recipe, name, folder)
+    else:
+        from megatron_apo.stages import serve
+
+        _to_log(folder / f"{name}-engines.log")
+        serve.run(recipe)
+
+
+def _train(plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
+    place, secret = plan.place(name), given_secret()
+    assert secret is not None
+    node = Node(
+        first_rank=place * plan.ranks_per_node,
+        num_ranks=plan.ranks_per_node,
+        world_size=recipe.parallel.world_size,
+        master_address=plan.address,
+        master_port=plan.master_port,
+        secret=secret,
+        index=place,
+        count=plan.trainers,
+        label=f"{name}-",
+    )
+    with _followed(rank_log(folder, 0, node.label)) if place == 0 else nullcontext():
+        with RunSummary(recipe.run.dir).phase("train") if place == 0 else nullcontext():
+            spawn_node(["train", "--recipe", str(folder / RECIPE)], node, folder)
+
+
+def _sample(plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
+    if plan.place(name):
+        _to_log(folder / f"{name}-estimate-vstar.log")
+    workers = plan.workers_of(name)
+    commands = []
+    for place, worker in enumerate(workers):
+        arguments = ["estimate-vstar", "--recipe", str(folder / RECIPE)]
+        arguments += ["--worker", str(worker), "--workers", str(plan.num_workers)]
+        commands.append((arguments, own_gpus(os.environ, recipe.rollout.tp, place) if len(workers) > 1 else {}))
+    run_commands(commands)
+
+
+def _code_of(work: Callable[[], None], step: Step, name: str, folder: Path) -> int:
+    """What becomes of the step here, as an exit code; a failure is written down."""
+    try:
+        work()
+        return 0
+    except (EndedEarly, KeyboardInterrupt):
+        return ENDED_EARLY
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except RankFailed as failure:
+        if failure.exit_code != ENDED_EARLY:
+            _note_failure(folder, name, step, str(failure), failure.exit_code)
+        return failure.exit_code
+    except Exception as error:
+        code = getattr(error, "exit_code", 1)
+        text = str(error) if type(error).__module__.startswith("megatron_apo") else traceback.format_exc()
+        _note_failure(folder, name, step, text, code)
+        return code
+
+
+def _note_failure(folder: Path, name: str, step: Step, text: str, code: int) -> None:
+    path = folder / f"{name}{FAILURE}"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"at_s": time.time(), "node": name, "step": step, "code": code, "text": text}))
+    partial.rename(path)
+
+
+def first_failure(folder: Path) -> str:
+    """What failed first in an attempt, as its job says it; empty if nothing is known."""
+    found = []
+    for path in folder.glob(f"*{FAILURE}"):
+        with suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text()))
+    if not found:
+        return ""
+    first = min(found, key=lambda one: (one["code"] == RANK_LOST, one["at_s"]))
+    lines = first["text"].splitlines()
+    return "\n".join([f"{first['step']} failed on {first['node']}: {lines[0] if lines else ''}", *lines[1:]])
+
+
+def codes(folder: Path, step: Step) -> list[int]:
+    """With which code each node's process has ended a step."""
+    return [int(path.read_text()) for path in folder.glob(f"*.{step}{_ENDED}")]
+
+
+@contextmanager
+def _asked(job_id: str, folder: Path) -> Iterator[None]:
+    """Within it SIGTERM and SIGUSR1 ask this node's processes to end, once it is known how long they have."""
+    heard = threading.Event()
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        names.append(signal.Signals(number).name)
+        heard.set()
+
+    def act() -> None:
+        heard.wait()
+        if is_over:
+            return
+        why, left_s = _why_and_how_long(job_id, names[0])
+        give_notice(why, left_s - _MARGIN_S)
+        if left_s <= _MARGIN_S or any(folder.glob(f"*{FAILURE}")):
+            os.kill(os.getpid(), END)
+        request.ask(why, left_s - _MARGIN_S)
+
+    names: list[str] = []
+    is_over: list[bool] = []
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, ASK)}
+    thread = threading.Thread(target=act, name="asked", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        is_over.append(True)
+        heard.set()
+        thread.join()
+
+
+def _why_and_how_long(job_id: str, signal_name: str) -> tuple[str, float]:
+    """Of being asked to end by SLURM or by the job's script, as far as SLURM tells."""
+    try:
+        state = slurm.job_state(job_id)
+        if not state.runs:
+            return "the job is ended", slurm.kill_wait_s()
+        left_s = math.inf if state.end_s is None else state.end_s - time.time()
+        return "the job is preempted" if state.is_preempted else signal_name, left_s
+    except slurm.SlurmError:
+        return signal_name, 0.0
+
+
+def _to_log(path: Path) -> None:
+    """This process's output goes there from now on."""
+    with path.open("ab") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
+
+
+@contextmanager
+def _followed(path: Path) -> Iterator[None]:
+    """What a log grows by is written to this process's output."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    is_over = threading.Event()
+
+    def follow() -> None:
+        with path.open("rb") as log:
+            while True:
+                was_over = is_over.is_set()
+                for chunk in iter(partial(log.read, 2**16), b""):
+                    sys.stdout.buffer.write(chunk)
+                sys.stdout.flush()
+                if was_over:
+                    return
+                is_over.wait(_LOOK_S)
+
+    thread = threading.Thread(target=follow, name="follow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()

@@ -1,0 +1,86 @@
+"""What a job would do, as text: `launch/run_apo.sh --dry-run`. Starts nothing and asks nobody."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_apo.cluster.plan import RECIPE, Plan, Step
+from megatron_apo.cluster.run import Options, load, srun, steps, with_driver
+from megatron_apo.config import Recipe
+from megatron_apo.runtime.job import SECRET, Node
+
+_ADDRESS, _PORT = "FIRST_NODE", 0  # known when the nodes have been looked at
+
+
+def dry_run(recipe_name: str, overrides: Sequence[str], options: Options, nodes: int, gpus: int) -> None:
+    """nodes, gpus: of the job, and of each of its nodes. Raises what a job would before it has looked at its nodes."""
+    recipe = load(recipe_name, overrides)
+    names = tuple(f"node{number}" for number in range(nodes - options.spare))
+    plan = Plan.of(recipe, names, gpus).first_at(_ADDRESS, [_PORT, _PORT])
+    recipe = with_driver(recipe, plan)
+    print("\n".join(_lines(recipe, plan, options, nodes)))
+
+
+def _lines(recipe: Recipe, plan: Plan, options: Options, nodes: int) -> Iterator[str]:
+    folder = recipe.run.dir / "logs" / "attempt-NNN"
+    yield f"{nodes} nodes, {len(plan.nodes)} of them used" + (f", {options.spare} spare" if options.spare else "")
+    for node in plan.nodes:
+        yield f"  {node}: {_role(plan, recipe, node)}"
+    yield f"environment of all that follows: {SECRET}, random and new in each attempt"
+    yield f"FIRST_NODE: address of {plan.nodes[0]} as the others reach it; port 0: one that is free there"
+    yield f"\ncheck\n  {_command('check', plan.nodes, folder)}"
+    todo = steps(recipe, options.stage)
+    wanted: Sequence[Step] = ["estimate-vstar", "train", "evaluate"]
+    for step in wanted:
+        if step not in todo:
+            yield f"\n{step}: not asked for, or complete"
+            continue
+        working = plan.working(step, recipe)
+        yield f"\n{step}\n  {_command(step, working, folder)}"
+        for node in working:
+            yield from (f"  {node}: {line}" for line in _processes(step, plan, recipe, node, folder))
+
+
+def _role(plan: Plan, recipe: Recipe, node: str) -> str:
+    place = plan.place(node)
+    if node in plan.trainer_nodes:
+        first = place * plan.ranks_per_node
+        beside = "" if recipe.rollout.placement == "dedicated" else ", and engines beside them"
+        last = first + plan.ranks_per_node - 1
+        return (f"rank {first}" if first == last else f"ranks {first} to {last}") + beside
+    return "engines" if node in plan.others(recipe) else "nothing in stage 2"
+
+
+def _command(step: Step, nodes: Sequence[str], folder: Path) -> str:
+    return shlex.join(srun(step, nodes, folder, None, python="python"))
+
+
+def _processes(step: Step, plan: Plan, recipe: Recipe, node: str, folder: Path) -> Iterator[str]:
+    """What the node's process starts."""
+    place, name = plan.place(node), shlex.quote(str(folder / RECIPE))
+    if step == "estimate-vstar":
+        for worker in plan.workers_of(node):
+            yield f"megatron-apo estimate-vstar --recipe {name} --worker {worker} --workers {plan.num_workers}"
+    elif step == "evaluate":
+        yield f"megatron-apo evaluate --recipe {name} --model {shlex.quote(str(recipe.run.dir / 'checkpoints' / 'hf'))}"
+    elif node in plan.trainer_nodes:
+        ranks = plan.ranks_per_node
+        one = Node(
+            place * ranks,
+            ranks,
+            recipe.parallel.world_size,
+            plan.address,
+            plan.master_port,
+            "",
+            place,
+            "",
+            plan.trainers,
+        )
+        first, last = (one.job(local_rank).variables() for local_rank in (0, ranks - 1))
+        first.pop(SECRET, None)
+        told = [f"{key}={value}" + (f"..{last[key]}" if last[key] != value else "") for key, value in first.items()]
+        yield f"{ranks} x megatron-apo train --recipe {name}, each with {' '.join(told)}"
+    else:
+        yield f"its engines, which join {recipe.rollout.driver}"

@@ -1,0 +1,251 @@
+"""What a run on the nodes of a SLURM job decides without SLURM: who does what, which nodes are bad, what is left to do,
+and what failed first. The rest is in tests/slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_apo.cluster import check, node, run, show
+from megatron_apo.cluster.check import Found, bad_nodes
+from megatron_apo.cluster.plan import Plan
+from megatron_apo.cluster.run import Options
+from megatron_apo.cluster.slurm import JobState, read_job_state
+from megatron_apo.config import Recipe, RecipeError, build_recipe
+
+GOLDEN = Path(__file__).with_name("golden")
+DEDICATED = ["rollout.placement=dedicated", "rollout.driver=node0:1"]
+
+
+def recipe_of(*overrides: str) -> Recipe:
+    return build_recipe({}, ["model.path=M", "data.train=T", "data.eval=E", "vstar.dir=V", "run.dir=R", *overrides])
+
+
+def nodes(count: int) -> tuple[str, ...]:
+    return tuple(f"n{number}" for number in range(count))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count", "gpus", "trainers", "ranks", "others", "workers"),
+    [
+        ([], 3, 0, 1, 1, 0, 1),  # without GPUs all ranks are on one node
+        (["parallel.dp=4", "parallel.ranks_per_node=2"], 2, 0, 2, 2, 0, 1),
+        (["parallel.tp=8", "parallel.dp=4", "rollout.tp=2", "rollout.replicas=16"], 4, 8, 4, 8, 0, 4),
+        (["parallel.tp=8", "rollout.replicas=2", *DEDICATED], 3, 8, 1, 8, 2, 8),
+        (["parallel.pp=2", "parallel.tp=2", "parallel.ranks_per_node=2", *DEDICATED], 3, 0, 2, 2, 1, 1),
+    ],
+)
+def test_who_does_what(
+    overrides: list[str], count: int, gpus: int, trainers: int, ranks: int, others: int, workers: int
+) -> None:
+    recipe = recipe_of(*overrides)
+    plan = Plan.of(recipe, nodes(count), gpus)
+    assert (plan.trainers, plan.ranks_per_node, len(plan.others(recipe))) == (trainers, ranks, others)
+    assert plan.trainer_nodes == nodes(count)[:trainers] and plan.trainers * ranks >= recipe.parallel.world_size
+    every = [worker for name in plan.nodes for worker in plan.workers_of(name)]
+    assert every == list(range(count * workers)) and plan.num_workers == len(every)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count", "message"),
+    [
+        (
+            ["parallel.dp=4", "parallel.ranks_per_node=2"],
+            1,
+            "parallel: .* = 4 ranks, 2 a node, take 2 nodes, and the job",
+        ),
+        (
+            DEDICATED,
+            1,
+            "take 1 nodes, and rollout.placement=dedicated at least one more, and the job has 1; use sbatch",
+        ),
+        (["parallel.tp=3", "parallel.ranks_per_node=2"], 2, "parallel.ranks_per_node: 2 does not divide the 3 ranks"),
+    ],
+)
+def test_nodes_that_are_too_few_are_told(overrides: list[str], count: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan.of(recipe_of(*overrides), nodes(count))
+
+
+def test_the_tasks_of_an_array_share_the_shards_and_each_reads_its_plan(tmp_path: Path) -> None:
+    plans = [Plan.of(recipe_of(), nodes(2)).in_array(task, 3) for task in range(3)]
+    assert [worker for plan in plans for name in plan.nodes for worker in plan.workers_of(name)] == list(range(6))
+    assert {plan.num_workers for plan in plans} == {6}
+    plans[1].write(tmp_path)
+    assert Plan.read(tmp_path) == plans[1]
+
+
+SHOWN = (
+    "JobId=7 JobName=apo UserId=root(0) Priority=1 JobState=RUNNING Reason=None Requeue=1 Restarts={restarts} "
+    "TimeLimit=00:10:00 StartTime=2026-11-29T15:36:54 EndTime={end} Deadline=N/A PreemptTime={preempted} "
+    "NodeList=h[0-1] Command=/home/me/launch/run_apo.sh recipe.yaml a=b WorkDir=/home/me Power=\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("end", "preempted", "expected"),
+    [
+        ("2026-11-29T15:46:54", "None", (True, False)),
+        ("2026-11-29T15:37:06", "2026-11-29T15:36:58", (True, True)),
+        ("Unknown", "None", (False, False)),
+    ],
+)
+def test_what_slurm_says_of_a_job(end: str, preempted: str, expected: tuple[bool, bool]) -> None:
+    state = read_job_state(SHOWN.format(restarts=2, end=end, preempted=preempted))
+    assert (state.end_s is not None, state.is_preempted) == expected
+    assert state.runs and state.restarts == 2
+    assert not read_job_state(SHOWN.replace("RUNNING", "COMPLETING").format(restarts=0, end=end, preempted="None")).runs
+
+
+FITS = Found("", "10.0.0.1", [1, 2], {"torch": "2.11.0", "vllm": "0.32.0"}, "3.12.3", ["H100"] * 8, 64, 2**40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {}),
+        ({"n2": None}, {"n2": "it has told nothing"}),
+        ({"n1": {"problems": ["it does not see RUN"]}}, {"n1": "it does not see RUN"}),
+        (
+            {"n3": {"versions": {"torch": "2.10.0", "vllm": "0.32.0"}}},
+            {"n3": "versions: torch 2.10.0 in place of torch 2.11.0"},
+        ),
+        ({"n0": {"gpus": ["H100"] * 7}}, {"n0": "gpus: 7 x H100 in place of 8 x H100, and most have the other"}),
+        ({"n0": {"gpus": ["A100"] * 8}}, {"n0": "gpus: 8 x A100 in place of 8 x H100"}),
+        ({"n2": {"offset_s": 40.0}}, {"n2": "its clock is +40.0 s beside the others'"}),
+        # Who is cut off, and not who cannot reach it.
+        (
+            {"n1": {"unreachable": ["n0", "n2", "n3"]}, **{f"n{one}": {"unreachable": ["n1"]} for one in (0, 2, 3)}},
+            {"n1": "it and n0, n2, n3 do not reach each other"},
+        ),
+    ],
+)
+def test_a_bad_node_is_named_and_no_other(changes: dict, expected: dict[str, str]) -> None:
+    told = {
+        name: replace(FITS, node=name, **(changes.get(name) or {}))
+        for name in nodes(4)
+        if changes.get(name, {}) is not None
+    }
+    bad = bad_nodes(nodes(4), told)
+    assert list(bad) == list(expected)
+    for name, problem in expected.items():
+        assert problem in "; ".join(bad[name])
+    shown = check.table(nodes(4), told, bad)
+    assert shown.count("fits") == 4 - len(expected)
+
+
+def test_a_node_alone_looks_at_itself(tmp_path: Path) -> None:
+    check.prepare(tmp_path / "check", "token")
+    found = check.look("n0", ["n0"], tmp_path / "check", "token", 5.0)
+    assert (found.problems, found.unreachable, found.address) == ([], [], "127.0.0.1")
+    assert abs(found.offset_s) < 1 and len(found.ports) == 2 and "torch" in found.versions
+    other = check.look("n0", ["n0"], tmp_path / "check", "another's", 5.0)
+    assert other.problems == [f"it does not see {tmp_path / 'check'}, which all nodes must share"]
+
+
+def test_what_is_complete_is_skipped(tmp_path: Path) -> None:
+    recipe = recipe_of(f"run.dir={tmp_path / 'run'}", f"vstar.dir={tmp_path / 'vstar'}")
+    assert run.steps(recipe) == ["estimate-vstar", "train", "evaluate"]
+    assert (run.steps(recipe, 1), run.steps(recipe, 2)) == (["estimate-vstar"], ["train", "evaluate"])
+    (tmp_path / "vstar").mkdir()
+    (tmp_path / "vstar" / "manifest.json").touch()
+    assert run.steps(recipe) == ["train", "evaluate"] and run.steps(recipe, 1) == []
+    (tmp_path / "run" / "checkpoints" / "hf").mkdir(parents=True)
+    assert run.steps(recipe) == ["evaluate"]
+    (tmp_path / "run" / "evaluation-checkpoints-hf.json").touch()
+    assert run.steps(recipe) == []
+    assert "evaluate" not in run.steps(recipe_of("data.eval=null"))
+
+
+def test_a_job_says_where_rank_0_is(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    recipe_of(*DEDICATED).save(path)
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "driver:" not in line))
+    loaded = run.load(str(path), [])
+    plan = Plan.of(loaded, nodes(2)).first_at("10.0.0.7", [11, 12])
+    assert run.with_driver(loaded, plan).rollout.driver == "10.0.0.7:12"
+    assert run.with_driver(loaded, plan.first_at("fd00::7", [11, 12])).rollout.driver == "[fd00::7]:12"
+    with pytest.raises(RecipeError) as caught:
+        run.load(str(path), ["train.steps=-1"])
+    assert len(caught.value.problems) >= 1 and caught.value.problems[0].startswith("train.steps")
+
+
+def test_each_attempt_has_a_folder_and_the_newest_is_found(tmp_path: Path) -> None:
+    folders = [run._new_attempt(tmp_path / "run") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["attempt-001", "attempt-002", "attempt-003"]
+    assert (tmp_path / "run" / "logs" / "latest").resolve() == folders[-1].resolve()
+
+
+def test_the_first_failure_is_told_and_not_who_only_missed_another(tmp_path: Path) -> None:
+    assert node.first_failure(tmp_path) == ""
+    for name, at_s, code in (("n0", 1.0, 76), ("n1", 3.0, 1), ("n2", 2.0, 137)):
+        text = f"rank of {name} ended with status {code}; the end of LOG:\nlast line"
+        told = {"at_s": at_s, "node": name, "step": "train", "code": code, "text": text}
+        (tmp_path / f"{name}.failure.json").write_text(json.dumps(told))
+    assert node.first_failure(tmp_path).splitlines() == [
+        "train failed on n2: rank of n2 ended with status 137; the end of LOG:",
+        "last line",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "overrides", "options", "count", "gpus"),
+    [
+        ("colocated", "qwen3-8b-16k", ["data.train=T", "data.eval=E"], Options(spare=1), 5, 8),
+        (
+            "dedicated",
+            "quickstart",
+            [
+                *("model.path=M", "data.train=T", "data.eval=E", "vstar.dir=V", "run.dir=R"),
+                *("parallel.ranks_per_node=1", "rollout.placement=dedicated"),
+            ],
+            Options(stage=2),
+            3,
+            0,
+        ),
+    ],
+)
+def test_a_dry_run(
+    name: str,
+    recipe: str,
+    overrides: list[str],
+    options: Options,
+    count: int,
+    gpus: int,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Golden files: GOLDEN=new writes them anew."""
+    monkeypatch.chdir(tmp_path)
+    show.dry_run(recipe, overrides, options, count, gpus)
+    path, found = GOLDEN / f"dry-run-{name}.txt", capsys.readouterr().out
+    if os.environ.get("GOLDEN") == "new":
+        path.write_text(found)
+    assert found == path.read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_is_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(ValueError, match=r"run_apo.sh: this is no SLURM job; submit it \(sbatch"):
+        run.run("quickstart", [], Options())
+    with pytest.raises(ValueError, match="node: started by srun in a SLURM job alone"):
+        node.run("train", Path("folder"))
+
+
+def test_a_job_that_does_not_run_is_not_requeued() -> None:
+    assert not JobState("COMPLETING", None, False, 0, "").runs
+
+
+def test_how_long_before_a_limit_a_run_is_asked_to_end() -> None:
+    """What a step and a save take, the longest of the last three, half as much again, and a minute."""
+    rows: list[dict] = [{"step": 1, "time/step_s": 100.0}, {"step": 1, "checkpoint/save_s": 20.0}]
+    assert run.lead_s([]) is run.lead_s(rows[:1]) is None
+    assert run.lead_s(rows) == 1.5 * 120 + 60
+    rows += [{"step": step, "time/step_s": 10.0 * step} for step in (2, 3, 4)]
+    assert run.lead_s(rows) == 1.5 * 60 + 60
