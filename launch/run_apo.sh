@@ -16,10 +16,10 @@
 # --dry-run  outside of SLURM, say what a job of --nodes N with --gpus K each would do, and do nothing
 # Ten minutes before the limit of the job it saves, and is requeued; another --signal=B:USR1@SECONDS may be given to sbatch.
 set -euo pipefail
-if [[ -n ${SLURM_JOB_ID:-} ]]; then # a copy of this script runs, from another folder
-    script=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
-else
-    script=${BASH_SOURCE[0]}
+script=${BASH_SOURCE[0]}
+if [[ -n ${SLURM_JOB_ID:-} && " $* " != *" --dry-run "* ]]; then # a copy of it runs, from another folder
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    script=$(scontrol --oneliner show job "${job:-$SLURM_JOB_ID}" | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
 fi
 root=$(cd "$(dirname "$script")/.." && pwd)
 [[ ! -f $root/.venv/bin/activate ]] || . "$root/.venv/bin/activate"

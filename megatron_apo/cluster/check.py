@@ -30,7 +30,8 @@ from megatron_apo.telemetry.units import data_size
 
 CLOCK_S = 5.0  # clocks may differ by so much
 _REACH_S = 5.0  # for one node to answer another
-_SUM_S = 60.0  # for all to have summed
+_SHOWN_S = 90.0  # for a file to be seen by all: network file systems remember that it was not there
+_SUM_S = 120.0  # for all to have summed
 _SHARED = "token"
 _PARTS = ("versions", "gpus", "python")  # in which all nodes must be alike
 
@@ -102,7 +103,7 @@ def look(node: str, nodes: Sequence[str], folder: Path, token: str, within_s: fl
             else:
                 offsets[other] = offset
         _write(folder / f"{node}.reached", found.unreachable)
-        reached = _read_all(folder, [f"{one}.reached" for one in places], _REACH_S * len(nodes))
+        reached = _read_all(folder, [f"{one}.reached" for one in places], _REACH_S * len(nodes) + _SHOWN_S)
         offset_s = offsets.get(nodes[0], 0.0)
         whole = len(reached) == len(nodes) and not any(reached.values())
         if whole and len(nodes) > 1 and (problem := _sum(node, nodes, places)):
@@ -207,6 +208,11 @@ def bad_nodes(nodes: Sequence[str], found: Mapping[str, Found]) -> dict[str, lis
         if 2 * len(cut_off) >= len(rest) > 1 or 2 * len(deaf_to) >= len(rest) > 1:
             others = ", ".join(sorted({*cut_off, *deaf_to} - {one.node}))
             bad.setdefault(one.node, []).append(f"it and {others} do not reach each other")
+    rest = [one for one in rest if one.node not in bad]
+    apart = sorted({tuple(sorted((one.node, other))) for one in rest for other in one.unreachable if other not in bad})
+    for pair in apart:  # it does not show which of them it is
+        for node, its in (pair, reversed(pair)):
+            bad.setdefault(node, []).append(f"it and {its} do not reach each other")
     rest = [one for one in rest if one.node not in bad]
     for part in _PARTS:
         usual, _ = Counter(_shown(getattr(one, part)) for one in rest).most_common(1)[0] if rest else ("", 0)

@@ -42,6 +42,7 @@ FAILURE = ".failure.json"
 NODES = "nodes.json"
 _ENDED = ".ended"
 _MARGIN_S = 10.0  # of the time that a job has left: for ending what runs, once it has saved
+_KILL_WAIT_S = 30.0
 _LOOK_S = 0.1
 
 
@@ -71,9 +72,7 @@ def _do(step: Step, plan: Plan, recipe: Recipe, name: str, folder: Path) -> None
     if step == "estimate-vstar":
         _sample(plan, recipe, name, folder)
     elif step == "evaluate":
-        run_command(
-            ["evaluate", "--recipe", str(folder / RECIPE), "--model", str(recipe.run.dir / "checkpoints" / "hf")]
-        )
+        run_command(evaluation_arguments(plan, recipe, folder))
     elif name in plan.trainer_nodes:
         _train(plan, recipe, name, folder)
     else:
@@ -112,6 +111,13 @@ def _sample(plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
         arguments += ["--worker", str(worker), "--workers", str(plan.num_workers)]
         commands.append((arguments, own_gpus(os.environ, recipe.rollout.tp, place) if len(workers) > 1 else {}))
     run_commands(commands)
+
+
+def evaluation_arguments(plan: Plan, recipe: Recipe, folder: Path) -> list[str]:
+    """With as many engines as the first node has GPUs for."""
+    engines = min(recipe.rollout.replicas, plan.workers_per_node)
+    model = str(recipe.run.dir / "checkpoints" / "hf")
+    return ["evaluate", "--recipe", str(folder / RECIPE), "--model", model, f"rollout.replicas={engines}"]
 
 
 def _code_of(work: Callable[[], None], step: Step, name: str, folder: Path) -> int:
@@ -174,6 +180,8 @@ def _asked(job_id: str, folder: Path) -> Iterator[None]:
             return
         why, left_s = _why_and_how_long(job_id, names[0])
         give_notice(why, left_s - _MARGIN_S)
+        if is_over:
+            return
         if left_s <= _MARGIN_S or any(folder.glob(f"*{FAILURE}")):
             os.kill(os.getpid(), END)
         request.ask(why, left_s - _MARGIN_S)
@@ -201,8 +209,8 @@ def _why_and_how_long(job_id: str, signal_name: str) -> tuple[str, float]:
             return "the job is ended", slurm.kill_wait_s()
         left_s = math.inf if state.end_s is None else state.end_s - time.time()
         return "the job is preempted" if state.is_preempted else signal_name, left_s
-    except slurm.SlurmError:
-        return signal_name, 0.0
+    except slurm.SlurmError:  # its own signals come early, and SIGTERM half a minute before SIGKILL
+        return signal_name, math.inf if signal_name == ASK.name else _KILL_WAIT_S
 
 
 def _to_log(path: Path) -> None:

@@ -58,9 +58,10 @@ class Plan:
         return plan.in_array(0, 1)
 
     def in_array(self, task: int, tasks: int) -> Plan:
-        """The plan of one of the tasks of a job array, which share stage 1's shards."""
+        """The plan of one of the tasks of a job array, which share stage 1's shards; its number may be any, and the
+        workers' only spread them over the shards."""
         workers = len(self.nodes) * self.workers_per_node
-        return replace(self, first_worker=task * workers, num_workers=tasks * workers)
+        return replace(self, first_worker=task % tasks * workers, num_workers=tasks * workers)
 
     def workers_of(self, node: str) -> range:
         first = self.first_worker + self.place(node) * self.workers_per_node

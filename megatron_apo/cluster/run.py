@@ -32,7 +32,7 @@ from megatron_apo.cluster import check, slurm
 from megatron_apo.cluster.node import NODES, codes, first_failure
 from megatron_apo.cluster.plan import RECIPE, Plan, Step
 from megatron_apo.config import Recipe, RecipeError, load_recipe
-from megatron_apo.learner.checkpoint import RECORD
+from megatron_apo.learner.checkpoint import RECORD, next_step
 from megatron_apo.preflight import training_problems
 from megatron_apo.runtime.ending import EndedEarly
 from megatron_apo.runtime.job import SlurmJob, new_secret, share_secret, slurm_job
@@ -47,6 +47,7 @@ from megatron_apo.values.store import MANIFEST
 _LOOK_S = 0.1
 _LOOK_AT_LIMIT_S = 20.0
 _LEAD_S = 60.0  # for what else ends
+_SHOWN_S = 60.0  # for what other nodes have written to be seen here
 _EARLIEST_S = 900.0  # before a limit, that a signal may come for it
 _AGAIN_S = 2.0  # one request may come as several signals
 _CHECK_S = 120.0  # for nodes to begin with their check
@@ -104,12 +105,15 @@ class _Run:
         self._look_s = 0.0  # when SLURM is asked again for the job's end
         self._end_s: float | None = None
         self._lead_s: float | None = None  # as long before it the run is to end
+        self._is_by_clock = False  # that it was asked to
+        self._usr1 = False  # has come, and was not acted upon
         self._step: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> _Run:
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, lambda number, frame: self._on_signal(signal.Signals(number)))
         self._folder = _new_attempt(self._recipe.run.dir)
+        self._began_at = progress(self._recipe)
         share_secret(new_secret())
         return self
 
@@ -145,10 +149,7 @@ class _Run:
         token = secrets.token_hex(8)
         check.prepare(self._folder / "check", token)
         (self._folder / NODES).write_text(json.dumps(nodes))
-        command = srun("check", nodes, self._folder, self._job.cpus)
-        command += ["--token", token, "--within", f"{_CHECK_S:g}"]
-        command.remove(_KILL_ON_BAD_EXIT)  # each node tells for itself
-        command.remove(_UNBUFFERED)  # and in whole lines
+        command = check_command(nodes, self._folder, self._job.cpus, token)
         found: dict[str, check.Found] = {}
         with (self._folder / "check.log").open("w+") as output:
             self._step = subprocess.Popen(command, stdout=output, stdin=subprocess.DEVNULL)
@@ -158,7 +159,7 @@ class _Run:
                 with suppress(ValueError, TypeError):
                     one = check.Found(**json.loads(line))
                     found[one.node] = one
-        if self._asked:
+        if self._asked or not self._goes_on():
             self._end_early("check")
         bad = check.bad_nodes(nodes, found)
         print(check.table(nodes, found, bad), flush=True)
@@ -180,17 +181,26 @@ class _Run:
             print(f"== {step} on {', '.join(nodes)}", flush=True)
             self._step = subprocess.Popen(srun(step, nodes, self._folder, self._job.cpus), stdin=subprocess.DEVNULL)
             code = self._wait()
-            ended_early = ENDED_EARLY in codes(self._folder, step)
-            if code == 0 and not ended_early:
+            if code == 0 and self._is_complete(step):
                 return
-            if not ended_early and not self._asked and self._goes_on():
-                why = first_failure(self._folder) or f"{step} ended with status {code}; srun has said why"
-                raise JobFailed(f"{why}\nlogs: {self._folder}", code)
+            why = first_failure(self._folder)
+            if ENDED_EARLY not in codes(self._folder, step) and self._goes_on() and (why or not self._asked):
+                why = why or f"{step} ended with status {code}, and is not complete; srun has said why"
+                raise JobFailed(f"{why}\nlogs: {self._folder}", code or 1)
         self._end_early(step)
+
+    def _is_complete(self, step: Step) -> bool:
+        """A network file system may take a while to show what other nodes have written."""
+        end = time.monotonic() + _SHOWN_S
+        while step in steps(self._recipe):
+            if ENDED_EARLY in codes(self._folder, step) or time.monotonic() > end:
+                return False
+            time.sleep(1.0)
+        return True
 
     def _goes_on(self) -> bool:
         """Whether SLURM lets the job run: its script hears nothing of a preemption."""
-        state = slurm.job_state(self._job.job_id)
+        state = slurm.job_state(self._job.job_id, slurm.PATIENCE_S)
         return state.runs and not state.is_preempted
 
     def _wait(self, within_s: float = math.inf) -> int:
@@ -200,6 +210,7 @@ class _Run:
         while (code := self._step.poll()) is None:
             if not self._asked and (why := self._is_due()):
                 self._hear(why)
+                self._is_by_clock = True
             for index, number in enumerate((ASK, END)[: len(self._asked)]):
                 if time.monotonic() - told_s[index] > _AGAIN_S:  # a process that starts may not have heard it
                     self._step.send_signal(number)  # srun hands it on
@@ -210,9 +221,12 @@ class _Run:
         return code if code >= 0 else 128 - code
 
     def _on_signal(self, number: signal.Signals) -> None:
-        if number == signal.SIGUSR1 and self._end_s is not None and self._lead_s is not None:
-            if self._lead_s < self._end_s - time.time() < _EARLIEST_S:
-                return  # it comes before a limit, and earlier than there is need
+        if number == signal.SIGUSR1 and self._is_by_clock:
+            return  # for the same limit, and no second request
+        if number == signal.SIGUSR1 and self._lead_s is not None:
+            self._usr1 = True  # `_is_due` sees whether there is need of it yet
+            self._look_s = 0.0
+            return
         self._hear(number.name)
 
     def _hear(self, name: str) -> None:
@@ -227,17 +241,24 @@ class _Run:
             return "--limit"
         if time.monotonic() > self._look_s:
             self._look_s = time.monotonic() + _LOOK_AT_LIMIT_S
-            with suppress(slurm.SlurmError):
-                state = slurm.job_state(self._job.job_id)
-                self._end_s = state.end_s if state.runs and not state.is_preempted else None
             self._lead_s = lead_s(read_metrics(self._recipe.run.dir))
+            try:
+                state = slurm.job_state(self._job.job_id)
+            except slurm.SlurmError:
+                return "SIGUSR1" if self._usr1 else ""
+            self._end_s = state.end_s if state.runs else None
+            is_meant = state.is_preempted or self._end_s is None or self._end_s - time.time() > _EARLIEST_S
+            if self._usr1 and is_meant:  # not for a limit, before which it may come earlier than there is need
+                return "SIGUSR1"
+            if state.is_preempted:
+                return "the job is preempted"
         if self._end_s is None or self._lead_s is None or self._end_s - time.time() > self._lead_s:
             return ""
         return f"the job's limit is {self._end_s - time.time():.0f} s away"
 
     def _end_early(self, step: Step) -> None:
         """See to it that the job goes on later, where it should. Raises EndedEarly."""
-        state = slurm.job_state(self._job.job_id)
+        state = slurm.job_state(self._job.job_id, slurm.PATIENCE_S)
         if not state.runs:
             raise EndedEarly(f"{step} ended early: the job is {state.name}, and is not requeued from here")
         if state.is_preempted:
@@ -245,6 +266,11 @@ class _Run:
             self._wait_to_be_ended((state.end_s or time.time()) - time.time() + _ENDS_S)
         elif not self._asked:
             raise EndedEarly(f"{step} ended early, as a process of it was asked to; submitted again it goes on")
+        elif self._job.attempt and progress(self._recipe) == self._began_at:
+            raise JobFailed(
+                f"{step} ended early ({self._asked[0][1]}) without a step, or a shard, more than when the job was "
+                "requeued; give it a longer limit"
+            )
         print(
             f"{step} ended early ({self._asked[0][1] if self._asked else 'preempted'}): requeueing the job", flush=True
         )
@@ -257,6 +283,12 @@ class _Run:
         """Raises EndedEarly as soon as SLURM ends this process."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(max(0.0, within_s))
+
+
+def progress(recipe: Recipe) -> tuple[int, int, int]:
+    """What grows while a run goes on: shards, saved steps, and complete steps of the job."""
+    shards = len(list(recipe.vstar.dir.glob("shard-*.parquet")))
+    return shards, next_step(recipe.run.dir), -len(steps(recipe))
 
 
 def lead_s(rows: Sequence[Mapping[str, Any]]) -> float | None:
@@ -306,6 +338,14 @@ def srun(step: Step, nodes: Sequence[str], folder: Path, cpus: int | None, pytho
         step,
         str(folder),
     ]
+
+
+def check_command(
+    nodes: Sequence[str], folder: Path, cpus: int | None, token: str, python: str = sys.executable
+) -> list[str]:
+    """`srun` of the check: each node tells for itself, in whole lines."""
+    command = [*srun("check", nodes, folder, cpus, python), "--token", token, "--within", f"{_CHECK_S:g}"]
+    return [word for word in command if word not in (_KILL_ON_BAD_EXIT, _UNBUFFERED)]
 
 
 def with_driver(recipe: Recipe, plan: Plan) -> Recipe:

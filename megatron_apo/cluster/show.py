@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_apo.cluster.node import evaluation_arguments
 from megatron_apo.cluster.plan import RECIPE, Plan, Step
-from megatron_apo.cluster.run import Options, load, srun, steps, with_driver
+from megatron_apo.cluster.run import Options, check_command, load, srun, steps, with_driver
 from megatron_apo.config import Recipe
 from megatron_apo.runtime.job import SECRET, Node
 
@@ -30,7 +31,8 @@ def _lines(recipe: Recipe, plan: Plan, options: Options, nodes: int) -> Iterator
         yield f"  {node}: {_role(plan, recipe, node)}"
     yield f"environment of all that follows: {SECRET}, random and new in each attempt"
     yield f"FIRST_NODE: address of {plan.nodes[0]} as the others reach it; port 0: one that is free there"
-    yield f"\ncheck\n  {_command('check', plan.nodes, folder)}"
+    every = [f"node{number}" for number in range(nodes)]
+    yield f"\ncheck\n  {shlex.join(check_command(every, folder, None, 'TOKEN', python='python'))}"
     todo = steps(recipe, options.stage)
     wanted: Sequence[Step] = ["estimate-vstar", "train", "evaluate"]
     for step in wanted:
@@ -64,7 +66,7 @@ def _processes(step: Step, plan: Plan, recipe: Recipe, node: str, folder: Path) 
         for worker in plan.workers_of(node):
             yield f"megatron-apo estimate-vstar --recipe {name} --worker {worker} --workers {plan.num_workers}"
     elif step == "evaluate":
-        yield f"megatron-apo evaluate --recipe {name} --model {shlex.quote(str(recipe.run.dir / 'checkpoints' / 'hf'))}"
+        yield f"megatron-apo {shlex.join(evaluation_arguments(plan, recipe, folder))}"
     elif node in plan.trainer_nodes:
         ranks = plan.ranks_per_node
         one = Node(

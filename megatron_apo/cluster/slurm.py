@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from datetime import datetime
 
-_ANSWER_S = 20.0  # a controller that is busy
+PATIENCE_S = 180.0  # with a controller that restarts
+_ANSWER_S, _AGAIN_S = 20.0, 3.0  # with one that is busy
 
 
 class SlurmError(RuntimeError):
@@ -32,16 +34,21 @@ class JobState:
         return self.name == "RUNNING"
 
 
-def run(*command: str) -> str:
-    """The output of one of SLURM's commands. Raises SlurmError."""
-    try:
-        return subprocess.run(
-            command, check=True, capture_output=True, text=True, timeout=_ANSWER_S, preexec_fn=_ignore_sigterm
-        ).stdout
-    except subprocess.CalledProcessError as error:
-        raise SlurmError(f"{' '.join(command)}: {error.stderr.strip() or error.returncode}") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise SlurmError(f"{' '.join(command)}: {error}") from None
+def run(*command: str, patience_s: float = 0.0) -> str:
+    """The output of one of SLURM's commands; asked again for `patience_s` where it fails. Raises SlurmError."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            return subprocess.run(
+                command, check=True, capture_output=True, text=True, timeout=_ANSWER_S, preexec_fn=_ignore_sigterm
+            ).stdout
+        except subprocess.CalledProcessError as error:
+            why = error.stderr.strip() or str(error.returncode)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            why = str(error)
+        if time.monotonic() > end:
+            raise SlurmError(f"{' '.join(command)}: {why}")
+        time.sleep(_AGAIN_S)
 
 
 def _ignore_sigterm() -> None:
@@ -49,8 +56,8 @@ def _ignore_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def job_state(job_id: str) -> JobState:
-    return read_job_state(run("scontrol", "--oneliner", "show", "job", job_id))
+def job_state(job_id: str, patience_s: float = 0.0) -> JobState:
+    return read_job_state(run("scontrol", "--oneliner", "show", "job", job_id, patience_s=patience_s))
 
 
 def read_job_state(text: str) -> JobState:
@@ -79,7 +86,7 @@ def kill_wait_s() -> float:
 
 
 def requeue(job_id: str) -> None:
-    run("scontrol", "requeue", job_id)
+    run("scontrol", "requeue", job_id, patience_s=PATIENCE_S)
 
 
 def node_names(node_list: str) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.runtime.collective import on_all, on_driver
+from megatron_apo.runtime.ending import Interrupted
 from megatron_apo.runtime.topology import Topology
 
 
@@ -58,12 +59,18 @@ class MemorySharing:
                 if self._is_shared:
                     self._with_fleet(lambda fleet: self._allow_starts(True))
             try:
-                yield
-            except ServerDied:  # on every rank
-                self._take_back()
+                try:
+                    yield
+                except ServerDied:  # on every rank
+                    self._take_back()
+                    raise
+                with self._phase("offload"):
+                    self._take_back()
+            except Interrupted:  # on every rank: the run ends, and the trainer needs its memory to save
+                if self._is_shared:
+                    self._with_fleet(Fleet.stop)
                 raise
             with self._phase("offload"):
-                self._take_back()
                 stack.close()
 
     def wake(self, *tags: str) -> None:

@@ -23,7 +23,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from megatron_apo.runtime.ending import request
+from megatron_apo.runtime.ending import EndedEarly, request
 from megatron_apo.runtime.hosts import store_client
 from megatron_apo.runtime.job import Job
 from megatron_apo.runtime.signals import RANK_LOST, end_now
@@ -77,11 +77,12 @@ class Heartbeat:
         self._heard.__exit__(kind, error, trace)
         self._leaving = True
         self._wake.set()
-        if kind is None and self._job.rank == 0:
+        ends_well = error is None or isinstance(error, EndedEarly)
+        if ends_well and self._job.rank == 0:
             self._all_left.wait()
-        self._say(_DONE if kind is None else _FAILED)
+        self._say(_DONE if ends_well else _FAILED)
         # A word that is lost would be missed: a rank that ends well waits for it as long as others wait for the rank.
-        self._given.wait(LIMIT * self._timeout_s if kind is None else _FAILED_LIMIT_S)
+        self._given.wait(LIMIT * self._timeout_s if ends_well else _FAILED_LIMIT_S)
         self._ended.set()
 
     @property

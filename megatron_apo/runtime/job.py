@@ -200,13 +200,15 @@ def slurm_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
     def number(name: str) -> int | None:
         return int(environment[name]) if name in environment else None
 
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), number("SLURM_ARRAY_TASK_ID")
     return SlurmJob(
-        environment["SLURM_JOB_ID"],
+        # The id of one of an array's tasks is the array's as well.
+        environment["SLURM_JOB_ID"] if array is None or task is None else f"{array}_{task}",
         environment.get("SLURM_JOB_NODELIST", ""),
         environment.get("SLURMD_NODENAME", ""),
         number("SLURM_RESTART_COUNT") or 0,
         number("SLURM_CPUS_ON_NODE"),
-        number("SLURM_ARRAY_TASK_ID"),
+        task,
         number("SLURM_ARRAY_TASK_COUNT") or 1,
     )
 

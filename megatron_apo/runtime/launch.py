@@ -36,6 +36,7 @@ from megatron_apo.runtime.ports import free_port
 from megatron_apo.runtime.signals import (
     ASK,
     END,
+    ENDED_EARLY,
     RANK_LOST,
     block_ask,
     end_with_parent,
@@ -227,7 +228,7 @@ def _start(
 
 def _prepare(parent: int) -> None:
     block_ask()
-    guard.end_with(parent)
+    guard.end_with(parent, END)  # SIGTERM may be blocked, and is then its children's as well
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
@@ -242,13 +243,13 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
         if not is_told and (is_told := request.why is not None):
             for rank in ranks:
                 rank.send_signal(ASK)
-        failed = [index for index, code in enumerate(codes) if code not in (None, 0)]
+        failed = [index for index, code in enumerate(codes) if code not in (None, 0, ENDED_EARLY)]
         if failed:
             with suppress(subprocess.TimeoutExpired):
                 ranks[0].wait(_TOGETHER_S)
             return failed[0] if ranks[0].returncode in (None, 0, RANK_LOST) else 0
-        if all(code == 0 for code in codes):
-            return None
+        if None not in codes:  # those that ended early have done so together
+            return codes.index(ENDED_EARLY) if ENDED_EARLY in codes else None
         time.sleep(0.05)
 
 

@@ -17,6 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_apo.model.build import build_model
@@ -67,8 +68,13 @@ class Slots:
         self.folder, self.topology, self.slot_bytes = folder, topology, plan.largest_bucket_bytes
         self.received = [one.index for one in plan.buckets if to == "driver" or one.pp_rank == topology.pp_rank]
         size, path = NUM_SLOTS * self.slot_bytes, folder / ("slots" if to == "driver" else f"slots{topology.pp_rank}")
-        folder.mkdir(exist_ok=True)
-        self.memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)  # makes it
+        if topology.is_driver:  # torch would make it too, with a byte that it writes late
+            folder.mkdir()
+            for name in ("slots", *(f"slots{stage}" for stage in range(topology.pp))):
+                with (folder / name).open("wb") as file:
+                    file.truncate(size)
+        dist.barrier()
+        self.memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
 
     def buffer_of(self, bucket: Bucket) -> Tensor:
         (self.folder / f"{bucket.index}.{self.topology.rank}").touch()

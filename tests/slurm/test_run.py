@@ -115,6 +115,22 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield made
 
 
+def secret_of(slurm: Cluster, node: Host) -> str:
+    """That the job's processes on a node have in their environment, and none on its command line."""
+    found = set()
+    for pid in slurm.pids(node):
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+        except OSError:
+            continue
+        secrets = {line.partition("=")[2] for line in variables if line.startswith("MEGATRON_APO_SECRET=")}
+        assert not any(secret in command for secret in secrets)
+        found |= secrets
+    (secret,) = found
+    return secret
+
+
 def submit(slurm: Cluster, name: str, *arguments: str, options: list[str], **environment: str) -> Job:
     out = slurm.folder / f"{name}.out"
     words = ["--time=30", f"--output={out}", *options, str(SCRIPT), str(slurm.folder / "recipe.yaml")]
@@ -227,12 +243,13 @@ def test_a_cancelled_run_stays_cancelled_and_leaves_nothing(bad_node: Host, slur
     options = ["--nodelist=h0,h1,h3", "--nodes=3"]
     job = submit(slurm, "cancelled", *SHORT, "--spare", "1", "train.steps=50", options=options)
     job.until(lambda: job.steps())
+    secret = secret_of(slurm, slurm.nodes[0])
     slurm.cancel(job.id)
     job.wait("CANCELLED")
     slurm.wait_until_empty(within_s=30)
     for node in slurm.nodes[:2]:
         assert node.run("ls", "/dev/shm").split() == []
-        assert "MEGATRON_APO_SECRET" not in node.run("sh", "-c", "cat /tmp/* 2> /dev/null || true")
+        assert node.run("sh", "-c", f"grep -rlF {secret} /tmp /run {slurm.folder} 2> /dev/null || true") == ""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         assert slurm.state(job.id) == "CANCELLED"
@@ -266,4 +283,10 @@ def test_no_node_leaves_before_a_slow_one_has_saved(whole: Job, slurm: Cluster) 
     assert slurm.show(job.id)["Restarts"] == "1"
     saved = [row["checkpoint/save_s"] for row in job.rows() if "checkpoint/save_s" in row]
     assert saved and saved[0] > 10
+    ended = {path.name: path for path in (job.run / "logs" / "attempt-001").glob("*.train.ended")}
+    assert {name: path.read_text() for name, path in ended.items()} == dict.fromkeys(
+        ("h0.train.ended", "h1.train.ended"), "75"
+    )
+    times = [path.stat().st_mtime for path in ended.values()]
+    assert max(times) - min(times) < 10, "one left while the other saved"
     slurm.wait_until_empty(within_s=30)

@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_apo.cluster import check, node, run, show
+from megatron_apo.cluster import check, node, run, show, slurm
 from megatron_apo.cluster.check import Found, bad_nodes
 from megatron_apo.cluster.plan import Plan
 from megatron_apo.cluster.run import Options
 from megatron_apo.cluster.slurm import JobState, read_job_state
 from megatron_apo.config import Recipe, RecipeError, build_recipe
+from megatron_apo.runtime.ending import EndedEarly
+from megatron_apo.runtime.job import SlurmJob, slurm_job
 
 GOLDEN = Path(__file__).with_name("golden")
 DEDICATED = ["rollout.placement=dedicated", "rollout.driver=node0:1"]
@@ -117,6 +122,11 @@ FITS = Found("", "10.0.0.1", [1, 2], {"torch": "2.11.0", "vllm": "0.32.0"}, "3.1
         ({"n0": {"gpus": ["H100"] * 7}}, {"n0": "gpus: 7 x H100 in place of 8 x H100, and most have the other"}),
         ({"n0": {"gpus": ["A100"] * 8}}, {"n0": "gpus: 8 x A100 in place of 8 x H100"}),
         ({"n2": {"offset_s": 40.0}}, {"n2": "its clock is +40.0 s beside the others'"}),
+        # Two that do not reach each other, and it shows of neither which.
+        (
+            {"n1": {"unreachable": ["n2"]}},
+            {"n1": "it and n2 do not reach each other", "n2": "it and n1 do not reach each other"},
+        ),
         # Who is cut off, and not who cannot reach it.
         (
             {"n1": {"unreachable": ["n0", "n2", "n3"]}, **{f"n{one}": {"unreachable": ["n1"]} for one in (0, 2, 3)}},
@@ -249,3 +259,124 @@ def test_how_long_before_a_limit_a_run_is_asked_to_end() -> None:
     assert run.lead_s(rows) == 1.5 * 120 + 60
     rows += [{"step": step, "time/step_s": 10.0 * step} for step in (2, 3, 4)]
     assert run.lead_s(rows) == 1.5 * 60 + 60
+
+
+def state_of(left_s: float | None, *, preempted: bool = False, name: str = "RUNNING") -> JobState:
+    return JobState(name, None if left_s is None else time.time() + left_s, preempted, 0, "")
+
+
+@pytest.fixture
+def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., run._Run]:
+    """An attempt of a job as SLURM would show it; its last step and save took 100 s (none: unknown)."""
+
+    def make(state: JobState, *, known: bool = True, limit_s: float | None = None) -> run._Run:
+        recipe = recipe_of(f"run.dir={tmp_path / 'run'}")
+        rows = [{"step": 1, "time/step_s": 80.0}, {"step": 1, "checkpoint/save_s": 20.0}] if known else []
+        monkeypatch.setattr(run, "read_metrics", lambda folder: rows)
+        monkeypatch.setattr(slurm, "job_state", lambda *arguments: state)
+        return run._Run(SlurmJob("7", "n[0-1]", "n0"), recipe, Options(limit_s=limit_s))
+
+    return make
+
+
+LEAD_S = 1.5 * 100 + 60
+
+
+@pytest.mark.parametrize(
+    ("state", "known", "expected"),
+    [
+        (state_of(3600), True, ""),
+        (state_of(LEAD_S - 1), True, "the job's limit is"),
+        (state_of(LEAD_S - 1), False, ""),  # nobody knows what a save takes: SLURM's signal is waited for
+        (state_of(3600, preempted=True), True, "the job is preempted"),
+        (state_of(None), True, ""),
+    ],
+)
+def test_a_run_is_asked_to_end_by_its_own_clock(state: JobState, known: bool, expected: str, attempt) -> None:
+    assert attempt(state, known=known)._is_due().startswith(expected)
+    assert bool(attempt(state, known=known)._is_due()) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("state", "known", "acted"),
+    [
+        (state_of(3600), True, True),  # somebody's, who means now
+        (state_of(600), True, False),  # SLURM's, which comes earlier than there is need
+        (state_of(600), False, True),
+        (state_of(600, preempted=True), True, True),
+        (state_of(LEAD_S - 1), True, True),
+    ],
+)
+def test_slurms_signal_before_a_limit_waits_for_the_clock(state: JobState, known: bool, acted: bool, attempt) -> None:
+    one = attempt(state, known=known)
+    one._is_due()  # as it has looked before
+    one._on_signal(signal.SIGUSR1)
+    assert bool(one._asked or one._is_due()) == acted
+
+
+def test_slurms_signal_after_the_clocks_is_no_second_request(attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = attempt(state_of(3600))
+    one._hear("--limit")
+    one._is_by_clock = True
+    monkeypatch.setattr(run, "_AGAIN_S", 0.0)
+    one._on_signal(signal.SIGUSR1)
+    assert len(one._asked) == 1
+    one._on_signal(signal.SIGTERM)
+    assert len(one._asked) == 2
+
+
+def test_a_limit_of_ones_own(attempt) -> None:
+    assert attempt(state_of(3600), limit_s=1000)._is_due() == ""
+    assert attempt(state_of(3600), limit_s=0)._is_due() == "--limit"
+
+
+def test_several_signals_at_once_are_one_request(attempt) -> None:
+    one = attempt(state_of(3600), known=False)
+    for _ in range(3):
+        one._on_signal(signal.SIGUSR1)
+        one._on_signal(signal.SIGTERM)
+    assert len(one._asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "asked", "attempts", "error", "message"),
+    [
+        (
+            state_of(None, name="COMPLETING"),
+            True,
+            0,
+            EndedEarly,
+            "the job is COMPLETING, and is not requeued from here",
+        ),
+        (state_of(3600), False, 0, EndedEarly, "as a process of it was asked to; submitted again it goes on"),
+        (state_of(3600), True, 1, run.JobFailed, "without a step, or a shard, more than when the job was requeued"),
+    ],
+)
+def test_a_job_is_requeued_for_its_own_limit_alone_and_not_for_ever(
+    state: JobState, asked: bool, attempts: int, error: type[Exception], message: str, attempt, monkeypatch
+) -> None:
+    monkeypatch.setattr(slurm, "requeue", lambda job_id: pytest.fail("it is requeued"))
+    one = attempt(state)
+    one._job = replace(one._job, attempt=attempts)
+    one._began_at = run.progress(one._recipe)
+    if asked:
+        one._hear("SIGUSR1")
+    with pytest.raises(error, match=message):
+        one._end_early("train")
+
+
+def test_a_task_of_an_array_is_a_job_of_its_own() -> None:
+    """The last one's id is the array's as well."""
+    found = slurm_job(
+        {
+            "SLURM_JOB_ID": "7",
+            "SLURM_ARRAY_JOB_ID": "7",
+            "SLURM_ARRAY_TASK_ID": "8",
+            "SLURM_ARRAY_TASK_COUNT": "4",
+            "SLURM_RESTART_COUNT": "2",
+        }
+    )
+    assert found is not None
+    assert (found.job_id, found.array_task, found.array_tasks, found.attempt) == ("7_8", 8, 4, 2)
+    plan = Plan.of(recipe_of(), nodes(2)).in_array(8, 4)
+    assert plan.num_workers == 8 and max(plan.workers_of("n1")) < 8
