@@ -45,7 +45,9 @@ def request_() -> Request:
 
 @pytest.fixture(autouse=True)
 def launchers_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other tests have left in this process."""
     monkeypatch.setattr(launch, "request", Request())
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 @pytest.fixture
