@@ -37,7 +37,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(command: Callable[..., Comm
     asked.wait_for(lambda: any(row["step"] == ASKED_AFTER for row in rows(run_dir)))
     assert asked.send(signal.SIGUSR1) == ENDED_EARLY
     done = max(row["step"] for row in rows(run_dir))
-    assert f"\nended early after {done} of {STEPS} steps, which are saved (the limit is near)" in asked.output
+    said = f"ended early after {done} of {STEPS} steps, which are saved (the limit is near)"
+    assert said in asked.output.splitlines(), asked.output
     assert latest(run_dir).name == f"step-{done:06d}" and done < KILLED_AFTER
     first = command(*arguments)
     first.wait_for(lambda: any(row["step"] == KILLED_AFTER for row in rows(run_dir)))
