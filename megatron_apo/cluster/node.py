@@ -5,9 +5,10 @@
     train            ranks, or engines alone, as `plan.json` says
     evaluate         the trained model, on the first node
 
-Asked to end early (SIGUSR1, or SIGTERM, which SLURM sends at once to all of a step that it preempts or cancels), it
-finds out how long there is and tells its processes. SIGUSR2 ends it at once. The first process that leaves with an
-error takes the others with it: of one that has ended early the code is in a file (`codes`).
+Asked to end early (by a file that the job's script writes, by SIGUSR1, or by SIGTERM, which SLURM sends at once to all
+of a step that it preempts or cancels), it finds out how long there is and tells its processes. SIGUSR2 ends it at once.
+The first process that leaves with an error takes the others with it: of one that has ended early the code is in a file
+(`codes`).
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ from megatron_apo.runtime.launch import RankFailed, rank_log, run_command, run_c
 from megatron_apo.runtime.signals import ASK, END, ENDED_EARLY, RANK_LOST
 from megatron_apo.telemetry.summary import RunSummary
 
+ASKED = "asked"  # a file of the attempt: it has why, once the job's script asks the run to end
 FAILURE = ".failure.json"
 NODES = "nodes.json"
 _ENDED = ".ended"
 _MARGIN_S = 10.0  # of the time that a job has left: for ending what runs, once it has saved
-_KILL_WAIT_S = 30.0
+_KILL_WAIT_S, _LOOK_AT_FILE_S = 30.0, 1.0
 _LOOK_S = 0.1
 
 
@@ -175,7 +177,10 @@ def _asked(job_id: str, folder: Path) -> Iterator[None]:
         heard.set()
 
     def act() -> None:
-        heard.wait()
+        while not heard.wait(_LOOK_AT_FILE_S):
+            if told := _read(folder / ASKED):
+                names.append(told)
+                break
         if is_over:
             return
         why, left_s = _why_and_how_long(job_id, names[0])
@@ -210,7 +215,15 @@ def _why_and_how_long(job_id: str, signal_name: str) -> tuple[str, float]:
         left_s = math.inf if state.end_s is None else state.end_s - time.time()
         return "the job is preempted" if state.is_preempted else signal_name, left_s
     except slurm.SlurmError:  # its own signals come early, and SIGTERM half a minute before SIGKILL
-        return signal_name, math.inf if signal_name == ASK.name else _KILL_WAIT_S
+        return signal_name, _KILL_WAIT_S if signal_name == "SIGTERM" else math.inf
+
+
+def _read(path: Path) -> str:
+    """Opened each time: so a network file system shows what it has by now."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def _to_log(path: Path) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_apo.cluster import check, slurm
-from megatron_apo.cluster.node import NODES, codes, first_failure
+from megatron_apo.cluster.node import ASKED, NODES, codes, first_failure
 from megatron_apo.cluster.plan import RECIPE, Plan, Step
 from megatron_apo.config import Recipe, RecipeError, load_recipe
 from megatron_apo.learner.checkpoint import RECORD, next_step
@@ -38,7 +38,7 @@ from megatron_apo.runtime.ending import EndedEarly
 from megatron_apo.runtime.job import SlurmJob, new_secret, share_secret, slurm_job
 from megatron_apo.runtime.launch import run_command
 from megatron_apo.runtime.machine import Machine
-from megatron_apo.runtime.signals import ASK, END, ENDED_EARLY
+from megatron_apo.runtime.signals import END, ENDED_EARLY
 from megatron_apo.stages.evaluate import result_path
 from megatron_apo.telemetry.metrics import read_metrics
 from megatron_apo.telemetry.recorder import SAVE_S, STEP_S
@@ -113,6 +113,7 @@ class _Run:
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, lambda number, frame: self._on_signal(signal.Signals(number)))
         self._folder = _new_attempt(self._recipe.run.dir)
+        (self._folder / ASKED).touch()
         self._began_at = progress(self._recipe)
         share_secret(new_secret())
         return self
@@ -206,15 +207,16 @@ class _Run:
     def _wait(self, within_s: float = math.inf) -> int:
         """For the step that runs; it is told when this job is asked to end. Its exit code."""
         assert self._step is not None
-        told_s, end = [-math.inf, -math.inf], time.monotonic() + within_s
+        is_told, end = False, time.monotonic() + within_s
         while (code := self._step.poll()) is None:
             if not self._asked and (why := self._is_due()):
                 self._hear(why)
                 self._is_by_clock = True
-            for index, number in enumerate((ASK, END)[: len(self._asked)]):
-                if time.monotonic() - told_s[index] > _AGAIN_S:  # a process that starts may not have heard it
-                    self._step.send_signal(number)  # srun hands it on
-                    told_s[index] = time.monotonic()
+            if self._asked:  # by a file: what srun is sent comes to every process of the step, graders and engines too
+                (self._folder / ASKED).write_text(self._asked[0][1])
+            if len(self._asked) > 1 and not is_told:
+                self._step.send_signal(END)
+                is_told = True
             if time.monotonic() > end:
                 self._step.terminate()  # and its tasks with it
             time.sleep(_LOOK_S)

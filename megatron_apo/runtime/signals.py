@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -51,6 +52,7 @@ def on_ask(heard: Callable[[], None]) -> None:
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     signal.signal(ASK, lambda number, frame: None)
+    atexit.register(signal.signal, ASK, signal.SIG_IGN)  # or it would end this process as Python finishes
 
     def listen() -> None:
         with reader, writer:
