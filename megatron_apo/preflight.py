@@ -24,7 +24,7 @@ import torch
 
 from megatron_apo.config import Recipe, RecipeError, RolloutConfig, shape_name, values_marked
 from megatron_apo.data.sft import Examples, read_examples
-from megatron_apo.learner.checkpoint import check_resume, next_step
+from megatron_apo.learner.checkpoint import check_resume, exported, next_step
 from megatron_apo.model.hf_config import ModelSpec, check_layout, check_served, read_hf_config
 from megatron_apo.model.precision import Layers, check_precision, layer_kind, optimizer_problems
 from megatron_apo.model.recompute import check_recompute
@@ -369,7 +369,7 @@ def _run_problems(recipe: Recipe, machine: Machine) -> list[str]:
             for name, value in policy.items()
             if reference[name] != value
         ]
-    out = recipe.run.dir / "checkpoints" / "hf"
+    out = exported(recipe.run.dir)
     if out.exists():
         found.append(f"run.dir: {out} is there already; give another run.dir, or remove it")
     if recipe.data.eval is None and recipe.train.replay is None:

@@ -77,6 +77,20 @@ class Host:
         """Of all processes on it, the one that holds it left out."""
         return [pid for pid in _together(self.pid, "pid", "net") if pid != self.pid]
 
+    def kill(self, *words: str) -> None:
+        """SIGKILL of its processes whose command has one of these words; there has to be one."""
+        found = []
+        for pid in self.pids():
+            try:
+                line = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+            if any(word in line for word in words):
+                found.append(pid)
+        assert found, words
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+
     def _entering(self, cwd: Path | None) -> list[str]:
         enter = ["nsenter", f"--target={self.pid}", "--net", "--uts", "--mount", "--pid"]
         return [*enter, f"--wdns={cwd}"] if cwd else enter

@@ -18,12 +18,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 
 from megatron_apo.doctor import gpu_findings, package_findings
+from megatron_apo.runtime.files import write_whole
 from megatron_apo.runtime.hosts import is_loopback, route
 from megatron_apo.runtime.ports import free_port
 from megatron_apo.telemetry.units import data_size
@@ -64,20 +65,15 @@ def look(node: str, nodes: Sequence[str], folder: Path, token: str, within_s: fl
     """A node's part: what this one is and reaches. within_s: how long the others may take to begin."""
     problems: list[str] = []
     others = [one for one in nodes if one != node]
-    versions, gpus = {}, []
-    for name, version, _ in package_findings():
-        if version != "missing":
-            versions[name] = version
-    gpus = [seen for part, seen, _ in gpu_findings() if part != "GPU"]
     own = next(filter(None, map(route, others)), "") if others else "127.0.0.1"
     if others and (not own or is_loopback(own)):
         problems.append(f"there is no way from it to {', '.join(others)}" if not own else f"its way to others is {own}")
     found = Found(
         node,
         own,
-        versions=versions,
+        versions={name: version for name, version, _ in package_findings() if version != "missing"},
         python=platform.python_version(),
-        gpus=gpus,
+        gpus=[seen for part, seen, _ in gpu_findings() if part != "GPU"],
         cpus=len(os.sched_getaffinity(0)),
         memory_bytes=psutil.virtual_memory().total,
         problems=problems,
@@ -92,23 +88,16 @@ def look(node: str, nodes: Sequence[str], folder: Path, token: str, within_s: fl
         return found
     with _Clock(own) as clock:
         found.ports.extend(free_port(own) for _ in range(2))
-        _write(folder / f"{node}.here", {"address": own, "port": clock.port, "ports": found.ports})
+        write_whole(folder / f"{node}.here", json.dumps({"address": own, "port": clock.port, "ports": found.ports}))
         places = _places(folder, nodes, within_s)
-        offsets = {}
-        for other in nodes:
-            place = places.get(other)
-            offset = None if place is None else _offset(place["address"], place["port"])
-            if offset is None:
-                found.unreachable.append(other)
-            else:
-                offsets[other] = offset
-        _write(folder / f"{node}.reached", found.unreachable)
+        offsets = {other: _offset(place["address"], place["port"]) for other, place in places.items()}
+        found.unreachable.extend(other for other in nodes if offsets.get(other) is None)
+        write_whole(folder / f"{node}.reached", json.dumps(found.unreachable))
         reached = _read_all(folder, [f"{one}.reached" for one in places], _REACH_S * len(nodes) + _SHOWN_S)
-        offset_s = offsets.get(nodes[0], 0.0)
         whole = len(reached) == len(nodes) and not any(reached.values())
         if whole and len(nodes) > 1 and (problem := _sum(node, nodes, places)):
             problems.append(problem)
-    return Found(**asdict(found) | {"offset_s": -offset_s})
+    return replace(found, offset_s=-(offsets.get(nodes[0]) or 0.0))
 
 
 class _Clock:
@@ -187,12 +176,6 @@ def _read_all(folder: Path, names: Sequence[str], within_s: float) -> dict[str, 
                 found[name] = json.loads((folder / name).read_text())
         time.sleep(0.05)
     return found
-
-
-def _write(path: Path, value: object) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value))
-    partial.rename(path)
 
 
 def bad_nodes(nodes: Sequence[str], found: Mapping[str, Found]) -> dict[str, list[str]]:

@@ -34,8 +34,9 @@ from megatron_apo.cluster.plan import RECIPE, Plan, Step
 from megatron_apo.config import Recipe, load_recipe
 from megatron_apo.rollout.server import own_gpus
 from megatron_apo.runtime.ending import EndedEarly, request
-from megatron_apo.runtime.job import Node, be_node, give_notice, given_secret, put_logs, slurm_job, tell_notice_in
-from megatron_apo.runtime.launch import RankFailed, rank_log, run_command, run_commands, spawn_node
+from megatron_apo.runtime.files import write_whole
+from megatron_apo.runtime.job import be_node, give_notice, given_secret, put_logs, slurm_job, tell_notice_in
+from megatron_apo.runtime.launch import RankFailed, rank_log, run_command, run_commands, spawn_node, write_to
 from megatron_apo.runtime.signals import ASK, END, ENDED_EARLY, RANK_LOST
 from megatron_apo.telemetry.summary import RunSummary
 
@@ -66,7 +67,7 @@ def run(step: Step, folder: Path, token: str = "", within_s: float = 60.0) -> No
         tell_notice_in(Path(own))
         with _asked(job.job_id, folder):
             code = _code_of(lambda: _do(step, plan, recipe, name, folder), step, name, folder)
-    (folder / f"{name}.{step}{_ENDED}").write_text(str(code))
+    write_whole(folder / f"{name}.{step}{_ENDED}", str(code))
     sys.exit(0 if code == ENDED_EARLY else code)
 
 
@@ -74,52 +75,35 @@ def _do(step: Step, plan: Plan, recipe: Recipe, name: str, folder: Path) -> None
     if step == "estimate-vstar":
         _sample(plan, recipe, name, folder)
     elif step == "evaluate":
-        run_command(evaluation_arguments(plan, recipe, folder))
+        run_command(plan.evaluation_arguments(recipe, folder))
     elif name in plan.trainer_nodes:
         _train(plan, recipe, name, folder)
     else:
         from megatron_apo.stages import serve
 
-        _to_log(folder / f"{name}-engines.log")
+        write_to(folder / f"{name}-engines.log", appending=True)
         serve.run(recipe)
 
 
 def _train(plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
-    place, secret = plan.place(name), given_secret()
+    secret = given_secret()
     assert secret is not None
-    node = Node(
-        first_rank=place * plan.ranks_per_node,
-        num_ranks=plan.ranks_per_node,
-        world_size=recipe.parallel.world_size,
-        master_address=plan.address,
-        master_port=plan.master_port,
-        secret=secret,
-        index=place,
-        count=plan.trainers,
-        label=f"{name}-",
-    )
-    with _followed(rank_log(folder, 0, node.label)) if place == 0 else nullcontext():
-        with RunSummary(recipe.run.dir).phase("train") if place == 0 else nullcontext():
+    node = plan.ranks_of(name, recipe, secret)
+    has_rank_0 = node.first_rank == 0
+    with _followed(rank_log(folder, 0, node.label)) if has_rank_0 else nullcontext():
+        with RunSummary(recipe.run.dir).phase("train") if has_rank_0 else nullcontext():
             spawn_node(["train", "--recipe", str(folder / RECIPE)], node, folder)
 
 
 def _sample(plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
     if plan.place(name):
-        _to_log(folder / f"{name}-estimate-vstar.log")
+        write_to(folder / f"{name}-estimate-vstar.log", appending=True)
     workers = plan.workers_of(name)
     commands = []
     for place, worker in enumerate(workers):
-        arguments = ["estimate-vstar", "--recipe", str(folder / RECIPE)]
-        arguments += ["--worker", str(worker), "--workers", str(plan.num_workers)]
-        commands.append((arguments, own_gpus(os.environ, recipe.rollout.tp, place) if len(workers) > 1 else {}))
+        gpus = own_gpus(os.environ, recipe.rollout.tp, place) if len(workers) > 1 else {}
+        commands.append((plan.sampling_arguments(worker, folder), gpus))
     run_commands(commands)
-
-
-def evaluation_arguments(plan: Plan, recipe: Recipe, folder: Path) -> list[str]:
-    """With as many engines as the first node has GPUs for."""
-    engines = min(recipe.rollout.replicas, plan.workers_per_node)
-    model = str(recipe.run.dir / "checkpoints" / "hf")
-    return ["evaluate", "--recipe", str(folder / RECIPE), "--model", model, f"rollout.replicas={engines}"]
 
 
 def _code_of(work: Callable[[], None], step: Step, name: str, folder: Path) -> int:
@@ -143,10 +127,8 @@ def _code_of(work: Callable[[], None], step: Step, name: str, folder: Path) -> i
 
 
 def _note_failure(folder: Path, name: str, step: Step, text: str, code: int) -> None:
-    path = folder / f"{name}{FAILURE}"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"at_s": time.time(), "node": name, "step": step, "code": code, "text": text}))
-    partial.rename(path)
+    told = {"at_s": time.time(), "node": name, "step": step, "code": code, "text": text}
+    write_whole(folder / f"{name}{FAILURE}", json.dumps(told))
 
 
 def first_failure(folder: Path) -> str:
@@ -224,14 +206,6 @@ def _read(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-def _to_log(path: Path) -> None:
-    """This process's output goes there from now on."""
-    with path.open("ab") as log:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(log.fileno(), stream.fileno())
 
 
 @contextmanager

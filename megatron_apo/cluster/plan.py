@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_apo.config import Recipe
+from megatron_apo.learner.checkpoint import exported
+from megatron_apo.runtime.files import write_whole
+from megatron_apo.runtime.job import Node
 
 Step = Literal["check", "estimate-vstar", "train", "evaluate"]
 PLAN = "plan.json"
@@ -67,6 +70,32 @@ class Plan:
         first = self.first_worker + self.place(node) * self.workers_per_node
         return range(first, first + self.workers_per_node)
 
+    def sampling_arguments(self, worker: int, folder: Path) -> list[str]:
+        """The command line of a worker of stage 1."""
+        arguments = ["estimate-vstar", "--recipe", str(folder / RECIPE)]
+        return [*arguments, "--worker", str(worker), "--workers", str(self.num_workers)]
+
+    def evaluation_arguments(self, recipe: Recipe, folder: Path) -> list[str]:
+        """The command line of the evaluation, with as many engines as the first node has GPUs for."""
+        engines = min(recipe.rollout.replicas, self.workers_per_node)
+        arguments = ["evaluate", "--recipe", str(folder / RECIPE), "--model", str(exported(recipe.run.dir))]
+        return [*arguments, f"rollout.replicas={engines}"]
+
+    def ranks_of(self, node: str, recipe: Recipe, secret: str) -> Node:
+        """What the launcher of one of the ranks' nodes starts; each rank has a log under the node's name."""
+        place = self.place(node)
+        return Node(
+            first_rank=place * self.ranks_per_node,
+            num_ranks=self.ranks_per_node,
+            world_size=recipe.parallel.world_size,
+            master_address=self.address,
+            master_port=self.master_port,
+            secret=secret,
+            index=place,
+            count=self.trainers,
+            label=f"{node}-",
+        )
+
     def place(self, node: str) -> int:
         return self.nodes.index(node)
 
@@ -89,10 +118,7 @@ class Plan:
         return replace(self, address=address, master_port=ports[0], driver_port=ports[1])
 
     def write(self, folder: Path) -> None:
-        path = folder / PLAN
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        partial.rename(path)
+        write_whole(folder / PLAN, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Plan:

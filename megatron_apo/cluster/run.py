@@ -32,9 +32,10 @@ from megatron_apo.cluster import check, slurm
 from megatron_apo.cluster.node import ASKED, NODES, codes, first_failure
 from megatron_apo.cluster.plan import RECIPE, Plan, Step
 from megatron_apo.config import Recipe, RecipeError, load_recipe
-from megatron_apo.learner.checkpoint import RECORD, next_step
+from megatron_apo.learner.checkpoint import RECORD, exported, next_step
 from megatron_apo.preflight import training_problems
 from megatron_apo.runtime.ending import EndedEarly
+from megatron_apo.runtime.files import write_whole
 from megatron_apo.runtime.job import SlurmJob, new_secret, share_secret, slurm_job
 from megatron_apo.runtime.launch import run_command
 from megatron_apo.runtime.machine import Machine
@@ -207,16 +208,18 @@ class _Run:
     def _wait(self, within_s: float = math.inf) -> int:
         """For the step that runs; it is told when this job is asked to end. Its exit code."""
         assert self._step is not None
-        is_told, end = False, time.monotonic() + within_s
+        num_told, end = 0, time.monotonic() + within_s
         while (code := self._step.poll()) is None:
             if not self._asked and (why := self._is_due()):
                 self._hear(why)
                 self._is_by_clock = True
-            if self._asked:  # by a file: what srun is sent comes to every process of the step, graders and engines too
-                (self._folder / ASKED).write_text(self._asked[0][1])
-            if len(self._asked) > 1 and not is_told:
+            if num_told == 0 and self._asked:
+                # By a file: what srun is sent comes to every process of the step, graders and engines too.
+                write_whole(self._folder / ASKED, self._asked[0][1])
+                num_told = 1
+            if num_told == 1 and len(self._asked) > 1:
                 self._step.send_signal(END)
-                is_told = True
+                num_told = 2
             if time.monotonic() > end:
                 self._step.terminate()  # and its tasks with it
             time.sleep(_LOOK_S)
@@ -304,7 +307,7 @@ def lead_s(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 def steps(recipe: Recipe, stage: int | None = None) -> list[Step]:
     """Those that are not complete yet."""
-    trained = recipe.run.dir / "checkpoints" / "hf"
+    trained = exported(recipe.run.dir)
     outcome: dict[Step, Path] = {
         "estimate-vstar": recipe.vstar.dir / MANIFEST,
         "train": trained,

@@ -6,11 +6,10 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_apo.cluster.node import evaluation_arguments
 from megatron_apo.cluster.plan import RECIPE, Plan, Step
 from megatron_apo.cluster.run import Options, check_command, load, srun, steps, with_driver
 from megatron_apo.config import Recipe
-from megatron_apo.runtime.job import SECRET, Node
+from megatron_apo.runtime.job import SECRET
 
 _ADDRESS, _PORT = "FIRST_NODE", 0  # known when the nodes have been looked at
 
@@ -61,28 +60,17 @@ def _command(step: Step, nodes: Sequence[str], folder: Path) -> str:
 
 def _processes(step: Step, plan: Plan, recipe: Recipe, node: str, folder: Path) -> Iterator[str]:
     """What the node's process starts."""
-    place, name = plan.place(node), shlex.quote(str(folder / RECIPE))
     if step == "estimate-vstar":
         for worker in plan.workers_of(node):
-            yield f"megatron-apo estimate-vstar --recipe {name} --worker {worker} --workers {plan.num_workers}"
+            yield f"megatron-apo {shlex.join(plan.sampling_arguments(worker, folder))}"
     elif step == "evaluate":
-        yield f"megatron-apo {shlex.join(evaluation_arguments(plan, recipe, folder))}"
+        yield f"megatron-apo {shlex.join(plan.evaluation_arguments(recipe, folder))}"
     elif node in plan.trainer_nodes:
-        ranks = plan.ranks_per_node
-        one = Node(
-            place * ranks,
-            ranks,
-            recipe.parallel.world_size,
-            plan.address,
-            plan.master_port,
-            "",
-            place,
-            "",
-            plan.trainers,
-        )
-        first, last = (one.job(local_rank).variables() for local_rank in (0, ranks - 1))
-        first.pop(SECRET, None)
+        ranks = plan.ranks_of(node, recipe, secret="")
+        first, last = (ranks.job(local_rank).variables() for local_rank in (0, ranks.num_ranks - 1))
+        first.pop(SECRET)
         told = [f"{key}={value}" + (f"..{last[key]}" if last[key] != value else "") for key, value in first.items()]
-        yield f"{ranks} x megatron-apo train --recipe {name}, each with {' '.join(told)}"
+        name = shlex.quote(str(folder / RECIPE))
+        yield f"{ranks.num_ranks} x megatron-apo train --recipe {name}, each with {' '.join(told)}"
     else:
         yield f"its engines, which join {recipe.rollout.driver}"

@@ -26,7 +26,6 @@ class JobState:
     end_s: float | None
     is_preempted: bool
     restarts: int
-    command: str
 
     @property
     def runs(self) -> bool:
@@ -68,7 +67,6 @@ def read_job_state(text: str) -> JobState:
         _seconds(found.get("EndTime")),
         _seconds(found.get("PreemptTime")) is not None,
         int(found.get("Restarts", 0)),
-        found.get("Command", ""),
     )
 
 

@@ -89,6 +89,11 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+def exported(run_dir: Path) -> Path:
+    """Where a finished run leaves its model, as a Hugging Face folder."""
+    return run_dir / "checkpoints" / "hf"
+
+
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run."""
     folder = run_dir / "checkpoints"

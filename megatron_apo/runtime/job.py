@@ -13,6 +13,8 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_apo.runtime.files import write_whole
+
 SECRET = "MEGATRON_APO_SECRET"  # in the environment alone: a command line and a TCPStore can be read by others
 _LAUNCHED = "MEGATRON_APO_LAUNCHED"
 _LOGS = "MEGATRON_APO_LOGS"  # what the path of every log begins with
@@ -240,10 +242,7 @@ def notice(environment: Mapping[str, str] = os.environ) -> tuple[str, float]:
 
 def give_notice(why: str, seconds: float, environment: MutableMapping[str, str] = os.environ) -> None:
     """What `notice` is from now on, here and in the processes that have this one's environment."""
-    path = Path(environment[_NOTICE])
-    partial = path.with_suffix(".partial")
-    partial.write_text(f"{seconds} {why}")
-    partial.rename(path)
+    write_whole(Path(environment[_NOTICE]), f"{seconds} {why}")
 
 
 def tell_notice_in(folder: Path, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -95,10 +95,15 @@ def be_rank(job: Job, log_dir: Path | None = None) -> None:
         os.environ.setdefault(name, value)
     if job.rank and log_dir is not None:
         log_dir.mkdir(parents=True, exist_ok=True)
-        with open(rank_log(log_dir, job.rank), "ab" if job.attempt else "wb") as log:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-                os.dup2(log.fileno(), stream.fileno())
+        write_to(rank_log(log_dir, job.rank), appending=job.attempt > 0)
+
+
+def write_to(path: Path, *, appending: bool) -> None:
+    """This process's output goes there from now on."""
+    with path.open("ab" if appending else "wb") as log:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(log.fileno(), stream.fileno())
 
 
 def spawn(arguments: Sequence[str], *, world_size: int, log_dir: Path) -> None:
@@ -120,7 +125,7 @@ def spawn_node(arguments: Sequence[str], node: Node, log_dir: Path) -> None:
     ]
     if node.first_rank == 0 and not node.label:
         logs[0] = None  # the terminal
-    failed, code, _ = _supervise(
+    failed, code = _supervise(
         [partial(_start_rank, arguments, node.job(local_rank), log) for local_rank, log in enumerate(logs)]
     )
     if failed is not None:
@@ -134,9 +139,7 @@ def run_command(arguments: Sequence[str]) -> None:
 
 def run_commands(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
     """`run_command` of several at once: (arguments, what differs in the environment)."""
-    failed, code, _ = _supervise(
-        [partial(_start, arguments, {**os.environ, **own}, None) for arguments, own in commands]
-    )
+    failed, code = _supervise([partial(_start, arguments, {**os.environ, **own}, None) for arguments, own in commands])
     if failed is not None:
         raise RankFailed(f"megatron-apo {commands[failed][0][0]} ended with status {code}", code)
 
@@ -154,18 +157,17 @@ def run_guarded(arguments: Sequence[str], environment: Mapping[str, str]) -> Non
     watch = [sys.executable, "-I", guard.__file__, f"--parent={os.getpid()}", f"--folder={scratch}"]
     watch += [*(["--deaf"] if is_below_node() else []), "--"]
     try:
-        failed, code, was_asked = _supervise([partial(_start, arguments, own, None, watch)])
+        failed, code = _supervise([partial(_start, arguments, own, None, watch)])
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # as the guard does: either may be killed
-    if failed is not None and was_asked:
+    if failed is not None and request.why is not None:
         raise EndedEarly(f"{arguments[0]} ended early, as it was asked to; started again it goes on with what is left")
     if failed is not None:
         raise RankFailed(_killed(f"megatron-apo {arguments[0]}", code), code)
 
 
-def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple[int | None, int, bool]:
-    """Start processes, wait for all. Returns (index of the first to fail or None, its exit code as a shell has it,
-    whether they were asked to end early)."""
+def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple[int | None, int]:
+    """Start processes, wait for all. Returns (index of the first to fail or None, its exit code as a shell has it)."""
     guard.LIBC.prctl(guard.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a killed child leaves becomes ours
     processes: list[subprocess.Popen[bytes]] = []
     callers_own, others = set(guard.descendants(os.getpid())), guard.shared_memory()
@@ -177,7 +179,7 @@ def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple
         code = processes[failed].returncode if failed is not None else 0
     finally:
         _stop(processes, callers_own, others)
-    return failed, code if code >= 0 else 128 - code, request.why is not None
+    return failed, code if code >= 0 else 128 - code
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from functools import partial
 from rich.progress import Progress
 
 from megatron_apo.config import Recipe
-from megatron_apo.learner.checkpoint import Checkpoints
+from megatron_apo.learner.checkpoint import Checkpoints, exported
 from megatron_apo.learner.learner import Learner, recorded_rollouts
 from megatron_apo.preflight import open_training
 from megatron_apo.rollout.replay import Replay
@@ -96,7 +96,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
             ) from None
         recorder.finish(rollouts.grader_failures)
     stream = WeightStream(learner.policy, learner.spec, topology)
-    export_hf(stream, topology, source=recipe.model.path, out=recipe.run.dir / "checkpoints" / "hf")
+    export_hf(stream, topology, source=recipe.model.path, out=exported(recipe.run.dir))
 
 
 def _is_evaluated_after(recipe: Recipe, step: int) -> bool:

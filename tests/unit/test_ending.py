@@ -158,7 +158,8 @@ def test_a_launcher_passes_it_on_to_its_ranks(capfd: pytest.CaptureFixture[str])
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", code], preexec_fn=launch.block_ask)
 
-    assert launch._supervise([start, start]) == (0, ENDED_EARLY, True)
+    assert launch._supervise([start, start]) == (0, ENDED_EARLY)
+    assert launch.request.why is not None
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 

@@ -111,15 +111,15 @@ def test_a_stopped_rank_is_ended_with_the_code_of_who_missed_it(monkeypatch):
     monkeypatch.setattr(launch, "_STOP_LIMIT_S", 1.0)
     monkeypatch.setattr(launch, "_TOGETHER_S", 0.5)
     silent = started("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
-    assert launch._supervise([started(f"import time; time.sleep(1); exit({RANK_LOST})"), silent])[:2] == (0, RANK_LOST)
-    assert launch._supervise([silent, started(f"import time; time.sleep(1); exit({RANK_LOST})")])[:2] == (1, RANK_LOST)
+    assert launch._supervise([started(f"import time; time.sleep(1); exit({RANK_LOST})"), silent]) == (0, RANK_LOST)
+    assert launch._supervise([silent, started(f"import time; time.sleep(1); exit({RANK_LOST})")]) == (1, RANK_LOST)
 
 
 def test_the_first_failure_ends_the_others_and_what_they_started(monkeypatch):
     monkeypatch.setattr(launch, "_STOP_LIMIT_S", 1.0)
     sleeper = "import subprocess, sys; subprocess.Popen(['sleep', '300'], start_new_session=True); {}"
     begin = time.monotonic()
-    failed, code, _ = launch._supervise(
+    failed, code = launch._supervise(
         [
             started(sleeper.format("import time; time.sleep(300)")),
             started(sleeper.format("sys.exit(7)")),
@@ -131,8 +131,8 @@ def test_the_first_failure_ends_the_others_and_what_they_started(monkeypatch):
 
 
 def test_a_signal_is_told_as_a_shell_tells_it():
-    assert launch._supervise([started("import os; os.kill(os.getpid(), 9)")]) == (0, 137, False)
-    assert launch._supervise([started("pass"), started("pass")]) == (None, 0, False)
+    assert launch._supervise([started("import os; os.kill(os.getpid(), 9)")]) == (0, 137)
+    assert launch._supervise([started("pass"), started("pass")]) == (None, 0)
 
 
 def test_the_end_of_a_failed_ranks_log_is_shown(tmp_path):
