@@ -27,7 +27,7 @@ from megatron_apo.telemetry.units import one_line
 from megatron_apo.values.fingerprint import SCHEMA_VERSION, Fingerprint, StoreError
 from megatron_apo.values.ids import HASH_BYTES
 
-AGAIN = "run estimate-vstar again, which samples only the shards that are not there"
+AGAIN = "run estimate-vstar again (of an evaluation: evaluate), which samples only the shards that are not there"
 SCHEMA = pa.schema(
     {
         "prompt_id": pa.binary(HASH_BYTES),
@@ -171,7 +171,7 @@ def check_version(path: Path, record: Any) -> None:
     if version != SCHEMA_VERSION:
         raise OtherStoreError(
             f"{path}: schema version {version!r}, this program reads {SCHEMA_VERSION}; "
-            "use the version of this program that wrote it, or estimate V* again"
+            "use the version of this program that wrote it, or make it again"
         )
 
 
@@ -189,19 +189,19 @@ def check_same_store(
     """
     if footer.fingerprint != fingerprint:
         differences = footer.fingerprint.differences(fingerprint)
-        what = "a shard of another V* store" + (f", or {damage}" if damage else "")
-        fix = "use another vstar.dir, or delete it"
+        what = f"a shard of another {fingerprint.words.name}" + (f", or {damage}" if damage else "")
+        fix = f"{fingerprint.words.elsewhere}, or delete it"
         raise OtherStoreError("\n".join([f"{path}: {what}; {fix}", *differences]))
     if footer.num_shards != num_shards:
         raise StoreError(
             f"{path}: one of {footer.num_shards} shards where this store has {num_shards}; "
-            "keep vstar.prompts_per_shard as it was, or use another vstar.dir"
+            f"keep {fingerprint.words.prompts_per_shard} as it was, or {fingerprint.words.elsewhere}"
         )
     for key in sorted(settings.keys() | footer.settings):
         if settings.get(key) != footer.settings.get(key):
             raise StoreError(
                 f"{path}: made with {key}={footer.settings.get(key)} where this store has {settings.get(key)}; "
-                "keep it as it was, or use another vstar.dir"
+                f"keep it as it was, or {fingerprint.words.elsewhere}"
             )
     if path.name != shard_name(footer.index):
         raise StoreError(f"{path}: holds shard {footer.index}, which its name does not say; delete it and {AGAIN}")

@@ -83,7 +83,11 @@ class StoreWriter:
 
     def written(self) -> set[int]:
         """Indices of the shards whose files are there, by one look at the folder; nothing is read."""
-        return {index for index in map(shard_index, os.listdir(self.folder)) if index is not None}
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:  # the first shard makes it
+            names = []
+        return {index for index in map(shard_index, names) if index is not None}
 
     def reopen(self) -> None:
         """Strike the shards that are gone from the manifest of a finished store, so that they can be sampled again.

@@ -201,7 +201,7 @@ def test_what_fields_are_to_a_store_is_what_a_store_keeps() -> None:
     names = list(fields_marked("fingerprint").values())
     assert len(set(names)) == len(names) and set(names) <= set(Fingerprint.model_fields)
     behind = {name for found in fields_marked("behind_fingerprint").values() for name in found}
-    assert set(Fingerprint.model_fields) - set(names) - behind == {"schema_version", "reward_version"}
+    assert set(Fingerprint.model_fields) - set(names) - behind == {"schema_version", "reward_version", "purpose"}
     assert behind <= set(Fingerprint.model_fields) - set(names)
 
 
