@@ -100,10 +100,7 @@ def estimate_vstar(
 ) -> None:
     """Stage 1: sample the reference, grade, write the V* store. Samples only the shards that are not there."""
     loaded = _load(recipe, overrides)
-    if worker >= workers:
-        raise typer.BadParameter(
-            f"{worker} of {workers} workers, which are counted from 0; use 0 to {workers - 1}", param_hint="--worker"
-        )
+    _check_worker(worker, workers)
     if merge and check:
         raise typer.BadParameter("--merge checks what it closes; give one of them", param_hint="--merge, --check")
     if merge or check:
@@ -162,13 +159,26 @@ def evaluate(
     recipe: RecipeOption,
     overrides: Overrides = None,
     model: Annotated[Path | None, typer.Option(help="Hugging Face folder to evaluate; default: model.path")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="workers that evaluate together; may change")] = None,
+    worker: Annotated[
+        int | None,
+        typer.Option(min=0, help="which of them this is, from 0; default: as many as this machine has engines for"),
+    ] = None,
 ) -> None:
-    """avg@k at the sampling temperature, and greedy, on data.eval."""
+    """avg@k at the sampling temperature, and greedy, on data.eval. Samples only the shards that are not there."""
     loaded = _load(recipe, overrides)
+    if (worker is None) != (workers is None):
+        raise typer.BadParameter(
+            "one worker is one of so many, and without both all of this machine's engines are used; give both or none",
+            param_hint="--worker, --workers",
+        )
+    _check_worker(worker or 0, workers or 1)
+    if model is not None:
+        loaded.model.path = model
     with not_collected():
-        from megatron_apo.stages import evaluate as stage
+        from megatron_apo.stages import start
 
-    stage.run(loaded, model)
+    start.evaluate(loaded, worker, workers or 1)
 
 
 @convert_app.command("hf-to-megatron")
@@ -323,6 +333,13 @@ def _described(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--gpu") from None
+
+
+def _check_worker(worker: int, workers: int) -> None:
+    if worker >= workers:
+        raise typer.BadParameter(
+            f"{worker} of {workers} workers, which are counted from 0; use 0 to {workers - 1}", param_hint="--worker"
+        )
 
 
 @app.command("run-job", hidden=True)

@@ -412,7 +412,10 @@ class VStarConfig(Section):
     )
     prefix_caching: bool = Field(True, description="stage 1's samples of a prompt share its prefill")
     claim_expires_s: float = Field(
-        300, ge=5, description="a worker silent for longer is dead, its shards go to others; well above NFS's caching"
+        300,
+        ge=5,
+        description="a worker silent for longer is dead, its shards go to others (also of an evaluation); well above "
+        "NFS's caching",
     )
     prompts_per_shard: int = Field(
         64,
@@ -837,6 +840,9 @@ class EvalConfig(Section):
     samples: int = Field(8, ge=1, description="k of avg@k at sampling.temperature")
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
     max_prompts: int | None = Field(None, ge=1, description="first rows of the held-out file; none: all")
+    prompts_per_shard: int = Field(
+        8, ge=1, description="`evaluate`: prompts that a worker takes at a time, and a killed one loses"
+    )
 
 
 class WarmupConfig(Section):

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib import util
 from pathlib import Path
@@ -29,7 +29,9 @@ from megatron_apo.model.hf_config import ModelSpec, check_layout, check_served, 
 from megatron_apo.model.precision import Layers, check_precision, layer_kind, optimizer_problems
 from megatron_apo.model.recompute import check_recompute
 from megatron_apo.model.tokenizer import load_tokenizer, stop_token_ids
-from megatron_apo.rollout.inputs import Inputs, load_inputs, store_fingerprint
+from megatron_apo.rollout.evaluation import evaluation_job
+from megatron_apo.rollout.filling import Filling, SamplingJob
+from megatron_apo.rollout.inputs import load_inputs, store_fingerprint
 from megatron_apo.rollout.placement import Placement, transport_of
 from megatron_apo.rollout.replay import check_replay
 from megatron_apo.rollout.server import engine_problems, served_length
@@ -78,23 +80,37 @@ def check_sampling(recipe: Recipe, machine: Machine | None = None) -> None:
 
 
 def _stage_1_problems(recipe: Recipe, machine: Machine) -> list[str]:
+    key = "model.reference" if recipe.model.reference else "model.path"
+    return _offline_problems(recipe, {key: recipe.model.reference_path}, machine)
+
+
+def _offline_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machine) -> list[str]:
+    """Of engines within workers."""
     offline = [
-        f"rollout.{name}: {value!r} is for a server, and stage 1 has vLLM in its own process; leave it out"
+        f"rollout.{name}: {value!r} is for a server, and this command's workers have vLLM in their own process; leave "
+        "it out"
         for name in ("python", "extra_args")
         if (value := getattr(recipe.rollout, name))
     ]
-    key = "model.reference" if recipe.model.reference else "model.path"
-    models = {key: recipe.model.reference_path}
     return offline + sampling_problems(recipe, models, machine)
 
 
-def open_sampling(recipe: Recipe) -> tuple[Inputs, StoreWriter]:
+def open_sampling(recipe: Recipe) -> SamplingJob:
     """Stage 1's prompts, and the store that it fills."""
     _refuse_shapes(recipe.model.folders)
     inputs = load_inputs(recipe)
-    num_shards = -(-len(inputs.training.prompts) // recipe.vstar.prompts_per_shard)
-    settings = values_marked(recipe, "shards")
-    return inputs, StoreWriter(recipe.vstar.dir, store_fingerprint(recipe, inputs), num_shards, settings)
+    vstar, prompts, settings = recipe.vstar, inputs.training.prompts, values_marked(recipe, "shards")
+    num_shards = -(-len(prompts) // vstar.prompts_per_shard)
+    store = Filling(
+        StoreWriter(vstar.dir, store_fingerprint(recipe, inputs), num_shards, settings),
+        prompts,
+        vstar.prompts_per_shard,
+        inputs.sampling(recipe.sampling),
+        vstar.adaptive,
+        vstar.keep_responses,
+    )
+    title = "V*: sampling the reference"
+    return SamplingJob(recipe, inputs, recipe.model.reference_path, vstar.dir, (store,), vstar.prefix_caching, title)
 
 
 def open_training(recipe: Recipe, machine: Machine | None = None) -> TrainingData:
@@ -170,18 +186,21 @@ def _driver_problems(rollout: RolloutConfig) -> list[str]:
     return []
 
 
-def open_evaluation(recipe: Recipe, machine: Machine | None = None) -> Inputs:
-    """The held-out prompts of `model.path`, by its own tokenizer."""
+def check_evaluation(recipe: Recipe, machine: Machine | None = None) -> None:
+    """What the engine of an evaluation's worker needs of machine and model."""
     _refuse_shapes({"model.path": recipe.model.path})
     missing = [] if recipe.data.eval else ["data.eval: missing; give held-out prompts to evaluate on"]
     _raise(missing + _evaluation_problems(recipe, machine or Machine.here()))
-    return load_inputs(recipe)
 
 
 def _evaluation_problems(recipe: Recipe, machine: Machine) -> list[str]:
-    """Of its engines, which are all on one machine."""
-    found = sampling_problems(recipe, {"model.path": recipe.model.path}, machine)
-    return found + _replicas_problems(recipe.rollout, replace(machine, num_nodes=1))
+    return _offline_problems(recipe, {"model.path": recipe.model.path}, machine)
+
+
+def open_evaluation(recipe: Recipe) -> SamplingJob:
+    """The held-out prompts of `model.path`, by its own tokenizer, and the stores that are filled with its samples."""
+    _refuse_shapes({"model.path": recipe.model.path})
+    return evaluation_job(recipe, load_inputs(recipe))
 
 
 def problems(recipe: Recipe, stage: Stage, machine: Machine | None = None) -> list[str]:
@@ -192,11 +211,15 @@ def problems(recipe: Recipe, stage: Stage, machine: Machine | None = None) -> li
         check_sampling(recipe, machine)
         open_sampling(recipe)
 
+    def evaluate() -> None:
+        check_evaluation(recipe, machine)
+        open_evaluation(recipe)
+
     checks: dict[Stage, Callable[[], object]] = {
         "warmup": lambda: open_warmup(recipe, machine),
         "estimate-vstar": estimate_vstar,
         "train": lambda: open_training(recipe, machine),
-        "evaluate": lambda: open_evaluation(recipe, machine),
+        "evaluate": evaluate,
         "serve": lambda: check_serving(recipe, machine=machine),
     }
     return lines_of([checks[stage]])

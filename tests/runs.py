@@ -38,9 +38,9 @@ SETTINGS = [
 ]
 
 
-def write_run(folder: Path, *overrides: str, num_experts: int = 0) -> Recipe:
+def write_run(folder: Path, *overrides: str, num_experts: int = 0, num_eval: int = NUM_EVAL) -> Recipe:
     """Write model, data and store under `folder`; the recipe is in folder/recipe.yaml. With experts it is a mixture."""
-    data = write_task(folder / "data", 0, num_train=NUM_PROMPTS, num_eval=NUM_EVAL, num_sft=0)
+    data = write_task(folder / "data", 0, num_train=NUM_PROMPTS, num_eval=num_eval, num_sft=0)
     write_model(folder / "model", 0, build_tokenizer())
     if num_experts:
         make_mixture(folder / "model", num_experts)

@@ -34,13 +34,13 @@ from megatron_apo.cluster.plan import RECIPE, Plan, Step
 from megatron_apo.config import Recipe, RecipeError, load_recipe
 from megatron_apo.learner.checkpoint import RECORD, exported, next_step
 from megatron_apo.preflight import training_problems
+from megatron_apo.rollout.evaluation import evaluation_result
 from megatron_apo.runtime.ending import EndedEarly
 from megatron_apo.runtime.files import write_whole
 from megatron_apo.runtime.job import SlurmJob, new_secret, share_secret, slurm_job
 from megatron_apo.runtime.launch import run_command
 from megatron_apo.runtime.machine import Machine
 from megatron_apo.runtime.signals import END, ENDED_EARLY
-from megatron_apo.stages.evaluate import result_path
 from megatron_apo.telemetry.metrics import read_metrics
 from megatron_apo.telemetry.recorder import SAVE_S, STEP_S
 from megatron_apo.values.store import MANIFEST
@@ -311,7 +311,7 @@ def steps(recipe: Recipe, stage: int | None = None) -> list[Step]:
     outcome: dict[Step, Path] = {
         "estimate-vstar": recipe.vstar.dir / MANIFEST,
         "train": trained,
-        "evaluate": result_path(recipe.run.dir, trained),
+        "evaluate": evaluation_result(recipe.run.dir, trained),
     }
     wanted: Sequence[Step] = ["estimate-vstar"] if stage == 1 else ["train", "evaluate"] if stage == 2 else [*outcome]
     if recipe.data.eval is None:

@@ -1,19 +1,26 @@
-"""avg@k at the sampling temperature, and greedy, of the weights that the engines hold."""
+"""avg@k at the sampling temperature, and greedy, of the weights that the engines hold, or of a Hugging Face folder."""
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
-from megatron_apo.config import Recipe
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_apo.config import Recipe, values_marked
 from megatron_apo.rewards.pool import RewardPool
-from megatron_apo.rollout.inputs import Inputs
+from megatron_apo.rollout.filling import Filling, SamplingJob
+from megatron_apo.rollout.inputs import Inputs, evaluation_fingerprint
 from megatron_apo.rollout.sampler import GradedSampling, generate_bodies
 from megatron_apo.telemetry.recorder import Evaluation
+from megatron_apo.values.store import StoreWriter, VStarStore
+
+SAMPLED, GREEDY = "sampled", "greedy"  # stores in the folder of a model's evaluation
 
 
 def begin_evaluation(recipe: Recipe, inputs: Inputs, pool: RewardPool) -> GradedSampling:
     """k responses of each of `inputs.evaluation`, then a greedy one; a prompt's repeats are its samples 0, 1, ..."""
-    prompts = inputs.evaluation
+    prompts = inputs.evaluation.prompts
     repeated = [prompt for prompt in prompts for _ in range(recipe.eval.samples)]
     bodies = generate_bodies(recipe, "eval", 0, repeated, inputs.sampling(recipe.sampling))
     bodies += generate_bodies(recipe, "eval", 0, prompts, inputs.sampling(recipe.sampling, greedy=True))
@@ -22,20 +29,80 @@ def begin_evaluation(recipe: Recipe, inputs: Inputs, pool: RewardPool) -> Graded
 
 def finished_evaluation(recipe: Recipe, inputs: Inputs, sampling: GradedSampling) -> Evaluation:
     """What `begin_evaluation` began and the engines have answered."""
-    k, num_prompts = recipe.eval.samples, len(inputs.evaluation)
+    k, num_prompts = recipe.eval.samples, len(inputs.evaluation.prompts)
     rewards = sampling.reward_B
-    per_prompt, greedy = rewards[: k * num_prompts].reshape(num_prompts, k).mean(axis=1), rewards[k * num_prompts :]
     sampled = sampling.completions[: k * num_prompts]
-    return Evaluation(
-        mean=float(per_prompt.mean()),
-        stderr=_stderr(per_prompt),
-        greedy=float(greedy.mean()),
-        greedy_stderr=_stderr(greedy),
-        samples_per_prompt=k,
-        num_prompts=num_prompts,
-        truncated=float(np.mean([completion.finish_reason == "length" for completion in sampled])),
+    return _evaluation(
+        rewards[: k * num_prompts].reshape(num_prompts, k),
+        rewards[k * num_prompts :],
+        float(np.mean([completion.finish_reason == "length" for completion in sampled])),
     )
 
 
-def _stderr(values: np.ndarray) -> float | None:
+def evaluation_job(recipe: Recipe, inputs: Inputs) -> SamplingJob:
+    """The same requests to evaluate `model.path`, for workers that share the run's folder. Raises `StoreError` where
+    that has another evaluation of the model."""
+    folder = evaluation_folder(recipe.run.dir, recipe.model.path)
+    prompts, size = inputs.evaluation.prompts, recipe.eval.prompts_per_shard
+    settings = {key: value for key, value in values_marked(recipe, "shards").items() if key.startswith("rollout.")}
+    settings["eval.prompts_per_shard"] = size
+
+    def store(name: str, *, greedy: bool) -> Filling:
+        fingerprint = evaluation_fingerprint(recipe, inputs, folder / "model_hash.json", greedy=greedy)
+        writer = StoreWriter(folder / name, fingerprint, -(-len(prompts) // size), settings)
+        return Filling(writer, prompts, size, inputs.sampling(recipe.sampling, greedy=greedy))
+
+    return SamplingJob(
+        recipe,
+        inputs,
+        recipe.model.path,
+        folder,
+        (store(SAMPLED, greedy=False), store(GREEDY, greedy=True)),
+        prefix_caching=recipe.rollout.prefix_caching,
+        title="evaluating",
+    )
+
+
+def evaluation_of(sampled: VStarStore, greedy: VStarStore) -> Evaluation:
+    """What the stores of an `evaluation_job` hold."""
+    num_prompts = len(sampled)
+    reasons = sampled.column("finish_reasons").to_pylist()
+    return _evaluation(
+        sampled.rewards.flat.reshape(num_prompts, -1),
+        greedy.rewards.flat,
+        float(np.mean([reason == "length" for row in reasons for reason in row])),
+    )
+
+
+def _evaluation(reward_PK: NDArray[np.float64], greedy_P: NDArray[np.float64], truncated: float) -> Evaluation:
+    reward_P = reward_PK.mean(axis=1)
+    return Evaluation(
+        mean=float(reward_P.mean()),
+        stderr=_stderr(reward_P),
+        greedy=float(greedy_P.mean()),
+        greedy_stderr=_stderr(greedy_P),
+        samples_per_prompt=reward_PK.shape[1],
+        num_prompts=len(reward_PK),
+        truncated=truncated,
+    )
+
+
+def _stderr(values: NDArray[np.float64]) -> float | None:
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+
+
+def evaluation_folder(run_dir: Path, model: Path) -> Path:
+    """Where a model's evaluation is, which a file beside it sums up (`evaluation_result`)."""
+    return run_dir / f"evaluation-{_label(run_dir, model)}"
+
+
+def evaluation_result(run_dir: Path, model: Path) -> Path:
+    """Where the numbers of a model's evaluation are written."""
+    folder = evaluation_folder(run_dir, model)
+    return folder.with_name(f"{folder.name}.json")
+
+
+def _label(run_dir: Path, model: Path) -> str:
+    """The model's folder as part of a file name: inside the run as it is called there, else its whole path."""
+    run_dir, model = run_dir.resolve(), model.resolve()
+    return "-".join((model.relative_to(run_dir) if model.is_relative_to(run_dir) else model).parts).strip("/-")

@@ -1,9 +1,10 @@
-"""What both stages start from: tokenizer, rendered prompts, stop ids, and the fingerprint that ties a store to them."""
+"""What both stages start from: tokenizer, rendered prompts, stop ids, and fingerprints that tie stores to them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_apo.config import Recipe, SamplingConfig, fields_marked, values_marked
@@ -24,7 +25,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     renderer: PromptRenderer
     training: LoadedPrompts
-    evaluation: list[Prompt]
+    evaluation: LoadedPrompts
     stop_token_ids: tuple[int, ...]
 
     def grade_request(self, prompt: Prompt, token_ids: Sequence[int], finish_reason: str) -> GradeRequest:
@@ -50,25 +51,38 @@ def load_inputs(recipe: Recipe) -> Inputs:
     tokenizer = load_tokenizer(recipe.model.path, "model.path")
     renderer = PromptRenderer(tokenizer, recipe.data)
     training = load_prompts(recipe.data.train, recipe.data, renderer, recipe.data.max_prompts)
-    evaluation: list[Prompt] = []
+    evaluation = LoadedPrompts([], {}, "")
     if recipe.data.eval:
-        evaluation = load_prompts(recipe.data.eval, recipe.data, renderer, recipe.eval.max_prompts).prompts
+        evaluation = load_prompts(recipe.data.eval, recipe.data, renderer, recipe.eval.max_prompts)
     return Inputs(tokenizer, renderer, training, evaluation, stop_token_ids(recipe, recipe.model.path))
 
 
 def store_fingerprint(recipe: Recipe, inputs: Inputs) -> Fingerprint:
     """Everything that V* under this recipe depends on. Reads the reference's weights once a run, for their hash."""
+    hash_memo = recipe.run.dir / "reference_hash.json"
+    return _fingerprint(recipe, inputs, recipe.model.reference_path, hash_memo, inputs.training)
+
+
+def evaluation_fingerprint(recipe: Recipe, inputs: Inputs, hash_memo: Path, *, greedy: bool) -> Fingerprint:
+    """Everything that the sampled rewards of an evaluation of `model.path` depend on, or the greedy ones. `hash_memo`
+    keeps the hash of its weights."""
+    found = _fingerprint(recipe, inputs, recipe.model.path, hash_memo, inputs.evaluation)
+    own = {"purpose": "eval", "seed": recipe.run.seed, "adaptive": None, "samples_per_prompt": recipe.eval.samples}
+    return found.model_copy(update=own | ({"samples_per_prompt": 1, "temperature": 0.0} if greedy else {}))
+
+
+def _fingerprint(recipe: Recipe, inputs: Inputs, model: Path, hash_memo: Path, prompts: LoadedPrompts) -> Fingerprint:
     from megatron_apo.weights.hf_io import known_model_hash
 
     reward = get_reward(recipe.reward.name, recipe.reward.options)
     names = fields_marked("fingerprint")
     settings = {names[key]: value for key, value in values_marked(recipe, "fingerprint").items()}
     return Fingerprint(
-        model_hash=known_model_hash(recipe.model.reference_path, recipe.run.dir / "reference_hash.json"),
+        model_hash=known_model_hash(model, hash_memo),
         **inputs.renderer.fingerprint(),
         stop_token_ids=list(inputs.stop_token_ids),
         reward_name=reward.name,
         reward_version=reward.version,
-        dataset_hash=inputs.training.dataset_hash,
+        dataset_hash=prompts.dataset_hash,
         **settings,
     )

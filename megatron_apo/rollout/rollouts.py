@@ -336,7 +336,7 @@ class Rollouts:
         """sync.probe_sequences sequences of sync.probe_tokens tokens: prompts, one after the other, over and over."""
         sync = self._recipe.sync
         tokens = chain.from_iterable(
-            prompt.token_ids for prompt in cycle(self.inputs.evaluation or self.inputs.training.prompts)
+            prompt.token_ids for prompt in cycle(self.inputs.evaluation.prompts or self.inputs.training.prompts)
         )
         length = min(sync.probe_tokens, self._recipe.max_sequence_tokens)
         return [list(islice(tokens, length)) for _ in range(sync.probe_sequences)]

@@ -337,6 +337,17 @@ def engine_gpus(rollout: RolloutConfig) -> int:
     return len(drivers_gpus() if rollout.python else visible_gpus())
 
 
+def engines_here(rollout: RolloutConfig) -> int:
+    """How many workers with an engine this machine's GPUs have room for; without a GPU `rollout.replicas`."""
+    return max(1, engine_gpus(rollout) // rollout.tp) if _has_gpu(rollout) else rollout.replicas
+
+
+def sharing_cores(rollout: RolloutConfig, count: int) -> RolloutConfig:
+    """The settings of one of `count` workers on this machine, which without a GPU share its cores."""
+    threads = rollout.threads or max(1, len(os.sched_getaffinity(0)) // (rollout.tp * count))
+    return rollout if _has_gpu(rollout) else rollout.model_copy(update={"threads": threads})
+
+
 def _has_gpu(rollout: RolloutConfig) -> bool:
     return engine_gpus(rollout) > 0
 

@@ -6,7 +6,7 @@ Light: what needs Megatron is imported in the ranks alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -37,10 +37,11 @@ def warmup(recipe: Recipe) -> None:
 
 def estimate_vstar(recipe: Recipe, index: int = 0, count: int = 1) -> None:
     """Stage 1 as worker `index` of `count`. vLLM's processes would outlive a killed command: it works under a guard."""
+    from megatron_apo.rollout.filling import Worker
     from megatron_apo.rollout.server import engine_environment
     from megatron_apo.stages import estimate_vstar as stage
 
-    worker = stage.Worker(index, count)
+    worker = Worker(index, count)
     if launch.is_guarded():
         stage.run(recipe, worker)
     else:
@@ -48,6 +49,43 @@ def estimate_vstar(recipe: Recipe, index: int = 0, count: int = 1) -> None:
         arguments = launch.stage_arguments("estimate-vstar", recipe, worker.suffix)
         arguments += ["--worker", str(index), "--workers", str(count)]
         launch.run_guarded(arguments, engine_environment(os.environ, recipe.rollout))
+
+
+def evaluate(recipe: Recipe, worker: int | None = None, workers: int = 1) -> None:
+    """avg@k and greedy of `model.path` as one of several workers; None: as all that this machine has engines for."""
+    from megatron_apo.rollout.evaluation import evaluation_folder
+    from megatron_apo.rollout.filling import Worker
+    from megatron_apo.rollout.server import engine_environment, engines_here, sharing_cores
+    from megatron_apo.stages import evaluate as stage
+
+    if launch.is_guarded():
+        assert worker is not None
+        stage.run(recipe, Worker(worker, workers))
+        return
+    preflight.check_evaluation(recipe)
+    label = evaluation_folder(recipe.run.dir, recipe.model.path).name.removeprefix("evaluation")
+    count = engines_here(recipe.rollout) if worker is None else 1
+    if count > 1:
+        recipe = recipe.model_copy(update={"rollout": sharing_cores(recipe.rollout, count)})
+        run_workers(launch.stage_arguments("evaluate", recipe, label), recipe, range(count), count)
+        return
+    one = Worker(worker or 0, workers)
+    arguments = launch.stage_arguments("evaluate", recipe, label + one.suffix)
+    arguments += ["--worker", str(one.index), "--workers", str(one.count)]
+    launch.run_guarded(arguments, engine_environment(os.environ, recipe.rollout))
+
+
+def run_workers(arguments: Sequence[str], recipe: Recipe, workers: range, count: int) -> None:
+    """Run `megatron-apo ARGUMENTS` as these of `count` workers, each with GPUs of this machine of its own, and wait."""
+    from megatron_apo.rollout.server import engine_gpus, own_gpus
+
+    has_own = len(workers) > 1 and engine_gpus(recipe.rollout) > 0
+    commands = []
+    for place, worker in enumerate(workers):
+        own = [*arguments, "--worker", str(worker), "--workers", str(count)]
+        gpus = own_gpus(os.environ, recipe.rollout.tp, place) if has_own else {}
+        commands.append((own, gpus))
+    launch.run_commands(commands)
 
 
 def train(recipe: Recipe) -> None:

@@ -24,10 +24,11 @@ from megatron_apo.config import build_recipe
 from megatron_apo.data.arithmetic import write_task
 from megatron_apo.data.order import sample_seed
 from megatron_apo.data.prompts import Prompt
+from megatron_apo.preflight import open_sampling
 from megatron_apo.rewards.pool import Grade, InlineRewardPool
+from megatron_apo.rollout.filling import Sampler, SamplingJob, Worker, sample_all
 from megatron_apo.rollout.offline import OfflineEngine, Sample
 from megatron_apo.rollout.server import engine_environment
-from megatron_apo.stages.estimate_vstar import Sampler, SamplingJob, Worker, sample_all
 
 TARGET = 0.95  # of the bare throughput
 DONE: Future[Grade] = Future()
@@ -64,7 +65,7 @@ def measure(folder: Path, model: Path, num_prompts: int, num_samples: int, round
     recipe = build_recipe(tree)
     assert "torch" not in sys.modules, "it has read its environment already"
     os.environ |= engine_environment({}, recipe.rollout)
-    job = SamplingJob.open(recipe)
+    job = open_sampling(recipe)
     engine = OfflineEngine(
         recipe.model.path,
         recipe.rollout,
@@ -80,7 +81,7 @@ def measure(folder: Path, model: Path, num_prompts: int, num_samples: int, round
         bare.append(generate(engine, job))
         for kind, times in ((Sampler, graded), (Ungraded, ungraded)):
             own = build_recipe(tree, [f"vstar.dir={folder / f'{kind.__name__}{turn}'}"])
-            times.append(stage_1(engine, SamplingJob.open(own), kind))
+            times.append(stage_1(engine, open_sampling(own), kind))
             print(f"round {turn}:", {name: times[turn] for name, times in seconds.items() if times[turn:]}, flush=True)
     print(f"{num_prompts} prompts x {num_samples}, medians of {rounds} rounds, ratios within a round")
     for name, times in seconds.items():
@@ -117,8 +118,8 @@ def generate(engine: OfflineEngine, job: SamplingJob) -> float:
 def stage_1(engine: OfflineEngine, job: SamplingJob, kind: type[Sampler]) -> float:
     with InlineRewardPool(job.recipe.reward) as pool, job.claims(Worker()) as claims:
         start = time.monotonic()
-        sample_all(job, kind(job, engine, pool, start), claims, claims.take(), Progress(disable=True))
-        job.writer.finish()
+        sample_all(job, kind(job, Worker(), engine, pool, start), claims, claims.take(), Progress(disable=True))
+        job.stores[0].finish()
         return round(time.monotonic() - start, 2)
 
 

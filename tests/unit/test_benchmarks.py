@@ -75,7 +75,7 @@ def test_the_long_steps_recipe_is_refused_for_nothing_but_its_missing_store(tmp_
         open_training(recipe)
     missing = f"{tmp_path / 'vstar' / 'manifest.json'}: not there;"
     assert str(caught.value).startswith(missing) and "\n" not in str(caught.value)
-    assert (len(load_inputs(recipe).training.prompts), len(load_inputs(recipe).evaluation)) == (4, 1)
+    assert (len(load_inputs(recipe).training.prompts), len(load_inputs(recipe).evaluation.prompts)) == (4, 1)
 
 
 def test_noise_is_fixed_by_seed_and_position_and_independent_otherwise():

@@ -229,7 +229,7 @@ def test_a_stage_is_held_against_what_it_needs_alone() -> None:
         return [line.partition(":")[0] for line in shape_problems(recipe, stage, here)]
 
     assert (keys("train"), keys("estimate-vstar")) == (["parallel.dp"], ["rollout.extra_args"])
-    assert keys("evaluate") == ["rollout.replicas"]  # all of whose engines are on one machine
+    assert keys("evaluate") == ["rollout.extra_args"]  # its workers have as many engines as there are GPUs for
     assert keys(None) == ["parallel.dp", "rollout.extra_args"]
     assert keys("serve") == ["rollout.placement"]  # colocated engines are started with the ranks
     recipe = load("qwen3-8b-16k", "rollout.placement=dedicated", "rollout.driver=node0:29600", *SLEEPLESS)

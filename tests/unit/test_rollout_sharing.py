@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.config import build_recipe
-from megatron_apo.data.prompts import Prompt
+from megatron_apo.data.prompts import LoadedPrompts, Prompt
 from megatron_apo.rollout import fleet as fleet_file
 from megatron_apo.rollout import rollouts as rollouts_file
 from megatron_apo.rollout.inputs import Inputs
@@ -136,7 +136,7 @@ def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
             tokenizer=SimpleNamespace(decode=lambda ids, **_: "3"),  # type: ignore[arg-type]
             renderer=SimpleNamespace(asks_to_think=False),  # type: ignore[arg-type]
             training=None,  # type: ignore[arg-type]
-            evaluation=[PROMPT],
+            evaluation=LoadedPrompts([PROMPT], {}, ""),
             stop_token_ids=(1,),
         )
         recipe = build_recipe({}, [*paths, *overrides])

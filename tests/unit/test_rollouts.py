@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.config import build_recipe
-from megatron_apo.data.prompts import Prompt
+from megatron_apo.data.prompts import LoadedPrompts, Prompt
 from megatron_apo.rollout import fleet as fleet_file
 from megatron_apo.rollout import rollouts as rollouts_file
 from megatron_apo.rollout.inputs import Inputs
@@ -71,7 +71,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
             tokenizer=SimpleNamespace(decode=job.decode),  # type: ignore[arg-type]
             renderer=SimpleNamespace(asks_to_think=False),  # type: ignore[arg-type]
             training=SimpleNamespace(prompts=PROMPTS),  # type: ignore[arg-type]
-            evaluation=[],
+            evaluation=LoadedPrompts([], {}, ""),
             stop_token_ids=(1,),
         )
         paths = ["model.path=m", "data.train=t", "vstar.dir=v", "reward.name=arithmetic", f"run.dir={tmp_path}/run"]
@@ -252,7 +252,7 @@ def test_one_engine_whose_update_raised_is_restarted_as_well(start: Callable[...
 
 def test_an_evaluation_is_of_all_engines(start: Callable[..., tuple[Rollouts, Job]]) -> None:
     rollouts, job = start(2, "eval.samples=2")
-    rollouts.inputs.evaluation.extend(PROMPTS[:4])
+    rollouts.inputs.evaluation.prompts.extend(PROMPTS[:4])
     with rollouts:
         rollouts.sync(0)
         found = rollouts.evaluate(0)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_apo.stages.estimate_vstar import _check_prompts
+from megatron_apo.rollout.filling import check_prompts
 from megatron_apo.values.estimators import ESTIMATORS
 from megatron_apo.values.fingerprint import SCHEMA_VERSION, Fingerprint, StoreError
 from megatron_apo.values.ids import RowsById, hex_of_ids, ids_of_hex
@@ -622,9 +622,8 @@ def test_all_damaged_shards_are_named(folder):
 def test_a_store_has_the_prompts_of_its_run(pristine, missing):
     """The prompts 0 to 9, of which a run has 0 to 8; or 1 to 10."""
     prompts = [SimpleNamespace(prompt_id=prompt_id(i)) for i in (range(1, 11) if missing else range(9))]
-    inputs = SimpleNamespace(training=SimpleNamespace(prompts=prompts))
     with pytest.raises(StoreError, match="1 of 10 prompts have no" if missing else "10 prompts where data.train has 9"):
-        _check_prompts(VStarStore.open(pristine), inputs)
+        check_prompts(VStarStore.open(pristine), prompts)
 
 
 def test_resuming_with_another_fingerprint_or_division_is_refused(tmp_path):
