@@ -3,7 +3,7 @@
     check            look at this node (`check.py`)
     estimate-vstar   stage 1's workers, one for each engine that the node has GPUs for
     train            ranks, or engines alone, as `plan.json` says
-    evaluate         the trained model, on the first node
+    evaluate         workers as in stage 1, of the trained model
 
 Asked to end early (by a file that the job's script writes, by SIGUSR1, or by SIGTERM, which SLURM sends at once to all
 of a step that it preempts or cancels), it finds out how long there is and tells its processes. SIGUSR2 ends it at once.
@@ -30,14 +30,14 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_apo.cluster import check, slurm
-from megatron_apo.cluster.plan import RECIPE, Plan, Step
+from megatron_apo.cluster.plan import RECIPE, Plan, Step, sampling_arguments
 from megatron_apo.config import Recipe, load_recipe
-from megatron_apo.rollout.server import own_gpus
 from megatron_apo.runtime.ending import EndedEarly, request
 from megatron_apo.runtime.files import write_whole
 from megatron_apo.runtime.job import be_node, give_notice, given_secret, put_logs, slurm_job, tell_notice_in
-from megatron_apo.runtime.launch import RankFailed, rank_log, run_command, run_commands, spawn_node, write_to
+from megatron_apo.runtime.launch import RankFailed, rank_log, spawn_node, write_to
 from megatron_apo.runtime.signals import ASK, END, ENDED_EARLY, RANK_LOST
+from megatron_apo.stages import start
 from megatron_apo.telemetry.summary import RunSummary
 
 ASKED = "asked"  # a file of the attempt: it has why, once the job's script asks the run to end
@@ -72,10 +72,8 @@ def run(step: Step, folder: Path, token: str = "", within_s: float = 60.0) -> No
 
 
 def _do(step: Step, plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
-    if step == "estimate-vstar":
-        _sample(plan, recipe, name, folder)
-    elif step == "evaluate":
-        run_command(plan.evaluation_arguments(recipe, folder))
+    if step in ("estimate-vstar", "evaluate"):
+        _sample(step, plan, recipe, name, folder)
     elif name in plan.trainer_nodes:
         _train(plan, recipe, name, folder)
     else:
@@ -95,15 +93,11 @@ def _train(plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
             spawn_node(["train", "--recipe", str(folder / RECIPE)], node, folder)
 
 
-def _sample(plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
+def _sample(step: Step, plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
     if plan.place(name):
-        write_to(folder / f"{name}-estimate-vstar.log", appending=True)
-    workers = plan.workers_of(name)
-    commands = []
-    for place, worker in enumerate(workers):
-        gpus = own_gpus(os.environ, recipe.rollout.tp, place) if len(workers) > 1 else {}
-        commands.append((plan.sampling_arguments(worker, folder), gpus))
-    run_commands(commands)
+        write_to(folder / f"{name}-{step}.log", appending=True)
+    arguments = sampling_arguments(step, recipe, folder / RECIPE)
+    start.run_workers(arguments, recipe, plan.workers_of(name), plan.num_workers)
 
 
 def _code_of(work: Callable[[], None], step: Step, name: str, folder: Path) -> int:

@@ -21,8 +21,8 @@ RECIPE = "recipe.yaml"
 class Plan:
     """nodes: those that work, in the job's order. trainers: how many of them, from the first, have ranks. address: by
     which the others reach the first. master_port, driver_port: free there, for the ranks' store and for engines of
-    other nodes. workers_per_node: of stage 1; first_worker, num_workers: of this job, and in all tasks of a job
-    array."""
+    other nodes. workers_per_node: of stage 1 and of the evaluation; first_worker, num_workers: of this job, and in all
+    tasks of a job array."""
 
     nodes: tuple[str, ...]
     trainers: int
@@ -70,17 +70,6 @@ class Plan:
         first = self.first_worker + self.place(node) * self.workers_per_node
         return range(first, first + self.workers_per_node)
 
-    def sampling_arguments(self, worker: int, folder: Path) -> list[str]:
-        """The command line of a worker of stage 1."""
-        arguments = ["estimate-vstar", "--recipe", str(folder / RECIPE)]
-        return [*arguments, "--worker", str(worker), "--workers", str(self.num_workers)]
-
-    def evaluation_arguments(self, recipe: Recipe, folder: Path) -> list[str]:
-        """The command line of the evaluation, with as many engines as the first node has GPUs for."""
-        engines = min(recipe.rollout.replicas, self.workers_per_node)
-        arguments = ["evaluate", "--recipe", str(folder / RECIPE), "--model", str(exported(recipe.run.dir))]
-        return [*arguments, f"rollout.replicas={engines}"]
-
     def ranks_of(self, node: str, recipe: Recipe, secret: str) -> Node:
         """What the launcher of one of the ranks' nodes starts; each rank has a log under the node's name."""
         place = self.place(node)
@@ -111,7 +100,7 @@ class Plan:
         """The nodes that a step runs on."""
         if step == "train":
             return self.trainer_nodes + self.others(recipe)
-        return self.nodes[:1] if step == "evaluate" else self.nodes
+        return self.nodes
 
     def first_at(self, address: str, ports: list[int]) -> Plan:
         """The plan with what the first node has told of itself."""
@@ -123,3 +112,9 @@ class Plan:
     @classmethod
     def read(cls, folder: Path) -> Plan:
         return cls(**json.loads((folder / PLAN).read_text()))
+
+
+def sampling_arguments(step: Step, recipe: Recipe, path: Path) -> list[str]:
+    """The command line of each worker of stage 1 or of the evaluation, beside its number. path: of the recipe."""
+    model = ["--model", str(exported(recipe.run.dir))] if step == "evaluate" else []
+    return [step, "--recipe", str(path), *model]

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_apo.cluster.plan import RECIPE, Plan, Step
+from megatron_apo.cluster.plan import RECIPE, Plan, Step, sampling_arguments
 from megatron_apo.cluster.run import Options, check_command, load, srun, steps, with_driver
 from megatron_apo.config import Recipe
 from megatron_apo.runtime.job import SECRET
@@ -60,11 +60,10 @@ def _command(step: Step, nodes: Sequence[str], folder: Path) -> str:
 
 def _processes(step: Step, plan: Plan, recipe: Recipe, node: str, folder: Path) -> Iterator[str]:
     """What the node's process starts."""
-    if step == "estimate-vstar":
+    if step in ("estimate-vstar", "evaluate"):
+        command = shlex.join(["megatron-apo", *sampling_arguments(step, recipe, folder / RECIPE)])
         for worker in plan.workers_of(node):
-            yield f"megatron-apo {shlex.join(plan.sampling_arguments(worker, folder))}"
-    elif step == "evaluate":
-        yield f"megatron-apo {shlex.join(plan.evaluation_arguments(recipe, folder))}"
+            yield f"{command} --worker {worker} --workers {plan.num_workers}"
     elif node in plan.trainer_nodes:
         ranks = plan.ranks_of(node, recipe, secret="")
         first, last = (ranks.job(local_rank).variables() for local_rank in (0, ranks.num_ranks - 1))
