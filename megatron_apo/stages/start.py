@@ -66,6 +66,7 @@ def evaluate(recipe: Recipe, worker: int | None = None, workers: int = 1) -> Non
     label = evaluation_folder(recipe.run.dir, recipe.model.path).name.removeprefix("evaluation")
     count = engines_here(recipe.rollout) if worker is None else 1
     if count > 1:
+        preflight.open_evaluation(recipe)  # what it refuses is told once, and the model's hash is there for all
         recipe = recipe.model_copy(update={"rollout": sharing_cores(recipe.rollout, count)})
         run_workers(launch.stage_arguments("evaluate", recipe, label), recipe, range(count), count)
         return

@@ -243,7 +243,7 @@ def test_a_shard_that_is_there_twice_is_not_counted(folder: Path, undisturbed: P
 
 
 def test_without_a_number_it_is_all_workers_that_fit(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[tuple[list[str], dict]] = []
     monkeypatch.setattr(launch, "run_commands", lambda commands: started.extend(commands))
@@ -256,6 +256,9 @@ def test_without_a_number_it_is_all_workers_that_fit(
     start.evaluate(recipe, 1, 2)
     assert [arguments[-4:] for arguments, _ in started] == [["--worker", "1", "--workers", "2"]]
     started.clear()
+    with pytest.raises(StoreError, match="set by eval.samples"):
+        start.evaluate(recipe_of(folder, undisturbed, "rollout.replicas=2", "eval.samples=4"))
+    assert not started
     monkeypatch.setattr(server, "visible_gpus", lambda: ["a", "b", "c", "d", "e"])
     monkeypatch.setattr(server, "drivers_gpus", lambda: ["a", "b", "c", "d", "e"])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
