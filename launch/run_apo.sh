@@ -14,6 +14,7 @@
 # --spare    of the job's nodes, keep so many back, to take the place of bad ones
 # --limit    end, save and requeue the job after so long, whatever SLURM's limit is
 # --dry-run  outside of SLURM, say what a job of --nodes N with --gpus K each would do, and do nothing
+# MEGATRON_APO_SRUN, MEGATRON_APO_PYTHON: more words for srun, and what is Python on the nodes (docs/containers.md)
 # Ten minutes before the limit of the job it saves, and is requeued; another --signal=B:USR1@SECONDS may be given to sbatch.
 set -euo pipefail
 script=${BASH_SOURCE[0]}

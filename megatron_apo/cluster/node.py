@@ -28,6 +28,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from megatron_apo.cluster import check, slurm
 from megatron_apo.cluster.plan import RECIPE, Plan, Step, sampling_arguments
@@ -40,7 +41,7 @@ from megatron_apo.runtime.signals import ASK, END, ENDED_EARLY, RANK_LOST
 from megatron_apo.stages import start
 from megatron_apo.telemetry.summary import RunSummary
 
-ASKED = "asked"  # a file of the attempt: it has why, once the job's script asks the run to end
+ASKED = "asked"  # a file of the attempt, empty until the job's script asks the run to end (`tell_nodes`)
 FAILURE = ".failure.json"
 NODES = "nodes.json"
 _ENDED = ".ended"
@@ -154,12 +155,12 @@ def _asked(job_id: str, folder: Path) -> Iterator[None]:
 
     def act() -> None:
         while not heard.wait(_LOOK_AT_FILE_S):
-            if told := _read(folder / ASKED):
-                names.append(told)
+            if told := _told(folder):
+                names.append(told["why"])
                 break
         if is_over:
             return
-        why, left_s = _why_and_how_long(job_id, names[0])
+        why, left_s = _why_and_how_long(job_id, names[0], folder)
         give_notice(why, left_s - _MARGIN_S)
         if is_over:
             return
@@ -182,24 +183,37 @@ def _asked(job_id: str, folder: Path) -> Iterator[None]:
         thread.join()
 
 
-def _why_and_how_long(job_id: str, signal_name: str) -> tuple[str, float]:
-    """Of being asked to end by SLURM or by the job's script, as far as SLURM tells."""
+def tell_nodes(folder: Path, job_id: str, why: str) -> None:
+    """The job's part: ask its nodes to end. By a file, since what srun is sent comes to every process of a step, graders
+    and engines too. It says when the job is ended, for nodes in containers without SLURM's commands."""
+    told: dict[str, Any] = {"why": why}
+    with suppress(slurm.SlurmError):
+        end_s = slurm.job_state(job_id).end_s
+        told["end_s"] = math.inf if end_s is None else end_s
+    write_whole(folder / ASKED, json.dumps(told))
+
+
+def _why_and_how_long(job_id: str, signal_name: str, folder: Path) -> tuple[str, float]:
+    """Of being asked to end by SLURM or by the job's script, as far as SLURM tells, or has told that script."""
     try:
         state = slurm.job_state(job_id)
         if not state.runs:
             return "the job is ended", slurm.kill_wait_s()
         left_s = math.inf if state.end_s is None else state.end_s - time.time()
         return "the job is preempted" if state.is_preempted else signal_name, left_s
-    except slurm.SlurmError:  # its own signals come early, and SIGTERM half a minute before SIGKILL
+    except slurm.SlurmError:
+        if (end_s := _told(folder).get("end_s")) is not None:
+            return signal_name, end_s - time.time()
+        # SLURM's own signals come early, and SIGTERM half a minute before SIGKILL.
         return signal_name, _KILL_WAIT_S if signal_name == "SIGTERM" else math.inf
 
 
-def _read(path: Path) -> str:
-    """Opened each time: so a network file system shows what it has by now."""
+def _told(folder: Path) -> dict[str, Any]:
+    """What `tell_nodes` has written. Opened each time: so a network file system shows what it has by now."""
     try:
-        return path.read_text()
+        return json.loads((folder / ASKED).read_text() or "{}")
     except OSError:
-        return ""
+        return {}
 
 
 @contextmanager

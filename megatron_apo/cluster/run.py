@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -29,14 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_apo.cluster import check, slurm
-from megatron_apo.cluster.node import ASKED, NODES, codes, first_failure
+from megatron_apo.cluster.node import ASKED, NODES, codes, first_failure, tell_nodes
 from megatron_apo.cluster.plan import RECIPE, Plan, Step
 from megatron_apo.config import Recipe, RecipeError, load_recipe
 from megatron_apo.learner.checkpoint import RECORD, exported, next_step
 from megatron_apo.preflight import training_problems
 from megatron_apo.rollout.evaluation import evaluation_result
 from megatron_apo.runtime.ending import EndedEarly
-from megatron_apo.runtime.files import write_whole
 from megatron_apo.runtime.job import SlurmJob, new_secret, share_secret, slurm_job
 from megatron_apo.runtime.launch import run_command
 from megatron_apo.runtime.machine import Machine
@@ -53,6 +54,8 @@ _EARLIEST_S = 900.0  # before a limit, that a signal may come for it
 _AGAIN_S = 2.0  # one request may come as several signals
 _CHECK_S = 120.0  # for nodes to begin with their check
 _KILL_ON_BAD_EXIT, _UNBUFFERED = "--kill-on-bad-exit=1", "--unbuffered"
+SRUN = "MEGATRON_APO_SRUN"  # more words for srun, such as a container's image and mounts
+PYTHON = "MEGATRON_APO_PYTHON"  # what is Python on the nodes; by default this process's own
 _ENDS_S = 180.0  # slurmctld looks at graces that have passed twice a minute
 _ANY_DRIVER = "127.0.0.1:1"  # as long as it is not known which node is the first
 
@@ -131,7 +134,7 @@ class _Run:
             print(f"{self._recipe.run.dir}: all is complete")
             return
         found = self._check()
-        self._recipe = _with_hugging_face_model(self._recipe)
+        self._recipe = with_hugging_face_model(self._recipe)
         nodes = tuple(found)
         plan = Plan.of(self._recipe, nodes, len(found[nodes[0]].gpus))
         plan = plan.in_array(self._job.array_task or 0, self._job.array_tasks)
@@ -214,8 +217,7 @@ class _Run:
                 self._hear(why)
                 self._is_by_clock = True
             if num_told == 0 and self._asked:
-                # By a file: what srun is sent comes to every process of the step, graders and engines too.
-                write_whole(self._folder / ASKED, self._asked[0][1])
+                tell_nodes(self._folder, self._job.job_id, self._asked[0][1])
                 num_told = 1
             if num_told == 1 and len(self._asked) > 1:
                 self._step.send_signal(END)
@@ -319,8 +321,15 @@ def steps(recipe: Recipe, stage: int | None = None) -> list[Step]:
     return [step for step in wanted if not outcome[step].exists()]
 
 
-def srun(step: Step, nodes: Sequence[str], folder: Path, cpus: int | None, python: str = sys.executable) -> list[str]:
-    """The command that runs a step: one process on each of these nodes."""
+def srun(
+    step: Step,
+    nodes: Sequence[str],
+    folder: Path,
+    cpus: int | None,
+    python: Sequence[str] = (sys.executable,),
+    environment: Mapping[str, str] = os.environ,
+) -> list[str]:
+    """The command that runs a step: one process on each of these nodes. `environment` says what the user adds to it."""
     return [
         "srun",
         f"--job-name={step}",
@@ -332,11 +341,12 @@ def srun(step: Step, nodes: Sequence[str], folder: Path, cpus: int | None, pytho
         "--wait=0",
         _KILL_ON_BAD_EXIT,
         _UNBUFFERED,
+        *_words(SRUN, environment),
         "sh",
         "-c",
         'trap "" USR1; exec "$@"',  # until it is listened to
         "sh",
-        python,
+        *(_words(PYTHON, environment) or python),
         "-m",
         "megatron_apo.cli",
         "node",
@@ -346,11 +356,25 @@ def srun(step: Step, nodes: Sequence[str], folder: Path, cpus: int | None, pytho
 
 
 def check_command(
-    nodes: Sequence[str], folder: Path, cpus: int | None, token: str, python: str = sys.executable
+    nodes: Sequence[str],
+    folder: Path,
+    cpus: int | None,
+    token: str,
+    python: Sequence[str] = (sys.executable,),
+    environment: Mapping[str, str] = os.environ,
 ) -> list[str]:
     """`srun` of the check: each node tells for itself, in whole lines."""
-    command = [*srun("check", nodes, folder, cpus, python), "--token", token, "--within", f"{_CHECK_S:g}"]
-    return [word for word in command if word not in (_KILL_ON_BAD_EXIT, _UNBUFFERED)]
+    command = srun("check", nodes, folder, cpus, python, environment)
+    command = [word for word in command if word not in (_KILL_ON_BAD_EXIT, _UNBUFFERED)]
+    return [*command, "--token", token, "--within", f"{_CHECK_S:g}"]
+
+
+def _words(variable: str, environment: Mapping[str, str]) -> list[str]:
+    """What a shell would make of it. Raises ValueError, a line that names it."""
+    try:
+        return shlex.split(environment.get(variable, ""))
+    except ValueError as error:
+        raise ValueError(f"{variable}: {error}: {environment[variable]!r}; quote it as for a shell") from None
 
 
 def with_driver(recipe: Recipe, plan: Plan) -> Recipe:
@@ -362,7 +386,7 @@ def with_driver(recipe: Recipe, plan: Plan) -> Recipe:
     return recipe.model_copy(update={"rollout": rollout})
 
 
-def _with_hugging_face_model(recipe: Recipe) -> Recipe:
+def with_hugging_face_model(recipe: Recipe) -> Recipe:
     """Convert `model.path` where it is a Megatron checkpoint, once."""
     path = recipe.model.path
     if not (path / RECORD).is_file():
@@ -374,8 +398,11 @@ def _with_hugging_face_model(recipe: Recipe) -> Recipe:
 
 
 def _require_training(recipe: Recipe, plan: Plan, trains: bool) -> None:
-    """Before anything is spent: what stage 2 would refuse of recipe, model and nodes. Raises RecipeError."""
-    if not trains:
+    """Before anything is spent: what stage 2 would refuse of recipe, model and nodes. Raises RecipeError.
+
+    Where the nodes have a Python of their own, this one cannot tell what is installed there: rank 0 asks.
+    """
+    if not trains or os.environ.get(PYTHON):
         return
     machine = replace(Machine.here(), ranks_here=plan.ranks_per_node, num_nodes=plan.trainers)
     if found := training_problems(recipe, recipe.model.folders, machine):

@@ -55,7 +55,7 @@ def _role(plan: Plan, recipe: Recipe, node: str) -> str:
 
 
 def _command(step: Step, nodes: Sequence[str], folder: Path) -> str:
-    return shlex.join(srun(step, nodes, folder, None, python="python"))
+    return shlex.join(srun(step, nodes, folder, None, python=["python"]))
 
 
 def _processes(step: Step, plan: Plan, recipe: Recipe, node: str, folder: Path) -> Iterator[str]:

@@ -304,9 +304,10 @@ def engine_environment(
     return environment | _cpu_environment(rollout, replica)
 
 
-def own_gpus(environment: Mapping[str, str], tp: int, replica: int) -> dict[str, str]:
-    """The GPUs of one replica: `tp` in a row of those that CUDA_VISIBLE_DEVICES leaves."""
-    count = len(drivers_gpus())
+def own_gpus(environment: Mapping[str, str], tp: int, replica: int, count: int | None = None) -> dict[str, str]:
+    """The GPUs of one replica: `tp` in a row of those that CUDA_VISIBLE_DEVICES leaves. count: how many these are, for
+    a machine that is not here."""
+    count = len(drivers_gpus()) if count is None else count
     names = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
     own = names[replica * tp : (replica + 1) * tp]
     if len(own) < tp:

@@ -4,8 +4,10 @@ and what failed first. The rest is in tests/slurm."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -238,6 +240,44 @@ def test_a_dry_run(
         path.write_text(found)
     assert found == path.read_text()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_user_adds_to_srun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A container's image, mounts and Python; --dry-run shows them."""
+    added = {"MEGATRON_APO_SRUN": "--container-image=apo.sqsh --container-mounts='/my data:/data'"}
+    added["MEGATRON_APO_PYTHON"] = "apptainer exec --nv apo.sif python"
+    command = run.srun("train", ["n0"], Path("R"), 4, environment=added)
+    place = command.index("sh")
+    assert command[place - 2 : place] == ["--container-image=apo.sqsh", "--container-mounts=/my data:/data"]
+    assert command[place + 4 :][:5] == added["MEGATRON_APO_PYTHON"].split()
+    plain = run.srun("train", ["n0"], Path("R"), 4, environment={})
+    assert plain[: place - 1] == [*command[: place - 2], "sh"] and plain[place + 2] == sys.executable
+    with pytest.raises(ValueError, match='^MEGATRON_APO_SRUN: No closing quotation: "--a=\'b"; quote it'):
+        run.srun("train", ["n0"], Path("R"), 4, environment={"MEGATRON_APO_SRUN": "--a='b"})
+    for name, words in added.items():
+        monkeypatch.setenv(name, words)
+    show.dry_run("qwen3-8b-16k", ["data.train=T", "data.eval=E"], Options(), 4, 8)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  srun ")]
+    assert len(lines) == 4
+    for line in lines:
+        assert " --container-image=apo.sqsh '--container-mounts=/my data:/data' sh -c " in line
+        assert " apptainer exec --nv apo.sif python -m megatron_apo.cli node " in line
+
+
+def test_a_node_without_slurms_commands_has_been_told_when_the_job_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert node._why_and_how_long("7", "SIGTERM", tmp_path) == ("SIGTERM", 30.0)
+    node.tell_nodes(tmp_path, "7", "--limit")  # the job's script cannot ask either
+    assert node._why_and_how_long("7", "--limit", tmp_path) == ("--limit", math.inf)
+    state = JobState("RUNNING", time.time() + 600, False, 0, "")
+    monkeypatch.setattr(node.slurm, "job_state", lambda job_id: state)
+    node.tell_nodes(tmp_path, "7", "SIGUSR1")
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    why, left_s = node._why_and_how_long("7", "SIGUSR1", tmp_path)
+    assert why == "SIGUSR1" and 590 < left_s <= 600
 
 
 def test_a_job_is_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
