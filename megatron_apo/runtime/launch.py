@@ -261,20 +261,20 @@ def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int], other
 
     callers_own, others: processes and shared memory (inodes) that are not theirs.
     """
-    if not processes:
-        return
-    first, *rest = processes
-    if first.poll() is None:
-        first.send_signal(END)
-    for process in rest:
-        process.kill()
-        process.wait()
-    end = time.monotonic() + _STOP_LIMIT_S
-    try:
-        first.wait(_STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        first.kill()
-        first.wait()
+    end = time.monotonic()  # at once for what was being started when this process was interrupted
+    if processes:
+        first, *rest = processes
+        if first.poll() is None:
+            first.send_signal(END)
+        for process in rest:
+            process.kill()
+            process.wait()
+        end = time.monotonic() + _STOP_LIMIT_S
+        try:
+            first.wait(_STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            first.kill()
+            first.wait()
 
     def left() -> list[int]:
         return list(set(guard.descendants(os.getpid())) - callers_own)

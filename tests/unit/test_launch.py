@@ -57,6 +57,19 @@ def test_a_failed_rank_ends_the_job(tmp_path):
     assert error.value.exit_code == 2
 
 
+def test_an_interrupt_while_a_process_starts_leaves_none():
+    """Ctrl-C may come before the caller has what it has started."""
+
+    def start():
+        started("import time; time.sleep(60)")()
+        raise KeyboardInterrupt
+
+    begun_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        launch._supervise([start])
+    assert time.monotonic() - begun_s < launch._STOP_LIMIT_S
+
+
 def test_several_tasks_of_a_slurm_step_start_no_run_each(tmp_path, monkeypatch):
     recipe = build_recipe({}, ["model.path=m", "data.train=t.jsonl", "vstar.dir=v", f"run.dir={tmp_path / 'run'}"])
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
