@@ -364,6 +364,25 @@ def run_job(
         job.run(recipe, overrides or [], options)
 
 
+@app.command("run-local", hidden=True)
+def run_local(
+    recipe: Annotated[str, typer.Argument()],
+    overrides: Overrides = None,
+    stage: Annotated[int | None, typer.Option(min=1, max=2)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run")] = False,
+    gpus: Annotated[int | None, typer.Option(min=0, help="with --dry-run: as if there were so many")] = None,
+) -> None:
+    """Both stages on this machine (launch/run_local.sh)."""
+    if gpus is not None and not dry_run:
+        raise typer.BadParameter("describes a machine for --dry-run; give both", param_hint="--gpus")
+    from megatron_apo.cluster import local
+
+    if dry_run:
+        local.dry_run(recipe, overrides or [], stage, gpus)
+    else:
+        local.run(recipe, overrides or [], stage)
+
+
 @app.command("node", hidden=True)
 def node(
     step: Annotated[Literal["check", "estimate-vstar", "train", "evaluate"], typer.Argument()],

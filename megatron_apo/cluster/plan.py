@@ -115,6 +115,6 @@ class Plan:
 
 
 def sampling_arguments(step: Step, recipe: Recipe, path: Path) -> list[str]:
-    """The command line of each worker of stage 1 or of the evaluation, beside its number. path: of the recipe."""
+    """The command line of a step's ranks, or of each worker beside its number. path: of the recipe."""
     model = ["--model", str(exported(recipe.run.dir))] if step == "evaluate" else []
     return [step, "--recipe", str(path), *model]

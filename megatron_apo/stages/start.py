@@ -78,15 +78,21 @@ def evaluate(recipe: Recipe, worker: int | None = None, workers: int = 1) -> Non
 
 def run_workers(arguments: Sequence[str], recipe: Recipe, workers: range, count: int) -> None:
     """Run `megatron-apo ARGUMENTS` as these of `count` workers, each with GPUs of this machine of its own, and wait."""
+    launch.run_commands(worker_commands(arguments, recipe, workers, count))
+
+
+def worker_commands(
+    arguments: Sequence[str], recipe: Recipe, workers: range, count: int, gpus: int | None = None
+) -> list[tuple[list[str], dict[str, str]]]:
+    """Command line and more environment of each. gpus: of a machine that is not this one."""
     from megatron_apo.rollout.server import engine_gpus, own_gpus
 
-    has_own = len(workers) > 1 and engine_gpus(recipe.rollout) > 0
+    has_own = len(workers) > 1 and (engine_gpus(recipe.rollout) > 0 if gpus is None else gpus > 0)
     commands = []
     for place, worker in enumerate(workers):
         own = [*arguments, "--worker", str(worker), "--workers", str(count)]
-        gpus = own_gpus(os.environ, recipe.rollout.tp, place) if has_own else {}
-        commands.append((own, gpus))
-    launch.run_commands(commands)
+        commands.append((own, own_gpus(os.environ, recipe.rollout.tp, place, gpus) if has_own else {}))
+    return commands
 
 
 def train(recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_apo.cluster import check, node, run, show, slurm
+from megatron_apo.cluster import check, local, node, run, show, slurm
 from megatron_apo.cluster.check import Found, bad_nodes
 from megatron_apo.cluster.plan import Plan
 from megatron_apo.cluster.run import Options
@@ -278,6 +278,36 @@ def test_a_node_without_slurms_commands_has_been_told_when_the_job_ends(
     monkeypatch.setenv("PATH", str(tmp_path))
     why, left_s = node._why_and_how_long("7", "SIGUSR1", tmp_path)
     assert why == "SIGUSR1" and 590 < left_s <= 600
+
+
+def test_what_one_machine_would_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stage 1's workers share its GPUs out; what is complete is not run again."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    path = tmp_path / "recipe.yaml"
+    recipe_of("parallel.tp=4", "rollout.tp=2", f"run.dir={tmp_path / 'R'}", f"vstar.dir={tmp_path / 'V'}").save(path)
+    written = tmp_path / "R" / "run-local.yaml"
+    lines = [
+        "estimate-vstar",
+        f"  CUDA_VISIBLE_DEVICES=4,5 megatron-apo estimate-vstar --recipe {written} --worker 0 --workers 2",
+        f"  CUDA_VISIBLE_DEVICES=6,7 megatron-apo estimate-vstar --recipe {written} --worker 1 --workers 2",
+        "train",
+        f"  megatron-apo train --recipe {written}",
+        "evaluate",
+        f"  megatron-apo evaluate --recipe {written} --model {tmp_path}/R/checkpoints/hf",
+    ]
+    local.dry_run(str(path), [], gpus=4)
+    assert capsys.readouterr().out.splitlines() == lines
+    (tmp_path / "V").mkdir()
+    (tmp_path / "V" / "manifest.json").touch()
+    local.dry_run(str(path), [], gpus=4)
+    assert capsys.readouterr().out.splitlines() == ["estimate-vstar: not asked for, or complete", *lines[3:]]
+    assert not (tmp_path / "R").exists()
+    with pytest.raises(ValueError, match="^parallel: .* = 4 ranks, 2 a node, take 2 nodes, and the job has 1"):
+        local.dry_run(str(path), [], gpus=2)
+    with pytest.raises(ValueError, match="^rollout.placement: dedicated .* sbatch launch/run_apo.sh"):
+        local.dry_run(str(path), DEDICATED, gpus=4)
 
 
 def test_a_job_is_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
