@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ROOT / "launch" / "requirements"
+IMAGE = runpy.run_path(str(ROOT / "launch" / "docker" / "image.py"))
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,42 @@ def test_locks_differ_where_a_reason_is_given() -> None:
     assert differing == set(reasons)
 
 
+def test_cudas_bindings_come_from_one_package() -> None:
+    """Of another version than they, cuda-python has files of the same names."""
+    assert pins("gpu")["cuda-python"] == pins("gpu")["cuda-bindings"]
+
+
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 def test_a_lock_is_of_what_is_asked_for(kind: str) -> None:
     lines = (line.partition("#")[0].strip() for line in (LOCKS / f"{kind}.in").read_text().splitlines())
     asked = [Requirement(line) for line in lines if line]
     assert len(asked) > 15 and missing(asked, pins(kind)) == []
+
+
+def test_the_image_keeps_what_it_has_built() -> None:
+    """Of the lock, neither torch nor CUDA's libraries take the place of the image's; all else is installed."""
+    gpu, added = pins("gpu"), IMAGE["added"]((LOCKS / "gpu.txt").read_text())
+    names = {canonicalize_name(line.partition("==")[0]) for line in added}
+    left_out = set(gpu) - names
+    assert {"torch", "torchvision", "triton", "transformer-engine", "transformer-engine-torch"} <= left_out
+    assert {"nvidia-nccl-cu13", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-cuda-runtime", "torchaudio"} <= left_out
+    assert {"vllm", "megatron-core", "transformers", "numpy", "nvidia-ml-py", "nvidia-cutlass-dsl"} <= names
+    assert all(re.match("torch|triton$|nvidia-|transformer-engine|cuda-toolkit$", name) for name in left_out)
+    image = {"torch": "2.13.0a0+9186a08.nv26.7", "apex": "0.1", "triton": "3.7.1", "transformer-engine": "2.17.0"}
+    image |= {"numba": "0.64.0", "torchvision": "0.28.0a0"}
+    assert IMAGE["kept"](image) == [f"{name}=={image[name]}" for name in sorted(image) if name != "numba"]
+    with pytest.raises(ValueError, match="^not in the image: apex; use NVIDIA's PyTorch image"):
+        IMAGE["kept"]({name: version for name, version in image.items() if name != "apex"})
+
+
+def test_the_image_is_of_the_locks_torch_and_python() -> None:
+    dockerfile = (ROOT / "launch" / "docker" / "Dockerfile").read_text()
+    assert f"torch {pins('gpu')['torch']}a0+" in dockerfile and f"those that {pins('gpu')['vllm']} needs" in dockerfile
+    assert "Python 3.12" in dockerfile and "for Python 3.12 " in (LOCKS / "gpu.txt").read_text().splitlines()[0]
+
+
+def test_the_images_check_says_what_does_not_load(capsys: pytest.CaptureFixture[str]) -> None:
+    assert IMAGE["_imports"]("packaging") == [] and capsys.readouterr().out.endswith(" loads\n")
+    assert IMAGE["_imports"]("packaging.absent") == [
+        "packaging.absent does not load: ModuleNotFoundError: No module named 'packaging.absent'"
+    ]
