@@ -184,8 +184,8 @@ def _asked(job_id: str, folder: Path) -> Iterator[None]:
 
 
 def tell_nodes(folder: Path, job_id: str, why: str) -> None:
-    """The job's part: ask its nodes to end. By a file, since what srun is sent comes to every process of a step, graders
-    and engines too. It says when the job is ended, for nodes in containers without SLURM's commands."""
+    """The job's part: ask its nodes to end. By a file, since what srun is sent comes to every process of a step,
+    graders and engines too. It says when the job is ended, for nodes in containers without SLURM's commands."""
     told: dict[str, Any] = {"why": why}
     with suppress(slurm.SlurmError):
         end_s = slurm.job_state(job_id).end_s

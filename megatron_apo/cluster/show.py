@@ -31,7 +31,7 @@ def _lines(recipe: Recipe, plan: Plan, options: Options, nodes: int) -> Iterator
     yield f"environment of all that follows: {SECRET}, random and new in each attempt"
     yield f"FIRST_NODE: address of {plan.nodes[0]} as the others reach it; port 0: one that is free there"
     every = [f"node{number}" for number in range(nodes)]
-    yield f"\ncheck\n  {shlex.join(check_command(every, folder, None, 'TOKEN', python='python'))}"
+    yield f"\ncheck\n  {shlex.join(check_command(every, folder, None, 'TOKEN', python=['python']))}"
     todo = steps(recipe, options.stage)
     wanted: Sequence[Step] = ["estimate-vstar", "train", "evaluate"]
     for step in wanted:

@@ -271,7 +271,7 @@ def test_a_node_without_slurms_commands_has_been_told_when_the_job_ends(
     assert node._why_and_how_long("7", "SIGTERM", tmp_path) == ("SIGTERM", 30.0)
     node.tell_nodes(tmp_path, "7", "--limit")  # the job's script cannot ask either
     assert node._why_and_how_long("7", "--limit", tmp_path) == ("--limit", math.inf)
-    state = JobState("RUNNING", time.time() + 600, False, 0, "")
+    state = JobState("RUNNING", time.time() + 600, False, 0)
     monkeypatch.setattr(node.slurm, "job_state", lambda job_id: state)
     node.tell_nodes(tmp_path, "7", "SIGUSR1")
     monkeypatch.undo()
