@@ -16,14 +16,14 @@
 # --dry-run  outside of SLURM, say what a job of --nodes N with --gpus K each would do, and do nothing
 # MEGATRON_APO_SRUN, MEGATRON_APO_PYTHON: more words for srun, and what is Python on the nodes (docs/containers.md)
 # Ten minutes before the limit of the job it saves, and is requeued; another --signal=B:USR1@SECONDS may be given to sbatch.
+trap "" USR1 # until it is listened to
 set -euo pipefail
 script=${BASH_SOURCE[0]}
-if [[ -n ${SLURM_JOB_ID:-} && " $* " != *" --dry-run "* ]]; then # a copy of it runs, from another folder
+if [[ ! -f $(dirname "$script")/run_apo.sh ]]; then # SLURM runs a copy of it, from another folder
     job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     script=$(scontrol --oneliner show job "${job:-$SLURM_JOB_ID}" | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
 fi
 root=$(cd "$(dirname "$script")/.." && pwd)
 [[ ! -f $root/.venv/bin/activate ]] || . "$root/.venv/bin/activate"
 export PYTHONUNBUFFERED=1
-trap "" USR1 # until it is listened to
 exec python -m megatron_apo.cli run-job "$@" # in this process's place, which gets the signals

@@ -29,8 +29,8 @@ DEBUG = "MEGATRON_APO_DEBUG"
 
 app = typer.Typer(
     help="A*-PO: V* of a reference policy offline, then one regression per prompt online.",
-    epilog="Exit codes: 0 done; 1 the run failed; 2 the command line or the recipe is wrong; 76 a rank was lost; "
-    "130 Ctrl-C; 143 SIGTERM.",
+    epilog="Exit codes: 0 done; 1 the run failed; 2 the command line or the recipe is wrong; 75 it was asked "
+    "to end early, and has saved; 76 a rank was lost; 130 Ctrl-C; 143 SIGTERM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -385,7 +385,7 @@ def run_local(
 
 @app.command("node", hidden=True)
 def node(
-    step: Annotated[Literal["check", "estimate-vstar", "train", "evaluate"], typer.Argument()],
+    step: Annotated[Literal["check", "prepare", "estimate-vstar", "train", "evaluate"], typer.Argument()],
     folder: Annotated[Path, typer.Argument()],
     token: Annotated[str, typer.Option()] = "",
     within: Annotated[float, typer.Option()] = 60.0,

@@ -1012,10 +1012,20 @@ class Recipe(Section):
         """Longest prompt plus longest response, tokens."""
         return self.data.max_prompt_tokens + self.sampling.max_response_tokens
 
+    @property
+    def why_unsaved(self) -> str:
+        """What keeps a checkpoint of this training from being read back; empty if one can be."""
+        if self.optimizer.cpu_offload:
+            return f"optimizer.cpu_offload={self.optimizer.cpu_offload}"
+        return "model.fp8.param_gather" if self.model.fp8 and self.model.fp8.param_gather else ""
+
     def save(self, path: Path) -> None:
         """Write the resolved recipe as YAML that `load_recipe` reads back."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        path.write_text(self.as_yaml())
+
+    def as_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 def aligned(length: int, multiple: int) -> int:

@@ -42,7 +42,7 @@ from megatron_apo.runtime.job import SECRET, given_secret
 from megatron_apo.runtime.machine import Machine
 from megatron_apo.telemetry.units import data_size
 from megatron_apo.telemetry.weights_and_biases import wandb_problems
-from megatron_apo.values.store import MANIFEST, StoreWriter, VStarStore
+from megatron_apo.values.store import MANIFEST, StoreWriter, VStarStore, is_whole
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.plan import Plan
 from megatron_apo.weights.whole_folder import check_empty
@@ -201,6 +201,20 @@ def open_evaluation(recipe: Recipe) -> SamplingJob:
     """The held-out prompts of `model.path`, by its own tokenizer, and the stores that are filled with its samples."""
     _refuse_shapes({"model.path": recipe.model.path})
     return evaluation_job(recipe, load_inputs(recipe))
+
+
+def check_job(recipe: Recipe, stages: Sequence[str], machine: Machine) -> None:
+    """What any of these stages, which are done one after the other, would refuse before its work; of data and of a
+    store that is to be made, nothing yet. Raises `RecipeError`."""
+    _refuse_shapes(recipe.model.folders)
+    found = _run_problems(recipe, machine) if "train" in stages else []
+    if "estimate-vstar" in stages:
+        found += new_lines(_stage_1_problems(recipe, machine), known=found)
+    if "evaluate" in stages:
+        found += new_lines(_evaluation_problems(recipe, machine), known=found)
+    _raise(found)
+    if "train" in stages and is_whole(recipe.vstar.dir):
+        check_resume(recipe)
 
 
 def problems(recipe: Recipe, stage: Stage, machine: Machine | None = None) -> list[str]:

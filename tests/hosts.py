@@ -116,6 +116,10 @@ class Network:
         """Unplug a host without a word: its interface stays up, and no one is told."""
         self.switch.run("ip", "link", "set", f"port{index}", "down")
 
+    def mend(self, index: int) -> None:
+        """Plug it in again."""
+        self.switch.run("ip", "link", "set", f"port{index}", "up")
+
     def bytes_sent(self, index: int) -> int:
         """By a host's interface, since it is there; what stays on the host is not among them."""
         lines = self.hosts[index].run("cat", "/proc/self/net/dev").splitlines()

@@ -1,9 +1,9 @@
 """Every node of a job looked at before anything is spent, all at once.
 
 Each node's process listens, tells in the run's folder where, and asks all the others for the time; then all of them
-sum a number by gloo, or NCCL on GPUs. What it saw it prints, one line of JSON, so that a node that does not share the
-folder is heard as well. `table` and `bad_nodes` are the job's: what differs from most nodes, or is out of reach, is
-named.
+sum a number by gloo, or NCCL on GPUs, if they are alike and reach each other; where that fails neighbours try it in
+pairs. What it saw it prints, one line of JSON, so that a node that does not share the folder is heard as well. `table`
+and `bad_nodes` are the job's: what differs from most nodes, or is out of reach, is named.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -30,10 +31,11 @@ from megatron_apo.runtime.ports import free_port
 from megatron_apo.telemetry.units import data_size
 
 CLOCK_S = 5.0  # clocks may differ by so much
+_MEMORY = 0.9  # of what most nodes have, that each must have
 _REACH_S = 5.0  # for one node to answer another
 _SHOWN_S = 90.0  # for a file to be seen by all: network file systems remember that it was not there
-_SUM_S = 120.0  # for all to have summed
-_SHARED = "token"
+_SUM_S, _PAIR_S = 90.0, 20.0  # for all, and for two, to have summed
+_SHARED, _NODES = "token", "nodes.json"
 _PARTS = ("versions", "gpus", "python")  # in which all nodes must be alike
 
 
@@ -55,14 +57,18 @@ class Found:
     problems: list[str] = field(default_factory=list)
 
 
-def prepare(folder: Path, token: str) -> None:
-    """The job's part: what a node that shares the folder finds there."""
-    folder.mkdir(parents=True, exist_ok=True)
+def prepare(folder: Path, token: str, nodes: Sequence[str], must_see: Sequence[str] = ()) -> None:
+    """The job's part: what a node that shares the folder finds there. It is a new one each time. must_see: paths that
+    are there for this process, and have to be on each node."""
+    folder.mkdir(parents=True)
+    (folder / _NODES).write_text(json.dumps({"nodes": list(nodes), "must_see": list(must_see)}))
     (folder / _SHARED).write_text(token)
 
 
-def look(node: str, nodes: Sequence[str], folder: Path, token: str, within_s: float) -> Found:
+def look(node: str, folder: Path, token: str, within_s: float) -> Found:
     """A node's part: what this one is and reaches. within_s: how long the others may take to begin."""
+    prepared = _read_prepared(folder, token)
+    nodes = prepared["nodes"] if prepared else [node]
     problems: list[str] = []
     others = [one for one in nodes if one != node]
     own = next(filter(None, map(route, others)), "") if others else "127.0.0.1"
@@ -78,26 +84,34 @@ def look(node: str, nodes: Sequence[str], folder: Path, token: str, within_s: fl
         memory_bytes=psutil.virtual_memory().total,
         problems=problems,
     )
-    try:
-        shares = (folder / _SHARED).read_text() == token
-    except OSError:
-        shares = False
-    if not shares:
+    if not prepared:
         problems.append(f"it does not see {folder}, which all nodes must share")
+    elif unseen := [path for path in prepared["must_see"] if not Path(path).exists()]:
+        problems.append(f"it does not see {', '.join(unseen)}")
     if problems:
         return found
     with _Clock(own) as clock:
-        found.ports.extend(free_port(own) for _ in range(2))
-        write_whole(folder / f"{node}.here", json.dumps({"address": own, "port": clock.port, "ports": found.ports}))
+        found.ports.extend(free_port(own) for _ in range(5))
+        place = {"address": own, "port": clock.port, "ports": found.ports}
+        alike = {part: getattr(found, part) for part in _PARTS}
+        write_whole(folder / f"{node}.here", json.dumps(place | {"alike": alike}))
         places = _places(folder, nodes, within_s)
         offsets = {other: _offset(place["address"], place["port"]) for other, place in places.items()}
         found.unreachable.extend(other for other in nodes if offsets.get(other) is None)
         write_whole(folder / f"{node}.reached", json.dumps(found.unreachable))
         reached = _read_all(folder, [f"{one}.reached" for one in places], _REACH_S * len(nodes) + _SHOWN_S)
         whole = len(reached) == len(nodes) and not any(reached.values())
-        if whole and len(nodes) > 1 and (problem := _sum(node, nodes, places)):
-            problems.append(problem)
+        if whole and len(nodes) > 1 and all(place["alike"] == alike for place in places.values()):
+            found.unreachable.extend(_sums(node, nodes, places, folder))
     return replace(found, offset_s=-(offsets.get(nodes[0]) or 0.0))
+
+
+def _read_prepared(folder: Path, token: str) -> dict[str, list[str]] | None:
+    """What `prepare` has written, if this node sees it."""
+    try:
+        return json.loads((folder / _NODES).read_text()) if (folder / _SHARED).read_text() == token else None
+    except OSError:
+        return None
 
 
 class _Clock:
@@ -134,18 +148,40 @@ def _offset(address: str, port: int) -> float | None:
         return None
 
 
-def _sum(node: str, nodes: Sequence[str], places: Mapping[str, dict]) -> str:
-    """Have all nodes sum a number over the network that training will use; what went wrong, or nothing."""
+def _sums(node: str, nodes: Sequence[str], places: Mapping[str, dict], folder: Path) -> list[str]:
+    """Have all nodes sum a number over the network that training will use; with whom this one cannot."""
+    if _sum(node, nodes, places, places[nodes[0]]["ports"][0], _SUM_S):
+        return []
+    others = []
+    for turn, pair in _pairs(node, nodes):
+        write_whole(folder / f"{node}.pair{turn}", "0")
+        _read_all(folder, [f"{one}.pair{turn}" for one in pair], _SUM_S + _SHOWN_S)
+        if not _sum(node, pair, places, places[pair[0]]["ports"][2 + turn], _PAIR_S):
+            others += [one for one in pair if one != node]
+    return others or [one for one in nodes if one != node]
+
+
+def _pairs(node: str, nodes: Sequence[str]) -> list[tuple[int, list[str]]]:
+    """This node with each of its neighbours in a ring, and in which turn: in none is a node in two pairs."""
+    count, found = len(nodes), []
+    for place in range(count if count > 2 else 1):
+        pair = [nodes[place], nodes[(place + 1) % count]]
+        turn = 2 if place == count - 1 and count % 2 else place % 2
+        if node in pair:
+            found.append((turn, pair))
+    return sorted(found)
+
+
+def _sum(node: str, nodes: Sequence[str], places: Mapping[str, dict], port: int, limit_s: float) -> bool:
+    """Whether these nodes, of which this is one, can sum a number."""
     import torch
     import torch.distributed as dist
 
-    first = places[nodes[0]]
     on_gpu = torch.cuda.is_available()
-    backend = "nccl" if on_gpu else "gloo"
-    limit = datetime.timedelta(seconds=_SUM_S)
+    limit = datetime.timedelta(seconds=limit_s)
     rank = nodes.index(node)
     try:
-        store = dist.TCPStore(first["address"], first["ports"][0], len(nodes), rank == 0, limit)
+        store = dist.TCPStore(places[nodes[0]]["address"], port, len(nodes), rank == 0, limit)
         if on_gpu:
             group = dist.ProcessGroupNCCL(store, rank, len(nodes))
         else:
@@ -156,11 +192,10 @@ def _sum(node: str, nodes: Sequence[str], places: Mapping[str, dict]) -> str:
         one = torch.ones(1, device="cuda" if on_gpu else "cpu")
         group.allreduce([one]).wait(limit)
         group.barrier().wait(limit)
-        if one.item() != len(nodes):
-            return f"{backend} sums {len(nodes)} ones to {one.item():g}"
+        return one.item() == len(nodes)
     except RuntimeError as error:
-        return f"{backend} does not reach all nodes: {str(error).splitlines()[0]}"
-    return ""
+        print(f"{node}, with {', '.join(nodes)}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
 
 
 def _places(folder: Path, nodes: Sequence[str], within_s: float) -> dict[str, dict]:
@@ -185,23 +220,26 @@ def bad_nodes(nodes: Sequence[str], found: Mapping[str, Found]) -> dict[str, lis
         if one.problems:
             bad.setdefault(node, []).extend(one.problems)
     rest = [one for node, one in found.items() if node not in bad]
-    for one in rest:
-        cut_off = [node for node in one.unreachable if node not in bad]
-        deaf_to = [other.node for other in rest if one.node in other.unreachable]
-        if 2 * len(cut_off) >= len(rest) > 1 or 2 * len(deaf_to) >= len(rest) > 1:
-            others = ", ".join(sorted({*cut_off, *deaf_to} - {one.node}))
-            bad.setdefault(one.node, []).append(f"it and {others} do not reach each other")
-    rest = [one for one in rest if one.node not in bad]
-    apart = sorted({tuple(sorted((one.node, other))) for one in rest for other in one.unreachable if other not in bad})
-    for pair in apart:  # it does not show which of them it is
-        for node, its in (pair, reversed(pair)):
-            bad.setdefault(node, []).append(f"it and {its} do not reach each other")
+    apart = {frozenset((one.node, other)) for one in rest for other in one.unreachable if other not in bad}
+    while apart:
+        (worst, most), *others = Counter(node for pair in apart for node in pair).most_common()
+        # Who has the most to do with it is it, or all of those that have: of two alone it does not show which.
+        for node in [worst, *(other for other, count in others if count == most)]:
+            its = sorted({other for pair in apart for other in pair if node in pair} - {node})
+            bad.setdefault(node, []).append(f"it and {', '.join(its)} do not reach each other")
+        apart = {pair for pair in apart if not pair & bad.keys()}
     rest = [one for one in rest if one.node not in bad]
     for part in _PARTS:
         usual, _ = Counter(_shown(getattr(one, part)) for one in rest).most_common(1)[0] if rest else ("", 0)
         for one in rest:
             if (own := _shown(getattr(one, part))) != usual:
                 bad.setdefault(one.node, []).append(f"{part}: {_differing(own, usual)}, and most have the other")
+    rest = [one for one in rest if one.node not in bad]
+    usual_bytes = sorted(one.memory_bytes for one in rest)[len(rest) // 2] if rest else 0
+    for one in rest:
+        if one.memory_bytes < _MEMORY * usual_bytes:
+            own, usual = data_size(one.memory_bytes), data_size(usual_bytes)
+            bad.setdefault(one.node, []).append(f"memory: {own}, and most have {usual}")
     if rest:
         middle = sorted(one.offset_s for one in rest)[len(rest) // 2]
         for one in rest:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from megatron_apo import doctor
 from megatron_apo.cluster.plan import Plan, Step, sampling_arguments
-from megatron_apo.cluster.run import steps, with_hugging_face_model
+from megatron_apo.cluster.prepare import convert_once, converted
+from megatron_apo.cluster.run import steps, told_complete
 from megatron_apo.config import Recipe, load_recipe
 from megatron_apo.runtime.ending import EndedEarly, request
 from megatron_apo.runtime.gpus import drivers_gpus
@@ -35,12 +36,13 @@ def run(recipe_name: str, overrides: Sequence[str], stage: int | None = None) ->
     recipe = load_recipe(recipe_name, list(overrides))
     todo = steps(recipe, stage)
     if not todo:
-        print(f"{recipe.run.dir}: all is complete")
+        print(told_complete(recipe))
         return
     signal.signal(ASK, lambda number, frame: request.ask(*notice()))
     plan = _plan(recipe, len(drivers_gpus()))
-    recipe = with_hugging_face_model(recipe)
-    doctor.print_findings(recipe, None if stage is None else todo[0])
+    convert_once(recipe)
+    recipe = converted(recipe)
+    doctor.print_findings(recipe, todo[0])  # type: ignore[arg-type]  # what is left to do is a stage
     path = write_recipe(NAME, recipe)
     for step in todo:
         print(f"== {step}", flush=True)

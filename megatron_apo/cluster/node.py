@@ -1,6 +1,7 @@
 """One node's part of a step of a job: `srun` starts this once on each node. It starts and guards what belongs there.
 
     check            look at this node (`check.py`)
+    prepare          what is done once (`prepare.py`), on the first node
     estimate-vstar   stage 1's workers, one for each engine that the node has GPUs for
     train            ranks, or engines alone, as `plan.json` says
     evaluate         workers as in stage 1, of the trained model
@@ -30,20 +31,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_apo.cluster import check, slurm
+from megatron_apo.cluster import check, prepare, slurm
 from megatron_apo.cluster.plan import RECIPE, Plan, Step, sampling_arguments
-from megatron_apo.config import Recipe, load_recipe
+from megatron_apo.config import Recipe, RecipeError, load_recipe
 from megatron_apo.runtime.ending import EndedEarly, request
 from megatron_apo.runtime.files import write_whole
 from megatron_apo.runtime.job import be_node, give_notice, given_secret, put_logs, slurm_job, tell_notice_in
-from megatron_apo.runtime.launch import RankFailed, rank_log, spawn_node, write_to
+from megatron_apo.runtime.launch import RankFailed, last_lines, rank_log, spawn_node, write_to
 from megatron_apo.runtime.signals import ASK, END, ENDED_EARLY, RANK_LOST
 from megatron_apo.stages import start
 from megatron_apo.telemetry.summary import RunSummary
 
 ASKED = "asked"  # a file of the attempt, empty until the job's script asks the run to end (`tell_nodes`)
 FAILURE = ".failure.json"
-NODES = "nodes.json"
 _ENDED = ".ended"
 _MARGIN_S = 10.0  # of the time that a job has left: for ending what runs, once it has saved
 _KILL_WAIT_S, _LOOK_AT_FILE_S = 30.0, 1.0
@@ -57,8 +57,7 @@ def run(step: Step, folder: Path, token: str = "", within_s: float = 60.0) -> No
         raise ValueError("node: started by srun in a SLURM job alone; use sbatch launch/run_apo.sh")
     name = job.node
     if step == "check":
-        nodes = json.loads((folder / NODES).read_text()) if (folder / NODES).exists() else [name]
-        line = json.dumps(asdict(check.look(name, nodes, folder / "check", token, within_s)))
+        line = json.dumps(asdict(check.look(name, folder / "check" / token, token, within_s)))
         os.write(1, f"{line}\n".encode())  # in one piece, among those of the others
         return
     plan, recipe = Plan.read(folder), load_recipe(str(folder / RECIPE), [])
@@ -73,7 +72,9 @@ def run(step: Step, folder: Path, token: str = "", within_s: float = 60.0) -> No
 
 
 def _do(step: Step, plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
-    if step in ("estimate-vstar", "evaluate"):
+    if step == "prepare":
+        prepare.prepare(plan, recipe)
+    elif step in ("estimate-vstar", "evaluate"):
         _sample(step, plan, recipe, name, folder)
     elif name in plan.trainer_nodes:
         _train(plan, recipe, name, folder)
@@ -95,10 +96,14 @@ def _train(plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
 
 
 def _sample(step: Step, plan: Plan, recipe: Recipe, name: str, folder: Path) -> None:
-    if plan.place(name):
-        write_to(folder / f"{name}-{step}.log", appending=True)
+    log = folder / f"{name}-{step}.log" if plan.place(name) else None  # the first node's is the job's own output
+    if log:
+        write_to(log, appending=True)
     arguments = sampling_arguments(step, recipe, folder / RECIPE)
-    start.run_workers(arguments, recipe, plan.workers_of(name), plan.num_workers)
+    try:
+        start.run_workers(arguments, recipe, plan.workers_of(name), plan.num_workers)
+    except RankFailed as failure:
+        raise RankFailed(last_lines(str(failure), log), failure.exit_code) from None
 
 
 def _code_of(work: Callable[[], None], step: Step, name: str, folder: Path) -> int:
@@ -115,7 +120,7 @@ def _code_of(work: Callable[[], None], step: Step, name: str, folder: Path) -> i
             _note_failure(folder, name, step, str(failure), failure.exit_code)
         return failure.exit_code
     except Exception as error:
-        code = getattr(error, "exit_code", 1)
+        code = 2 if isinstance(error, RecipeError) else getattr(error, "exit_code", 1)
         text = str(error) if type(error).__module__.startswith("megatron_apo") else traceback.format_exc()
         _note_failure(folder, name, step, text, code)
         return code
@@ -126,17 +131,18 @@ def _note_failure(folder: Path, name: str, step: Step, text: str, code: int) -> 
     write_whole(folder / f"{name}{FAILURE}", json.dumps(told))
 
 
-def first_failure(folder: Path) -> str:
-    """What failed first in an attempt, as its job says it; empty if nothing is known."""
+def first_failure(folder: Path) -> tuple[str, int]:
+    """What failed first in an attempt, as its job says it, and with which exit code; empty if nothing is known."""
     found = []
     for path in folder.glob(f"*{FAILURE}"):
         with suppress(OSError, ValueError):
             found.append(json.loads(path.read_text()))
     if not found:
-        return ""
+        return "", 0
     first = min(found, key=lambda one: (one["code"] == RANK_LOST, one["at_s"]))
     lines = first["text"].splitlines()
-    return "\n".join([f"{first['step']} failed on {first['node']}: {lines[0] if lines else ''}", *lines[1:]])
+    text = [f"{first['step']} failed on {first['node']}: {lines[0] if lines else ''}", *lines[1:]]
+    return "\n".join(text), int(first["code"])
 
 
 def codes(folder: Path, step: Step) -> list[int]:
@@ -183,14 +189,11 @@ def _asked(job_id: str, folder: Path) -> Iterator[None]:
         thread.join()
 
 
-def tell_nodes(folder: Path, job_id: str, why: str) -> None:
+def tell_nodes(folder: Path, why: str, end_s: float | None) -> None:
     """The job's part: ask its nodes to end. By a file, since what srun is sent comes to every process of a step,
-    graders and engines too. It says when the job is ended, for nodes in containers without SLURM's commands."""
-    told: dict[str, Any] = {"why": why}
-    with suppress(slurm.SlurmError):
-        end_s = slurm.job_state(job_id).end_s
-        told["end_s"] = math.inf if end_s is None else end_s
-    write_whole(folder / ASKED, json.dumps(told))
+    graders and engines too. end_s: when the job is ended, seconds since the epoch, as far as it is known; for nodes in
+    containers without SLURM's commands."""
+    write_whole(folder / ASKED, json.dumps({"why": why, "end_s": end_s}))
 
 
 def _why_and_how_long(job_id: str, signal_name: str, folder: Path) -> tuple[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from megatron_apo.learner.checkpoint import exported
 from megatron_apo.runtime.files import write_whole
 from megatron_apo.runtime.job import Node
 
-Step = Literal["check", "estimate-vstar", "train", "evaluate"]
+Step = Literal["check", "prepare", "estimate-vstar", "train", "evaluate"]
 PLAN = "plan.json"
 RECIPE = "recipe.yaml"
 
@@ -22,7 +23,7 @@ class Plan:
     """nodes: those that work, in the job's order. trainers: how many of them, from the first, have ranks. address: by
     which the others reach the first. master_port, driver_port: free there, for the ranks' store and for engines of
     other nodes. workers_per_node: of stage 1 and of the evaluation; first_worker, num_workers: of this job, and in all
-    tasks of a job array."""
+    tasks of a job array. todo: steps that are not complete yet."""
 
     nodes: tuple[str, ...]
     trainers: int
@@ -33,17 +34,25 @@ class Plan:
     workers_per_node: int = 1
     first_worker: int = 0
     num_workers: int = 1
+    todo: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nodes", tuple(self.nodes))
+        object.__setattr__(self, "todo", tuple(self.todo))
 
     @classmethod
-    def of(cls, recipe: Recipe, nodes: tuple[str, ...], gpus_per_node: int = 0) -> Plan:
-        """Raises ValueError, a line that names the key, for a recipe that these nodes are too few for."""
+    def of(
+        cls, recipe: Recipe, nodes: tuple[str, ...], gpus_per_node: int = 0, todo: Sequence[Step] = ("train",)
+    ) -> Plan:
+        """Raises ValueError, a line that names the key, for a recipe that these nodes are too few to train."""
         parallel, dedicated = recipe.parallel, recipe.rollout.placement == "dedicated"
         ranks = parallel.ranks_per_node or gpus_per_node or parallel.world_size
         trainers = -(-parallel.world_size // ranks)
         needed = trainers + dedicated
+        workers = max(1, gpus_per_node // recipe.rollout.tp)
+        if "train" not in todo:
+            plan = cls(nodes, min(trainers, len(nodes)), ranks, workers_per_node=workers, todo=tuple(todo))
+            return plan.in_array(0, 1)
         if len(nodes) < needed:
             beside = ", and rollout.placement=dedicated at least one more" if dedicated else ""
             raise ValueError(
@@ -56,9 +65,13 @@ class Plan:
                 f"parallel.ranks_per_node: {ranks} does not divide the {parallel.world_size} ranks; give each node as "
                 "many"
             )
-        workers = max(1, gpus_per_node // recipe.rollout.tp)
-        plan = cls(nodes, trainers, min(ranks, parallel.world_size), workers_per_node=workers)
-        return plan.in_array(0, 1)
+        ranks = min(ranks, parallel.world_size)
+        if dedicated and gpus_per_node and recipe.rollout.replicas > (room := (len(nodes) - trainers) * workers):
+            raise ValueError(
+                f"rollout.replicas: {recipe.rollout.replicas} dedicated engines of rollout.tp={recipe.rollout.tp}, and "
+                f"{len(nodes) - trainers} nodes without ranks have room for {room}; use fewer, or more nodes"
+            )
+        return cls(nodes, trainers, ranks, workers_per_node=workers, todo=tuple(todo)).in_array(0, 1)
 
     def in_array(self, task: int, tasks: int) -> Plan:
         """The plan of one of the tasks of a job array, which share stage 1's shards; its number may be any, and the
@@ -100,7 +113,7 @@ class Plan:
         """The nodes that a step runs on."""
         if step == "train":
             return self.trainer_nodes + self.others(recipe)
-        return self.nodes
+        return self.nodes[:1] if step == "prepare" else self.nodes
 
     def first_at(self, address: str, ports: list[int]) -> Plan:
         """The plan with what the first node has told of itself."""

@@ -24,34 +24,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_apo.cluster import check, slurm
-from megatron_apo.cluster.node import ASKED, NODES, codes, first_failure, tell_nodes
+from megatron_apo.cluster.asking import Asking, what_next
+from megatron_apo.cluster.node import ASKED, codes, first_failure, tell_nodes
 from megatron_apo.cluster.plan import RECIPE, Plan, Step
+from megatron_apo.cluster.prepare import converted
 from megatron_apo.config import Recipe, RecipeError, load_recipe
-from megatron_apo.learner.checkpoint import RECORD, exported, next_step
-from megatron_apo.preflight import training_problems
+from megatron_apo.learner.checkpoint import exported, next_step
 from megatron_apo.rollout.evaluation import evaluation_result
 from megatron_apo.runtime.ending import EndedEarly
 from megatron_apo.runtime.job import SlurmJob, new_secret, share_secret, slurm_job
-from megatron_apo.runtime.launch import run_command
-from megatron_apo.runtime.machine import Machine
-from megatron_apo.runtime.signals import END, ENDED_EARLY
+from megatron_apo.runtime.signals import END, ENDED_EARLY, RANK_LOST
 from megatron_apo.telemetry.metrics import read_metrics
 from megatron_apo.telemetry.recorder import SAVE_S, STEP_S
-from megatron_apo.values.store import MANIFEST
+from megatron_apo.telemetry.units import duration
+from megatron_apo.values.store import is_whole
 
 _LOOK_S = 0.1
 _LOOK_AT_LIMIT_S = 20.0
 _LEAD_S = 60.0  # for what else ends
 _SHOWN_S = 60.0  # for what other nodes have written to be seen here
-_EARLIEST_S = 900.0  # before a limit, that a signal may come for it
-_AGAIN_S = 2.0  # one request may come as several signals
 _CHECK_S = 120.0  # for nodes to begin with their check
 _KILL_ON_BAD_EXIT, _UNBUFFERED = "--kill-on-bad-exit=1", "--unbuffered"
 SRUN = "MEGATRON_APO_SRUN"  # more words for srun, such as a container's image and mounts
@@ -104,18 +102,14 @@ class _Run:
 
     def __init__(self, job: SlurmJob, recipe: Recipe, options: Options):
         self._job, self._recipe, self._options = job, recipe, options
-        self._asked: list[tuple[float, str]] = []
-        self._start_s = time.monotonic()
+        self._asking = Asking(options.limit_s)
         self._look_s = 0.0  # when SLURM is asked again for the job's end
-        self._end_s: float | None = None
-        self._lead_s: float | None = None  # as long before it the run is to end
-        self._is_by_clock = False  # that it was asked to
-        self._usr1 = False  # has come, and was not acted upon
-        self._step: subprocess.Popen[bytes] | None = None
+        self._end_s: float | None = None  # as it has told last, seconds since the epoch
+        self._sruns: list[subprocess.Popen[bytes]] = []  # that run
 
     def __enter__(self) -> _Run:
         for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: self._on_signal(signal.Signals(number)))
+            signal.signal(number, lambda number, frame: self._asking.hear(number))
         self._folder = _new_attempt(self._recipe.run.dir)
         (self._folder / ASKED).touch()
         self._began_at = progress(self._recipe)
@@ -123,168 +117,212 @@ class _Run:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._step is not None and self._step.poll() is None:
-            self._step.terminate()  # srun kills its tasks then
-            self._step.wait()
+        for srun in self._sruns:
+            srun.terminate()  # and its tasks with it
+        for srun in self._sruns:
+            srun.wait()
 
     def all_steps(self) -> None:
         """In their order, those that are not complete."""
         todo = steps(self._recipe, self._options.stage)
         if not todo:
-            print(f"{self._recipe.run.dir}: all is complete")
+            print(told_complete(self._recipe))
             return
         found = self._check()
-        self._recipe = with_hugging_face_model(self._recipe)
         nodes = tuple(found)
-        plan = Plan.of(self._recipe, nodes, len(found[nodes[0]].gpus))
+        plan = Plan.of(self._recipe, nodes, len(found[nodes[0]].gpus), todo)
         plan = plan.in_array(self._job.array_task or 0, self._job.array_tasks)
         plan = plan.first_at(found[nodes[0]].address, found[nodes[0]].ports)
         self._recipe = with_driver(self._recipe, plan)
-        if idle := set(nodes) - set(plan.working("train", self._recipe)):
+        if "train" in todo and (idle := set(nodes) - set(plan.working("train", self._recipe))):
             print(f"without ranks or engines in stage 2: {', '.join(sorted(idle))}")
-        _require_training(self._recipe, plan, "train" in todo)
         plan.write(self._folder)
+        self._recipe.save(self._folder / RECIPE)
+        self._warn_of_time()
+        self._do("prepare", plan.working("prepare", self._recipe))
+        self._recipe = converted(self._recipe)
         self._recipe.save(self._folder / RECIPE)
         for step in todo:
             self._do(step, plan.working(step, self._recipe))
 
     def _check(self) -> dict[str, check.Found]:
-        """What the nodes told that the run can have, in their order. Raises JobFailed, naming bad ones."""
-        nodes = slurm.node_names(self._job.node_list)
-        token = secrets.token_hex(8)
-        check.prepare(self._folder / "check", token)
-        (self._folder / NODES).write_text(json.dumps(nodes))
-        command = check_command(nodes, self._folder, self._job.cpus, token)
-        found: dict[str, check.Found] = {}
-        with (self._folder / "check.log").open("w+") as output:
-            self._step = subprocess.Popen(command, stdout=output, stdin=subprocess.DEVNULL)
-            self._wait(2 * _CHECK_S)
-            output.seek(0)
-            for line in output:
-                with suppress(ValueError, TypeError):
-                    one = check.Found(**json.loads(line))
-                    found[one.node] = one
-        if self._asked or not self._goes_on():
-            self._end_early("check")
-        bad = check.bad_nodes(nodes, found)
-        print(check.table(nodes, found, bad), flush=True)
-        good = [node for node in nodes if node not in bad]
-        wanted = len(nodes) - self._options.spare
-        if len(good) < wanted:
-            lines = [f"{node}: {'; '.join(problems)}" for node, problems in bad.items()]
-            held = f" (--spare {self._options.spare})" if self._options.spare else ""
-            raise JobFailed(
-                "\n".join([f"{len(good)} of {len(nodes)} nodes can be used, {wanted} are needed{held}:", *lines])
+        """What the nodes told that the run can have, in their order. Raises JobFailed, naming bad ones.
+
+        Where some are bad the others are looked at once more: they have not summed a number without them.
+        """
+        nodes = good = slurm.node_names(self._job.node_list)
+        wanted, all_bad = len(nodes) - self._options.spare, dict[str, list[str]]()
+        if wanted < 1:
+            raise ValueError(
+                f"--spare: {self._options.spare} of the job's {len(nodes)} nodes; use at most {len(nodes) - 1}"
             )
+        while True:
+            found = self._look(good)
+            bad = check.bad_nodes(good, found)
+            print(check.table(good, found, bad), flush=True)
+            all_bad |= bad
+            good = [node for node in good if node not in bad]
+            if len(good) < wanted:
+                lines = [f"{node}: {'; '.join(problems)}" for node, problems in all_bad.items()]
+                held = f" (--spare {self._options.spare})" if self._options.spare else ""
+                raise JobFailed(
+                    "\n".join([f"{len(good)} of {len(nodes)} nodes can be used, {wanted} are needed{held}:", *lines])
+                )
+            if not bad:
+                break
         if spare := good[wanted:]:
             print(f"held back: {', '.join(spare)}", flush=True)
         return {node: found[node] for node in good[:wanted]}
 
+    def _look(self, nodes: Sequence[str]) -> dict[str, check.Found]:
+        """What those of the nodes that answer tell of themselves. Raises EndedEarly.
+
+        By an `srun` for each: one for all is ended as soon as a node cannot be reached.
+        """
+        token = secrets.token_hex(8)
+        own = self._recipe.model.path, self._recipe.model.reference, self._recipe.data.train, self._recipe.data.eval
+        must_see = [str(path) for path in own if path is not None and Path(path).exists()]
+        found: dict[str, check.Found] = {}
+        with (
+            (self._folder / "check.log").open("a+") as output,
+            _file_in(self._recipe.vstar.dir, f".check-{token}") as seen,
+        ):
+            check.prepare(self._folder / "check" / token, token, nodes, [*must_see, *seen])
+            start = output.tell()
+            for node in nodes:
+                self._start(check_command(node, self._folder, self._job.cpus, token), output)
+            self._wait(2 * _CHECK_S)
+            output.seek(start)
+            for line in output:
+                with suppress(ValueError, TypeError):
+                    one = check.Found(**json.loads(line))
+                    found[one.node] = one
+        if self._asking.reason or not self._goes_on():
+            self._end_early("check")
+        return found
+
     def _do(self, step: Step, nodes: Sequence[str]) -> None:
-        """One step. Returns when it is complete."""
-        if not self._asked and self._goes_on():
+        """One step. Returns when it is complete. Raises JobFailed, or EndedEarly."""
+        if not self._asking.reason and self._goes_on():
             print(f"== {step} on {', '.join(nodes)}", flush=True)
-            self._step = subprocess.Popen(srun(step, nodes, self._folder, self._job.cpus), stdin=subprocess.DEVNULL)
+            self._start(srun(step, nodes, self._folder, self._job.cpus))
             code = self._wait()
-            if code == 0 and self._is_complete(step):
+            # A node of engines that lost sight of rank 0 when all was done has missed nothing.
+            if code in (0, RANK_LOST) and self._is_complete(step):
                 return
-            why = first_failure(self._folder)
-            if ENDED_EARLY not in codes(self._folder, step) and self._goes_on() and (why or not self._asked):
-                why = why or f"{step} ended with status {code}, and is not complete; srun has said why"
-                raise JobFailed(f"{why}\nlogs: {self._folder}", code or 1)
+            if self._goes_on():
+                _wait_until_told(self._folder, step, nodes)
+                self._require_early_end(step, code)
         self._end_early(step)
+
+    def _require_early_end(self, step: Step, code: int) -> None:
+        """A step that has ended, and is not complete, was asked to or has failed. Raises JobFailed."""
+        (why, its_code), early = first_failure(self._folder), ENDED_EARLY in codes(self._folder, step)
+        if self._asking.reason:
+            has_failed = bool(why) and not early
+        else:
+            has_failed = code != 0 or not early
+        if has_failed:
+            why = why or f"{step} ended with status {code}, and is not complete; srun has said why"
+            raise JobFailed(f"{why}\nlogs: {self._folder}", its_code or code or 1)
+
+    def _start(self, command: Sequence[str], output: IO[str] | None = None) -> None:
+        self._sruns.append(subprocess.Popen(command, stdout=output, stdin=subprocess.DEVNULL))
 
     def _is_complete(self, step: Step) -> bool:
         """A network file system may take a while to show what other nodes have written."""
         end = time.monotonic() + _SHOWN_S
-        while step in steps(self._recipe):
-            if ENDED_EARLY in codes(self._folder, step) or time.monotonic() > end:
-                return False
+        while ENDED_EARLY not in codes(self._folder, step):
+            if step not in steps(self._recipe):
+                return True
+            if time.monotonic() > end:
+                break
             time.sleep(1.0)
-        return True
+        return False
 
     def _goes_on(self) -> bool:
         """Whether SLURM lets the job run: its script hears nothing of a preemption."""
         state = slurm.job_state(self._job.job_id, slurm.PATIENCE_S)
         return state.runs and not state.is_preempted
 
+    def _warn_of_time(self) -> None:
+        """Where a step and a save have taken longer than this job has, or nothing can be saved at all."""
+        if unsaved := self._recipe.why_unsaved:
+            print(f"warning: a training with {unsaved} cannot be saved: requeued, it begins again", flush=True)
+        if (wanted_s := lead_s(read_metrics(self._recipe.run.dir))) is None:
+            return
+        end_s = slurm.job_state(self._job.job_id, slurm.PATIENCE_S).end_s
+        limits = {"--time": math.inf if end_s is None else end_s - time.time(), "--limit": self._options.limit_s}
+        for name, left_s in limits.items():
+            if left_s is not None and left_s < wanted_s:
+                print(
+                    f"warning: {name} ends this job in {duration(left_s)}, and a step and a save of this run need "
+                    f"{duration(wanted_s)}; nothing may be saved: give it longer",
+                    flush=True,
+                )
+
     def _wait(self, within_s: float = math.inf) -> int:
-        """For the step that runs; it is told when this job is asked to end. Its exit code."""
-        assert self._step is not None
-        num_told, end = 0, time.monotonic() + within_s
-        while (code := self._step.poll()) is None:
-            if not self._asked and (why := self._is_due()):
-                self._hear(why)
-                self._is_by_clock = True
-            if num_told == 0 and self._asked:
-                tell_nodes(self._folder, self._job.job_id, self._asked[0][1])
+        """For what was started; it is told when this job is asked to end. The greatest exit code."""
+        num_told, end, codes = 0, time.monotonic() + within_s, [0]
+        while self._sruns:
+            self._ask_slurm()
+            reason = self._asking.reason
+            if num_told == 0 and reason:
+                tell_nodes(self._folder, reason.why, self._end_s)
                 num_told = 1
-            if num_told == 1 and len(self._asked) > 1:
-                self._step.send_signal(END)
+            if num_told == 1 and self._asking.is_again:
+                for srun in self._sruns:
+                    srun.send_signal(END)
                 num_told = 2
             if time.monotonic() > end:
-                self._step.terminate()  # and its tasks with it
+                for srun in self._sruns:
+                    srun.terminate()  # and its tasks with it
             time.sleep(_LOOK_S)
-        return code if code >= 0 else 128 - code
+            ended = [srun.returncode for srun in self._sruns if srun.poll() is not None]
+            codes += [code if code >= 0 else 128 - code for code in ended]
+            self._sruns = [srun for srun in self._sruns if srun.returncode is None]
+        return max(codes)
 
-    def _on_signal(self, number: signal.Signals) -> None:
-        if number == signal.SIGUSR1 and self._is_by_clock:
-            return  # for the same limit, and no second request
-        if number == signal.SIGUSR1 and self._lead_s is not None:
-            self._usr1 = True  # `_is_due` sees whether there is need of it yet
-            self._look_s = 0.0
+    def _ask_slurm(self) -> None:
+        """Now and then: whether the run has to end."""
+        if self._asking.reason or (time.monotonic() < self._look_s and not self._asking.is_waiting):
             return
-        self._hear(number.name)
-
-    def _hear(self, name: str) -> None:
-        now = time.monotonic()
-        if not self._asked or now - self._asked[-1][0] > _AGAIN_S:
-            self._asked.append((now, name))
-
-    def _is_due(self) -> str:
-        """Why the run has to end now, by its own clock; empty if it does not."""
-        limit_s = self._options.limit_s
-        if limit_s is not None and time.monotonic() - self._start_s > limit_s:
-            return "--limit"
-        if time.monotonic() > self._look_s:
-            self._look_s = time.monotonic() + _LOOK_AT_LIMIT_S
-            self._lead_s = lead_s(read_metrics(self._recipe.run.dir))
-            try:
-                state = slurm.job_state(self._job.job_id)
-            except slurm.SlurmError:
-                return "SIGUSR1" if self._usr1 else ""
-            self._end_s = state.end_s if state.runs else None
-            is_meant = state.is_preempted or self._end_s is None or self._end_s - time.time() > _EARLIEST_S
-            if self._usr1 and is_meant:  # not for a limit, before which it may come earlier than there is need
-                return "SIGUSR1"
-            if state.is_preempted:
-                return "the job is preempted"
-        if self._end_s is None or self._lead_s is None or self._end_s - time.time() > self._lead_s:
-            return ""
-        return f"the job's limit is {self._end_s - time.time():.0f} s away"
+        self._look_s = time.monotonic() + _LOOK_AT_LIMIT_S
+        state = None
+        with suppress(slurm.SlurmError):
+            state = slurm.job_state(self._job.job_id)
+            self._end_s = math.inf if state.end_s is None else state.end_s
+        self._asking.look(state, lead_s(read_metrics(self._recipe.run.dir)), time.time())
 
     def _end_early(self, step: Step) -> None:
-        """See to it that the job goes on later, where it should. Raises EndedEarly."""
-        state = slurm.job_state(self._job.job_id, slurm.PATIENCE_S)
-        if not state.runs:
-            raise EndedEarly(f"{step} ended early: the job is {state.name}, and is not requeued from here")
-        if state.is_preempted:
+        """See to it that the job goes on later, where it should. Raises EndedEarly, or JobFailed for a job that would
+        be requeued for ever."""
+        state, reason = slurm.job_state(self._job.job_id, slurm.PATIENCE_S), self._asking.reason
+        what, why = what_next(reason, state)
+        if what == "leave":
+            raise EndedEarly(f"{step} ended early: {why}")
+        if what == "wait":
             print(f"{step} ended early: the job is preempted, and waits to be requeued by SLURM", flush=True)
             self._wait_to_be_ended((state.end_s or time.time()) - time.time() + _ENDS_S)
-        elif not self._asked:
-            raise EndedEarly(f"{step} ended early, as a process of it was asked to; submitted again it goes on")
-        elif self._job.attempt and progress(self._recipe) == self._began_at:
+        elif self._job.attempt and not self._has_got_on():
             raise JobFailed(
-                f"{step} ended early ({self._asked[0][1]}) without a step, or a shard, more than when the job was "
-                "requeued; give it a longer limit"
+                f"{step} ended early ({reason.why if reason else ''}) without a step, or a shard, more than when the "
+                "job was requeued; give it a longer limit"
             )
-        print(
-            f"{step} ended early ({self._asked[0][1] if self._asked else 'preempted'}): requeueing the job", flush=True
-        )
+        print(f"{step} ended early ({reason.why if reason else 'preempted'}): requeueing the job", flush=True)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         slurm.requeue(self._job.job_id)
         self._wait_to_be_ended(_ENDS_S)
         raise EndedEarly("the job was requeued, but not ended")
+
+    def _has_got_on(self) -> bool:
+        """A network file system may take a while to show what other nodes have written."""
+        end = time.monotonic() + _SHOWN_S
+        while progress(self._recipe) == self._began_at:
+            if time.monotonic() > end:
+                return False
+            time.sleep(1.0)
+        return True
 
     def _wait_to_be_ended(self, within_s: float) -> None:
         """Raises EndedEarly as soon as SLURM ends this process."""
@@ -292,9 +330,32 @@ class _Run:
         time.sleep(max(0.0, within_s))
 
 
+@contextmanager
+def _file_in(folder: Path, name: str) -> Iterator[list[str]]:
+    """A file that those see who share the folder; none where it cannot be written."""
+    path = folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:
+        yield []
+        return
+    try:
+        yield [str(path)]
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _wait_until_told(folder: Path, step: Step, nodes: Sequence[str]) -> None:
+    """Until each node's process is seen to have said how it ended; one that was killed says nothing."""
+    end = time.monotonic() + _SHOWN_S
+    while len(codes(folder, step)) < len(nodes) and time.monotonic() < end:
+        time.sleep(1.0)
+
+
 def progress(recipe: Recipe) -> tuple[int, int, int]:
     """What grows while a run goes on: shards, saved steps, and complete steps of the job."""
-    shards = len(list(recipe.vstar.dir.glob("shard-*.parquet")))
+    shards = len([*recipe.vstar.dir.glob("shard-*.parquet"), *recipe.run.dir.glob("evaluation-*/*/shard-*.parquet")])
     return shards, next_step(recipe.run.dir), -len(steps(recipe))
 
 
@@ -309,16 +370,30 @@ def lead_s(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 def steps(recipe: Recipe, stage: int | None = None) -> list[Step]:
     """Those that are not complete yet."""
-    trained = exported(recipe.run.dir)
-    outcome: dict[Step, Path] = {
-        "estimate-vstar": recipe.vstar.dir / MANIFEST,
-        "train": trained,
-        "evaluate": evaluation_result(recipe.run.dir, trained),
+    complete: dict[Step, bool] = {
+        "estimate-vstar": is_whole(recipe.vstar.dir),
+        "train": is_trained(recipe),
+        "evaluate": recipe.data.eval is None or _is_evaluated(recipe),
     }
-    wanted: Sequence[Step] = ["estimate-vstar"] if stage == 1 else ["train", "evaluate"] if stage == 2 else [*outcome]
-    if recipe.data.eval is None:
-        wanted = [step for step in wanted if step != "evaluate"]
-    return [step for step in wanted if not outcome[step].exists()]
+    wanted: Sequence[Step] = ["estimate-vstar"] if stage == 1 else ["train", "evaluate"] if stage == 2 else [*complete]
+    return [step for step in wanted if not complete[step]]
+
+
+def told_complete(recipe: Recipe) -> str:
+    return f"{recipe.run.dir}: all is complete"
+
+
+def is_trained(recipe: Recipe) -> bool:
+    """Whether the model was exported after the recipe's last step."""
+    done = max((row["step"] for row in read_metrics(recipe.run.dir) if STEP_S in row), default=0)
+    return exported(recipe.run.dir).exists() and done == recipe.train.steps
+
+
+def _is_evaluated(recipe: Recipe) -> bool:
+    """And not another model, that was there before."""
+    trained = exported(recipe.run.dir)
+    result = evaluation_result(recipe.run.dir, trained)
+    return result.exists() and trained.exists() and result.stat().st_mtime >= trained.stat().st_mtime
 
 
 def srun(
@@ -339,6 +414,7 @@ def srun(
         "--ntasks-per-node=1",
         *([f"--cpus-per-task={cpus}"] if cpus else []),
         "--wait=0",
+        "--export=ALL",  # the job's secret too, whatever sbatch was told
         _KILL_ON_BAD_EXIT,
         _UNBUFFERED,
         *_words(SRUN, environment),
@@ -356,16 +432,16 @@ def srun(
 
 
 def check_command(
-    nodes: Sequence[str],
+    node: str,
     folder: Path,
     cpus: int | None,
     token: str,
     python: Sequence[str] = (sys.executable,),
     environment: Mapping[str, str] = os.environ,
 ) -> list[str]:
-    """`srun` of the check: each node tells for itself, in whole lines."""
-    command = srun("check", nodes, folder, cpus, python, environment)
-    command = [word for word in command if word not in (_KILL_ON_BAD_EXIT, _UNBUFFERED)]
+    """`srun` of the check of one node, which tells in a whole line."""
+    command = srun("check", [node], folder, cpus, python, environment)
+    command = [word for word in command if word != _UNBUFFERED]
     return [*command, "--token", token, "--within", f"{_CHECK_S:g}"]
 
 
@@ -384,29 +460,6 @@ def with_driver(recipe: Recipe, plan: Plan) -> Recipe:
     address = f"[{plan.address}]" if ":" in plan.address else plan.address
     rollout = recipe.rollout.model_copy(update={"driver": f"{address}:{plan.driver_port}"})
     return recipe.model_copy(update={"rollout": rollout})
-
-
-def with_hugging_face_model(recipe: Recipe) -> Recipe:
-    """Convert `model.path` where it is a Megatron checkpoint, once."""
-    path = recipe.model.path
-    if not (path / RECORD).is_file():
-        return recipe
-    out = recipe.run.dir / "models" / "converted"
-    if not out.exists():
-        run_command(["convert", "megatron-to-hf", "--megatron", str(path), "--out", str(out)])
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": out})})
-
-
-def _require_training(recipe: Recipe, plan: Plan, trains: bool) -> None:
-    """Before anything is spent: what stage 2 would refuse of recipe, model and nodes. Raises RecipeError.
-
-    Where the nodes have a Python of their own, this one cannot tell what is installed there: rank 0 asks.
-    """
-    if not trains or os.environ.get(PYTHON):
-        return
-    machine = replace(Machine.here(), ranks_here=plan.ranks_per_node, num_nodes=plan.trainers)
-    if found := training_problems(recipe, recipe.model.folders, machine):
-        raise RecipeError(found)
 
 
 def _new_attempt(run_dir: Path) -> Path:

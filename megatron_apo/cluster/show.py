@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_apo.cluster.plan import RECIPE, Plan, Step, sampling_arguments
-from megatron_apo.cluster.run import Options, check_command, load, srun, steps, with_driver
+from megatron_apo.cluster.run import Options, check_command, load, srun, steps, told_complete, with_driver
 from megatron_apo.config import Recipe
 from megatron_apo.runtime.job import SECRET
+from megatron_apo.stages.start import worker_commands
 
 _ADDRESS, _PORT = "FIRST_NODE", 0  # known when the nodes have been looked at
 
@@ -17,23 +18,28 @@ _ADDRESS, _PORT = "FIRST_NODE", 0  # known when the nodes have been looked at
 def dry_run(recipe_name: str, overrides: Sequence[str], options: Options, nodes: int, gpus: int) -> None:
     """nodes, gpus: of the job, and of each of its nodes. Raises what a job would before it has looked at its nodes."""
     recipe = load(recipe_name, overrides)
+    todo = steps(recipe, options.stage)
+    if not todo:
+        print(told_complete(recipe))
+        return
     names = tuple(f"node{number}" for number in range(nodes - options.spare))
-    plan = Plan.of(recipe, names, gpus).first_at(_ADDRESS, [_PORT, _PORT])
+    plan = Plan.of(recipe, names, gpus, todo).first_at(_ADDRESS, [_PORT, _PORT])
     recipe = with_driver(recipe, plan)
-    print("\n".join(_lines(recipe, plan, options, nodes)))
+    print("\n".join(_lines(recipe, plan, options, nodes, gpus)))
 
 
-def _lines(recipe: Recipe, plan: Plan, options: Options, nodes: int) -> Iterator[str]:
+def _lines(recipe: Recipe, plan: Plan, options: Options, nodes: int, gpus: int) -> Iterator[str]:
     folder = recipe.run.dir / "logs" / "attempt-NNN"
     yield f"{nodes} nodes, {len(plan.nodes)} of them used" + (f", {options.spare} spare" if options.spare else "")
     for node in plan.nodes:
         yield f"  {node}: {_role(plan, recipe, node)}"
     yield f"environment of all that follows: {SECRET}, random and new in each attempt"
     yield f"FIRST_NODE: address of {plan.nodes[0]} as the others reach it; port 0: one that is free there"
-    every = [f"node{number}" for number in range(nodes)]
-    yield f"\ncheck\n  {shlex.join(check_command(every, folder, None, 'TOKEN', python=['python']))}"
-    todo = steps(recipe, options.stage)
-    wanted: Sequence[Step] = ["estimate-vstar", "train", "evaluate"]
+    yield "\ncheck, all at once"
+    for number in range(nodes):
+        yield f"  {shlex.join(check_command(f'node{number}', folder, None, 'TOKEN', python=['python']))}"
+    todo: Sequence[Step] = ["prepare", *plan.todo]
+    wanted: Sequence[Step] = ["prepare", "estimate-vstar", "train", "evaluate"]
     for step in wanted:
         if step not in todo:
             yield f"\n{step}: not asked for, or complete"
@@ -41,7 +47,7 @@ def _lines(recipe: Recipe, plan: Plan, options: Options, nodes: int) -> Iterator
         working = plan.working(step, recipe)
         yield f"\n{step}\n  {_command(step, working, folder)}"
         for node in working:
-            yield from (f"  {node}: {line}" for line in _processes(step, plan, recipe, node, folder))
+            yield from (f"  {node}: {line}" for line in _processes(step, plan, recipe, node, folder, gpus))
 
 
 def _role(plan: Plan, recipe: Recipe, node: str) -> str:
@@ -58,12 +64,15 @@ def _command(step: Step, nodes: Sequence[str], folder: Path) -> str:
     return shlex.join(srun(step, nodes, folder, None, python=["python"]))
 
 
-def _processes(step: Step, plan: Plan, recipe: Recipe, node: str, folder: Path) -> Iterator[str]:
+def _processes(step: Step, plan: Plan, recipe: Recipe, node: str, folder: Path, gpus: int) -> Iterator[str]:
     """What the node's process starts."""
-    if step in ("estimate-vstar", "evaluate"):
-        command = shlex.join(["megatron-apo", *sampling_arguments(step, recipe, folder / RECIPE)])
-        for worker in plan.workers_of(node):
-            yield f"{command} --worker {worker} --workers {plan.num_workers}"
+    if step == "prepare":
+        yield "model.path is converted if it is a Megatron checkpoint; recipe and model are held against the nodes"
+    elif step in ("estimate-vstar", "evaluate"):
+        arguments = sampling_arguments(step, recipe, folder / RECIPE)
+        for own, environment in worker_commands(arguments, recipe, plan.workers_of(node), plan.num_workers, gpus):
+            told = [f"{name}={value}" for name, value in environment.items()]
+            yield shlex.join([*told, "megatron-apo", *own])
     elif node in plan.trainer_nodes:
         ranks = plan.ranks_of(node, recipe, secret="")
         first, last = (ranks.job(local_rank).variables() for local_rank in (0, ranks.num_ranks - 1))

@@ -38,7 +38,7 @@ from megatron_apo.runtime.ending import EndedEarly, request
 from megatron_apo.runtime.signals import ENDED_EARLY, RANK_LOST
 
 _LOOK_EVERY_S = 0.25
-_FAREWELL_S = 3.0
+_FAREWELL_S = 15.0  # a node that does not hear that the job is over waits for much longer
 
 
 @dataclass

@@ -34,7 +34,7 @@ class Request:
     def __init__(self) -> None:
         self.why: str | None = None
         self._end_s = math.inf
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while one is handled
         self._listeners: list[Callable[[], None]] = []
 
     @property

@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_apo.config import Recipe
 from megatron_apo.runtime import guard
 from megatron_apo.runtime.ending import EndedEarly, request
+from megatron_apo.runtime.files import write_whole
 from megatron_apo.runtime.gpus import visible_gpus
 from megatron_apo.runtime.job import (
     Job,
@@ -78,7 +79,8 @@ def stage_arguments(command: str, recipe: Recipe, suffix: str = "") -> list[str]
 def write_recipe(command: str, recipe: Recipe, suffix: str = "") -> Path:
     """Write RUN/COMMAND<suffix>.yaml, once the recipe is checked; under torchrun it is rank 0 that has checked it."""
     path = recipe.run.dir / f"{command}{suffix}.yaml"
-    recipe.save(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, recipe.as_yaml())  # others may read it, and write the same
     return path
 
 
@@ -141,7 +143,9 @@ def run_commands(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) ->
     """`run_command` of several at once: (arguments, what differs in the environment)."""
     failed, code = _supervise([partial(_start, arguments, {**os.environ, **own}, None) for arguments, own in commands])
     if failed is not None:
-        raise RankFailed(f"megatron-apo {commands[failed][0][0]} ended with status {code}", code)
+        arguments = list(commands[failed][0])
+        worker = arguments[arguments.index("--worker") :] if "--worker" in arguments else []
+        raise RankFailed(f"megatron-apo {' '.join([arguments[0], *worker])} ended with status {code}", code)
 
 
 def is_guarded() -> bool:
@@ -292,7 +296,13 @@ def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int], other
 def _describe(rank: int, code: int, path: Path | None) -> str:
     if path is None:
         return _killed(f"rank {rank}", code)
-    message = f"rank {rank} ended with status {code}"
+    return last_lines(f"rank {rank} ended with status {code}", path)
+
+
+def last_lines(message: str, path: Path | None) -> str:
+    """A message, and what a process wrote last into its log, if it has one."""
+    if path is None:
+        return message
     lines = path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     return "\n".join([f"{message}; the end of {path}:", *lines])
 

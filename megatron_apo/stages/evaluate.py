@@ -10,15 +10,13 @@ every shard written writes down the result, which is the same whoever has sample
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from dataclasses import asdict
-from pathlib import Path
 
 from megatron_apo.config import Recipe
 from megatron_apo.preflight import open_evaluation
 from megatron_apo.rollout.evaluation import evaluation_of, evaluation_result
 from megatron_apo.rollout.filling import Worker, fill
+from megatron_apo.runtime.files import write_whole
 from megatron_apo.telemetry.units import with_error
 
 
@@ -31,16 +29,9 @@ def run(recipe: Recipe, worker: Worker) -> None:
         claims.remove()
     found, path = evaluation_of(sampled, greedy), evaluation_result(recipe.run.dir, recipe.model.path)
     is_new = not path.exists()
-    _write(path, json.dumps(asdict(found) | {"model": str(recipe.model.path)}, indent=1) + "\n")
+    write_whole(path, json.dumps(asdict(found) | {"model": str(recipe.model.path)}, indent=1) + "\n")
     if is_new or worker.index == 0:
         print(
             f"{recipe.model.path}: avg@{found.samples_per_prompt} {with_error(found.mean, found.stderr)}, "
             f"greedy {with_error(found.greedy, found.greedy_stderr)} ({found.num_prompts} prompts); {path}"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all, for whoever looks whether it is there; workers may write it together."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)

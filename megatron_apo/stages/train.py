@@ -88,12 +88,13 @@ def train(recipe: Recipe, topology: Topology) -> None:
                 deadline.require_time()
                 if _is_evaluated_after(recipe, done):
                     recorder.evaluated(done, rollouts.evaluate(done))
+            deadline.require_time()
         except Interrupted:
-            save()
-            why = on_driver(topology, lambda: request.why)
-            raise EndedEarly(
-                f"ended early after {done} of {recipe.train.steps} steps, which are saved ({why})"
-            ) from None
+            why, unsaved = on_driver(topology, lambda: request.why), recipe.why_unsaved
+            if not unsaved:
+                save()
+            outcome = f"which cannot be saved with {unsaved}" if unsaved else "which are saved"
+            raise EndedEarly(f"ended early after {done} of {recipe.train.steps} steps, {outcome} ({why})") from None
         recorder.finish(rollouts.grader_failures)
     stream = WeightStream(learner.policy, learner.spec, topology)
     export_hf(stream, topology, source=recipe.model.path, out=exported(recipe.run.dir))

@@ -382,6 +382,16 @@ def _difference(shard: Mapping[str, Any], num_bytes: int, source: Any) -> str | 
     return None
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a store was closed and still has all of its shards, as far as their names tell."""
+    try:
+        manifest, there = _parse_manifest(folder / MANIFEST), set(os.listdir(folder))
+        names = {shard["file"] for shard in manifest["shards"]}
+        return len(names) == int(manifest["num_shards"]) and names <= there
+    except (OSError, StoreError, KeyError):  # what is wrong with it, estimate-vstar says
+        return False
+
+
 def _parse_manifest(path: Path) -> dict[str, Any]:
     with naming_damage(path):
         manifest = json.loads(path.read_text())

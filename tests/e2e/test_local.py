@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -33,6 +34,7 @@ def test_a_run_on_this_machine_goes_on_where_it_was_ended(
     if not evaluates:  # it counts as complete
         result.parent.mkdir(exist_ok=True)
         result.touch()
+        os.utime(result, (2**32, 2**32))  # and not as one of a model that was there before
     arguments = [str(SCRIPT), str(tmp_path / "recipe.yaml")]
 
     asked = command(*arguments, program=PROGRAM)
@@ -47,9 +49,14 @@ def test_a_run_on_this_machine_goes_on_where_it_was_ended(
     assert len(VStarStore.open(recipe.vstar.dir).ids) == NUM_PROMPTS
     made = {path: path.stat().st_mtime_ns for path in recipe.vstar.dir.iterdir()}
 
+    if evaluates:
+        evaluating = command(*arguments, program=PROGRAM)
+        evaluating.wait_for(lambda: "== evaluate" in evaluating.output)
+        assert evaluating.send(signal.SIGINT) == INTERRUPTED, evaluating.output
+
     last = command(*arguments, program=PROGRAM)
     assert last.wait() == 0, last.output
-    told = ["== train", "== evaluate"] if evaluates else ["== train"]
+    told = ["== evaluate"] if evaluates else ["== train"]
     assert [line for line in last.output.splitlines() if line.startswith("== ")] == told
     assert {path: path.stat().st_mtime_ns for path in made} == made
     rows = [json.loads(line) for line in (recipe.run.dir / "metrics.jsonl").read_text().splitlines()]

@@ -6,16 +6,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_apo.cluster import check, local, node, run, show, slurm
+from megatron_apo.cluster import check, local, node, prepare, run, show, slurm
+from megatron_apo.cluster.asking import Reason
 from megatron_apo.cluster.check import Found, bad_nodes
 from megatron_apo.cluster.plan import Plan
 from megatron_apo.cluster.run import Options
@@ -23,6 +24,9 @@ from megatron_apo.cluster.slurm import JobState, read_job_state
 from megatron_apo.config import Recipe, RecipeError, build_recipe
 from megatron_apo.runtime.ending import EndedEarly
 from megatron_apo.runtime.job import SlurmJob, slurm_job
+from megatron_apo.values.shards import StoreRow
+from megatron_apo.values.store import StoreWriter
+from tests.stores import FINGERPRINT
 
 GOLDEN = Path(__file__).with_name("golden")
 DEDICATED = ["rollout.placement=dedicated", "rollout.driver=node0:1"]
@@ -124,10 +128,17 @@ FITS = Found("", "10.0.0.1", [1, 2], {"torch": "2.11.0", "vllm": "0.32.0"}, "3.1
         ({"n0": {"gpus": ["H100"] * 7}}, {"n0": "gpus: 7 x H100 in place of 8 x H100, and most have the other"}),
         ({"n0": {"gpus": ["A100"] * 8}}, {"n0": "gpus: 8 x A100 in place of 8 x H100"}),
         ({"n2": {"offset_s": 40.0}}, {"n2": "its clock is +40.0 s beside the others'"}),
+        ({"n1": {"memory_bytes": 2**39}}, {"n1": "memory: 549.76 GB, and most have 1099.51 GB"}),
+        ({"n1": {"memory_bytes": 2**40 - 2**36}}, {}),
         # Two that do not reach each other, and it shows of neither which.
         (
             {"n1": {"unreachable": ["n2"]}},
             {"n1": "it and n2 do not reach each other", "n2": "it and n1 do not reach each other"},
+        ),
+        # It can sum with neither of its neighbours, which can with theirs.
+        (
+            {"n1": {"unreachable": ["n0", "n2"]}, "n0": {"unreachable": ["n1"]}, "n2": {"unreachable": ["n1"]}},
+            {"n1": "it and n0, n2 do not reach each other"},
         ),
         # Who is cut off, and not who cannot reach it.
         (
@@ -151,26 +162,116 @@ def test_a_bad_node_is_named_and_no_other(changes: dict, expected: dict[str, str
 
 
 def test_a_node_alone_looks_at_itself(tmp_path: Path) -> None:
-    check.prepare(tmp_path / "check", "token")
-    found = check.look("n0", ["n0"], tmp_path / "check", "token", 5.0)
+    check.prepare(tmp_path / "check", "token", ["n0"])
+    found = check.look("n0", tmp_path / "check", "token", 5.0)
     assert (found.problems, found.unreachable, found.address) == ([], [], "127.0.0.1")
-    assert abs(found.offset_s) < 1 and len(found.ports) == 2 and "torch" in found.versions
-    other = check.look("n0", ["n0"], tmp_path / "check", "another's", 5.0)
+    assert abs(found.offset_s) < 1 and len(found.ports) == 5 and "torch" in found.versions
+    other = check.look("n0", tmp_path / "check", "another's", 5.0)
     assert other.problems == [f"it does not see {tmp_path / 'check'}, which all nodes must share"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
+def test_neighbours_meet_in_pairs(count: int) -> None:
+    """Each two once, and in a turn nobody twice."""
+    met = {name: check._pairs(name, nodes(count)) for name in nodes(count)}
+    for name, own in met.items():
+        assert len(own) == min(2, count - 1) and len({turn for turn, _ in own}) == len(own)
+        for turn, pair in own:
+            (other,) = set(pair) - {name}
+            assert (turn, pair) in met[other]
 
 
 def test_what_is_complete_is_skipped(tmp_path: Path) -> None:
     recipe = recipe_of(f"run.dir={tmp_path / 'run'}", f"vstar.dir={tmp_path / 'vstar'}")
     assert run.steps(recipe) == ["estimate-vstar", "train", "evaluate"]
     assert (run.steps(recipe, 1), run.steps(recipe, 2)) == (["estimate-vstar"], ["train", "evaluate"])
-    (tmp_path / "vstar").mkdir()
-    (tmp_path / "vstar" / "manifest.json").touch()
+    (tmp_path / "run").mkdir()
+    (shard,) = make_sampled(recipe).glob("shard-*")
     assert run.steps(recipe) == ["train", "evaluate"] and run.steps(recipe, 1) == []
-    (tmp_path / "run" / "checkpoints" / "hf").mkdir(parents=True)
+    shard.rename(tmp_path / "elsewhere")  # as one that is damaged is to be taken away
+    assert run.steps(recipe, 1) == ["estimate-vstar"]
+    (tmp_path / "elsewhere").rename(shard)
+    make_trained(recipe)
     assert run.steps(recipe) == ["evaluate"]
     (tmp_path / "run" / "evaluation-checkpoints-hf.json").touch()
     assert run.steps(recipe) == []
     assert "evaluate" not in run.steps(recipe_of("data.eval=null"))
+
+
+def make_sampled(recipe: Recipe) -> Path:
+    """A store, of a prompt."""
+    writer = StoreWriter(recipe.vstar.dir, FINGERPRINT, 1)
+    writer.write_shard(0, [StoreRow("0" * 32, "0" * 32, [1.0] * 2, [9] * 2, ["stop"] * 2)])
+    writer.finish()
+    return recipe.vstar.dir
+
+
+def make_trained(recipe: Recipe) -> None:
+    """What is looked at."""
+    trained = recipe.run.dir / "checkpoints" / "hf"
+    trained.mkdir(parents=True)
+    rows = [{"step": step, "time/step_s": 1.0} for step in range(1, recipe.train.steps + 1)]
+    (recipe.run.dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def test_a_model_of_fewer_steps_is_not_the_recipes(tmp_path: Path) -> None:
+    recipe = recipe_of(f"run.dir={tmp_path / 'run'}", f"vstar.dir={tmp_path / 'vstar'}", "train.steps=4")
+    make_trained(recipe)
+    assert run.steps(recipe, 2) == ["evaluate"]
+    recipe.train.steps = 6
+    assert run.steps(recipe, 2) == ["train", "evaluate"]
+
+
+def test_the_evaluation_of_another_model_is_not_the_new_ones(tmp_path: Path) -> None:
+    recipe = recipe_of(f"run.dir={tmp_path / 'run'}", f"vstar.dir={tmp_path / 'vstar'}", "train.steps=4")
+    (tmp_path / "run").mkdir()
+    result = tmp_path / "run" / "evaluation-checkpoints-hf.json"
+    result.touch()
+    os.utime(result, (1.0, 1.0))
+    make_trained(recipe)
+    assert run.steps(recipe, 2) == ["evaluate"]
+
+
+@pytest.fixture
+def megatron(tmp_path: Path) -> Recipe:
+    """A run of what looks like a Megatron checkpoint."""
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "checkpoint.json").touch()
+    return recipe_of(f"run.dir={tmp_path / 'run'}", f"model.path={tmp_path / 'megatron'}")
+
+
+def test_one_of_several_jobs_converts_the_model(megatron: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    converted = prepare.converted(megatron).model.path
+    assert converted == megatron.run.dir / "models" / "converted"
+    began = []
+
+    def convert(arguments: list[str]) -> None:
+        began.append(arguments)
+        time.sleep(0.5)
+        assert arguments[-1] == str(converted)
+        converted.mkdir()
+        (converted / "conversion.json").write_text(json.dumps({"source": str(megatron.model.path)}))
+
+    monkeypatch.setattr(prepare, "run_command", convert)
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(prepare.convert_once, megatron) for _ in range(3)]:
+            done.result()
+    assert len(began) == 1
+    assert [path.name for path in converted.parent.iterdir()] == ["converted"]
+
+
+def test_what_was_converted_of_another_model_is_refused(megatron: Recipe) -> None:
+    converted = prepare.converted(megatron).model.path
+    converted.mkdir(parents=True)
+    (converted / "conversion.json").write_text(json.dumps({"source": "/models/another"}))
+    with pytest.raises(RecipeError, match="^run.dir: .*converted was made of /models/another, and model.path is .*"):
+        prepare.convert_once(megatron)
+
+
+def test_a_hugging_face_folder_is_not_converted() -> None:
+    assert prepare.converted(recipe_of()) == recipe_of()
+    prepare.convert_once(recipe_of())
+    assert not Path("R").exists()
 
 
 def test_a_job_says_where_rank_0_is(tmp_path: Path) -> None:
@@ -193,12 +294,14 @@ def test_each_attempt_has_a_folder_and_the_newest_is_found(tmp_path: Path) -> No
 
 
 def test_the_first_failure_is_told_and_not_who_only_missed_another(tmp_path: Path) -> None:
-    assert node.first_failure(tmp_path) == ""
+    assert node.first_failure(tmp_path) == ("", 0)
     for name, at_s, code in (("n0", 1.0, 76), ("n1", 3.0, 1), ("n2", 2.0, 137)):
         text = f"rank of {name} ended with status {code}; the end of LOG:\nlast line"
         told = {"at_s": at_s, "node": name, "step": "train", "code": code, "text": text}
         (tmp_path / f"{name}.failure.json").write_text(json.dumps(told))
-    assert node.first_failure(tmp_path).splitlines() == [
+    text, code = node.first_failure(tmp_path)
+    assert code == 137
+    assert text.splitlines() == [
         "train failed on n2: rank of n2 ended with status 137; the end of LOG:",
         "last line",
     ]
@@ -247,6 +350,7 @@ def test_what_the_user_adds_to_srun(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     added = {"MEGATRON_APO_SRUN": "--container-image=apo.sqsh --container-mounts='/my data:/data'"}
     added["MEGATRON_APO_PYTHON"] = "apptainer exec --nv apo.sif python"
     command = run.srun("train", ["n0"], Path("R"), 4, environment=added)
+    assert "--export=ALL" in command
     place = command.index("sh")
     assert command[place - 2 : place] == ["--container-image=apo.sqsh", "--container-mounts=/my data:/data"]
     assert command[place + 4 :][:5] == added["MEGATRON_APO_PYTHON"].split()
@@ -258,7 +362,7 @@ def test_what_the_user_adds_to_srun(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         monkeypatch.setenv(name, words)
     show.dry_run("qwen3-8b-16k", ["data.train=T", "data.eval=E"], Options(), 4, 8)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  srun ")]
-    assert len(lines) == 4
+    assert len(lines) == 4 + 4  # the check's, one a node, and a step's
     for line in lines:
         assert " --container-image=apo.sqsh '--container-mounts=/my data:/data' sh -c " in line
         assert " apptainer exec --nv apo.sif python -m megatron_apo.cli node " in line
@@ -269,13 +373,9 @@ def test_a_node_without_slurms_commands_has_been_told_when_the_job_ends(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert node._why_and_how_long("7", "SIGTERM", tmp_path) == ("SIGTERM", 30.0)
-    node.tell_nodes(tmp_path, "7", "--limit")  # the job's script cannot ask either
+    node.tell_nodes(tmp_path, "--limit", None)  # the job's script cannot ask either
     assert node._why_and_how_long("7", "--limit", tmp_path) == ("--limit", math.inf)
-    state = JobState("RUNNING", time.time() + 600, False, 0)
-    monkeypatch.setattr(node.slurm, "job_state", lambda job_id: state)
-    node.tell_nodes(tmp_path, "7", "SIGUSR1")
-    monkeypatch.undo()
-    monkeypatch.setenv("PATH", str(tmp_path))
+    node.tell_nodes(tmp_path, "SIGUSR1", time.time() + 600)
     why, left_s = node._why_and_how_long("7", "SIGUSR1", tmp_path)
     assert why == "SIGUSR1" and 590 < left_s <= 600
 
@@ -299,8 +399,7 @@ def test_what_one_machine_would_run(
     ]
     local.dry_run(str(path), [], gpus=4)
     assert capsys.readouterr().out.splitlines() == lines
-    (tmp_path / "V").mkdir()
-    (tmp_path / "V" / "manifest.json").touch()
+    make_sampled(recipe_of(f"vstar.dir={tmp_path / 'V'}"))
     local.dry_run(str(path), [], gpus=4)
     assert capsys.readouterr().out.splitlines() == ["estimate-vstar: not asked for, or complete", *lines[3:]]
     assert not (tmp_path / "R").exists()
@@ -310,16 +409,28 @@ def test_what_one_machine_would_run(
         local.dry_run(str(path), DEDICATED, gpus=4)
 
 
+def test_stage_1_alone_takes_any_number_of_nodes() -> None:
+    """Also one task of an array, of a recipe that trains on sixteen."""
+    recipe = recipe_of("parallel.tp=8", "parallel.dp=16", "rollout.tp=4", *DEDICATED)
+    plan = Plan.of(recipe, nodes(1), 8, ["estimate-vstar"])
+    assert (plan.workers_per_node, list(plan.workers_of("n0"))) == (2, [0, 1])
+    with pytest.raises(ValueError, match="take 16 nodes, and rollout.placement=dedicated at least one more"):
+        Plan.of(recipe, nodes(1), 8, ["estimate-vstar", "train"])
+
+
+def test_dedicated_engines_need_room() -> None:
+    recipe = recipe_of("parallel.tp=8", "rollout.tp=4", "rollout.replicas=5", *DEDICATED)
+    assert Plan.of(recipe, nodes(4), 8).trainers == 1
+    with pytest.raises(ValueError, match="^rollout.replicas: 5 .* 2 nodes without ranks have room for 4; use fewer"):
+        Plan.of(recipe, nodes(3), 8)
+
+
 def test_a_job_is_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(ValueError, match=r"run_apo.sh: this is no SLURM job; submit it \(sbatch"):
         run.run("quickstart", [], Options())
     with pytest.raises(ValueError, match="node: started by srun in a SLURM job alone"):
         node.run("train", Path("folder"))
-
-
-def test_a_job_that_does_not_run_is_not_requeued() -> None:
-    assert not JobState("COMPLETING", None, False, 0).runs
 
 
 def test_how_long_before_a_limit_a_run_is_asked_to_end() -> None:
@@ -331,108 +442,67 @@ def test_how_long_before_a_limit_a_run_is_asked_to_end() -> None:
     assert run.lead_s(rows) == 1.5 * 60 + 60
 
 
-def state_of(left_s: float | None, *, preempted: bool = False, name: str = "RUNNING") -> JobState:
-    return JobState(name, None if left_s is None else time.time() + left_s, preempted, 0)
+RUNS = JobState("RUNNING", None, False, 0)
 
 
 @pytest.fixture
 def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., run._Run]:
-    """An attempt of a job as SLURM would show it; its last step and save took 100 s (none: unknown)."""
+    """The second attempt of a job, which SLURM lets run; nothing was done in it."""
 
-    def make(state: JobState, *, known: bool = True, limit_s: float | None = None) -> run._Run:
-        recipe = recipe_of(f"run.dir={tmp_path / 'run'}")
-        rows = [{"step": 1, "time/step_s": 80.0}, {"step": 1, "checkpoint/save_s": 20.0}] if known else []
-        monkeypatch.setattr(run, "read_metrics", lambda folder: rows)
-        monkeypatch.setattr(slurm, "job_state", lambda *arguments: state)
-        return run._Run(SlurmJob("7", "n[0-1]", "n0"), recipe, Options(limit_s=limit_s))
+    def make(reason: Reason | None = None) -> run._Run:
+        monkeypatch.setattr(slurm, "job_state", lambda *arguments: RUNS)
+        monkeypatch.setattr(slurm, "requeue", lambda job_id: pytest.fail("it is requeued"))
+        monkeypatch.setattr(run, "_SHOWN_S", 0.0)
+        one = run._Run(SlurmJob("7", "n[0-1]", "n0", attempt=1), recipe_of(f"run.dir={tmp_path / 'run'}"), Options())
+        one._folder, one._asking.reason = tmp_path, reason
+        one._began_at = run.progress(one._recipe)
+        return one
 
     return make
 
 
-LEAD_S = 1.5 * 100 + 60
+def test_a_job_is_not_requeued_for_ever(attempt: Callable[..., run._Run]) -> None:
+    with pytest.raises(
+        run.JobFailed, match=r"train ended early \(--limit\) without a step, or a shard, more than when"
+    ):
+        attempt(Reason("--limit", "limit"))._end_early("train")
+
+
+def test_a_job_that_ended_for_no_limit_is_left(attempt: Callable[..., run._Run]) -> None:
+    with pytest.raises(EndedEarly, match="^train ended early: as a process of it was asked to; submitted again"):
+        attempt()._end_early("train")
+    with pytest.raises(EndedEarly, match="^train ended early: by SIGTERM, which is no limit; submitted again"):
+        attempt(Reason("SIGTERM", "SIGTERM"))._end_early("train")
 
 
 @pytest.mark.parametrize(
-    ("state", "known", "expected"),
+    ("asked", "code", "early", "failure", "expected"),
     [
-        (state_of(3600), True, ""),
-        (state_of(LEAD_S - 1), True, "the job's limit is"),
-        (state_of(LEAD_S - 1), False, ""),  # nobody knows what a save takes: SLURM's signal is waited for
-        (state_of(3600, preempted=True), True, "the job is preempted"),
-        (state_of(None), True, ""),
+        (False, 0, True, False, ""),  # a process of it was asked
+        (False, 0, False, False, "train ended with status 0, and is not complete"),
+        (False, 137, False, False, "train ended with status 137, and is not complete"),
+        (False, 137, True, False, "train ended with status 137"),  # a node died, and srun ended the others
+        (False, 1, True, True, "train failed on n0: why"),
+        (False, 1, False, True, "train failed on n0: why"),
+        (True, 0, True, False, ""),
+        (True, 137, False, False, ""),  # asked twice
+        (True, 1, False, True, "train failed on n0: why"),
+        (True, 1, True, True, ""),  # it goes on from what was saved before
     ],
 )
-def test_a_run_is_asked_to_end_by_its_own_clock(state: JobState, known: bool, expected: str, attempt) -> None:
-    assert attempt(state, known=known)._is_due().startswith(expected)
-    assert bool(attempt(state, known=known)._is_due()) == bool(expected)
-
-
-@pytest.mark.parametrize(
-    ("state", "known", "acted"),
-    [
-        (state_of(3600), True, True),  # somebody's, who means now
-        (state_of(600), True, False),  # SLURM's, which comes earlier than there is need
-        (state_of(600), False, True),
-        (state_of(600, preempted=True), True, True),
-        (state_of(LEAD_S - 1), True, True),
-    ],
-)
-def test_slurms_signal_before_a_limit_waits_for_the_clock(state: JobState, known: bool, acted: bool, attempt) -> None:
-    one = attempt(state, known=known)
-    one._is_due()  # as it has looked before
-    one._on_signal(signal.SIGUSR1)
-    assert bool(one._asked or one._is_due()) == acted
-
-
-def test_slurms_signal_after_the_clocks_is_no_second_request(attempt, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = attempt(state_of(3600))
-    one._hear("--limit")
-    one._is_by_clock = True
-    monkeypatch.setattr(run, "_AGAIN_S", 0.0)
-    one._on_signal(signal.SIGUSR1)
-    assert len(one._asked) == 1
-    one._on_signal(signal.SIGTERM)
-    assert len(one._asked) == 2
-
-
-def test_a_limit_of_ones_own(attempt) -> None:
-    assert attempt(state_of(3600), limit_s=1000)._is_due() == ""
-    assert attempt(state_of(3600), limit_s=0)._is_due() == "--limit"
-
-
-def test_several_signals_at_once_are_one_request(attempt) -> None:
-    one = attempt(state_of(3600), known=False)
-    for _ in range(3):
-        one._on_signal(signal.SIGUSR1)
-        one._on_signal(signal.SIGTERM)
-    assert len(one._asked) == 1
-
-
-@pytest.mark.parametrize(
-    ("state", "asked", "attempts", "error", "message"),
-    [
-        (
-            state_of(None, name="COMPLETING"),
-            True,
-            0,
-            EndedEarly,
-            "the job is COMPLETING, and is not requeued from here",
-        ),
-        (state_of(3600), False, 0, EndedEarly, "as a process of it was asked to; submitted again it goes on"),
-        (state_of(3600), True, 1, run.JobFailed, "without a step, or a shard, more than when the job was requeued"),
-    ],
-)
-def test_a_job_is_requeued_for_its_own_limit_alone_and_not_for_ever(
-    state: JobState, asked: bool, attempts: int, error: type[Exception], message: str, attempt, monkeypatch
+def test_a_step_that_is_not_complete_has_failed_or_was_asked_to_end(
+    asked: bool, code: int, early: bool, failure: bool, expected: str, attempt: Callable[..., run._Run], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(slurm, "requeue", lambda job_id: pytest.fail("it is requeued"))
-    one = attempt(state)
-    one._job = replace(one._job, attempt=attempts)
-    one._began_at = run.progress(one._recipe)
-    if asked:
-        one._hear("SIGUSR1")
-    with pytest.raises(error, match=message):
-        one._end_early("train")
+    (tmp_path / "n0.train.ended").write_text("75" if early else "137")
+    if failure:
+        node._note_failure(tmp_path, "n0", "train", "why", 3)
+    one = attempt(Reason("SIGUSR1", "SIGUSR1") if asked else None)
+    if not expected:
+        one._require_early_end("train", code)
+        return
+    with pytest.raises(run.JobFailed, match=f"^{expected}") as caught:
+        one._require_early_end("train", code)
+    assert caught.value.exit_code == (3 if failure else code or 1)
 
 
 def test_a_task_of_an_array_is_a_job_of_its_own() -> None:
