@@ -1065,11 +1065,38 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         path = recipe_path(str(path))
+    text = path.read_text()
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.safe_load(text) or {}
+        misread = _misread(yaml.compose(text, yaml.SafeLoader), text)
     except yaml.YAMLError as error:
         raise RecipeError([f"recipe: {path} is not YAML: {' '.join(str(error).split())}"]) from None
+    if misread:
+        raise RecipeError(misread)
     return build_recipe(tree, overrides)
+
+
+def _misread(node: yaml.Node | None, text: str, prefix: str = "") -> list[str]:
+    """What YAML reads otherwise than it looks: of a key that is there twice it takes the last, and of text without
+    quotes what stands before a #."""
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    found, lines = [], dict[str, int]()
+    for key, value in node.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            found.append(f"{name}: twice in the recipe, in lines {lines[name]} and {line}; keep one")
+        lines[name] = line
+        rest = text[value.end_mark.index :].partition("\n")[0]
+        is_plain = isinstance(value, yaml.ScalarNode) and value.style is None
+        is_cut = rest.lstrip().startswith("#") if is_plain and len(value.value.split()) > 1 else False
+        if is_cut or (is_plain and not value.value and rest.lstrip().startswith("##")):
+            found.append(
+                f"{name}: {value.value!r} ends before {rest.strip()!r}, which is a comment; put the text in quotes, "
+                "or the comment on a line of its own"
+            )
+        found += _misread(value, text, f"{name}.")
+    return found
 
 
 def build_recipe(tree: Any, overrides: Iterable[str] = ()) -> Recipe:
@@ -1150,14 +1177,15 @@ def changed_for_resume(recipe: Recipe, saved: Recipe) -> list[tuple[str, Any, An
 
 def _parse_value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(text) if not text.lstrip().startswith("#") else text
     except yaml.YAMLError:
         return text
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         try:
             return float(value)
         except ValueError:
-            return value
+            is_quoted = text.strip()[:1] in ("'", '"')
+            return value if is_quoted else text.strip()  # and what stands behind " #" as a comment
     return value
 
 

@@ -40,6 +40,10 @@ def test_defaults_are_the_papers() -> None:
     ("override", "section", "key", "value"),
     [
         ("optimizer.lr=1e-4", "optimizer", "lr", 1e-4),  # YAML 1.1 reads this as a string
+        ("data.system=End with #### and the number.", "data", "system", "End with #### and the number."),
+        ("data.system=#### comes last", "data", "system", "#### comes last"),
+        ("data.system='a # b'", "data", "system", "a # b"),
+        ("data.system=two # three", "data", "system", "two # three"),
         ("train.packing=false", "train", "packing", False),
         ("data.eval=null", "data", "eval", None),
         ("rollout.extra_args=[--seed, '3']", "rollout", "extra_args", ["--seed", "3"]),
@@ -171,6 +175,34 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=says):
         load_recipe(tmp_path / "r.yaml", PATHS)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "data:\n  system: End with #### and the number.\n",
+            "data.system: 'End with' ends before '#### and the number.'",
+        ),
+        ("data:\n  system: Use words # like these\n", "data.system: 'Use words' ends before '# like these'"),
+        ("data:\n  system: #### first\n", "data.system: '' ends before '#### first'"),
+        ("data: {system: a b} \nmodel: {path: m}\ndata: {system: c}\n", "data: twice in the recipe, in lines 1 and 3"),
+        ("train:\n  steps: 1\n  lr: 2\n  steps: 3\n", "train.steps: twice in the recipe, in lines 2 and 4; keep one"),
+    ],
+)
+def test_what_yaml_would_read_otherwise_than_it_looks(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml", PATHS)
+    assert caught.value.problems[0].startswith(says)
+
+
+@pytest.mark.parametrize(
+    "line", ["system: 'a b # c'", "system: word  # a comment", "system:  # filled in later", "system: |\n    a # b"]
+)
+def test_comments_that_cut_nothing(tmp_path: Path, line: str) -> None:
+    (tmp_path / "r.yaml").write_text(f"data:\n  {line}\n")
+    assert load_recipe(tmp_path / "r.yaml", PATHS).data.system in ("a b # c", "word", None, "a # b\n")
 
 
 def test_empty_sections_are_defaults(tmp_path: Path) -> None:
