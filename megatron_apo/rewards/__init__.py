@@ -6,6 +6,7 @@ A reward is one object for both stages; its name, version and options are part o
     class MyReward:
         name, version = "my_reward", "1"
         def __call__(self, request: GradeRequest) -> float: ...
+        def explain(self, request: GradeRequest) -> Explanation: ...   # if it can, for `megatron-apo grade`
 
 Importing this package is light. A reward is imported where it grades, in processes of its own (`pool.py`), and once in
 each command that has to know its version.
@@ -29,6 +30,17 @@ class GradeRequest:
     answer: str  # the dataset's answer column
     finish_reason: str  # "stop" | "length"
     asks_to_think: bool = False  # data.thinking: the answer follows a closing think tag
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """reference, answer: what was compared, of the reference and of the response; empty where nothing was found there.
+    why: how they were compared, or why not."""
+
+    reward: float
+    reference: str
+    answer: str
+    why: str
 
 
 @runtime_checkable

@@ -26,17 +26,64 @@ def thinking_is_unfinished(request: GradeRequest) -> bool:
     return text.rfind(OPENING_TAG) > text.rfind(CLOSING_TAG)
 
 
-def boxed_answer(solution: str) -> str | None:
-    """What the last \\boxed{...} or \\fbox{...} of a solution holds, also the 5 of `\\boxed 5$`."""
-    openings = list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", solution))
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BETWEEN = re.compile(r"\$|\\[()\[\]]|\\(?:quad|qquad|,|;| )|\\(?:text|mbox|mathrm)(?=\{)|[{}\s]")
+_JOINED = re.compile(r"(,|;|,?(?:and|or))(?:[A-Za-z](?:_\w+)?=)?[-\u2212]?")
+_MOST_BOXES, _NEAR = 64, 40  # characters before a box in which its name is
+_NAMED = re.compile(r"(?:^|[\s$(,])([A-Za-z](?:_\{?\w+\}?)?)\s*=\s*\$?\s*$")
+
+
+def boxed_answer(solution: str, together: bool = False) -> str | None:
+    """What the last \\boxed{...} or \\fbox{...} of a solution holds, also the 5 of `\\boxed 5$`.
+
+    together: with those before it that only a comma, `and` or `or` parts from it, as a list: `\\boxed{2}` and
+    `\\boxed{3}` are 2, 3, and `a=\\boxed{2}, b=\\boxed{3}` are a=2, b=3.
+    """
+    openings = list(_BOX.finditer(solution))[-_MOST_BOXES:]
     if not openings:
         return None
-    rest = solution[openings[-1].end() :]
+    content, _ = _box(solution, openings[-1].end())
+    if content is None:
+        return None
+    found, start = [_signed(content, solution, openings[-1].start())], openings[-1].start()
+    if not together:
+        return found[0]
+    names, are_alternatives = [_NAMED.search(_before(solution, start))], False
+    for opening in reversed(openings[:-1]):
+        content, end = _box(solution, opening.end())
+        joint = _JOINED.fullmatch(_BETWEEN.sub("", solution[end:start])) if end <= start else None
+        if content is None or joint is None:
+            break
+        are_alternatives = are_alternatives or "or" in joint[1]
+        start = opening.start()
+        found.append(_signed(content, solution, start))
+        names.append(_NAMED.search(_before(solution, start)))
+    if len(set(found)) == 1:
+        return found[0]
+    are_named = all(names) and len({name[1] for name in names if name}) == len(names)
+    parts = [f"{name[1]}={part}" if are_named and name else part for name, part in zip(names, found, strict=True)]
+    return (r" \text{ or } " if are_alternatives else ", ").join(reversed(parts))
+
+
+def _before(solution: str, start: int) -> str:
+    return solution[max(0, start - _NEAR) : start]
+
+
+def _signed(content: str, solution: str, start: int) -> str:
+    """With a minus that belongs to the box: behind =, $ or (, and not a dash or a bullet."""
+    is_minus = re.search(r"[=$(]\s*[-\u2212]\s*$|(?:^|\s)[-\u2212]\$?$", _before(solution, start))
+    return f"-{content}" if is_minus else content
+
+
+def _box(solution: str, start: int) -> tuple[str | None, int]:
+    """What the box whose brace is at `start` holds, and where it ends."""
+    rest = solution[start:]
     if not rest.startswith("{"):
-        return re.split(r"[\s$]", rest, maxsplit=1)[0] or None
+        bare = re.split(r"[\s$]", rest, maxsplit=1)[0]
+        return bare or None, start + len(bare)
     depth = 0
     for token in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # an escaped brace neither opens nor closes
         depth += {"{": 1, "}": -1}.get(token[0], 0)
         if depth == 0 and token[0] == "}":
-            return rest[1 : token.start()].strip() or None
-    return None
+            return rest[1 : token.start()].strip() or None, start + token.end()
+    return None, len(solution)

@@ -150,7 +150,30 @@ SOLUTION = "Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### "
         ("#### $-5", "-5", 1),
         ("#### 18 dollars", "18", 1),
         ("#### **18**", "18", 1),
-        ("#### 18 + 2 = 20", "18", 1),
+        ("#### 18 + 2 = 20", "18", 0),
+        ("#### 18 + 2 = 20", "20", 1),
+        ("#### 24 - 3 = 21", "21", 1),
+        ("#### +3", "3", 1),
+        ("#### \u22123", "-3", 1),
+        ("#### \u22123", "3", 0),
+        ("#### $\u2212$3", "-3", 1),
+        ("#### £1,140", "1140", 1),
+        ("#### 5-6", "5", 0),
+        ("#### 5 - 6", "5", 0),
+        ("#### 5\u20136", "5", 0),
+        ("#### 5-6", "6", 0),
+        ("#### 5:30", "5", 0),
+        ("#### 5:30", "30", 0),
+        ("#### 5:30", "5:30", 1),
+        ("#### 5:03", "5:30", 0),
+        ("#### 1/2", "0.5", 1),
+        ("#### 3/4", "3/4", 1),
+        ("#### 1/4", "3/4", 0),
+        ("#### 2 1/4", "2.25", 1),
+        ("#### 2 1/4", "2", 0),
+        ("#### 5/0", "5", 0),
+        ("#### 3 x 6", "3", 0),
+        ("#### 3*6", "3", 0),
         ("#### $\\boxed{18}$", "18", 1),
         ("#### __18__", "18", 1),
         ("#### .5", "0.5", 1),
@@ -174,6 +197,51 @@ SOLUTION = "Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### "
 def test_gsm8k(response, reference, expected):
     assert grade("gsm8k", response, SOLUTION + reference) == expected
     assert grade("gsm8k", response, reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        *(
+            (line, 1)
+            for line in (
+                "18 dollars",
+                "18 apples",
+                "$18",
+                "18%",
+                "18.",
+                "18 km",
+                "18 more",
+                "x = 18",
+                "18 (eighteen)",
+                "**18** dollars per day",
+                "9 + 9 = 18",
+                "$9 + $9 = $18",
+                "18 minutes",
+            )
+        ),
+        *(
+            (line, 0)
+            for line in (
+                "18 + 3",
+                "18 or 19",
+                "18 million",
+                "18k",
+                "18½",
+                "18\\frac12",
+                "18 500",
+                "18\\times 2",
+                "18π",
+                "18 out of 20",
+                "18 dollars and 50 cents",
+                "x=20, y=18",
+            )
+        ),
+    ],
+)
+def test_what_may_stand_behind_the_number_of_gsm8k(line, expected):
+    """What was counted, and nothing of the number."""
+    assert grade("gsm8k", f"#### {line}", SOLUTION + "18") == expected
 
 
 def test_gsm8k_options():
@@ -221,7 +289,7 @@ def test_math_options():
     assert grade("math", "the answer is $4$", "3", boxed=False) == 0
     assert grade("math", r"\boxed{3}", "3", thinking=True) == 0
     assert grade("math", r"thoughts</think>\boxed{3}", "3", thinking=True) == 1
-    with pytest.raises(ValueError, match="cannot parse the reference"):
+    with pytest.raises(ValueError, match="no answer in the reference"):
         grade("math", r"\boxed{3}", "")
 
 
@@ -443,8 +511,8 @@ def test_a_reward_that_cannot_be_built_stops_the_pool(misbehaving, changes, mess
 
 
 def test_math_verify_leaves_the_limit_to_the_pool():
-    """9^9^9^9 keeps sympy busy for ever; an alarm of math-verify's own would hide that behind a plain 0."""
-    with RewardPool(RewardConfig(name="math", time_limit_s=2.0)) as pool:
+    """9^9^9^9 keeps math-verify busy for ever; an alarm of math-verify's own would hide that behind a plain 0."""
+    with RewardPool(RewardConfig(name="math", options={"boxed": False}, time_limit_s=2.0)) as pool:
         answers = pool.grade(
             [request(r"\boxed{3}", "3"), request(r"\boxed{9^{9^{9^{9}}}}", "3"), request(r"\boxed{4}", "3")]
         )
