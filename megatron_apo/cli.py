@@ -342,6 +342,64 @@ def _check_worker(worker: int, workers: int) -> None:
         )
 
 
+@app.command()
+def grade(
+    reward: Annotated[
+        list[str], typer.Option(help="name of a reward, or my_module:MyReward; twice: where do two disagree?")
+    ],
+    file: Annotated[
+        str | None, typer.Option(help=".jsonl or .parquet with the columns response and answer, and perhaps prompt")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="a V* store that kept its responses; with --recipe, whose data.train it is of")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="YAML recipe, for --store")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(help="options of a reward as JSON, as '{\"strict\": false}'; one for each reward"),
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="rows to print at most")] = 20,
+    shows_all: Annotated[bool, typer.Option("--all", help="print rows that are right, or agree, as well")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one JSON object for each row, with verdicts and why")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Grade responses and say what was compared: of one reward where it is not right, of two where they disagree."""
+    import json
+
+    from megatron_apo.config import RewardConfig
+
+    if len(reward) > 2:
+        raise typer.BadParameter(f"{len(reward)} rewards; give one, or two to compare", param_hint="--reward")
+    if (file is None) == (store is None):
+        raise typer.BadParameter("give one of them", param_hint="--file, --store")
+    if store is not None and recipe is None:
+        raise typer.BadParameter("its prompts' answers are a recipe's; give --recipe as well", param_hint="--store")
+    try:
+        given = [json.loads(text) for text in options or []]
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}; give JSON, as '{{\"strict\": false}}'", param_hint="--options") from None
+    if given and (len(given) != len(reward) or not all(isinstance(one, dict) for one in given)):
+        raise typer.BadParameter(
+            f"{len(given)} for {len(reward)} rewards; give a JSON object for each", param_hint="--options"
+        )
+    if overrides and recipe is None:
+        raise typer.BadParameter("they are a recipe's; give --recipe as well", param_hint="SECTION.KEY=VALUE")
+    loaded = _load(recipe, overrides) if recipe else None
+    base = loaded.reward if loaded else RewardConfig()
+    own = given or [base.options if name == base.name else {} for name in reward]
+    configs = [base.model_copy(update={"name": name, "options": its}) for name, its in zip(reward, own, strict=True)]
+    with not_collected():
+        from megatron_apo.stages import grade as stage
+
+    if loaded is not None and store is not None:
+        rows = stage.rows_of_store(store, loaded)
+    else:
+        rows = stage.rows_of_file(file or "")
+    stage.run(configs, rows, show, shows_all, as_json)
+
+
 @app.command("run-job", hidden=True)
 def run_job(
     recipe: Annotated[str, typer.Argument()],
