@@ -9,6 +9,7 @@ from functools import lru_cache
 from itertools import product
 
 from megatron_apo.rewards.answers import values
+from megatron_apo.rewards.answers.amounts import TEXT, is_harmless, read_quantity
 from megatron_apo.rewards.answers.forms import (
     Approximate,
     Based,
@@ -19,7 +20,6 @@ from megatron_apo.rewards.answers.forms import (
     Items,
     Labelled,
     Progression,
-    Quantity,
     Ratio,
     Relation,
     Row,
@@ -27,7 +27,6 @@ from megatron_apo.rewards.answers.forms import (
     Value,
     Words,
 )
-from megatron_apo.rewards.answers.units import MONEY_SIGNS, Unit, label_words, money, read_unit
 from megatron_apo.rewards.answers.writing import FUNCTIONS, split
 
 MAX_ITEMS, MAX_DEPTH = 300, 12
@@ -60,7 +59,6 @@ _BASES = dict(zip("two three four five six seven eight nine ten eleven twelve".s
 _BASES |= {"sixteen": 16}
 _DOTS = re.compile(r"\\ldots")
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*(?:\)|(?<!\()[.:](?=\s))\s*(.*)|([A-J])", re.DOTALL)
-_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _LATEX_WORD = re.compile(r"\\[A-Za-z]+")
 # What a domain of integers begins with; none: it has no beginning.
 _INTEGERS: dict[str, int | None] = {
@@ -110,7 +108,7 @@ _ANOTHER = re.compile(r"\b[B-J]\b|\bA\b(?!\s[a-z])|\b(?:or|and|not|false|wrong|i
 
 
 def _choice(text: str, depth: int) -> Form | None:
-    bare = re.sub(r"^(?:option|choice|answer)\s+", "", _TEXT.sub(r"\1", text).strip(), flags=re.IGNORECASE)
+    bare = re.sub(r"^(?:option|choice|answer)\s+", "", TEXT.sub(r"\1", text).strip(), flags=re.IGNORECASE)
     match = _CHOICE.fullmatch(bare)
     if match is None or _ANOTHER.search(match[2] or ""):
         return None
@@ -118,7 +116,7 @@ def _choice(text: str, depth: int) -> Form | None:
 
 
 def _special(text: str, depth: int) -> Form | None:
-    opened = " ".join(_TEXT.sub(r"\1", text).lower().strip(" .").split())
+    opened = " ".join(TEXT.sub(r"\1", text).lower().strip(" .").split())
     bare = opened if re.fullmatch("[a-z ]*", opened) else ""
     if text in ("\\emptyset", "\\{\\}", "\\{ \\}") or _EMPTY.fullmatch(bare):
         return Words(("no", "solution"))
@@ -139,10 +137,10 @@ _SHORT_LIST = re.compile(r",? and |,? or |, ")
 
 def _whole_text(text: str, depth: int) -> Form | None:
     r"""What is one \text{}, or a date: a short list, a number with its unit."""
-    match = _TEXT.fullmatch(text)
+    match = TEXT.fullmatch(text)
     inner = match[1].strip() if match else text
     if _MONTH.search(inner):
-        return _words(_TEXT.sub(r"\1", text), depth)
+        return _words(TEXT.sub(r"\1", text), depth)
     if match is None:
         return None
     if found := re.fullmatch(r"(-?[\d.,/]+)(\s.*)", inner):
@@ -249,8 +247,8 @@ def _listing(text: str, depth: int) -> Form | None:
     parts = [part for part in parts if part]
     if len(parts) < 2 or len(parts) > MAX_ITEMS:
         return None
-    if all(_TEXT.fullmatch(part) or re.fullmatch(r"[A-Za-z]{3,}[A-Za-z ]*", part) for part in parts):
-        first = _TEXT.sub(r"\1", parts[0]).strip().lower()
+    if all(TEXT.fullmatch(part) or re.fullmatch(r"[A-Za-z]{3,}[A-Za-z ]*", part) for part in parts):
+        first = TEXT.sub(r"\1", parts[0]).strip().lower()
         if first in ("yes", "no", "true", "false") or re.search(r"\d", text):
             return None
     if dotted := _progression(parts):
@@ -423,7 +421,7 @@ def _names_of_row(text: str) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\s{}]", "", _TEXT.sub(r"\1", name))
+    return re.sub(r"[\s{}]", "", TEXT.sub(r"\1", name))
 
 
 def _signed(text: str, sign: re.Pattern[str]) -> list[tuple[str, str]]:
@@ -491,81 +489,8 @@ def _ratio(text: str, depth: int) -> Form | None:
     return Ratio(tuple(parts)) if len(parts) > 1 and all(parts) else None
 
 
-_AMOUNT = r"[+-]?(?:\\frac\{[^{}]*\}\{[^{}]*\}|\d[\d.,]*(?:\s*\\frac\{\d+\}\{\d+\})?(?:\s*/\s*\d+)?|\.\d+)"
-_UNIT_TEXT = (
-    r"(?:\s*(?:\\text\{[^{}]*\}(?:\s*\^\s*\{?-?\d\}?)?|/|\\cdot|(?<![A-Za-z\\])[A-Za-z]+\.?(?:\s*\^\s*\{?-?\d\}?)?))+"
-)
-_MONEY_SIGN = "|".join(map(re.escape, sorted(MONEY_SIGNS, key=len, reverse=True)))
-
-
 def _quantity(text: str, depth: int) -> Form | None:
-    if match := re.fullmatch(rf"([+-]?)\s*({_MONEY_SIGN})\s*(.*)", text, re.DOTALL):
-        amount = match[1] + match[3]
-        return Quantity(((amount, money(match[2])),)) if values.read_number(amount) else None
-    if match := re.fullmatch(rf"(.*?)\s*({_MONEY_SIGN})", text, re.DOTALL):
-        return Quantity(((match[1], money(match[2])),)) if values.read_number(match[1]) else None
-    if match := re.fullmatch(r"(.*?)\s*(\\%|%|\\text\{\s*(?:percent|per cent|%)\s*\}|percent)", text, re.DOTALL):
-        return Quantity(((match[1], Unit((("percent", 1),))),)) if match[1] else None
-    if match := re.fullmatch(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*([CF])\s*\}|([CF]))?", text, re.DOTALL):
-        if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", match[1]):
-            return None
-        letter = match[2] or match[3]
-        kind = {"C": "temperature", "F": "fahrenheit", None: "angle"}[letter]
-        return Quantity(((match[1], Unit(((kind, 1),))),)) if match[1] else None
-    amounts, place = [], 0
-    pattern = re.compile(rf"\s*(?:\\text\{{\s*(?:and)?\s*\}}|,|and)?\s*({_AMOUNT})({_UNIT_TEXT})")
-    while match := pattern.match(text, place):
-        unit = _unit_of(match[2])
-        if unit is None:
-            break
-        amounts.append((match[1], unit))
-        place = match.end()
-    if amounts and not text[place:].strip():
-        return Quantity(tuple(amounts))
-    return _labelled_amount(text)
-
-
-def _unit_of(text: str) -> Unit | None:
-    in_text = "\\text" in text
-    return read_unit(_TEXT.sub(r"\1", text), in_text)
-
-
-def _labelled_amount(text: str) -> Form | None:
-    """A value, and behind it words: a unit, or what was counted."""
-    match = re.fullmatch(
-        r"(.*?)((?:\s*\\text\{[^{}]*\}(?:\s*\^\s*\{?-?\d\}?)?(?:\s*/\s*(?=\\text))?)+)", text, re.DOTALL
-    )
-    if match is None:
-        match = re.fullmatch(r"([^A-Za-z\\]*\d|.*?\})(\s+[A-Za-z]{3,}(?:[ -][A-Za-z]+)*)", text, re.DOTALL)
-    if match is None or not match[1].strip() or "\\text" in match[1]:
-        return None
-    amount, words = match[1].strip(), match[2]
-    if amount[-1] in "=<>,+-" or re.search(r"\\(?:in|le|ge|ne|to|pm)$", amount):
-        return None
-    unit = _unit_of(words)
-    if unit is not None:
-        return Quantity(((amount, unit),))
-    plain = _TEXT.sub(r"\1", words)
-    if not _is_harmless(plain):
-        return None
-    return Quantity(((amount, None),), label_words(plain))
-
-
-_STRONG = set(
-    "not no except than least most greater less fewer more multiple multiples odd even every all or and nor only if "
-    "when where for times plus minus divided squared cubed mod modulo hundred thousand million billion percent base "
-    "pi half dozen trillion third quarter fifth tenth hundredth thousandth binary out choose remainder twice double "
-    "triple factorial root sqrt negative positive infinity between from to up down larger smaller smallest "
-    "largest".split()
-)
-
-
-def _is_harmless(words: str) -> bool:
-    """Whether what stands behind a number says what was counted, and nothing of the number."""
-    found = re.findall(r"[a-z]+", words.lower())
-    return not re.search(r"\d", words) and not _STRONG & {
-        one for word in found for one in (word, word.removesuffix("s"))
-    }
+    return read_quantity(text)
 
 
 _NEGATIONS = set(
@@ -587,17 +512,17 @@ def _sentence(text: str, depth: int) -> Form | None:
     match = re.fullmatch(r"\\text\{([^{}]*)\}(.*?)((?:\\text\{[^{}]*\})?)\s*", text, re.DOTALL)
     if match is None or not match[2].strip(" .,") or not _opens(match[1].strip()):
         return None
-    tail = _TEXT.sub(r"\1", match[3])
-    if not _is_harmless(tail):
+    tail = TEXT.sub(r"\1", match[3])
+    if not is_harmless(tail):
         return None
     return read(match[2].strip(" .,") + (match[3] if tail.strip(" .") else ""), depth + 1)
 
 
 def _words(text: str, depth: int) -> Form | None:
-    bare = _TEXT.sub(r" \1 ", text)
+    bare = TEXT.sub(r" \1 ", text)
     if _LATEX_WORD.search(bare) or re.search(r"[=<>^_+*/|{}\[\]]", bare):
         return None
-    if _TEXT.search(text) is None and (not re.search(r"[A-Za-z]{3,}", bare) or _is_product(bare)):
+    if TEXT.search(text) is None and (not re.search(r"[A-Za-z]{3,}", bare) or _is_product(bare)):
         return None
     if answer := re.match(r"\s*(yes|no|true|false)\s*(?:[,;:.]|since\b|because\b|as\b)", bare, re.IGNORECASE):
         return Words((answer[1].lower(),))
