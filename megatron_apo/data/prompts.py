@@ -201,15 +201,51 @@ def read_rows(source: str, key: str, split: str = "train", subset: str | None = 
         return
     if not Path(source).is_file():
         raise ValueError(f"{key}: {source} is not a file; give a .jsonl or .parquet file, or a hub dataset's name")
-    read = datasets.IterableDataset.from_json if file_format == "json" else datasets.IterableDataset.from_parquet
+    if file_format == "json":
+        yield from _json_rows(Path(source), key)
+        return
     try:
         with TemporaryDirectory() as cache:  # for a lock file
-            yield from read(source, cache_dir=cache)
+            yield from datasets.IterableDataset.from_parquet(source, cache_dir=cache)
     except StopIteration:
         return  # what `datasets` makes of an empty file
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise ValueError(f"{key}: {source} is not a readable {file_format} file ({reason}); write it again") from error
+
+
+def _json_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Rows of JSON, one a line or all in one list. Numbers keep their digits, whatever a float makes of them, and a
+    column may hold in each row what it likes."""
+
+    def parse(text: str, where: str) -> Any:
+        try:
+            return json.loads(text, parse_float=str)
+        except (ValueError, RecursionError) as error:
+            reason = f"{where}{one_line(error)}"
+            raise ValueError(f"{key}: {path} is not a readable json file ({reason}); write it again") from error
+
+    def check(row: Any, number: int) -> dict[str, Any]:
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{key}: {path} is not a readable json file (row {number} is a {type(row).__name__}, not an object); "
+                "write it again"
+            )
+        return row
+
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            is_list = next((line.lstrip()[0] for line in file if line.strip()), "") == "["
+            file.seek(0)
+            if is_list:
+                rows = parse(file.read(), "")
+                yield from (check(row, number) for number, row in enumerate(rows))
+                return
+            lines = (line for line in file if line.strip())
+            for number, line in enumerate(lines):
+                yield check(parse(line, f"row {number}: "), number)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{key}: {path} is not a readable json file ({error}); write it again") from error
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -230,9 +266,10 @@ def _file_format(source: str) -> str | None:
 
 
 def row_text(row: dict[str, Any], columns: Iterable[str], key: str, source: str, index: int) -> str:
-    """The text of the first of `columns` that a row has. Raises `ValueError` naming `key`, the recipe's key for it."""
+    """The text of the first of `columns` that a row has; `reward_model.ground_truth` is a column within a column.
+    Raises `ValueError` naming `key`, the recipe's key for it."""
     column = _present(row, columns, key, source)
-    value = row[column]
+    value = _value_of(row, column)
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
         raise ValueError(
             f"{key}: row {index} of {source} has {repr(value)[:200]} in {column!r}, not text; name a column of text"
@@ -244,17 +281,33 @@ def _row_answer(row: dict[str, Any], data: DataConfig, columns: RowFormat, sourc
     """The reference answer of a row; None where a row of a preset has none: null, NaN, or no answer in its text."""
     key = column_key(data, "answer_column")
     column = _present(row, columns.answers, key, source)
-    value = row[column]
+    value = _value_of(row, column)
     if data.preset and (value is None or value != value):
         return None
     return columns.answers[column](row_text(row, [column], key, source, index))
 
 
 def _present(row: dict[str, Any], columns: Iterable[str], key: str, source: str) -> str:
-    column = next((name for name in columns if name in row), None)
+    column = next((name for name in columns if _value_of(row, name) is not _ABSENT), None)
     if column is None:
-        raise ValueError(f"{key}: {_any_of(columns)} is not a column of {source}; use one of {', '.join(row)}")
+        names = (f"{name}.{inner}" if inner else name for name, value in row.items() for inner in _inner(value))
+        raise ValueError(f"{key}: {_any_of(columns)} is not a column of {source}; use one of {', '.join(names)}")
     return column
+
+
+_ABSENT = object()
+
+
+def _value_of(row: dict[str, Any], column: str) -> Any:
+    """Of a column, or of one within a column; `_ABSENT` where there is none."""
+    if column in row:
+        return row[column]
+    outer, dot, inner = column.partition(".")
+    return _value_of(row[outer], inner) if dot and isinstance(row.get(outer), dict) else _ABSENT
+
+
+def _inner(value: Any) -> Iterable[str]:
+    return value if isinstance(value, dict) and value else [""]
 
 
 def _any_of(columns: Iterable[str]) -> str:

@@ -296,6 +296,67 @@ def test_a_missing_file(tokenizer, tmp_path):
         next(read_rows(absent, "warmup.data"))
 
 
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("12345678901234567890123", "12345678901234567890123"),
+        ("0.00001", "0.00001"),
+        ("18.0", "18.0"),
+        ("1.10", "1.10"),
+        ("1e-7", "1e-7"),
+        ('"2024-05-01"', "2024-05-01"),
+        ('"007"', "007"),
+        ("-3", "-3"),
+        ('"18"', "18"),
+        ('"2\\u2009500"', "2\u2009500"),
+    ],
+)
+def test_an_answer_is_what_is_written(tmp_path, tokenizer, answer, text):
+    """Whatever the others of its column are."""
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "1", "answer": "x"}}\n\n{{"prompt": "2", "answer": {answer}}}\n')
+    assert [prompt.answer for prompt in load(str(tmp_path / "a.jsonl"), tokenizer).prompts] == ["x", text]
+    (tmp_path / "b.json").write_text(f'\ufeff [{{"prompt": "2",\n "answer": {answer}}}]')
+    assert [prompt.answer for prompt in load(str(tmp_path / "b.json"), tokenizer).prompts] == [text]
+
+
+def test_a_column_that_is_not_used_may_hold_anything(tmp_path, tokenizer):
+    odd = [None] * 50 + ["text", 1, [1, "a"], {"x": {}}, [], 1.5, True, {"y": 1}]
+    source = write_jsonl(tmp_path / "odd.jsonl", [{"prompt": "1", "answer": "1", "extra": one} for one in odd])
+    assert len(load(source, tokenizer).prompts) == len(odd)
+
+
+def test_a_column_within_a_column(tmp_path, tokenizer):
+    """As verl writes them."""
+    row = {"prompt": "1", "reward_model": {"style": "rule", "ground_truth": 7}, "extra_info": {"a": {"answer": "8"}}}
+    source = write_jsonl(tmp_path / "verl.jsonl", [row])
+    for column, answer in (("reward_model.ground_truth", "7"), ("extra_info.a.answer", "8")):
+        assert load(source, tokenizer, answer_column=column).prompts[0].answer == answer
+    assert refusal(source, tokenizer, answer_column="reward_model.truth") == (
+        f"data.answer_column: 'reward_model.truth' is not a column of {source}; use one of prompt, reward_model.style, "
+        "reward_model.ground_truth, extra_info.a"
+    )
+    dotted = write_jsonl(tmp_path / "dotted.jsonl", [{"prompt": "1", "a.b": "9", "a": {"b": "10"}}])
+    assert load(dotted, tokenizer, answer_column="a.b").prompts[0].answer == "9"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"prompt": "1", "answer": "1"}\n{"prompt": ', "row 1: "),
+        ('{"prompt": "1", "answer": "1"}\n[1, 2]\n', "row 1 is a list, not an object"),
+        ("[1, 2]", "row 0 is a int, not an object"),
+        ("[", "Expecting value"),
+        ("\x00", "row 0: "),
+        ('{"prompt": "1", "answer": ' + "[" * 100000, "row 0: "),
+        ('{"prompt": "1", "answer": ' + "9" * 5000 + "}", "row 0: Exceeds the limit"),
+    ],
+)
+def test_json_that_is_none(tmp_path, tokenizer, text, says):
+    (tmp_path / "a.json").write_text(text)
+    message = refusal(str(tmp_path / "a.json"), tokenizer)
+    assert message.startswith(f"data.train: {tmp_path / 'a.json'} is not a readable json file ({says}")
+
+
 def test_a_missing_column(source, tokenizer):
     message = refusal(source, tokenizer, prompt_column="question")
     assert message == f"data.prompt_column: 'question' is not a column of {source}; use one of prompt, answer"
