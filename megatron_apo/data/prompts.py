@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _RENDER_ROWS = 1024  # rows tokenized in one call
 
+Messages = list[dict[str, str]]  # each {"role", "content"}
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -54,6 +56,7 @@ class PromptRenderer:
     The text first takes its place in data.prompt_format, or the preset's. Then
     raw: as it is, with the special tokens the tokenizer adds by itself (a BOS, say).
     chat: as the user's message, after data.system, in the tokenizer's chat template, ready for the assistant's turn.
+    A row may also have the messages themselves, for chat: the last, the user's, takes its place in the format.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig):
@@ -70,16 +73,14 @@ class PromptRenderer:
         if data.system is not None:
             self._check_system(data.system)
 
-    def render(self, row_text: str) -> tuple[str, tuple[int, ...]]:
+    def render(self, row: str | Messages) -> tuple[str, tuple[int, ...]]:
         """The text the model sees, and its token ids."""
-        return self.render_all([row_text])[0]
+        return self.render_all([row])[0]
 
-    def render_all(self, row_texts: Sequence[str]) -> list[tuple[str, tuple[int, ...]]]:
+    def render_all(self, rows: Sequence[str | Messages]) -> list[tuple[str, tuple[int, ...]]]:
         """`render` of many rows in one call of the tokenizer."""
         chat = self._data.template == "chat"
-        texts = [self._format.show(text) for text in row_texts]
-        if chat:
-            texts = [self._in_chat(text) for text in texts]
+        texts = [self._in_chat(row) if chat else self._plain(row) for row in rows]
         # A chat template writes the special tokens itself.
         ids = self._tokenizer(texts, add_special_tokens=not chat)["input_ids"]
         return [(text, tuple(tokens)) for text, tokens in zip(texts, ids, strict=True)]
@@ -102,10 +103,20 @@ class PromptRenderer:
             "thinking": thinking,
         }
 
-    def _in_chat(self, text: str) -> str:
+    def _plain(self, row: str | Messages) -> str:
+        if not isinstance(row, str):
+            raise ValueError("data.template: raw, but a prompt is a list of messages; use chat")
+        return self._format.show(row)
+
+    def _in_chat(self, row: str | Messages) -> str:
         switch: dict[str, Any] = {} if self._data.thinking is None else {"enable_thinking": self._data.thinking}
-        messages = [{"role": "user", "content": text}]
+        *before, last = [{"role": "user", "content": row}] if isinstance(row, str) else row
+        messages = [*before, last | {"content": self._format.show(last["content"])}]
         if self._data.system is not None:
+            if messages[0]["role"] == "system":
+                raise ValueError(
+                    f"data.system: {self._data.system!r}, but a prompt has a system message of its own; use null"
+                )
             messages.insert(0, {"role": "system", "content": self._data.system})
         rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
         assert isinstance(rendered, str)
@@ -144,7 +155,7 @@ def load_prompts(
     unanswered: dict[str, int] = {}
     dataset_hash = hashlib.sha256()
     while block := list(islice(rows, _RENDER_ROWS)):
-        texts = [row_text(row, columns.prompts, prompt_key, source, index) for index, row in block]
+        texts = [_row_prompt(row, columns.prompts, prompt_key, source, index) for index, row in block]
         answers = [_row_answer(row, data, columns, source, index) for index, row in block]
         rendered = renderer.render_all(texts)
         for (index, _), text, answer, (shown, token_ids) in zip(block, texts, answers, rendered, strict=True):
@@ -275,6 +286,23 @@ def row_text(row: dict[str, Any], columns: Iterable[str], key: str, source: str,
             f"{key}: row {index} of {source} has {repr(value)[:200]} in {column!r}, not text; name a column of text"
         )
     return str(value)
+
+
+def _row_prompt(row: dict[str, Any], columns: Iterable[str], key: str, source: str, index: int) -> str | Messages:
+    """A prompt's text, or its messages, the last of which is the user's."""
+    value = _value_of(row, _present(row, columns, key, source))
+    if not isinstance(value, list):
+        return row_text(row, columns, key, source, index)
+    are_messages = all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+        for one in value
+    )
+    if not value or not are_messages or value[-1]["role"] != "user":
+        raise ValueError(
+            f"{key}: row {index} of {source} has {repr(value)[:200]}, neither text nor messages, each with role "
+            "and content, of which the last is the user's; write it so"
+        )
+    return [{"role": one["role"], "content": one["content"]} for one in value]
 
 
 def _row_answer(row: dict[str, Any], data: DataConfig, columns: RowFormat, source: str, index: int) -> str | None:

@@ -134,6 +134,40 @@ def test_chat_template_and_its_thinking_switch(chat_tokenizer, source, thinking,
     assert chat_tokenizer.decode(ids) == rendered
 
 
+MESSAGES = [("system", "1+"), ("user", "2="), ("assistant", "3+"), ("user", "4")]
+
+
+def messages(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def test_a_prompt_may_be_messages(chat_tokenizer, tmp_path):
+    rows = [{"prompt": messages(*MESSAGES), "answer": "7"}, {"prompt": messages(("user", "5")), "answer": "5"}]
+    source = write_jsonl(tmp_path / "messages.jsonl", rows)
+    found = load(source, chat_tokenizer, template="chat", prompt_format="{prompt}+0")
+    assert [prompt.text for prompt in found.prompts] == ["1+2=3+4+0=", "5+0="]
+    assert len({prompt.prompt_id for prompt in found.prompts}) == 2
+    alone = write_jsonl(tmp_path / "alone.jsonl", rows[1:])
+    assert load(alone, chat_tokenizer, template="chat", system="8+").prompts[0].text == "8+5="
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "says"),
+    [
+        (messages(*MESSAGES), {"template": "raw"}, "data.template: raw, but a prompt is a list of messages; use chat"),
+        (messages(*MESSAGES), {"system": "8+"}, "data.system: '8+', but a prompt has a system message of its own"),
+        (messages(*MESSAGES[:3]), {}, "data.prompt_column: row 0 of"),  # the assistant's turn is the last
+        ([], {}, "data.prompt_column: row 0 of"),
+        ([{"role": "user"}], {}, "data.prompt_column: row 0 of"),
+        ([{"role": "user", "content": 5}], {}, "data.prompt_column: row 0 of"),
+        (["1"], {}, "data.prompt_column: row 0 of"),
+    ],
+)
+def test_messages_that_are_no_prompt(chat_tokenizer, tmp_path, prompt, changes, says):
+    source = write_jsonl(tmp_path / "messages.jsonl", [{"prompt": prompt, "answer": "7"}])
+    assert refusal(source, chat_tokenizer, **({"template": "chat"} | changes)).startswith(says)
+
+
 def test_special_tokens_are_added_once():
     """raw: the tokenizer's BOS; chat: the one the template writes, and no second."""
     from tokenizers import processors
