@@ -258,11 +258,11 @@ class DataConfig(Section):
         json_schema_extra=behind_fingerprint("dataset_hash"),
         description="split to read when the source is a hub dataset",
     )
-    preset: Literal["gsm8k", "math", "aime", "openr1", "deepscaler"] | None = Field(
+    preset: Literal["gsm8k", "math", "aime", "openr1", "deepscaler", "verl", "trl", "openrlhf"] | None = Field(
         None,
         json_schema_extra=behind_fingerprint("dataset_hash", "template_hash"),
-        description="public dataset whose columns and prompt_format apply (for reward math; gsm8k: for reward gsm8k); "
-        "its rows without an answer are counted, listed and left out",
+        description="public dataset whose columns and prompt_format apply (for reward math; gsm8k: for reward gsm8k), "
+        "or columns as verl, trl or openrlhf have them; its rows without an answer are counted, listed and left out",
     )
     prompt_column: str | None = Field(
         None,
@@ -900,6 +900,7 @@ class Recipe(Section):
             )
         found += parallel.problems(self.model)
         found += self.model.problems()
+        found += self._asking_problems()
         found += self._interleaving_problems()
         multiple = self.micro_batch_alignment
         padded = aligned(self.max_sequence_tokens, multiple)
@@ -934,6 +935,19 @@ class Recipe(Section):
         found += self.optimizer.problems(self.model)
         found += train.problems(self.model, self.optimizer)
         return found
+
+    def _asking_problems(self) -> list[str]:
+        """A preset that asks for an answer in a form that the reward does not look for."""
+        data, reward = self.data, self.reward.name
+        asks = {"gsm8k": "gsm8k", "math": "math", "aime": "math", "openr1": "math", "deepscaler": "math"}
+        fitting = asks.get(data.preset or "")
+        if fitting is None or data.prompt_format is not None or reward == fitting or reward not in asks.values():
+            return []
+        forms = {"gsm8k": "a number after ####", "math": "\\boxed{}"}
+        return [
+            f"reward.name: {reward} looks for {forms[reward]}, and data.preset={data.preset} asks for {forms[fitting]};"
+            f" use reward.name={fitting}, or a data.prompt_format of your own"
+        ]
 
     def _interleaving_problems(self) -> list[str]:
         """The interleaved schedule runs packed micro-batches in groups of pp; a replica's sequences must divide."""

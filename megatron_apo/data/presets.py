@@ -6,8 +6,11 @@
                 and aime25, opencompass/AIME2025, MathArena/aime_2025, MathArena/hmmt_feb_2025
     openr1      open-r1/OpenR1-Math-220k                                                        reward math
     deepscaler  agentica-org/DeepScaleR-Preview-Dataset                                         reward math
+    verl        verl's files: prompt as messages, reward_model.ground_truth                     any: rows ask themselves
+    trl         TRL's: prompt as text or messages, answer, solution or ground_truth             any
+    openrlhf    OpenRLHF's: input or context_messages, label or answer                          any
 
-A preset asks the model for the form of answer that its reward looks for.
+A preset of a dataset asks the model for the form of answer that its reward looks for.
 """
 
 from __future__ import annotations
@@ -74,6 +77,10 @@ def _not_a_proof(answer: str) -> str | None:
     return None if answer.strip().lower() in ("proof", "notfound") else _stated(answer)
 
 
+def _boxed_or_stated(solution: str) -> str | None:
+    return boxed_answer(solution) or _stated(solution)
+
+
 PLAIN = RowFormat(("prompt",), {"answer": str}, "{prompt}")
 PRESETS = {
     "gsm8k": RowFormat(("question",), {"answer": _marked}, _MARKED),
@@ -85,4 +92,9 @@ PRESETS = {
     ),
     "openr1": RowFormat(("problem",), {"answer": _not_a_proof}, _BOXED),
     "deepscaler": RowFormat(("problem",), {"answer": _stated}, _BOXED),
+    "verl": RowFormat(("prompt",), {"reward_model.ground_truth": _stated, "extra_info.answer": _stated}, "{prompt}"),
+    "trl": RowFormat(
+        ("prompt",), {"answer": _stated, "ground_truth": _stated, "solution": _boxed_or_stated}, "{prompt}"
+    ),
+    "openrlhf": RowFormat(("input", "context_messages", "prompt"), {"label": _stated, "answer": _stated}, "{prompt}"),
 }

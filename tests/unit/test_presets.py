@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_apo.config import DataConfig, build_recipe
+from megatron_apo.config import DataConfig, RecipeError, build_recipe
 from megatron_apo.data.presets import PRESETS, boxed_answer, row_format
 from megatron_apo.data.prompts import PromptRenderer, load_prompts
 from megatron_apo.rewards import GradeRequest, get_reward
@@ -95,6 +95,30 @@ SCHEMAS = {
 }
 
 
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+CHAT_TEXT = "<system>Be brief.\n<user>1+1?\n<assistant>"
+# As other trainers write them: (preset, a row, its prompt in TEMPLATE, its answer)
+LAYOUTS = {
+    "verl": (
+        "verl",
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": CHAT,
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": "2"},
+            "extra_info": {"split": "train", "index": 0, "answer": "1+1=2 #### 2", "question": "1+1?"},
+        },
+        CHAT_TEXT,
+        "2",
+    ),
+    "verl, no model": ("verl", {"prompt": CHAT, "extra_info": {"answer": 2}}, CHAT_TEXT, "2"),
+    "trl": ("trl", {"prompt": CHAT, "solution": "It is $\\boxed{2}$."}, CHAT_TEXT, "2"),
+    "trl, text": ("trl", {"prompt": "1+1?", "ground_truth": 2}, "<user>1+1?\n<assistant>", "2"),
+    "openrlhf": ("openrlhf", {"input": "1+1?", "label": "2"}, "<user>1+1?\n<assistant>", "2"),
+    "openrlhf, messages": ("openrlhf", {"context_messages": CHAT, "answer": "2"}, CHAT_TEXT, "2"),
+}
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token per byte."""
@@ -126,6 +150,30 @@ def refusal(source, tokenizer, **changes):
         load(source, tokenizer, **changes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "reward", "fitting"),
+    [("gsm8k", "math", "gsm8k"), ("math", "gsm8k", "math"), ("openr1", "gsm8k", "math"), ("aime", "gsm8k", "math")],
+)
+def test_a_reward_that_looks_for_what_the_preset_does_not_ask_for(preset, reward, fitting):
+    paths = ["model.path=m", "data.train=t", "vstar.dir=v"]
+    given = [*paths, f"data.preset={preset}", f"reward.name={reward}"]
+    with pytest.raises(RecipeError) as caught:
+        build_recipe({}, given)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"reward.name: {reward} looks for ") and f"use reward.name={fitting}, or a" in problem
+    for fit in ([f"reward.name={fitting}"], ["data.prompt_format='{prompt} Say it.'"], ["reward.name=my:Own"]):
+        build_recipe({}, [*given, *fit])
+    build_recipe({}, [*paths, "data.preset=verl", f"reward.name={reward}"])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(("preset", "row", "shown", "answer"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_of_other_trainers(preset, row, shown, answer, suffix, tokenizer, tmp_path):
+    source = write(tmp_path / f"rows{suffix}", [row, row])
+    loaded = load(source, tokenizer, preset=preset, template="chat")
+    assert [(prompt.text, prompt.answer) for prompt in loaded.prompts] == [(shown, answer)] * 2
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -312,6 +360,7 @@ def test_warm_start_pairs_are_shown_in_the_same_way(tokenizer, tmp_path):
         "vstar.dir=v",
         f"warmup.start={tmp_path}/start",
         f"warmup.data={pairs}",
+        "reward.name=gsm8k",
     ]
     sets += ["data.preset=gsm8k", "data.system=Count."]
     recipe = build_recipe({}, sets)
