@@ -476,7 +476,8 @@ def test_system_messages_that_would_be_lost():
         ),
         (
             "data.preset=gsm",
-            "data.preset: 'gsm' is not allowed; use 'gsm8k', 'math', 'aime', 'openr1' or 'deepscaler'",
+            "data.preset: 'gsm' is not allowed; use 'gsm8k', 'math', 'aime', 'openr1', 'deepscaler', 'verl', 'trl' or "
+            "'openrlhf'",
         ),
     ],
 )
