@@ -24,8 +24,6 @@ _LONGEST = 300  # characters of a number
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?![\d:])")
 _PLAIN = re.compile(r"\s*(-?\d{1,300})\s*$")  # most of them
 _DECORATION = re.compile(r"[\s*_`~$\\({\[]*(?:boxed|text)?[\s*_`~$({\[]*")  # of markdown and LaTeX
-
-
 _Found = Decimal | Fraction | int | str
 
 
@@ -34,8 +32,8 @@ class Gsm8kReward:
 
     The reference is the number after `####` in the dataset's answer column (or a bare number). strict: the response
     must mark its number with `####` too, and the last mark counts; otherwise its last number counts. Of `24 - 3 = 21`
-    it is 21; `5-6`, `2 x 3` and `1e9` are no number; 5:30 is a time of day. thinking: a
-    response without a closing think tag is wrong. Raises `ValueError` for a reference without a number.
+    it is 21; `5-6`, `2 x 3` and `1e9` are no number; 5:30 is a time of day. thinking: a response without a closing
+    think tag is wrong. Raises `ValueError` for a reference without a number.
     """
 
     name = "gsm8k"
@@ -97,9 +95,9 @@ def _last_number(text: str) -> _Found | None:
 
 def _value(match: re.Match[str]) -> Decimal | Fraction | None:
     sign, inner_sign, whole, number, fraction, below = match.groups()
-    value: Decimal | Fraction = Decimal(f"{number.replace(',', '')}{fraction}")
     if len(match[0]) > _LONGEST:
         return None
+    value: Decimal | Fraction = Decimal(f"{number.replace(',', '')}{fraction}")
     if below is not None:
         if not int(below):
             return None

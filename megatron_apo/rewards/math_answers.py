@@ -10,7 +10,7 @@ from megatron_apo.rewards import Explanation, GradeRequest
 from megatron_apo.rewards.answers.forms import Form, Items
 from megatron_apo.rewards.answers.reading import read
 from megatron_apo.rewards.answers.same import same
-from megatron_apo.rewards.answers.values import math_verify
+from megatron_apo.rewards.answers.values import by_math_verify, math_verify
 from megatron_apo.rewards.answers.writing import tidy
 from megatron_apo.rewards.text import CLOSING_TAG, answer_part, boxed_answer
 
@@ -81,4 +81,4 @@ def _found_anywhere(reference: str, text: str) -> bool:
     module = math_verify()
     config = [module.LatexExtractionConfig(boxed_match_priority=0), module.ExprExtractionConfig()]
     found = [module.parse(one, config, parsing_timeout=None) for one in (f"\\boxed{{{reference}}}", text)]
-    return bool(module.verify(*found, timeout_seconds=None))
+    return by_math_verify(*found)

@@ -81,9 +81,17 @@ def _box(solution: str, start: int) -> tuple[str | None, int]:
     if not rest.startswith("{"):
         bare = re.split(r"[\s$]", rest, maxsplit=1)[0]
         return bare or None, start + len(bare)
-    depth = 0
-    for token in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # an escaped brace neither opens nor closes
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if depth == 0 and token[0] == "}":
-            return rest[1 : token.start()].strip() or None, start + token.end()
+    end = closing_brace(rest)
+    if end >= 0:
+        return rest[1:end].strip() or None, start + end + 1
     return None, len(solution)
+
+
+def closing_brace(text: str) -> int:
+    """Where the brace is closed that `text` begins with; -1 if it is not. An escaped brace neither opens nor closes."""
+    depth = 0
+    for token in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0:
+            return token.start()
+    return -1

@@ -26,7 +26,7 @@ ROWS = [
 
 def grade(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megatron_apo.cli", "grade", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=None)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 
 from megatron_apo.rewards.answers import values
 from megatron_apo.rewards.answers.amounts import TEXT, is_harmless, read_quantity
@@ -38,6 +38,7 @@ _SETMINUS = re.compile(r"\s*\\(?:setminus|backslash|smallsetminus)(?![A-Za-z])\s
 _CUP = re.compile(r"\s*\\cup\s*")
 _EQUALS = re.compile(r"(?<![<>:\\])\s*=\s*")
 _ORDER = re.compile(r"\s*(<|>|\\le(?![A-Za-z])|\\ge(?![A-Za-z]))\s*")
+_CLOSING = {"(": ")", "[": "]"}
 _OTHER_RELATION = re.compile(r"\s*(\\ne|\\in|\\equiv|\\notin|\\subset|\\parallel|\\perp|\\sim|\\to)(?![A-Za-z])\s*")
 _GREEK = (
     r"\\(?:alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|"
@@ -57,6 +58,7 @@ _SUBSCRIPTED = re.compile(
 _BASE_WORDS = re.compile(r"\(?([0-9A-Fa-f]+)\)?\s*(?:\\text\{)?\s*(?:in )?base[- ](?:\}\s*)?(\w+)\s*\}?")
 _BASES = dict(zip("two three four five six seven eight nine ten eleven twelve".split(), range(2, 13), strict=True))
 _BASES |= {"sixteen": 16}
+_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 _DOTS = re.compile(r"\\ldots")
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*(?:\)|(?<!\()[.:](?=\s))\s*(.*)|([A-J])", re.DOTALL)
 _LATEX_WORD = re.compile(r"\\[A-Za-z]+")
@@ -69,6 +71,7 @@ _INTEGERS: dict[str, int | None] = {
 }
 _INTEGERS |= dict.fromkeys((r"\mathbb{Z}^+", r"\mathbb{Z}^{+}", r"\mathbb{Z}_{>0}"), 1)
 _INTEGERS |= dict.fromkeys((r"\mathbb{Z}_{\ge 0}", r"\mathbb{Z}_{\ge0}"), 0)
+_FIRST = {"positive": 1, None: None}  # the same of integers that are called so
 _EMPTY = re.compile(
     r"(?:there (?:is|are) )?(?:no (?:real |integer |such |positive )*(?:solutions?|roots?|values?|integers?)|none|"
     r"(?:the )?empty set|no such)"
@@ -84,10 +87,7 @@ def read(text: str, depth: int = 0) -> Form:
     text = re.sub(r"^(?:=|\\approx(?![A-Za-z]))\s*", "", text)
     if depth > MAX_DEPTH or len(text) > 4 * values.MAX_LENGTH:
         return Value(text)
-    for reader in (_exact_with_approximation, _number, _choice, _special, _whole_text, _environment, _family, _listing):
-        if (found := reader(text, depth)) is not None:
-            return found
-    for reader in (_set, _union, _bracketed, _sentence, _relation, _based, _ratio, _quantity, _words, _plus_minus):
+    for reader in _READERS:
         if (found := reader(text, depth)) is not None:
             return found
     return Value(text)
@@ -131,7 +131,8 @@ def _special(text: str, depth: int) -> Form | None:
     return None
 
 
-_MONTH = re.compile(r"\b(?:January|February|March|April|May|June|July|August|September|October|November|December)\b")
+MONTHS = "January February March April May June July August September October November December".split()
+_MONTH = re.compile(rf"\b(?:{'|'.join(MONTHS)})\b")
 _SHORT_LIST = re.compile(r",? and |,? or |, ")
 
 
@@ -213,11 +214,11 @@ def _family(text: str, depth: int) -> Form | None:
         elif first is not None:
             start = int(first)
         else:
-            start = {"positive": 1, None: None}.get(kind, 0)
+            start = _FIRST.get(kind, 0)
         body = text[: match.start()]
     elif match := _PARAMETER_IN_WORDS.search(text):
         kind, parameter = match.groups()
-        start = {"positive": 1, None: None}.get(kind, 0)
+        start = _FIRST.get(kind, 0)
         body = text[: match.start()]
     else:
         return None
@@ -228,14 +229,13 @@ def _family(text: str, depth: int) -> Form | None:
     expressions, names = [], set()
     for part in parts:
         *left, expression = split(part, _EQUALS)
-        if len(left) > 1 or not all(map(_VARIABLE.fullmatch, left)) or any(_has_name(one, parameter) for one in left):
+        if len(left) > 1 or not all(map(_VARIABLE.fullmatch, left)) or any(has_letter(one, parameter) for one in left):
             return None  # a function of the parameter, or an equation
         names |= set(left)
         expressions += _expanded(expression)
     if len(names) > 1:
         return None
-    has = [one for one in expressions if re.search(rf"(?<![A-Za-z\\]){parameter}(?![A-Za-z])", one)]
-    if not expressions or len(has) != len(expressions):
+    if not expressions or not all(has_letter(one, parameter) for one in expressions):
         return None
     return Family(tuple(expressions), parameter, start)
 
@@ -284,14 +284,13 @@ def _progression(parts: list[str]) -> Form | None:
         return None
     shown, last = parts[: places[0]], parts[places[0] + 1 :]
     numbers = [values.read_number(part) for part in [*shown, *last]]
-    if last and len(last) == 1 and all(numbers):
-        found = [one.value for one in numbers if one]
-        step = found[1] - found[0] if len(shown) > 1 else Fraction(1)
-        regular = all(b - a == step for a, b in zip(found[: len(shown)], found[1 : len(shown)], strict=False))
-        if regular and step and (found[-1] - found[0]) / step == int((found[-1] - found[0]) / step):
-            count = int((found[-1] - found[0]) / step) + 1
-            if len(shown) < count <= MAX_ITEMS:
-                return Items(tuple(Value(str(found[0] + step * index)) for index in range(count)))
+    if len(last) == 1 and all(numbers):
+        *begun, end = (one.value for one in numbers if one)
+        step = begun[1] - begun[0] if len(begun) > 1 else Fraction(1)
+        if step and all(b - a == step for a, b in pairwise(begun)):
+            count = (end - begun[0]) / step + 1
+            if count.denominator == 1 and len(begun) < count <= MAX_ITEMS:
+                return Items(tuple(Value(str(begun[0] + step * index)) for index in range(int(count))))
     return Progression(tuple(shown), tuple(last))
 
 
@@ -356,10 +355,8 @@ def _bracketed(text: str, depth: int) -> Form | None:
         if len(parts) == 1 and parts[0] and brackets in ("()", "[]"):
             return read(parts[0], depth + 1)
         return None
-    if re.search(r"\\[pm][mp](?![A-Za-z])", text):
-        alternatives = _expanded(text)
-        if len(alternatives) > 1:
-            return Items(tuple(read(one, depth + 1) for one in alternatives))
+    if (both := _plus_minus(text, depth)) is not None:
+        return both
     if len(parts) == 2 and (brackets in ("(]", "[)") or "\\infty" in text):
         return Interval(parts[0], parts[1], brackets)
     return Row(tuple(read(part, depth + 1) for part in parts), brackets)
@@ -379,7 +376,7 @@ def _relation(text: str, depth: int) -> Form | None:
         return _inequality(chain)
     if len(chain := _signed(text, _OTHER_RELATION)) > 1:
         (left, _), (right, sign) = chain[0], chain[1]
-        if len(chain) == 2 and sign == "\\ne" and re.fullmatch("[A-Za-z]", left) and not _has_name(right, left):
+        if len(chain) == 2 and sign == "\\ne" and re.fullmatch("[A-Za-z]", left) and not has_letter(right, left):
             return _without(Interval("-\\infty", "\\infty", "()"), read(right)) or Relation(left, sign, right)
         if len(chain) == 2 and sign == "\\in" and _is_name(left):
             return Labelled(left, read(right, depth + 1), (left, right))
@@ -409,7 +406,7 @@ def _relation(text: str, depth: int) -> Form | None:
 
 
 def _is_name(text: str) -> bool:
-    if text in ("\\pi", "e", "i") or _NEGATIONS & set(re.findall(r"[a-z]+", text.lower())):
+    if text in ("\\pi", "e", "i") or _negates(text):
         return False
     return bool(_NAME.fullmatch(text.strip()))
 
@@ -449,20 +446,21 @@ def _inequality(chain: list[tuple[str, str]]) -> Form | None:
         signs = ["<" if sign == ">" else "\\le" for sign in signs]
     ends = ["(" if sign == "<" else "[" for sign in signs]
     if len(parts) == 3 and _VARIABLE.fullmatch(parts[1]):
-        return Interval(parts[0], parts[2], ends[0] + {"(": ")", "[": "]"}[ends[1]], _plain(parts[1]))
+        return Interval(parts[0], parts[2], ends[0] + _CLOSING[ends[1]], _plain(parts[1]))
     if len(parts) == 2:
         absolute = re.fullmatch(r"\|([A-Za-z])\|", parts[0])
         if absolute and values.read_number(parts[1]):
             return Interval(f"-{parts[1]}", parts[1], {"(": "()", "[": "[]"}[ends[0]], absolute[1])
-        if _VARIABLE.fullmatch(parts[0]) and not _has_name(parts[1], parts[0]):
-            return Interval("-\\infty", parts[1], "(" + {"(": ")", "[": "]"}[ends[0]], _plain(parts[0]))
-        if _VARIABLE.fullmatch(parts[1]) and not _has_name(parts[0], parts[1]):
+        if _VARIABLE.fullmatch(parts[0]) and not has_letter(parts[1], parts[0]):
+            return Interval("-\\infty", parts[1], "(" + _CLOSING[ends[0]], _plain(parts[0]))
+        if _VARIABLE.fullmatch(parts[1]) and not has_letter(parts[0], parts[1]):
             return Interval(parts[0], "\\infty", ends[0] + ")", _plain(parts[1]))
         return Relation(parts[0], signs[0], parts[1])
     return Relation(parts[0], " ".join(signs), " | ".join(parts[1:]))
 
 
-def _has_name(text: str, name: str) -> bool:
+def has_letter(text: str, name: str) -> bool:
+    """Whether an expression has a letter, which is no part of a word."""
     return bool(re.search(rf"(?<![A-Za-z\\]){re.escape(name)}(?![A-Za-z])", text))
 
 
@@ -502,9 +500,13 @@ _OPENS = re.compile(
 )
 
 
+def _negates(words: str) -> bool:
+    return bool(_NEGATIONS & set(re.findall(r"[a-z]+", words.lower())))
+
+
 def _opens(words: str) -> bool:
     """Whether words lead to an answer, and say nothing else of it."""
-    return bool(_OPENS.search(words)) and not _NEGATIONS & set(re.findall(r"[a-z]+", words.lower()))
+    return bool(_OPENS.search(words)) and not _negates(words)
 
 
 def _sentence(text: str, depth: int) -> Form | None:
@@ -544,7 +546,7 @@ def _plus_minus(text: str, depth: int) -> Form | None:
 
 def _expanded(text: str) -> list[str]:
     r"""Of what has a \pm, all that it can be; a \mp goes with them all."""
-    signs = re.findall(r"\\(pm|mp)(?![A-Za-z])", text)
+    signs = _PLUS_MINUS.findall(text)
     if not signs or len(signs) > 4:
         return [text]
     choices: Iterable[Iterable[str]] = product("+-", repeat=len(signs))
@@ -554,6 +556,28 @@ def _expanded(text: str) -> list[str]:
     for chosen in choices:
         one = text
         for sign in chosen:
-            one = re.sub(r"\\(?:pm|mp)(?![A-Za-z])", sign, one, count=1)
+            one = _PLUS_MINUS.sub(sign, one, count=1)
         found.append(re.sub(r"(^|[(,=\[{])\s*\+", r"\1", one).strip())
     return found
+
+
+_READERS = (
+    _exact_with_approximation,
+    _number,
+    _choice,
+    _special,
+    _whole_text,
+    _environment,
+    _family,
+    _listing,
+    _set,
+    _union,
+    _bracketed,
+    _sentence,
+    _relation,
+    _based,
+    _ratio,
+    _quantity,
+    _words,
+    _plus_minus,
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 from megatron_apo.rewards.answers import values
 from megatron_apo.rewards.answers.forms import (
@@ -25,7 +26,7 @@ from megatron_apo.rewards.answers.forms import (
     Value,
     Words,
 )
-from megatron_apo.rewards.answers.reading import read
+from megatron_apo.rewards.answers.reading import MONTHS, has_letter, read
 
 _PERCENT = (("percent", 1),)
 _LEAST = 3  # values that tell a family
@@ -113,7 +114,7 @@ def _renamed(reference: Labelled, response: Labelled) -> Form | None:
     if own is None or its is None or own[1] != its[1] or bool(own[2]) != bool(its[2]):
         return None
     old, new = its[2] or its[3], own[2] or own[3]
-    if re.search(rf"(?<![A-Za-z\\]){new}(?![A-Za-z])", response.sides[1]):
+    if has_letter(response.sides[1], new):
         return None
     return read(re.sub(rf"(?<![A-Za-z\\]){old}(?![A-Za-z])", new, response.sides[1])) if response.sides[1] else None
 
@@ -150,13 +151,12 @@ def _system(reference: Form, response: Form) -> bool | None:
     if own is not None and its is not None:
         return own.keys() == its.keys() and all(same(value, its[name]) for name, value in own.items())
     if own is not None and isinstance(response, Row | Items):
-        items = response.items
         if isinstance(response, Items) and response.joint != ",":
             return None
-        return len(items) == len(own) and all(map(same, _in_order(own), items))
+        return _each_same(_in_order(own), response.items)
     is_listed = isinstance(reference, Row) or (isinstance(reference, Items) and reference.joint == ",")
     if its is not None and is_listed and isinstance(reference, Row | Items):
-        return len(reference.items) == len(its) and all(map(same, reference.items, _in_order(its)))
+        return _each_same(reference.items, _in_order(its))
     return None
 
 
@@ -183,7 +183,7 @@ def _interval(reference: Form, response: Form) -> bool | None:
     if own is not None and its is not None:
         return _same_interval(own, its)
     if (parts := _as_union(reference)) and (others := _as_union(response)):
-        return len(parts) == len(others) and _matched(parts, others)
+        return _matched(parts, others)
     return None
 
 
@@ -218,14 +218,10 @@ def _as_union(form: Form) -> list[Form] | None:
 def _row(reference: Form, response: Form) -> bool | None:
     """A list without brackets is taken for a point in its order; a point for a list of two is not."""
     if isinstance(reference, Row) and isinstance(response, Items) and not response.is_set and response.joint == ",":
-        if reference.brackets == "()" and len(reference.items) == len(response.items):
-            return all(map(same, reference.items, response.items))
-        return False
+        return reference.brackets == "()" and _each_same(reference.items, response.items)
     if isinstance(reference, Items) and isinstance(response, Row) and reference.joint == ",":
         is_plain = not reference.is_set and response.brackets in ("()", "[]")
-        return (
-            is_plain and len(reference.items) == len(response.items) and all(map(same, reference.items, response.items))
-        )
+        return is_plain and _each_same(reference.items, response.items)
     return None
 
 
@@ -315,12 +311,9 @@ def _words(reference: Form, response: Form) -> bool | None:
     return None
 
 
-_MONTHS = set("january february march april may june july august september october november december".split())
-
-
 def _same_words(own: tuple[str, ...], its: tuple[str, ...]) -> bool:
     ends = [[word.removesuffix("s") if len(word) > 3 else word for word in words] for words in (own, its)]
-    if _MONTHS & set(own):
+    if {month.lower() for month in MONTHS} & set(own):
         return sorted(ends[0]) == sorted(ends[1])
     return ends[0] == ends[1]
 
@@ -354,16 +347,24 @@ _RULES = (
 
 
 def _same_items(reference: Items, response: Items) -> bool:
-    """In any order, each once; of several relations also whether all hold or one."""
+    """`_matched`; of several relations also whether all hold or one."""
     relations = [item for item in reference.items if isinstance(item, Labelled | Relation | Interval)]
     if relations and {reference.joint, response.joint} == {"and", "or"}:
         return False
     if (reference.joint == "cases") != (response.joint == "cases"):
         return False
-    return len(reference.items) == len(response.items) and _matched(reference.items, response.items)
+    return _matched(reference.items, response.items)
+
+
+def _each_same(reference: Sequence[Form], response: Sequence[Form]) -> bool:
+    """In their order."""
+    return len(reference) == len(response) and all(map(same, reference, response))
 
 
 def _matched(reference: Sequence[Form], response: Sequence[Form]) -> bool:
+    """In any order, each once."""
+    if len(reference) != len(response):
+        return False
     left = list(response)
     for item in reference:
         for index, other in enumerate(left):
@@ -372,16 +373,13 @@ def _matched(reference: Sequence[Form], response: Sequence[Form]) -> bool:
                 break
         else:
             return False
-    return not left
+    return True
 
 
 def _same_row(reference: Row, response: Row) -> bool:
-    if len(reference.items) != len(response.items):
+    if len(reference.items) == 2 and reference.brackets != response.brackets:
         return False
-    is_pair = len(reference.items) == 2
-    if is_pair and reference.brackets != response.brackets:
-        return False
-    return all(map(same, reference.items, response.items))
+    return _each_same(reference.items, response.items)
 
 
 def _same_interval(reference: Interval, response: Interval) -> bool:
@@ -412,7 +410,7 @@ def _same_progression(reference: Progression, response: Progression) -> bool:
     found = [number.value for number in numbers if number]
     if len(own) == len(its) or len(found) < len(numbers):
         return True
-    return len({b - a for a, b in zip(found[:-1], found[1:], strict=True)}) == 1
+    return len({b - a for a, b in pairwise(found)}) == 1
 
 
 def _same_family(reference: Family, response: Family) -> bool:
@@ -436,22 +434,6 @@ def _values_of(family: Family, span: int) -> set[float] | None:
     return found
 
 
-_SAME: dict[type, Callable[..., bool]] = {
-    Value: lambda one, other: values.same_value(one.text, other.text),
-    Relation: lambda one, other: _same_relation(one, other),
-    Items: _same_items,
-    Row: _same_row,
-    Union: lambda one, other: len(one.parts) == len(other.parts) and _matched(one.parts, other.parts),
-    Progression: _same_progression,
-    Ratio: lambda one, other: (
-        one.suffix == other.suffix
-        and len(one.terms) == len(other.terms)
-        and all(map(values.same_value, one.terms, other.terms))
-    ),
-    Based: lambda one, other: one == other,
-}
-
-
 def _same_relation(reference: Relation, response: Relation) -> bool:
     if reference.sign == response.sign == "=":
         return _same_equation((reference.left, reference.right), (response.left, response.right))
@@ -461,3 +443,18 @@ def _same_relation(reference: Relation, response: Relation) -> bool:
         left, right = (values.parse(f"{one.left} {one.sign} {one.right}") for one in (reference, response))
         return left is not None and right is not None and values.by_math_verify(left, right)
     return False
+
+
+_SAME: dict[type, Callable[..., bool]] = {
+    Value: lambda one, other: values.same_value(one.text, other.text),
+    Relation: _same_relation,
+    Items: _same_items,
+    Row: _same_row,
+    Union: lambda one, other: _matched(one.parts, other.parts),
+    Progression: _same_progression,
+    Ratio: lambda one, other: (
+        one.suffix == other.suffix
+        and len(one.terms) == len(other.terms)
+        and all(map(values.same_value, one.terms, other.terms))
+    ),
+}

@@ -4,7 +4,7 @@ both have units of one dimension     the amounts are compared in it: 1 m = 100 c
 both, of different dimensions        different
 one of them alone                    it is dropped: 5 cm = 5; of several (1 hour 30 minutes) nothing is dropped
 words                                dropped, unless both have some and neither's are among the other's
-degrees                              dropped; radians are a number, and 60 degrees are pi/3 of them only if it is said
+degrees                              dropped; radians are a unit of their own
 %                                    50 % = 50, and 50 % = 1/2, but 50 is not 1/2
 """
 

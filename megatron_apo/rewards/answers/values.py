@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import count, permutations
-from math import isfinite
+from math import factorial as factorial_of
+from math import isfinite, prod
 from typing import Any
 
 TOLERANCE = Fraction(1, 10**4)
@@ -158,9 +160,7 @@ def parse(text: str) -> Any:
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
         return _exactly(found)
-    except RecursionError:
-        return None
-    except Exception:  # its parser raises what it likes
+    except Exception:  # its parser raises what it likes, and text may be too deep for it
         return None
 
 
@@ -288,17 +288,14 @@ def _exact(expression: Any) -> Fraction | None:
         return _exact(expression.args[0])
     if not isinstance(expression, (Add, Mul, Pow, factorial)):
         return None
-    values = [_exact(argument) for argument in expression.args]
-    if any(value is None for value in values):
+    found = [value for argument in expression.args if (value := _exact(argument)) is not None]
+    if len(found) < len(expression.args):
         return None
-    found = [value for value in values if value is not None]
     if isinstance(expression, Add):
         return sum(found, Fraction(0))
     if isinstance(expression, Mul):
-        product = Fraction(1)
-        for value in found:
-            product *= value
-        return product if _bits(product) <= _MAX_BITS else None
+        value = prod(found, start=Fraction(1))
+        return value if _bits(value) <= _MAX_BITS else None
     if isinstance(expression, Pow):
         base, power = found
         if power.denominator != 1 or (base == 0 and power <= 0) or abs(power) * _bits(base) > _MAX_BITS:
@@ -307,10 +304,7 @@ def _exact(expression: Any) -> Fraction | None:
     (number,) = found
     if number.denominator != 1 or not 0 <= number <= 5000:
         return None
-    product = Fraction(1)
-    for factor in range(2, int(number) + 1):
-        product *= factor
-    return product
+    return Fraction(factorial_of(int(number)))
 
 
 def _bits(value: Fraction) -> int:
@@ -398,9 +392,9 @@ _LARGE = ((100, 257, 301, 120, 199, 150), (257, 100, 142, 333, 211, 128))
 def _same_at_points(left: Any, right: Any) -> bool:
     """Wherever both are real numbers, or both are complex, which must be at two points or more. Sums to n and n! want
     integers."""
-    from sympy import Integral, Product, Rational, Sum, binomial, ceiling, factorial, floor
+    from sympy import Integral, Product, Sum, binomial, ceiling, factorial, floor
 
-    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    symbols = left.free_symbols | right.free_symbols
     if len(symbols) > len(_POINTS[0]):
         return by_math_verify(left, right)
     wants_integers = (Sum, Product, Integral, factorial, binomial)
@@ -412,15 +406,23 @@ def _same_at_points(left: Any, right: Any) -> bool:
         are_integers = all(re.match("[ijkmnpqMN]", str(symbol)) for symbol in symbols)
         points = [*_INTEGERS[1:], *_LARGE, *(() if are_integers else _POINTS)]
     seen = 0
-    for point in points:
-        values = {symbol: Rational(value) for symbol, value in zip(symbols, point, strict=False)}
-        a, b = (_at(expression, values) for expression in (left, right))
-        if a is None or b is None:
-            continue
+    for a, b in _at_points(left, right, points):
         if abs(a - b) > 10 ** (12 - _DIGITS) * max(abs(a), abs(b), 10 ** (5 - _DIGITS)):
             return False
         seen += 1
     return seen > 1
+
+
+def _at_points(left: Any, right: Any, points: Iterable[Sequence[Any]]) -> Iterator[tuple[Any, Any]]:
+    """Both values wherever both expressions have one, their letters in the order of the alphabet."""
+    from sympy import Rational
+
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    for point in points:
+        values = {symbol: Rational(value) for symbol, value in zip(symbols, point, strict=False)}
+        a, b = (_at(expression, values) for expression in (left, right))
+        if a is not None and b is not None:
+            yield a, b
 
 
 def _at(expression: Any, values: dict) -> Any:
@@ -448,16 +450,14 @@ def _at(expression: Any, values: dict) -> Any:
 
 def are_multiples(left: Any, right: Any) -> bool:
     """Of two expressions in the same letters, one of which is a number times the other, as sides of equations are."""
-    from sympy import Expr, Rational
+    from sympy import Expr
 
     if not isinstance(left, Expr) or not isinstance(right, Expr) or _letters(left) != _letters(right):
         return False
-    symbols, ratios = sorted(left.free_symbols, key=str), []
-    for point in _POINTS if len(symbols) <= len(_POINTS[0]) else ():
-        values = {symbol: Rational(value) for symbol, value in zip(symbols, point, strict=False)}
-        a, b = (_at(expression, values) for expression in (left, right))
-        if a is None or b is None:
-            continue
+    if len(left.free_symbols) > len(_POINTS[0]):
+        return False
+    ratios: list[Any] = []
+    for a, b in _at_points(left, right, _POINTS):
         if min(abs(a), abs(b)) < 10 ** (8 - _DIGITS):
             if max(abs(a), abs(b)) < 10 ** (8 - _DIGITS):
                 continue

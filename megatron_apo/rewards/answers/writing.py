@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 
 from megatron_apo.rewards.answers.units import LETTER_UNITS
+from megatron_apo.rewards.text import closing_brace
 
 _SIGNS = {
     **dict.fromkeys("\u2212\u2013\u2014\ufe63\uff0d", "-"),
@@ -119,27 +120,17 @@ def _without_end(text: str) -> str:
     text = text.strip().strip("*_")
     if text.endswith((".", ";", ",", ":")) and not text.endswith("\\,"):
         text = text[:-1].rstrip()
-    if text.startswith("{") and closing(text, 0) == len(text) - 1:
+    if text.startswith("{") and closing_brace(text) == len(text) - 1:
         text = text[1:-1].strip()
     return text
-
-
-def closing(text: str, start: int) -> int:
-    """Where the brace that opens at `start` is closed; -1 if it is not."""
-    depth = 0
-    for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return start + match.start()
-    return -1
 
 
 def unwrapped(text: str, command: re.Pattern[str], put: Callable[[str, str], str]) -> str:
     """With `put(inner, before)` in place of each `\\command{inner}`; commands within others are done first."""
     for match in reversed(list(command.finditer(text))):
-        end = closing(text, match.end())
-        if end > 0:
-            text = text[: match.start()] + put(text[match.end() + 1 : end], text[: match.start()]) + text[end + 1 :]
+        before, rest = text[: match.start()], text[match.end() :]
+        if (end := closing_brace(rest)) > 0:
+            text = before + put(rest[1:end], before) + rest[end + 1 :]
     return text
 
 
@@ -184,10 +175,10 @@ def _fractions(text: str) -> str:
             if place >= len(text):
                 break
             if text[place] == "{":
-                if (end := closing(text, place)) < 0:
+                if (end := closing_brace(text[place:])) < 0:
                     return text
-                found.append(f"{{{_fractions(text[place + 1 : end])}}}")
-                place = end + 1
+                found.append(f"{{{_fractions(text[place + 1 : place + end])}}}")
+                place += end + 1
             elif one := re.compile(r"\\sqrt\s*(?:\{[^{}]*\}|\d)|\\[A-Za-z]+|[A-Za-z\d]").match(text, place):
                 found.append(f"{{{one[0]}}}")
                 place = one.end()
