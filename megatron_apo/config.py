@@ -1080,14 +1080,16 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     if not path.is_file():
         path = recipe_path(str(path))
     text = path.read_text()
+    loader = yaml.SafeLoader(text)
     try:
-        tree = yaml.safe_load(text) or {}
-        misread = _misread(yaml.compose(text, yaml.SafeLoader), text)
+        node = loader.get_single_node()
+        misread = _misread(node, text)
+        tree = loader.construct_document(node) if node else {}
     except yaml.YAMLError as error:
         raise RecipeError([f"recipe: {path} is not YAML: {' '.join(str(error).split())}"]) from None
     if misread:
         raise RecipeError(misread)
-    return build_recipe(tree, overrides)
+    return build_recipe(tree or {}, overrides)
 
 
 def _misread(node: yaml.Node | None, text: str, prefix: str = "") -> list[str]:

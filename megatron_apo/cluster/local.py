@@ -9,15 +9,15 @@ Started again, the run goes on with what is left.
 
 from __future__ import annotations
 
-import shlex
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_apo import doctor
-from megatron_apo.cluster.plan import Plan, Step, sampling_arguments
+from megatron_apo.cluster.plan import STAGES, Plan, Step, sampling_arguments
 from megatron_apo.cluster.prepare import convert_once, converted
 from megatron_apo.cluster.run import steps, told_complete
+from megatron_apo.cluster.show import shown
 from megatron_apo.config import Recipe, load_recipe
 from megatron_apo.runtime.ending import EndedEarly, request
 from megatron_apo.runtime.gpus import drivers_gpus
@@ -58,13 +58,11 @@ def dry_run(recipe_name: str, overrides: Sequence[str], stage: int | None = None
 def _lines(recipe: Recipe, stage: int | None, gpus: int) -> Iterator[str]:
     plan = _plan(recipe, gpus)
     path, todo = recipe.run.dir / f"{NAME}.yaml", steps(recipe, stage)
-    wanted: Sequence[Step] = ["estimate-vstar", "train", "evaluate"]
-    for step in wanted:
+    for step in STAGES:
         yield step if step in todo else f"{step}: not asked for, or complete"
         if step in todo:
             for arguments, environment in _commands(step, plan, recipe, path, gpus):
-                told = [f"{name}={value}" for name, value in environment.items()]
-                yield "  " + shlex.join([*told, "megatron-apo", *arguments])
+                yield f"  {shown(arguments, environment)}"
 
 
 def _plan(recipe: Recipe, gpus: int) -> Plan:

@@ -14,6 +14,7 @@ from megatron_apo.runtime.files import write_whole
 from megatron_apo.runtime.job import Node
 
 Step = Literal["check", "prepare", "estimate-vstar", "train", "evaluate"]
+STAGES: tuple[Step, ...] = ("estimate-vstar", "train", "evaluate")  # in their order
 PLAN = "plan.json"
 RECIPE = "recipe.yaml"
 

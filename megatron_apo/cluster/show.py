@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_apo.cluster.plan import RECIPE, Plan, Step, sampling_arguments
+from megatron_apo.cluster.plan import RECIPE, STAGES, Plan, Step, sampling_arguments
 from megatron_apo.cluster.run import Options, check_command, load, srun, steps, told_complete, with_driver
 from megatron_apo.config import Recipe
 from megatron_apo.runtime.job import SECRET
@@ -38,10 +38,8 @@ def _lines(recipe: Recipe, plan: Plan, options: Options, nodes: int, gpus: int) 
     yield "\ncheck, all at once"
     for number in range(nodes):
         yield f"  {shlex.join(check_command(f'node{number}', folder, None, 'TOKEN', python=['python']))}"
-    todo: Sequence[Step] = ["prepare", *plan.todo]
-    wanted: Sequence[Step] = ["prepare", "estimate-vstar", "train", "evaluate"]
-    for step in wanted:
-        if step not in todo:
+    for step in ("prepare", *STAGES):
+        if step not in ("prepare", *plan.todo):
             yield f"\n{step}: not asked for, or complete"
             continue
         working = plan.working(step, recipe)
@@ -71,8 +69,7 @@ def _processes(step: Step, plan: Plan, recipe: Recipe, node: str, folder: Path, 
     elif step in ("estimate-vstar", "evaluate"):
         arguments = sampling_arguments(step, recipe, folder / RECIPE)
         for own, environment in worker_commands(arguments, recipe, plan.workers_of(node), plan.num_workers, gpus):
-            told = [f"{name}={value}" for name, value in environment.items()]
-            yield shlex.join([*told, "megatron-apo", *own])
+            yield shown(own, environment)
     elif node in plan.trainer_nodes:
         ranks = plan.ranks_of(node, recipe, secret="")
         first, last = (ranks.job(local_rank).variables() for local_rank in (0, ranks.num_ranks - 1))
@@ -82,3 +79,8 @@ def _processes(step: Step, plan: Plan, recipe: Recipe, node: str, folder: Path, 
         yield f"{ranks.num_ranks} x megatron-apo train --recipe {name}, each with {' '.join(told)}"
     else:
         yield f"its engines, which join {recipe.rollout.driver}"
+
+
+def shown(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """A command as it is run by hand."""
+    return shlex.join([*(f"{name}={value}" for name, value in environment.items()), "megatron-apo", *arguments])

@@ -194,10 +194,15 @@ def read_rows(source: str, key: str, split: str = "train", subset: str | None = 
 
     Raises `ValueError` naming `key`, the recipe's key, for a source that cannot be read.
     """
-    import datasets
+    file_format = _file_format(source)
+    if file_format and not Path(source).is_file():
+        raise ValueError(f"{key}: {source} is not a file; give a .jsonl or .parquet file, or a hub dataset's name")
+    if file_format == "json":
+        yield from _json_rows(Path(source), key)
+        return
+    import datasets  # takes a second
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below
-    file_format = _file_format(source)
     if file_format is None:
         datasets.disable_progress_bars()
         try:
@@ -210,11 +215,6 @@ def read_rows(source: str, key: str, split: str = "train", subset: str | None = 
                 "use a .jsonl or .parquet file, or a hub dataset's name, data.subset and data.split"
             ) from error
         return
-    if not Path(source).is_file():
-        raise ValueError(f"{key}: {source} is not a file; give a .jsonl or .parquet file, or a hub dataset's name")
-    if file_format == "json":
-        yield from _json_rows(Path(source), key)
-        return
     try:
         with TemporaryDirectory() as cache:  # for a lock file
             yield from datasets.IterableDataset.from_parquet(source, cache_dir=cache)
@@ -222,7 +222,11 @@ def read_rows(source: str, key: str, split: str = "train", subset: str | None = 
         return  # what `datasets` makes of an empty file
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ValueError(f"{key}: {source} is not a readable {file_format} file ({reason}); write it again") from error
+        raise _unreadable(key, source, file_format, reason) from error
+
+
+def _unreadable(key: str, source: Path | str, file_format: str, reason: str) -> ValueError:
+    return ValueError(f"{key}: {source} is not a readable {file_format} file ({reason}); write it again")
 
 
 def _json_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
@@ -233,15 +237,11 @@ def _json_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
         try:
             return json.loads(text, parse_float=str)
         except (ValueError, RecursionError) as error:
-            reason = f"{where}{one_line(error)}"
-            raise ValueError(f"{key}: {path} is not a readable json file ({reason}); write it again") from error
+            raise _unreadable(key, path, "json", f"{where}{one_line(error)}") from error
 
     def check(row: Any, number: int) -> dict[str, Any]:
         if not isinstance(row, dict):
-            raise ValueError(
-                f"{key}: {path} is not a readable json file (row {number} is a {type(row).__name__}, not an object); "
-                "write it again"
-            )
+            raise _unreadable(key, path, "json", f"row {number} is a {type(row).__name__}, not an object")
         return row
 
     try:
@@ -256,7 +256,7 @@ def _json_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(lines):
                 yield check(parse(line, f"row {number}: "), number)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{key}: {path} is not a readable json file ({error}); write it again") from error
+        raise _unreadable(key, path, "json", str(error)) from error
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
