@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.rollout.transport import collective, groups
-from megatron_apo.rollout.transport.base import Outcome, TransferError, heard, settled, told
+from megatron_apo.rollout.transport.base import PATIENCE, Outcome, TransferError, heard, settled, told
 from megatron_apo.rollout.transport.collective import NUM_BUFFERS, CollectiveReader, CollectiveSender
 from megatron_apo.rollout.transport.groups import Meeting, MeetingPoint
 from megatron_apo.telemetry.timers import Stopwatch
@@ -31,6 +31,7 @@ from tests.weights import Receiver, TensorSource
 
 CPU = torch.device("cpu")
 TIMEOUT_S = 6.0
+CONNECT_S = 5 * PATIENCE * TIMEOUT_S  # gloo's, for a first connection
 
 
 def tensors(version: int) -> dict[str, torch.Tensor]:
@@ -148,7 +149,7 @@ def broken(sender: CollectiveSender, engines: list[Receiver], *members: Callable
         with pytest.raises(TransferError) as caught:
             sender.send(TensorSource(tensors(1), 64), DRIVER)
         took_s = time.monotonic() - start
-        outcomes = [future.exception(TIMEOUT_S + 10) for future in futures]
+        outcomes = [future.exception(CONNECT_S + 10) for future in futures]
     return caught.value, outcomes, took_s
 
 
@@ -235,7 +236,7 @@ def test_an_address_that_a_stranger_writes_is_used_by_nobody() -> None:
             while not sending.done():
                 for rank in range(2):
                     theirs.set(f"0/{rank}", b"x" * 200)  # gloo's own name of an address
-        errors = [future.exception(TIMEOUT_S + 10) for future in (sending, reading)]
+        errors = [future.exception(CONNECT_S + 10) for future in (sending, reading)]
     assert all(isinstance(error, TransferError) for error in errors), errors
     assert any("does not know the key" in str(error) for error in errors), errors
 
@@ -293,7 +294,7 @@ def test_a_stranger_who_connects_in_a_members_place_gets_nothing(monkeypatch: py
         reading = threads.submit(named("engine", lambda: read(reader(), info)))
         sending = threads.submit(sender.send, TensorSource(tensors(1), 64), DRIVER)
         connect(info)
-        errors = [future.exception(TIMEOUT_S + 10) for future in (sending, reading)]
+        errors = [future.exception(CONNECT_S + 10) for future in (sending, reading)]
     assert all(isinstance(error, TransferError) for error in errors), errors
     assert "worker 0 of the engine at 127.0.0.1 did not come" in str(errors[0])
     assert [len(one) for one in got] == [32], "the random message, and no weights"

@@ -14,7 +14,8 @@ have said, sealed, that they have it. Strangers can break a transfer off. What g
 The one file that knows what a backend does in time: how a group is made, how long it waits and how it is ended.
 
 gloo    Seen to run. A group has no end but that of its object: as long as one is held, its connections are open and the
-        others wait for it until their time is up. A time-out counts from when a broadcast is posted.
+        others wait for it until their time is up. A time-out counts from when a broadcast is posted. A connection to a
+        member that is gone before it is made is waited for five times as long (gloo's tcp/pair.h, `waitUntil`).
 nccl    Not run yet. `wait` orders the streams and waits for nothing on the host; ends by `abort`.
 """
 
