@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from megatron_apo.config import Recipe, aligned
 from megatron_apo.data.presets import column_key, row_format
-from megatron_apo.data.prompts import PromptRenderer, read_rows, row_text
+from megatron_apo.data.prompts import read_rows, row_text
+from megatron_apo.data.rendering import PromptRenderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

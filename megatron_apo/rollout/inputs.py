@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_apo.config import Recipe, SamplingConfig, fields_marked, values_marked
-from megatron_apo.data.prompts import LoadedPrompts, Prompt, PromptRenderer, load_prompts
+from megatron_apo.data.prompts import LoadedPrompts, Prompt, load_prompts
+from megatron_apo.data.rendering import PromptRenderer
 from megatron_apo.model.tokenizer import load_tokenizer, stop_token_ids
 from megatron_apo.rewards import GradeRequest, get_reward
 from megatron_apo.rollout.client import Sampling

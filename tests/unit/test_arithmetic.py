@@ -90,7 +90,7 @@ def test_plain_transformers_reads_the_folder(model_folder, tokenizer):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from megatron_apo.data.prompts import tokenizer_hash
+    from megatron_apo.data.rendering import tokenizer_hash
 
     loaded = AutoTokenizer.from_pretrained(model_folder)
     assert (

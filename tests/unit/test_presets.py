@@ -14,7 +14,8 @@ import pytest
 
 from megatron_apo.config import DataConfig, RecipeError, build_recipe
 from megatron_apo.data.presets import PRESETS, boxed_answer, row_format
-from megatron_apo.data.prompts import PromptRenderer, load_prompts
+from megatron_apo.data.prompts import load_prompts
+from megatron_apo.data.rendering import PromptRenderer
 from megatron_apo.rewards import GradeRequest, get_reward
 
 TEMPLATE = (
