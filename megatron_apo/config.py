@@ -10,9 +10,11 @@ value, what is allowed and the fix. Unknown keys are errors. This module imports
 from __future__ import annotations
 
 import copy
+import datetime
 import difflib
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -294,6 +296,11 @@ class DataConfig(Section):
         json_schema_extra=behind_fingerprint("thinking"),
         description="the chat template's thinking switch; none: the template's default",
     )
+    date: datetime.date | None = Field(
+        None,
+        json_schema_extra=behind_fingerprint("template_hash"),
+        description="day, as 2024-07-26, for a chat template that else writes today's; none: it writes no day",
+    )
     max_prompt_tokens: int = Field(
         1024,
         ge=1,
@@ -307,6 +314,16 @@ class DataConfig(Section):
         if value is not None and (not isinstance(value, str) or value.count("{prompt}") != 1):
             raise ValueError("text that has {prompt} in it once, in quotes")
         return value
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _is_a_day(cls, value: object) -> object:
+        if value is None or type(value) is datetime.date:
+            return value
+        with suppress(ValueError):
+            if isinstance(value, str) and (day := datetime.date.fromisoformat(value)).isoformat() == value:
+                return day
+        raise ValueError("a day as YYYY-MM-DD, such as 2024-07-26, or null")
 
     @field_validator("system")
     @classmethod
@@ -1085,7 +1102,7 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
         node = loader.get_single_node()
         misread = _misread(node, text)
         tree = loader.construct_document(node) if node else {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-02-30, which looks like a day
         raise RecipeError([f"recipe: {path} is not YAML: {' '.join(str(error).split())}"]) from None
     if misread:
         raise RecipeError(misread)
@@ -1194,7 +1211,7 @@ def changed_for_resume(recipe: Recipe, saved: Recipe) -> list[tuple[str, Any, An
 def _parse_value(text: str) -> Any:
     try:
         value = yaml.safe_load(text) if not text.lstrip().startswith("#") else text
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: 2024-02-30
         return text
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         try:

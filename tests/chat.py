@@ -18,3 +18,22 @@ def build_chat_tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerBase:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = template
     return tokenizer
+
+
+def build_llama_tokenizer(template: str | None = None, *, adds_bos: bool = True) -> PreTrainedTokenizerBase:
+    """A Llama tokenizer of characters and special tokens; `adds_bos`: it puts <s> before every text."""
+    from transformers import LlamaTokenizer
+
+    tokens = ["<unk>", "<s>", "</s>", "▁", *"0123456789+=?"]
+    tokenizer = LlamaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], add_bos_token=adds_bos)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def build_chatml_tokenizer(template: str) -> PreTrainedTokenizerBase:
+    """A base model's tokenizer without BOS, its EOS <|endoftext|>, that has tokens for the turns of a chat."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|im"]})
+    tokenizer.chat_template = template
+    return tokenizer

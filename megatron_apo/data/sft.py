@@ -39,8 +39,8 @@ def read_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: 
         responses.append(row_text(row, [warmup.response_column], "warmup.response_column", warmup.data, index))
     if not prompts:
         raise ValueError(f"warmup.data: {warmup.data} has no rows; give another file")
-    rendered = PromptRenderer(tokenizer, data).render_all(prompts)
-    targets = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    renderer = PromptRenderer(tokenizer, data)
+    rendered, targets = renderer.render_all(prompts), renderer.render_responses(responses)
     examples = Examples([list(ids) for _, ids in rendered], [[*ids, stop_ids[0]] for ids in targets])
     pairs = zip(examples.prompts, examples.responses, strict=True)
     longest = max(len(prompt) + len(response) for prompt, response in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ def test_save_and_load_give_the_same_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("[1]", "top level is a list"), ("a: [", "not YAML"), ("train: 3", "train: 3")]
+    ("text", "says"),
+    [("[1]", "top level is a list"), ("a: [", "not YAML"), ("train: 3", "train: 3"), ("a: 2024-02-30", "day is out")],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
@@ -203,6 +205,27 @@ def test_what_yaml_would_read_otherwise_than_it_looks(tmp_path: Path, text: str,
 def test_comments_that_cut_nothing(tmp_path: Path, line: str) -> None:
     (tmp_path / "r.yaml").write_text(f"data:\n  {line}\n")
     assert load_recipe(tmp_path / "r.yaml", PATHS).data.system in ("a b # c", "word", None, "a # b\n")
+
+
+def test_a_day_is_the_same_however_it_is_written(tmp_path: Path) -> None:
+    """YAML reads it as a date, unless it is in quotes, as what is saved has it."""
+    for number, line in enumerate(("date: 2024-07-26", "date: '2024-07-26'")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(f"model: {{path: m}}\ndata:\n  train: t\n  {line}\nvstar: {{dir: v}}\n")
+        assert load_recipe(path).data.date == date(2024, 7, 26)
+    recipe = build_recipe({}, [*PATHS, "data.date=2024-07-26"])
+    recipe.save(tmp_path / "recipe.yaml")
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert again == recipe and changed_for_resume(recipe, again) == []
+
+
+@pytest.mark.parametrize("value", ["2024-02-30", "26 Jul 2024", "20240726", "2024-W30-5", "2024-07-26 10:00:00", "0"])
+def test_what_is_no_day(value: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        build_recipe({}, [*PATHS, f"data.date={value}"])
+    (problem,) = caught.value.problems
+    assert problem.startswith("data.date: ")
+    assert problem.endswith(" is not allowed; use a day as YYYY-MM-DD, such as 2024-07-26, or null")
 
 
 def test_empty_sections_are_defaults(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import date, datetime
 
 import pytest
 
 from megatron_apo.config import DataConfig
 from megatron_apo.data.arithmetic import build_tokenizer
 from megatron_apo.data.rendering import PromptRenderer, tokenizer_hash
-from tests.chat import TEMPLATE, build_chat_tokenizer
+from tests.chat import TEMPLATE, build_chat_tokenizer, build_llama_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +33,6 @@ def test_chat_template_and_its_thinking_switch(chat_tokenizer, thinking, rendere
     text, ids = renderer.render("1+2")
     assert text == rendered
     assert chat_tokenizer.decode(ids) == rendered
-
-
-def test_special_tokens_are_added_once():
-    """raw: the tokenizer's BOS; chat: the one the template writes, and no second."""
-    from tokenizers import processors
-
-    tokenizer = build_tokenizer()
-    bos = tokenizer.pad_token_id
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<pad> $A", special_tokens=[("<pad>", bos)]
-    )
-    tokenizer.chat_template = "<pad>" + TEMPLATE
-    one = tokenizer("1", add_special_tokens=False)["input_ids"]
-    equals = tokenizer("=", add_special_tokens=False)["input_ids"]
-    assert PromptRenderer(tokenizer, config()).render("1")[1] == (bos, *one)
-    assert PromptRenderer(tokenizer, config(template="chat")).render("1")[1] == (bos, *one, *equals)
 
 
 def test_fingerprint_changes_with_what_decides_token_ids(chat_tokenizer):
@@ -156,3 +141,165 @@ def test_system_messages_that_would_be_lost():
     trims.chat_template = TEMPLATE.replace("m.content", "m.content | trim")
     renderer = PromptRenderer(trims, config(template="chat", system="8+\n"))
     assert renderer.render("1")[0] == "8+1="
+
+
+# --- one BOS: <s> is id 1 of the Llama tokenizer, and "\u2581" before a text of its making
+
+WITH_BOS, WITHOUT_BOS = "{{ bos_token }}" + TEMPLATE, TEMPLATE
+LATE_BOS = "(" + WITH_BOS  # "(" comes before it
+
+
+@pytest.mark.parametrize(
+    ("adds_bos", "changes", "template", "row", "text", "num_bos"),
+    [
+        (True, {"template": "raw"}, None, "1+2", "1+2", 1),
+        (True, {"template": "raw"}, None, "<s>1+2", "1+2", 1),
+        (True, {"template": "raw"}, None, " <s><s> 1+2", " 1+2", 1),
+        (True, {"template": "raw", "prompt_format": "3+{prompt}"}, None, "<s>1+2", "3+1+2", 1),
+        (True, {"template": "raw", "prompt_format": "<s>3+{prompt}"}, None, "<s>1+2", "3+1+2", 1),
+        (False, {"template": "raw"}, None, "1+2", "1+2", 0),
+        (False, {"template": "raw"}, None, "<s>1+2", "<s>1+2", 1),
+        (False, {"template": "raw", "prompt_format": "<s>{prompt}"}, None, "<s>1+2", "<s>1+2", 1),
+        (True, {}, WITH_BOS, "1+2", "<s>1+2=", 1),
+        (True, {}, WITHOUT_BOS, "1+2", "1+2=", 1),
+        (True, {}, LATE_BOS, "1+2", "(<s>1+2=", 1),
+        (False, {}, WITH_BOS, "1+2", "<s>1+2=", 1),
+        (False, {}, WITHOUT_BOS, "1+2", "1+2=", 0),
+        (True, {}, WITH_BOS, "<s>1+2", "<s>1+2=", 1),
+        (True, {}, WITHOUT_BOS, "<s>1+2", "1+2=", 1),
+        (False, {}, WITH_BOS, "<s>1+2", "<s>1+2=", 1),
+        (True, {}, "<s>" + WITH_BOS, "1+2", "<s>1+2=", 1),
+        (True, {"system": "<s>8+"}, WITH_BOS, "<s>1+2", "<s>8+1+2=", 1),
+        (True, {"system": "<s>8+", "prompt_format": "<s>3+{prompt}"}, WITHOUT_BOS, "<s>1", "8+3+1=", 1),
+        (True, {}, WITH_BOS, [{"role": "system", "content": "<s>8+"}, {"role": "user", "content": "1"}], "<s>8+1=", 1),
+    ],
+)
+def test_one_bos_whoever_writes_it(adds_bos, changes, template, row, text, num_bos):
+    tokenizer = build_llama_tokenizer(template, adds_bos=adds_bos)
+    rendered, ids = PromptRenderer(tokenizer, config(**({"template": "chat"} | changes))).render(row)
+    assert (rendered, ids.count(tokenizer.bos_token_id)) == (text, num_bos)
+    assert num_bos == 0 or ids[0] == tokenizer.bos_token_id or template == LATE_BOS
+    whole = tokenizer(text, add_special_tokens=adds_bos and "<s>" not in text)["input_ids"]
+    assert list(ids) == whole
+
+
+def test_a_bos_within_a_prompt_is_its_own():
+    """It takes the place of none."""
+    tokenizer = build_llama_tokenizer(WITHOUT_BOS)
+    text, ids = PromptRenderer(tokenizer, config(template="chat")).render("1<s>2")
+    assert text == "1<s>2=" and [i for i, one in enumerate(ids) if one == 1] == [0, 3]
+
+
+def test_a_response_has_no_bos():
+    renderer = PromptRenderer(build_llama_tokenizer(WITH_BOS), config(template="chat"))
+    one, two = renderer.render_responses(["1+2", "<s>1+2"])
+    assert one == two == renderer.tokenizer("1+2", add_special_tokens=False)["input_ids"]
+
+
+def test_more_than_a_bos_at_the_beginning():
+    """As GLM's tokenizers have it; what they put behind a text ends no prompt."""
+    from tokenizers import processors
+
+    tokenizer = build_chat_tokenizer(template=TEMPLATE)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> <unk> $A <eos>",
+        special_tokens=[(str(token), tokenizer.convert_tokens_to_ids(token)) for token in ("<pad>", "<unk>", "<eos>")],
+    )
+    inner = tuple(tokenizer("1=", add_special_tokens=False)["input_ids"])
+    assert PromptRenderer(tokenizer, config()).render("<pad><unk>1=") == ("1=", (0, 2, *inner))
+    assert PromptRenderer(tokenizer, config(template="chat")).render("1") == ("1=", (0, 2, *inner))
+    tokenizer.chat_template = "<pad><unk>" + TEMPLATE
+    assert PromptRenderer(tokenizer, config(template="chat")).render("1") == ("<pad><unk>1=", (0, 2, *inner))
+
+
+# --- templates that change by themselves
+
+# As Llama 3.2's and 3.3's: today, unless a date comes from outside.
+TODAY = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}'
+    "{%- endif %}{%- endif %}{{ date_string }}|" + TEMPLATE
+)
+
+
+HELLO = [{"role": "user", "content": "1"}]
+
+
+def test_a_template_writes_the_recipes_day_whatever_day_it_is(monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    tokenizer = build_chat_tokenizer(TODAY)
+
+    def rendered_on(day, **changes):
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(2026, 1, day)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+        renderer = PromptRenderer(tokenizer, config(template="chat", date=date(2024, 7, 26), **changes))
+        return renderer.render("1+2"), renderer.fingerprint(), tokenizer.apply_chat_template(HELLO, tokenize=False)
+
+    (one, first, by_itself), (two, second, by_itself_later) = rendered_on(1), rendered_on(2)
+    assert (by_itself, by_itself_later) == ("01 Jan 2026|1", "02 Jan 2026|1")  # the clock is seen
+    assert (one, first) == (two, second) and one[0] == "26 Jul 2024|1+2="
+
+
+def test_the_day_is_in_the_fingerprint():
+    tokenizer = build_chat_tokenizer(TODAY)
+    found = [
+        PromptRenderer(tokenizer, config(template="chat", **changes)).fingerprint()["template_hash"]
+        for changes in ({"date": "2024-07-26"}, {"date": "2024-07-27"}, {"date": "2024-07-26", "system": "8+"})
+    ]
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize(
+    ("template", "changes", "says"),
+    [
+        (
+            TODAY,
+            {},
+            "data.date: missing, but the chat template of FOLDER writes the day (strftime_now); set it, e.g. to "
+            "2024-07-26, for both stages",
+        ),
+        (
+            TEMPLATE + "{# strftime_now #}strftime_now",
+            {"date": "2024-07-26"},
+            "data.date: 2024-07-26, but the template writes no day (strftime_now); use null",
+        ),
+        (
+            TODAY,
+            {"date": "2024-07-26", "template": "raw"},
+            "data.date: 2024-07-26, but the template writes no day (strftime_now); use null",
+        ),
+        (
+            "{{ [1, 2] | random }}" + TEMPLATE,
+            {},
+            "data.template: chat, but the chat template of FOLDER draws at random (|random), so that no two prompts "
+            "are alike; change it, or use raw",
+        ),
+        (
+            "{{ lipsum(1) }}" + TEMPLATE,
+            {},
+            "data.template: chat, but the chat template of FOLDER draws at random (lipsum), so that no two prompts "
+            "are alike; change it, or use raw",
+        ),
+        (
+            "{{ 'a",
+            {},
+            'data.template: chat, but the chat template cannot be read (unexpected char "\'" at 3 line 1)',
+        ),
+    ],
+)
+def test_templates_whose_prompts_would_change(template, changes, says):
+    tokenizer = build_chat_tokenizer(template)
+    tokenizer.name_or_path = "FOLDER"
+    with pytest.raises(ValueError) as caught:
+        PromptRenderer(tokenizer, config(**({"template": "chat"} | changes)))
+    assert str(caught.value) == says
+
+
+def test_what_only_looks_like_chance_is_none():
+    template = TEMPLATE + "{# lipsum #}{{ messages[0].random }}random"
+    assert PromptRenderer(build_chat_tokenizer(template), config(template="chat")).render("1")[0] == "1=random"
