@@ -16,11 +16,13 @@ import math
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 RECIPES = Path(__file__).parent / "recipes"
 SHAPE = "shape:"  # before the name of a public model whose config.json is one of RECIPES/shapes
@@ -236,50 +238,131 @@ class ParallelConfig(Section):
         return found
 
 
-class DataConfig(Section):
-    train: str = Field(
-        json_schema_extra=behind_fingerprint("dataset_hash"),
-        description="prompts to train on: a .jsonl or .parquet file, or a hub dataset's name",
-    )
-    eval: str | None = Field(
-        None, json_schema_extra=MAY_CHANGE, description="held-out prompts, same form; none: no evaluation"
-    )
-    max_prompts: int | None = Field(
-        None,
-        ge=1,
-        json_schema_extra=behind_fingerprint("dataset_hash"),
-        description="first rows of data.train; none: all",
-    )
+_BEHIND_ROWS = behind_fingerprint("dataset_hash") | MAY_CHANGE  # a store, which stays the run's, has their hash
+
+
+class RowsConfig(Section):
+    """How the rows of a source are read and shown."""
+
     subset: str | None = Field(
         None,
-        json_schema_extra=behind_fingerprint("dataset_hash"),
+        json_schema_extra=_BEHIND_ROWS,
         description="configuration of a hub dataset, e.g. main; none: its default",
     )
     split: str = Field(
-        "train",
-        json_schema_extra=behind_fingerprint("dataset_hash"),
-        description="split to read when the source is a hub dataset",
+        "train", json_schema_extra=_BEHIND_ROWS, description="split to read when the source is a hub dataset"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        json_schema_extra=_BEHIND_ROWS,
+        description="of a reasoning-gym task: its config's fields there, and seed",
     )
     preset: Literal["gsm8k", "math", "aime", "openr1", "deepscaler", "verl", "trl", "openrlhf"] | None = Field(
         None,
-        json_schema_extra=behind_fingerprint("dataset_hash", "template_hash"),
+        json_schema_extra=behind_fingerprint("dataset_hash", "template_hash") | MAY_CHANGE,
         description="public dataset whose columns and prompt_format apply (for reward math; gsm8k: for reward gsm8k), "
         "or columns as verl, trl or openrlhf have them; its rows without an answer are counted, listed and left out",
     )
     prompt_column: str | None = Field(
         None,
-        json_schema_extra=behind_fingerprint("dataset_hash"),
+        json_schema_extra=_BEHIND_ROWS,
         description="column of the prompt's text; none: the preset's, else prompt",
     )
     answer_column: str | None = Field(
         None,
-        json_schema_extra=behind_fingerprint("dataset_hash"),
+        json_schema_extra=_BEHIND_ROWS,
         description="column of the reference; none: the preset's, else answer",
     )
     prompt_format: str | None = Field(
         None,
-        json_schema_extra=behind_fingerprint("template_hash"),
+        json_schema_extra=behind_fingerprint("template_hash") | MAY_CHANGE,
         description="text around {prompt}, other braces are themselves; none: the preset's, else {prompt} alone",
+    )
+
+    @field_validator("prompt_format", mode="before")
+    @classmethod
+    def _has_one_place(cls, value: object) -> object:
+        if value is not None and (not isinstance(value, str) or value.count("{prompt}") != 1):
+            raise ValueError("text that has {prompt} in it once, in quotes")
+        return value
+
+
+class GraderConfig(Section):
+    name: str = Field(
+        "math",
+        json_schema_extra=behind_fingerprint("reward_name"),
+        description="arithmetic, gsm8k, math, reasoning-gym, or your own as my_module:MyReward",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        json_schema_extra=in_fingerprint("reward_options"),
+        description="keyword arguments of that reward",
+    )
+
+
+_SOURCE = "a .jsonl or .parquet file, a hub dataset's name, or reasoning-gym:TASK"
+
+
+class SourceConfig(RowsConfig):
+    """One of several sources of prompts."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.+-]+$", description="of the source, in metrics")
+    path: str = Field(json_schema_extra=MAY_CHANGE, description=_SOURCE)
+    max_prompts: int | None = Field(
+        None, ge=1, json_schema_extra=MAY_CHANGE, description="first rows; none: all; reasoning-gym: so many"
+    )
+    weight: float | None = Field(
+        None, gt=0, description="its share of a step's prompts, beside the others'; none, of all: their prompts' number"
+    )
+    reward: GraderConfig | None = Field(
+        None, json_schema_extra=MAY_CHANGE, description="what grades its responses; none: the recipe's reward"
+    )
+
+
+def _one_form(value: str | None, info: ValidationInfo, name: str) -> str | None:
+    sources = info.data.get(f"{name}_sources")
+    if value is not None and sources:
+        raise ValueError(f"null with data.{name}_sources, or leave these out")
+    if value is None and sources == [] and name == "train":
+        raise PydanticCustomError("missing", "missing")
+    return value
+
+
+class Source(NamedTuple):
+    """Where prompts come from. key: the recipe's, of what says where; rows_key: of what says how they are read."""
+
+    key: str
+    rows_key: str
+    name: str  # "" where it is the only one
+    path: str
+    rows: RowsConfig
+    max_prompts: int | None
+    weight: float | None
+    grader: GraderConfig
+
+
+class DataConfig(RowsConfig):
+    train_sources: list[SourceConfig] = Field(
+        default_factory=list,
+        json_schema_extra=behind_fingerprint("dataset_hash", "sources"),
+        description="in place of data.train: several, mixed by weight, each with its own columns, preset and reward",
+    )
+    train: str | None = Field(None, json_schema_extra=_BEHIND_ROWS, description=f"prompts to train on: {_SOURCE}")
+    eval_sources: list[SourceConfig] = Field(
+        default_factory=list,
+        json_schema_extra=MAY_CHANGE,
+        description="in place of data.eval: held-out prompts with columns, preset and reward of their own",
+    )
+    eval: str | None = Field(
+        None,
+        json_schema_extra=MAY_CHANGE,
+        description="held-out prompts, read as data.train is; none: no evaluation",
+    )
+    max_prompts: int | None = Field(
+        None,
+        ge=1,
+        json_schema_extra=_BEHIND_ROWS,
+        description="first rows of data.train; none: all; reasoning-gym: so many",
     )
     template: Literal["raw", "chat"] = Field(
         "chat",
@@ -308,11 +391,24 @@ class DataConfig(Section):
         description="longer prompts are counted, listed and left out",
     )
 
-    @field_validator("prompt_format", mode="before")
+    @field_validator("train")
     @classmethod
-    def _has_one_place(cls, value: object) -> object:
-        if value is not None and (not isinstance(value, str) or value.count("{prompt}") != 1):
-            raise ValueError("text that has {prompt} in it once, in quotes")
+    def _is_there(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return _one_form(value, info, "train")
+
+    @field_validator("eval")
+    @classmethod
+    def _is_of_one_form(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return _one_form(value, info, "eval")
+
+    @field_validator("train_sources", "eval_sources")
+    @classmethod
+    def _have_names(cls, value: list[SourceConfig]) -> list[SourceConfig]:
+        names = [source.name for source in value]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"names of their own for all sources, {twice[0]} is there twice")
+        if 0 < sum(source.weight is None for source in value) < len(value):
+            raise ValueError("a weight for each source, or for none")
         return value
 
     @field_validator("date", mode="before")
@@ -365,17 +461,7 @@ class SamplingConfig(Section):
     )
 
 
-class RewardConfig(Section):
-    name: str = Field(
-        "math",
-        json_schema_extra=behind_fingerprint("reward_name"),
-        description="arithmetic, gsm8k, math, or your own as my_module:MyReward",
-    )
-    options: dict[str, Any] = Field(
-        default_factory=dict,
-        json_schema_extra=in_fingerprint("reward_options"),
-        description="keyword arguments of that reward",
-    )
+class RewardConfig(GraderConfig):
     workers: int = Field(1, ge=1, json_schema_extra=MAY_CHANGE, description="grader processes")
     time_limit_s: float = Field(5.0, gt=0, description="a grader that takes longer is killed and its sample fails")
     memory_limit_gib: float = Field(
@@ -953,18 +1039,61 @@ class Recipe(Section):
         found += train.problems(self.model, self.optimizer)
         return found
 
+    def sources(self, part: Literal["train", "eval"]) -> list[Source]:
+        """Of the prompts to train on, or of those held out, of which there may be none."""
+        data, is_held_out = self.data, part == "eval"
+        path, several = (data.eval, data.eval_sources) if is_held_out else (data.train, data.train_sources)
+        most = self.eval.max_prompts if is_held_out else data.max_prompts
+        if path is not None:
+            return [Source(f"data.{part}", "data", "", path, data, most, None, self.reward)]
+        return [
+            Source(
+                key := f"data.{part}_sources.{index}",
+                key,
+                one.name,
+                one.path,
+                one,
+                one.max_prompts or most,
+                one.weight,
+                one.reward or self.reward,
+            )
+            for index, one in enumerate(several)
+        ]
+
+    @property
+    def graders(self) -> list[GraderConfig]:
+        """Those of all sources, each once."""
+        found: list[GraderConfig] = []
+        for source in [*self.sources("train"), *self.sources("eval")]:
+            one = GraderConfig(name=source.grader.name, options=source.grader.options)
+            found += [] if one in found else [one]
+        return found
+
     def _asking_problems(self) -> list[str]:
         """A preset that asks for an answer in a form that the reward does not look for."""
-        data, reward = self.data, self.reward.name
         asks = {"gsm8k": "gsm8k", "math": "math", "aime": "math", "openr1": "math", "deepscaler": "math"}
-        fitting = asks.get(data.preset or "")
-        if fitting is None or data.prompt_format is not None or reward == fitting or reward not in asks.values():
-            return []
-        forms = {"gsm8k": "a number after ####", "math": "\\boxed{}"}
-        return [
-            f"reward.name: {reward} looks for {forms[reward]}, and data.preset={data.preset} asks for {forms[fitting]};"
-            f" use reward.name={fitting}, or a data.prompt_format of your own"
-        ]
+        forms, found = {"gsm8k": "a number after ####", "math": "\\boxed{}"}, []
+        for source in [*self.sources("train"), *self.sources("eval")]:
+            rows, reward, key = source.rows, source.grader.name, source.rows_key
+            own = "reward.name" if source.grader is self.reward else f"{key}.reward.name"
+            fitting = asks.get(rows.preset or "")
+            if fitting and rows.prompt_format is None and reward != fitting and reward in asks.values():
+                found.append(
+                    f"{own}: {reward} looks for {forms[reward]}, and {key}.preset={rows.preset} asks for "
+                    f"{forms[fitting]}; use {own}={fitting}, or a {key}.prompt_format of your own"
+                )
+            is_task = source.path.startswith("reasoning-gym:")
+            if reward == "reasoning-gym" and not is_task:
+                found.append(
+                    f"{own}: reasoning-gym grades entries of its own tasks, and {source.key} is {source.path}; use "
+                    "another reward, or reasoning-gym:TASK"
+                )
+            if is_task and source.max_prompts is None:
+                most = "eval.max_prompts" if source.key == "data.eval" else f"{key}.max_prompts"
+                found.append(f"{most}: missing, and {source.path} never ends; say how many prompts of it are wanted")
+            if rows.options and not is_task:
+                found.append(f"{key}.options: {rows.options} are for reasoning-gym:TASK; leave them out")
+        return list(dict.fromkeys(found))
 
     def _interleaving_problems(self) -> list[str]:
         """The interleaved schedule runs packed micro-batches in groups of pp; a replica's sequences must divide."""
@@ -1167,8 +1296,9 @@ def describe_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> list[t
         if section is None or field.description:
             default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
             rows.append((prefix + name, default, field.description or ""))
-        if section:
-            rows += describe_fields(section, f"{prefix}{name}.")
+        if section or (section := _section_of_list(field.annotation)):
+            index = "" if section is _section(field.annotation) else "0."
+            rows += describe_fields(section, f"{prefix}{name}.{index}")
     return rows
 
 
@@ -1179,11 +1309,7 @@ def fields_marked(name: str) -> dict[str, Any]:
         kind = _section(section.annotation)
         assert kind is not None
         fields = {section_name: section} | {f"{section_name}.{key}": field for key, field in kind.model_fields.items()}
-        found |= {
-            key: field.json_schema_extra[name]
-            for key, field in fields.items()
-            if isinstance(field.json_schema_extra, dict) and name in field.json_schema_extra
-        }
+        found |= {key: mark for key, field in fields.items() if (mark := _mark(field, name)) is not None}
     return found
 
 
@@ -1199,13 +1325,26 @@ def changed_for_resume(recipe: Recipe, saved: Recipe) -> list[tuple[str, Any, An
         {"may change at a constant learning rate"} if recipe.optimizer.schedule == "constant" else set()
     )
     free = {key for key, value in fields_marked("resume").items() if value in allowed}
+    free_of_source = {key for key, field in SourceConfig.model_fields.items() if _mark(field, "resume") in allowed}
+
+    def kept(value: Any) -> Any:
+        """Of a list of sources what must be the same."""
+        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+            return value
+        return [{key: part for key, part in one.items() if key not in free_of_source} for one in value]
+
     now, then = recipe.model_dump(mode="json"), saved.model_dump(mode="json")
     return [
-        (f"{section}.{key}", now[section][key], then[section][key])
+        (f"{section}.{key}", ours, theirs)
         for section in now
         for key in now[section]
-        if section not in free and f"{section}.{key}" not in free and now[section][key] != then[section][key]
+        if section not in free and f"{section}.{key}" not in free
+        if (ours := kept(now[section][key])) != (theirs := kept(then[section][key]))
     ]
+
+
+def _mark(field: FieldInfo, name: str) -> Any:
+    return field.json_schema_extra.get(name) if isinstance(field.json_schema_extra, dict) else None
 
 
 def _parse_value(text: str) -> Any:
@@ -1224,27 +1363,40 @@ def _parse_value(text: str) -> Any:
 
 def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> str | None:
     *parents, leaf = key.split(".")
-    node = tree
+    node: Any = tree
     for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
+        if isinstance(node, list):
+            if not (parent.isdigit() and int(parent) < len(node)):
+                return f"override {key}: {parent} is none of the {len(node)} there; use 0 to {len(node) - 1}"
+            node = node[int(parent)]
+        else:
+            node = node.setdefault(parent, {})
+        if not isinstance(node, dict | list):
             return f"override {key}: {parent} is a value, not a section"
-        node = child
+    if isinstance(node, list):
+        return f"override {key}: names a whole entry of a list; name a field of it, or give the list"
     node[leaf] = value
     return None
 
 
 def _section(annotation: Any) -> type[Section] | None:
     """The section that a field is, `Section | None` included."""
-    kinds = (annotation, *get_args(annotation))
+    kinds = (annotation, *(() if get_origin(annotation) is list else get_args(annotation)))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def _section_of_list(annotation: Any) -> type[Section] | None:
+    """The section that each of a field's list is."""
+    return _section(get_args(annotation)[0]) if get_origin(annotation) is list else None
 
 
 def _known_keys(parents: list[str]) -> list[str]:
     model: type[Section] = Recipe
     for parent in parents:
+        if parent.isdigit():
+            continue
         field = model.model_fields.get(parent)
-        section = _section(field.annotation) if field else None
+        section = (_section(field.annotation) or _section_of_list(field.annotation)) if field else None
         if section is None:
             return []
         model = section

@@ -189,7 +189,7 @@ def _driver_problems(rollout: RolloutConfig) -> list[str]:
 def check_evaluation(recipe: Recipe, machine: Machine | None = None) -> None:
     """What the engine of an evaluation's worker needs of machine and model."""
     _refuse_shapes({"model.path": recipe.model.path})
-    missing = [] if recipe.data.eval else ["data.eval: missing; give held-out prompts to evaluate on"]
+    missing = [] if recipe.sources("eval") else ["data.eval: missing; give held-out prompts to evaluate on"]
     _raise(missing + _evaluation_problems(recipe, machine or Machine.here()))
 
 
@@ -409,7 +409,7 @@ def _run_problems(recipe: Recipe, machine: Machine) -> list[str]:
     out = exported(recipe.run.dir)
     if out.exists():
         found.append(f"run.dir: {out} is there already; give another run.dir, or remove it")
-    if recipe.data.eval is None and recipe.train.replay is None:
+    if not recipe.sources("eval") and recipe.train.replay is None:
         found.append("data.eval: missing; training reports on held-out prompts")
     return found
 

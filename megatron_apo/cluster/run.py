@@ -180,7 +180,8 @@ class _Run:
         By an `srun` for each: one for all is ended as soon as a node cannot be reached.
         """
         token = secrets.token_hex(8)
-        own = self._recipe.model.path, self._recipe.model.reference, self._recipe.data.train, self._recipe.data.eval
+        sources = [*self._recipe.sources("train"), *self._recipe.sources("eval")]
+        own = [self._recipe.model.path, self._recipe.model.reference, *(source.path for source in sources)]
         must_see = [str(path) for path in own if path is not None and Path(path).exists()]
         found: dict[str, check.Found] = {}
         with (
@@ -373,7 +374,7 @@ def steps(recipe: Recipe, stage: int | None = None) -> list[Step]:
     complete: dict[Step, bool] = {
         "estimate-vstar": is_whole(recipe.vstar.dir),
         "train": is_trained(recipe),
-        "evaluate": recipe.data.eval is None or _is_evaluated(recipe),
+        "evaluate": not recipe.sources("eval") or _is_evaluated(recipe),
     }
     wanted: Sequence[Step] = ["estimate-vstar"] if stage == 1 else ["train", "evaluate"] if stage == 2 else [*complete]
     return [step for step in wanted if not complete[step]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,16 +14,37 @@ from numpy.typing import NDArray
 
 def step_prompts(step: int, *, num_prompts: int, prompts_per_step: int, seed: int) -> list[int]:
     """Indices of step `step` (from 0): a walk through all prompts, shuffled anew each epoch."""
-    first = step * prompts_per_step
-    return [
-        int(_epoch_order(p // num_prompts, num_prompts, seed)[p % num_prompts])
-        for p in range(first, first + prompts_per_step)
-    ]
+    places = range(step * prompts_per_step, (step + 1) * prompts_per_step)
+    return [_shuffled(place, num_prompts, seed) for place in places]
 
 
-@lru_cache(maxsize=2)
-def _epoch_order(epoch: int, num_prompts: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(num_prompts)
+def mixed_step_prompts(
+    step: int, *, sizes: Sequence[int], weights: Sequence[float], prompts_per_step: int, seed: int
+) -> list[tuple[int, int]]:
+    """(source, index in it) of step `step` (from 0): a walk through each source at the pace of its weight.
+
+    Prompt j of a source comes at time (j + 1/2) / weight, so that sources take turns, and of any number of prompts each
+    has its share to within one. One source alone is walked through as by `step_prompts`.
+    """
+    first, last = step * prompts_per_step, (step + 1) * prompts_per_step
+    shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    counts = [min(last, math.ceil(last * share) + 1) for share in shares]
+    times = np.concatenate([(np.arange(count) + 0.5) / share for count, share in zip(counts, shares, strict=True)])
+    sources = np.repeat(np.arange(len(sizes)), counts)
+    places = np.concatenate([np.arange(count) for count in counts])
+    chosen = np.lexsort((sources, times))[first:last]
+    pairs = zip(sources[chosen].tolist(), places[chosen].tolist(), strict=True)
+    return [(source, _shuffled(place, sizes[source], seed, source)) for source, place in pairs]
+
+
+def _shuffled(place: int, num_prompts: int, seed: int, source: int = 0) -> int:
+    """The index at a place of the walk."""
+    return int(_epoch_order(place // num_prompts, num_prompts, seed, source)[place % num_prompts])
+
+
+@lru_cache(maxsize=64)
+def _epoch_order(epoch: int, num_prompts: int, seed: int, source: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch, source] if source else [seed, epoch]).permutation(num_prompts)
 
 
 def sample_seed(run_seed: int, purpose: str, step: int, prompt_id: str) -> int:

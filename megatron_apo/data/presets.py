@@ -18,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from megatron_apo.config import DataConfig
+from megatron_apo.config import RowsConfig, Source
+from megatron_apo.data.procedural import ANSWER, ENTRY, QUESTION, task_of
+from megatron_apo.rewards.procedural import ASKS
 from megatron_apo.rewards.text import boxed_answer
 
 _BOXED = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -42,25 +44,37 @@ class RowFormat:
         return self.prompt_format.replace("{prompt}", row_text)
 
 
-def row_format(data: DataConfig) -> RowFormat:
+def row_format(rows: RowsConfig, base: RowFormat | None = None) -> RowFormat:
     """The preset's format, or that of columns prompt and answer, with what the recipe itself sets in its place.
 
-    A column that the recipe names is read as the preset reads a column of that name, else as it is.
+    A column that the recipe names is read as the preset reads a column of that name, else as it is. base: in place of
+    the preset's.
     """
-    base = PRESETS[data.preset] if data.preset else PLAIN
+    base = base or (PRESETS[rows.preset] if rows.preset else PLAIN)
     answers = base.answers
-    if data.answer_column is not None:
-        answers = {data.answer_column: answers.get(data.answer_column, _stated if data.preset else str)}
+    if rows.answer_column is not None:
+        answers = {rows.answer_column: answers.get(rows.answer_column, _stated if rows.preset else str)}
     return RowFormat(
-        base.prompts if data.prompt_column is None else (data.prompt_column,),
+        base.prompts if rows.prompt_column is None else (rows.prompt_column,),
         answers,
-        base.prompt_format if data.prompt_format is None else data.prompt_format,
+        base.prompt_format if rows.prompt_format is None else rows.prompt_format,
     )
 
 
-def column_key(data: DataConfig, name: str) -> str:
-    """A column's key in the recipe, for messages: `data.<name>`, with the preset if that is what gives the column."""
-    return f"data.{name}" + (f" (data.preset: {data.preset})" if data.preset and getattr(data, name) is None else "")
+def source_format(source: Source) -> RowFormat:
+    """Of a source's rows. Those of a task have what its own verifier compares, and ask for what it looks for."""
+    if not task_of(source.path):
+        return row_format(source.rows)
+    if source.grader.name != "reasoning-gym":
+        return row_format(source.rows, TASK)
+    form = source.grader.options.get("answer", "tag")
+    return row_format(source.rows, RowFormat((QUESTION,), {ENTRY: str}, ASKS.get(form, "{prompt}")))
+
+
+def column_key(rows: RowsConfig, rows_key: str, name: str) -> str:
+    """A column's key in the recipe, for messages, with the preset if that is what gives the column."""
+    from_preset = rows.preset and getattr(rows, name) is None
+    return f"{rows_key}.{name}" + (f" ({rows_key}.preset: {rows.preset})" if from_preset else "")
 
 
 def _stated(answer: str) -> str | None:
@@ -82,6 +96,7 @@ def _boxed_or_stated(solution: str) -> str | None:
 
 
 PLAIN = RowFormat(("prompt",), {"answer": str}, "{prompt}")
+TASK = RowFormat((QUESTION,), {ANSWER: _stated}, "{prompt}")
 PRESETS = {
     "gsm8k": RowFormat(("question",), {"answer": _marked}, _MARKED),
     "math": RowFormat(("problem",), {"answer": _stated, "solution": boxed_answer}, _BOXED),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from copy import copy
 from datetime import datetime, time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_apo.config import DataConfig
 from megatron_apo.data.beginning import Beginning
 from megatron_apo.data.chat_template import names_of, turn_end
-from megatron_apo.data.presets import row_format
+from megatron_apo.data.presets import RowFormat, row_format
 from megatron_apo.telemetry.units import one_line
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ class PromptRenderer:
     data.prompt_format or data.system that begin with another lose it (`Beginning`).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig):
-        self.tokenizer, self._data, self._format = tokenizer, data, row_format(data)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, format: RowFormat | None = None):
+        """format: of the rows; none: that of data.train."""
+        self.tokenizer, self._data, self._format = tokenizer, data, format or row_format(data)
         self._beginning = Beginning.of(tokenizer)
         self._chat_template = ""
         if data.template == "chat":
@@ -45,6 +47,12 @@ class PromptRenderer:
         self._variables = self._template_variables()
         if data.system is not None:
             self._check_system(data.system)
+
+    def of_format(self, format: RowFormat) -> PromptRenderer:
+        """The same for rows of another format."""
+        other = copy(self)
+        other._format = format
+        return other
 
     def render(self, row: str | Messages) -> tuple[str, tuple[int, ...]]:
         """The text the model sees, without a BOS that is not of its making, and its token ids."""

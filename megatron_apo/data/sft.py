@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from megatron_apo.config import Recipe, aligned
 from megatron_apo.data.presets import column_key, row_format
-from megatron_apo.data.prompts import read_rows, row_text
 from megatron_apo.data.rendering import PromptRenderer
+from megatron_apo.data.rows import read_rows, row_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ def read_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: 
     assert warmup.data is not None
     if not stop_ids:
         raise ValueError("sampling.stop_token_ids: [] gives warmup.data's responses no end; name an id, or null")
-    columns, key = row_format(data).prompts, column_key(data, "prompt_column")
+    columns, key = row_format(data).prompts, column_key(data, "data", "prompt_column")
     prompts, responses = [], []
     for index, row in enumerate(read_rows(warmup.data, "warmup.data")):
         prompts.append(row_text(row, columns, key, warmup.data, index))

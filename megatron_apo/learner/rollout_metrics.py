@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -50,6 +50,23 @@ def rollout_metrics(
             denominator_computed=denominator_computed,
         ),
     }
+
+
+def source_metrics(batch: RolloutBatch, names: Sequence[str]) -> dict[str, float]:
+    """Of each source's responses, by the names of metrics.jsonl; nothing where there is one source alone.
+
+    names: of each prompt's source, [B].
+    """
+    found: dict[str, float] = {}
+    for name in sorted(set(names) - {""}):
+        own = np.array([one == name for one in names])
+        found |= {
+            f"source/{name}/share": float(own.mean()),
+            f"source/{name}/reward": float(batch.reward_B[own].mean()),
+            f"source/{name}/mean_tokens": float(batch.sequences.response_lengths_B[own].mean()),
+            f"source/{name}/truncated": float(batch.truncated_B[own].mean()),
+        }
+    return found
 
 
 def response_metrics(batch: RolloutBatch) -> dict[str, float]:

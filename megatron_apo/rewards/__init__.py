@@ -30,6 +30,7 @@ class GradeRequest:
     answer: str  # the dataset's answer column
     finish_reason: str  # "stop" | "length"
     asks_to_think: bool = False  # data.thinking: the answer follows a closing think tag
+    grader: int = 0  # which of the pool's, where sources have graders of their own
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ _TARGETS = {
     "arithmetic": "megatron_apo.rewards.arithmetic:ArithmeticReward",
     "gsm8k": "megatron_apo.rewards.gsm8k:Gsm8kReward",
     "math": "megatron_apo.rewards.math_answers:MathReward",
+    "reasoning-gym": "megatron_apo.rewards.procedural:ProceduralReward",
 }
 
 

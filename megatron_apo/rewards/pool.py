@@ -1,6 +1,6 @@
 """Grades samples in worker processes that are killed at the time limit, so that no grader can stop a run.
 
-    with RewardPool(recipe.reward) as pool:
+    with RewardPool(recipe.reward, recipe.graders) as pool:
         grades = pool.grade(requests)
 
 A worker gets samples in batches and answers a batch at once, since each answer would take the interpreter from whoever
@@ -27,7 +27,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
-from megatron_apo.config import RewardConfig
+from megatron_apo.config import GraderConfig, RewardConfig
 from megatron_apo.rewards import GradeRequest, reward_target
 from megatron_apo.rewards.text import thinking_is_unfinished
 from megatron_apo.rewards.worker import Answer, Graded, Progress, Ready, Refused, WorkerSpec
@@ -68,21 +68,28 @@ class InlineRewardPool:
     """`config.workers` grader processes that get on whenever `poll` is called. Raises `ValueError` if the reward cannot
     be built.
 
-    `reward_name` and `reward_version` are the reward's own. `failures` counts samples by kind: timeout, died, error.
+    `failures` counts samples by kind: timeout, died, error.
     """
 
-    def __init__(self, config: RewardConfig, stop: socket.socket | None = None):
-        """stop: a byte from it ends the wait for the workers' start."""
+    def __init__(
+        self,
+        config: RewardConfig,
+        graders: Sequence[GraderConfig] | None = None,
+        stop: socket.socket | None = None,
+    ):
+        """graders: what `GradeRequest.grader` counts; none: the config's own. stop: a byte from it ends the wait for
+        the workers' start."""
         self._config = config
-        self._spec = WorkerSpec(reward_target(config.name), config.options, int(config.memory_limit_gib * 2**30))
+        rewards = tuple((reward_target(one.name), one.options) for one in graders or [config])
+        self._spec = WorkerSpec(rewards, int(config.memory_limit_gib * 2**30))
         self.failures: Counter[str] = Counter()
         self._queue: deque[_Sample] = deque()
         self._broken: str | None = None
-        self._identity: Ready | None = None  # what the first worker to be ready says of its reward
+        self._is_ready = False  # the first worker
         self._workers: list[_Worker] = []
         try:
             self._workers.extend(_Worker(self._spec) for _ in range(config.workers))
-            while self._identity is None:
+            while not self._is_ready:
                 if self._poll(waker=stop):
                     raise RuntimeError("the reward pool was closed while it started")
         except _StartError as error:
@@ -91,8 +98,6 @@ class InlineRewardPool:
         except BaseException:
             self.close()
             raise
-        self.reward_name: str = self._identity.name
-        self.reward_version: str = self._identity.version
 
     def submit(self, request: GradeRequest) -> Future[Grade]:
         """Let one sample be graded. From any thread."""
@@ -187,8 +192,7 @@ class InlineRewardPool:
             is_short = message.seconds < _BATCH_S
             worker.most = min(2 * worker.most, _LARGEST_BATCH) if is_short else max(worker.most // 2, 1)
         elif isinstance(message, Ready):
-            worker.ready = True
-            self._identity = message
+            worker.ready = self._is_ready = True
         else:
             assert isinstance(message, Refused)
             raise _StartError(message.reason)
@@ -204,7 +208,8 @@ class InlineRewardPool:
         """
         worker.kill()
         if not worker.ready:
-            raise _StartError(f"reward.name: {self._spec.reward}: the grader process {_START_FAILURES[failure]}")
+            named = ", ".join(target for target, _ in self._spec.rewards)
+            raise _StartError(f"reward.name: {named}: the grader process {_START_FAILURES[failure]}")
         if worker.batch:
             index = worker.progress.read()[0]
             sample = worker.batch[index]
@@ -223,8 +228,8 @@ class InlineRewardPool:
 class RewardPool(AbstractContextManager["RewardPool"]):
     """An `InlineRewardPool` with a thread of its own, for who waits for something else meanwhile."""
 
-    def __init__(self, config: RewardConfig):
-        self._config = config
+    def __init__(self, config: RewardConfig, graders: Sequence[GraderConfig] | None = None):
+        self._config, self._graders = config, graders
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
         self._closing = False
@@ -237,7 +242,6 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         except BaseException:
             self.close()
             raise
-        self.reward_name, self.reward_version = self._pool.reward_name, self._pool.reward_version
 
     @property
     def failures(self) -> Counter[str]:
@@ -277,7 +281,7 @@ class RewardPool(AbstractContextManager["RewardPool"]):
     def _run(self) -> None:
         """The thread."""
         try:
-            pool = InlineRewardPool(self._config, stop=self._wakened)
+            pool = InlineRewardPool(self._config, self._graders, stop=self._wakened)
         except BaseException as error:
             self._started.set_exception(error)
             return

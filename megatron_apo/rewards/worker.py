@@ -32,17 +32,13 @@ _PROGRESS = struct.Struct("@Qd")  # native: each is written at once
 class WorkerSpec:
     """The pool's first message: what to grade with."""
 
-    reward: str  # module:attribute
-    options: dict[str, Any]
+    rewards: tuple[tuple[str, dict[str, Any]], ...]  # module:attribute and options of each
     memory_limit_bytes: int
 
 
 @dataclass(frozen=True)
 class Ready:
     """The worker's first message."""
-
-    name: str
-    version: str
 
 
 @dataclass(frozen=True)
@@ -111,17 +107,17 @@ def _serve(channel: Connection, progress: Progress) -> None:
     spec: WorkerSpec = channel.recv()
     resource.setrlimit(resource.RLIMIT_AS, (spec.memory_limit_bytes, spec.memory_limit_bytes))
     try:
-        reward = get_reward(spec.reward, spec.options)
+        rewards = [get_reward(reward, options) for reward, options in spec.rewards]
     except ValueError as error:
         channel.send(Refused(str(error)))
         return
-    channel.send(Ready(reward.name, reward.version))
+    channel.send(Ready())
     while True:
         requests, start = channel.recv(), time.monotonic()
         answers = []
         for index, request in enumerate(requests):
             progress.begin(index)
-            answers.append(_grade(reward, request))
+            answers.append(_grade(rewards[request.grader], request))
         channel.send(Graded(answers, time.monotonic() - start))
 
 

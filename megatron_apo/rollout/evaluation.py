@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_apo.config import Recipe, values_marked
+from megatron_apo.data.prompts import Prompt
 from megatron_apo.rewards.pool import RewardPool
 from megatron_apo.rollout.filling import Filling, SamplingJob
 from megatron_apo.rollout.inputs import Inputs, evaluation_fingerprint
@@ -31,11 +33,12 @@ def finished_evaluation(recipe: Recipe, inputs: Inputs, sampling: GradedSampling
     """What `begin_evaluation` began and the engines have answered."""
     k, num_prompts = recipe.eval.samples, len(inputs.evaluation.prompts)
     rewards = sampling.reward_B
-    sampled = sampling.completions[: k * num_prompts]
+    is_cut = np.array([completion.finish_reason == "length" for completion in sampling.completions[: k * num_prompts]])
     return _evaluation(
         rewards[: k * num_prompts].reshape(num_prompts, k),
         rewards[k * num_prompts :],
-        float(np.mean([completion.finish_reason == "length" for completion in sampled])),
+        is_cut.reshape(num_prompts, k),
+        [prompt.source for prompt in inputs.evaluation.prompts],
     )
 
 
@@ -63,18 +66,31 @@ def evaluation_job(recipe: Recipe, inputs: Inputs) -> SamplingJob:
     )
 
 
-def evaluation_of(sampled: VStarStore, greedy: VStarStore) -> Evaluation:
-    """What the stores of an `evaluation_job` hold."""
-    num_prompts = len(sampled)
+def evaluation_of(sampled: VStarStore, greedy: VStarStore, prompts: Sequence[Prompt]) -> Evaluation:
+    """What the stores of an `evaluation_job` hold of these prompts."""
+    ids = [prompt.prompt_id for prompt in prompts]
+    rows, greedy_rows = sampled.rows_of(ids), greedy.rows_of(ids)
     reasons = sampled.column("finish_reasons").to_pylist()
     return _evaluation(
-        sampled.rewards.flat.reshape(num_prompts, -1),
-        greedy.rewards.flat,
-        float(np.mean([reason == "length" for row in reasons for reason in row])),
+        sampled.rewards.flat.reshape(len(sampled), -1)[rows],
+        greedy.rewards.flat[greedy_rows],
+        np.array([[reason == "length" for reason in reasons[row]] for row in rows]),
+        [prompt.source for prompt in prompts],
     )
 
 
-def _evaluation(reward_PK: NDArray[np.float64], greedy_P: NDArray[np.float64], truncated: float) -> Evaluation:
+def _evaluation(
+    reward_PK: NDArray[np.float64], greedy_P: NDArray[np.float64], is_cut_PK: NDArray[np.bool_], sources: Sequence[str]
+) -> Evaluation:
+    """sources: of each prompt, "" where there is one alone."""
+    whole = _scores(reward_PK, greedy_P, is_cut_PK)
+    for name in sorted(set(sources) - {""}):
+        own = np.array([source == name for source in sources])
+        whole.sources[name] = _scores(reward_PK[own], greedy_P[own], is_cut_PK[own])
+    return whole
+
+
+def _scores(reward_PK: NDArray[np.float64], greedy_P: NDArray[np.float64], is_cut_PK: NDArray[np.bool_]) -> Evaluation:
     reward_P = reward_PK.mean(axis=1)
     return Evaluation(
         mean=float(reward_P.mean()),
@@ -83,7 +99,7 @@ def _evaluation(reward_PK: NDArray[np.float64], greedy_P: NDArray[np.float64], t
         greedy_stderr=_stderr(greedy_P),
         samples_per_prompt=reward_PK.shape[1],
         num_prompts=len(reward_PK),
-        truncated=truncated,
+        truncated=float(is_cut_PK.mean()),
     )
 
 

@@ -158,7 +158,7 @@ def fill(job: SamplingJob, worker: Worker, claims: Claims, log_name: str) -> Non
         one.writer.reopen()
     start = time.monotonic()
     progress = Progress(disable=not recipe.telemetry.progress)
-    with InlineRewardPool(recipe.reward) as pool, progress:
+    with InlineRewardPool(recipe.reward, recipe.graders) as pool, progress:
         engine = OfflineEngine(
             job.model,
             recipe.rollout,

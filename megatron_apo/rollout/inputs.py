@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megatron_apo.config import Recipe, SamplingConfig, fields_marked, values_marked
-from megatron_apo.data.prompts import LoadedPrompts, Prompt, load_prompts
+from megatron_apo.config import Recipe, SamplingConfig, Source, fields_marked, values_marked
+from megatron_apo.data.presets import PLAIN, RowFormat, source_format
+from megatron_apo.data.procedural import Part
+from megatron_apo.data.prompts import LoadedPrompts, Prompt, load_part
 from megatron_apo.data.rendering import PromptRenderer
 from megatron_apo.model.tokenizer import load_tokenizer, stop_token_ids
 from megatron_apo.rewards import GradeRequest, get_reward
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The recipe's data, read once. `evaluation` is empty where the recipe has no data.eval."""
+    """The recipe's data, read once. `evaluation` is empty where the recipe has no held-out prompts."""
 
     tokenizer: PreTrainedTokenizerBase
     renderer: PromptRenderer
@@ -34,7 +36,8 @@ class Inputs:
         if token_ids and token_ids[-1] in self.stop_token_ids:
             token_ids = token_ids[:-1]
         response = self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
-        return GradeRequest(prompt.text, response, prompt.answer, finish_reason, self.renderer.asks_to_think)
+        thinks = self.renderer.asks_to_think
+        return GradeRequest(prompt.text, response, prompt.answer, finish_reason, thinks, prompt.grader)
 
     def sampling(self, config: SamplingConfig, *, greedy: bool = False) -> Sampling:
         """The recipe's sampling as a request's parameters; `greedy` keeps its cap and stop ids."""
@@ -51,39 +54,56 @@ def load_inputs(recipe: Recipe) -> Inputs:
     """Read tokenizer and prompts. Raises `ValueError` naming the recipe's key for anything that is not as it says."""
     tokenizer = load_tokenizer(recipe.model.path, "model.path")
     renderer = PromptRenderer(tokenizer, recipe.data)
-    training = load_prompts(recipe.data.train, recipe.data, renderer, recipe.data.max_prompts)
-    evaluation = LoadedPrompts([], {}, "")
-    if recipe.data.eval:
-        evaluation = load_prompts(recipe.data.eval, recipe.data, renderer, recipe.eval.max_prompts)
+    training, evaluation = load_part(recipe, "train", renderer), load_part(recipe, "eval", renderer)
     return Inputs(tokenizer, renderer, training, evaluation, stop_token_ids(recipe, recipe.model.path))
 
 
 def store_fingerprint(recipe: Recipe, inputs: Inputs) -> Fingerprint:
     """Everything that V* under this recipe depends on. Reads the reference's weights once a run, for their hash."""
     hash_memo = recipe.run.dir / "reference_hash.json"
-    return _fingerprint(recipe, inputs, recipe.model.reference_path, hash_memo, inputs.training)
+    return _fingerprint(recipe, inputs, recipe.model.reference_path, hash_memo, "train")
 
 
 def evaluation_fingerprint(recipe: Recipe, inputs: Inputs, hash_memo: Path, *, greedy: bool) -> Fingerprint:
     """Everything that the sampled rewards of an evaluation of `model.path` depend on, or the greedy ones. `hash_memo`
     keeps the hash of its weights."""
-    found = _fingerprint(recipe, inputs, recipe.model.path, hash_memo, inputs.evaluation)
+    found = _fingerprint(recipe, inputs, recipe.model.path, hash_memo, "eval")
     own = {"purpose": "eval", "seed": recipe.run.seed, "adaptive": None, "samples_per_prompt": recipe.eval.samples}
     return found.model_copy(update=own | ({"samples_per_prompt": 1, "temperature": 0.0} if greedy else {}))
 
 
-def _fingerprint(recipe: Recipe, inputs: Inputs, model: Path, hash_memo: Path, prompts: LoadedPrompts) -> Fingerprint:
+def _fingerprint(recipe: Recipe, inputs: Inputs, model: Path, hash_memo: Path, part: Part) -> Fingerprint:
     from megatron_apo.weights.hf_io import known_model_hash
 
-    reward = get_reward(recipe.reward.name, recipe.reward.options)
-    names = fields_marked("fingerprint")
+    names, sources = fields_marked("fingerprint"), [_SourceFacts.of(source) for source in recipe.sources(part)]
     settings = {names[key]: value for key, value in values_marked(recipe, "fingerprint").items()}
+    prompts = inputs.training if part == "train" else inputs.evaluation
+    if [one.name for one in sources] == [""]:
+        format, reward = sources[0].format, sources[0].reward
+    else:  # formats and rewards are the sources'
+        format, reward = PLAIN, {"reward_name": "", "reward_version": "", "reward_options": {}}
+        settings["sources"] = [one.told() for one in sources]
     return Fingerprint(
         model_hash=known_model_hash(model, hash_memo),
-        **inputs.renderer.fingerprint(),
         stop_token_ids=list(inputs.stop_token_ids),
-        reward_name=reward.name,
-        reward_version=reward.version,
         dataset_hash=prompts.dataset_hash,
-        **settings,
+        **settings | inputs.renderer.of_format(format).fingerprint() | reward,
     )
+
+
+@dataclass(frozen=True)
+class _SourceFacts:
+    """Of a source, what the rewards of its samples depend on beside its rows."""
+
+    name: str
+    format: RowFormat
+    reward: dict[str, Any]
+
+    @classmethod
+    def of(cls, source: Source) -> _SourceFacts:
+        own, options = get_reward(source.grader.name, source.grader.options), source.grader.options
+        named = {"reward_name": own.name, "reward_version": own.version, "reward_options": options}
+        return cls(source.name, source_format(source), named)
+
+    def told(self) -> dict[str, Any]:
+        return {"name": self.name, "prompt_format": self.format.prompt_format} | self.reward

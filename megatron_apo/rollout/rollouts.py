@@ -220,7 +220,7 @@ class Rollouts:
 
     def _start_graders(self) -> None:
         self._stack.callback(self.fleet.stop)
-        self._pool = self._stack.enter_context(RewardPool(self._recipe.reward))
+        self._pool = self._stack.enter_context(RewardPool(self._recipe.reward, self._recipe.graders))
 
     def _start_nodes(self) -> None:
         """Other hosts' first ranks join with the engines that are theirs, and start them when they are told to."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.order import step_prompts
+from megatron_apo.data.order import mixed_step_prompts
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.rollout.inputs import Inputs
@@ -30,15 +31,37 @@ class TrainingData:
             raise ValueError(
                 f"vstar.filter: {recipe.vstar.filter} leaves none of {len(store)} prompts; choose another filter"
             )
+        if gone := {one.name for one in recipe.sources("train")} - {prompt.source for prompt in prompts}:
+            raise ValueError(
+                f"vstar.filter: {recipe.vstar.filter} leaves no prompt of source {min(gone)}; choose another filter, "
+                "or leave the source out of data.train_sources"
+            )
         vstar.lookup([prompt.prompt_id for prompt in prompts])
         return cls(inputs, prompts, vstar)
 
     def prompts_of(self, recipe: Recipe, step: int, samples_per_prompt: int) -> list[Prompt]:
         """The prompts of step `step` (from 0), each as often as responses of it are wanted."""
-        chosen = step_prompts(
-            step, num_prompts=len(self.prompts), prompts_per_step=recipe.train.prompts_per_step, seed=recipe.run.seed
+        sources = [self._of_source[source.name] for source in recipe.sources("train")]
+        chosen = mixed_step_prompts(
+            step,
+            sizes=[len(prompts) for prompts in sources],
+            weights=[one.weight or len(self._of_source[one.name]) for one in recipe.sources("train")],
+            prompts_per_step=recipe.train.prompts_per_step,
+            seed=recipe.run.seed,
         )
-        return [self.prompts[index] for index in chosen for _ in range(samples_per_prompt)]
+        return [sources[source][index] for source, index in chosen for _ in range(samples_per_prompt)]
+
+    def source_names(self, batch: RolloutBatch) -> list[str]:
+        """Of each of the batch's prompts; "" where there is one source alone."""
+        names = {prompt.prompt_id: prompt.source for prompt in self.prompts}
+        return [names[prompt_id] for prompt_id in batch.prompt_ids]
+
+    @cached_property
+    def _of_source(self) -> dict[str, list[Prompt]]:
+        found: dict[str, list[Prompt]] = {}
+        for prompt in self.prompts:
+            found.setdefault(prompt.source, []).append(prompt)
+        return found
 
     def values(self, batch: RolloutBatch) -> dict[str, float]:
         """V* of the batch's prompts."""

@@ -27,7 +27,10 @@ def run(recipe: Recipe, worker: Worker) -> None:
         fill(job, worker, claims, "vllm-evaluate")
         sampled, greedy = (one.finish() for one in job.stores)
         claims.remove()
-    found, path = evaluation_of(sampled, greedy), evaluation_result(recipe.run.dir, recipe.model.path)
+    found, path = (
+        evaluation_of(sampled, greedy, job.inputs.evaluation.prompts),
+        evaluation_result(recipe.run.dir, recipe.model.path),
+    )
     is_new = not path.exists()
     write_whole(path, json.dumps(asdict(found) | {"model": str(recipe.model.path)}, indent=1) + "\n")
     if is_new or worker.index == 0:
@@ -35,3 +38,8 @@ def run(recipe: Recipe, worker: Worker) -> None:
             f"{recipe.model.path}: avg@{found.samples_per_prompt} {with_error(found.mean, found.stderr)}, "
             f"greedy {with_error(found.greedy, found.greedy_stderr)} ({found.num_prompts} prompts); {path}"
         )
+        for name, one in found.sources.items():
+            print(
+                f"  {name}: avg@{one.samples_per_prompt} {with_error(one.mean, one.stderr)}, greedy "
+                f"{with_error(one.greedy, one.greedy_stderr)} ({one.num_prompts} prompts)"
+            )

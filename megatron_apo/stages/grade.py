@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from megatron_apo.config import Recipe, RewardConfig
-from megatron_apo.data.prompts import read_rows, row_text
+from megatron_apo.data.rows import read_rows, row_text
 from megatron_apo.rewards import GradeRequest
 from megatron_apo.rewards.explain import Row, Verdict, cross_table, verdicts
 from megatron_apo.values.shards import shard_name

@@ -10,7 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import fmean
 from typing import Any, Protocol
@@ -53,6 +53,19 @@ class Evaluation:
     samples_per_prompt: int
     num_prompts: int
     truncated: float  # share of the sampled responses that reached the length cap
+    sources: dict[str, Evaluation] = field(default_factory=dict)  # of each, by name, where there are several
+
+
+def _told(prefix: str, found: Evaluation) -> dict[str, float]:
+    """By the names of metrics.jsonl."""
+    values = {
+        "avg_at_k": found.mean,
+        "avg_at_k_stderr": found.stderr,
+        "greedy": found.greedy,
+        "greedy_stderr": found.greedy_stderr,
+        "truncated": found.truncated,
+    }
+    return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
 
 
 class Recorder:
@@ -127,14 +140,15 @@ class Recorder:
         self._evaluated = found
         if step == 0 and self._topology.is_driver:
             RunSummary(self._recipe.run.dir).add({"pass_at_1": {"before": asdict(found)}})
-        values = {
-            "eval/avg_at_k": found.mean,
-            "eval/avg_at_k_stderr": found.stderr,
-            "eval/greedy": found.greedy,
-            "eval/greedy_stderr": found.greedy_stderr,
-            "eval/truncated": found.truncated,
-        }
-        self._log(step, {name: value for name, value in values.items() if value is not None})
+        self._log(
+            step,
+            _told("eval", found)
+            | {
+                name: value
+                for source, one in found.sources.items()
+                for name, value in _told(f"eval/{source}", one).items()
+            },
+        )
 
     def has_evaluated(self, step: int) -> bool:
         """Whether the run has an evaluation of the weights after `step` steps; False except on the driver."""

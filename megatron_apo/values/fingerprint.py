@@ -88,6 +88,7 @@ class Fingerprint(BaseModel):
     max_prompt_tokens: int
     samples_per_prompt: int
     adaptive: dict[str, Any] | None = None  # of `AdaptiveConfig`
+    sources: list[dict[str, Any]] | None = None  # of several: name, reward and prompt_format of each
     seed: int
 
     @property

@@ -116,7 +116,7 @@ def generate(engine: OfflineEngine, job: SamplingJob) -> float:
 
 
 def stage_1(engine: OfflineEngine, job: SamplingJob, kind: type[Sampler]) -> float:
-    with InlineRewardPool(job.recipe.reward) as pool, job.claims(Worker()) as claims:
+    with InlineRewardPool(job.recipe.reward, job.recipe.graders) as pool, job.claims(Worker()) as claims:
         start = time.monotonic()
         sample_all(job, kind(job, Worker(), engine, pool, start), claims, claims.take(), Progress(disable=True))
         job.stores[0].finish()

@@ -5,7 +5,9 @@ The columns and types are those that the datasets' cards and files name; the row
 
 from __future__ import annotations
 
+import datetime
 import json
+from decimal import Decimal
 from typing import get_args
 
 import pyarrow as pa
@@ -14,9 +16,8 @@ import pytest
 
 from megatron_apo.config import DataConfig, RecipeError, build_recipe
 from megatron_apo.data.presets import PRESETS, boxed_answer, row_format
-from megatron_apo.data.prompts import load_prompts
-from megatron_apo.data.rendering import PromptRenderer
 from megatron_apo.rewards import GradeRequest, get_reward
+from tests.prompts import load_data
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -142,8 +143,9 @@ def write(path, rows):
 
 
 def load(source, tokenizer, **changes):
-    data = DataConfig(**({"train": source, "template": "raw"} | changes))
-    return load_prompts(source, data, PromptRenderer(tokenizer, data))
+    preset = changes.get("preset")
+    reward = {"name": "gsm8k" if preset == "gsm8k" else "math"}
+    return load_data(tokenizer, {"train": source, "template": "raw"} | changes, **reward)
 
 
 def refusal(source, tokenizer, **changes):
@@ -328,7 +330,7 @@ def test_columns_that_are_not_there(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(["1", "2"], "['1', '2']"), ({"value": 1}, "{'value': 1}"), (True, "True")], ids=str
+    ("value", "shown"), [([["1"]], "[['1']]"), ({"value": 1}, "{'value': 1}"), (True, "True")], ids=str
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_values_that_are_not_text(value, shown, suffix, tokenizer, tmp_path):
@@ -341,8 +343,26 @@ def test_values_that_are_not_text(value, shown, suffix, tokenizer, tmp_path):
     assert refusal(source, tokenizer, preset="openr1").startswith("data.prompt_column (data.preset: openr1): row 0 of ")
 
 
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [
+        (["1", "2"], "1, 2"),
+        ([7], "7"),
+        (7, "7"),
+        (datetime.date(2024, 5, 1), "2024-05-01"),
+        (datetime.datetime(2024, 5, 1), "2024-05-01"),
+        (datetime.datetime(2024, 5, 1, 17, 30), "2024-05-01 17:30:00"),
+        (Decimal("1.10"), "1.10"),
+    ],
+    ids=str,
+)
+def test_answers_of_other_types_are_read_as_text(value, answer, tokenizer, tmp_path):
+    source = write(tmp_path / "rows.parquet", [{"prompt": "A", "deep": {"answer": value}}])
+    assert load(source, tokenizer, answer_column="deep.answer").prompts[0].answer == answer
+
+
 def test_a_long_value_is_shown_in_part(tokenizer, tmp_path):
-    source = write(tmp_path / "rows.jsonl", [OPENR1 | {"answer": ["9" * 5000]}])
+    source = write(tmp_path / "rows.jsonl", [OPENR1 | {"answer": {"value": "9" * 5000}}])
     assert len(refusal(source, tokenizer, preset="openr1")) < 500
 
 

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_apo.config import DataConfig, RecipeError, build_recipe
+from megatron_apo.config import RecipeError, build_recipe
 from megatron_apo.data.arithmetic import build_tokenizer
-from megatron_apo.data.prompts import load_prompts, read_rows
-from megatron_apo.data.rendering import PromptRenderer
+from megatron_apo.data.rows import read_rows
 from tests.chat import build_chat_tokenizer
+from tests.prompts import load_data
 
 ROWS = [("1+2", "3"), ("10+20", "30"), ("1+2", "3"), ("100+200", "300")]
 
@@ -43,13 +43,8 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-def config(source, **changes):
-    return DataConfig(**({"train": source, "template": "raw"} | changes))
-
-
-def load(source, tokenizer, max_prompts=None, **changes):
-    data = config(source, **changes)
-    return load_prompts(source, data, PromptRenderer(tokenizer, data), max_prompts)
+def load(source, tokenizer, part="train", **changes):
+    return load_data(tokenizer, {"train": source, "template": "raw"} | changes, part)
 
 
 def test_rows_become_prompts(source, tokenizer):
@@ -67,12 +62,12 @@ def test_repeated_rows_have_ids_of_their_own_and_the_same_text_hash(source, toke
     assert prompts[0].text_hash == prompts[2].text_hash != prompts[1].text_hash
 
 
-def test_ids_depend_on_name_row_and_content_only(source, tokenizer, tmp_path):
+def test_ids_depend_on_row_and_content_alone(source, tokenizer, tmp_path):
     loaded = load(source, tokenizer)
     (tmp_path / "elsewhere").mkdir()
     moved = load(str(shutil.copy(source, tmp_path / "elsewhere")), tokenizer)
-    assert moved == loaded
     renamed = load(str(shutil.copy(source, tmp_path / "other.jsonl")), tokenizer)
+    assert moved == renamed == loaded
     wider = load(
         write_jsonl(tmp_path / "elsewhere" / "train.jsonl", [{"x": 1, "answer": a, "prompt": p} for p, a in ROWS]),
         tokenizer,
@@ -81,9 +76,8 @@ def test_ids_depend_on_name_row_and_content_only(source, tokenizer, tmp_path):
     answers = load(
         write_jsonl(tmp_path / "elsewhere" / "train.jsonl", [{"prompt": p, "answer": "7"} for p, _ in ROWS]), tokenizer
     )
-    for other in (renamed, answers):
-        assert not {p.prompt_id for p in other.prompts} & {p.prompt_id for p in loaded.prompts}
-        assert other.dataset_hash != loaded.dataset_hash
+    assert not {p.prompt_id for p in answers.prompts} & {p.prompt_id for p in loaded.prompts}
+    assert answers.dataset_hash != loaded.dataset_hash
 
 
 def test_a_changed_file_is_read_again(source, tokenizer):
@@ -131,9 +125,9 @@ def messages(*turns):
 def test_a_prompt_may_be_messages(chat_tokenizer, tmp_path):
     rows = [{"prompt": messages(*MESSAGES), "answer": "7"}, {"prompt": messages(("user", "5")), "answer": "5"}]
     source = write_jsonl(tmp_path / "messages.jsonl", rows)
-    found = load(source, chat_tokenizer, template="chat", prompt_format="{prompt}+0")
-    assert [prompt.text for prompt in found.prompts] == ["1+2=3+4+0=", "5+0="]
-    assert len({prompt.prompt_id for prompt in found.prompts}) == 2
+    loaded = load(source, chat_tokenizer, template="chat", prompt_format="{prompt}+0")
+    assert [prompt.text for prompt in loaded.prompts] == ["1+2=3+4+0=", "5+0="]
+    assert len({prompt.prompt_id for prompt in loaded.prompts}) == 2
     alone = write_jsonl(tmp_path / "alone.jsonl", rows[1:])
     assert load(alone, chat_tokenizer, template="chat", system="8+").prompts[0].text == "8+5="
 
@@ -191,8 +185,7 @@ def test_hub_datasets(hub, tokenizer):
     assert hub == [("some/sums", None, "train"), ("some/sums", "main", "test")]
     assert [(p.text, p.answer) for p in main.prompts] == [(p.text, p.answer) for p in whole.prompts] == ROWS
     others = [load("some/sums", tokenizer, split="test"), load("some/sums", tokenizer, subset="main")]
-    ids = [p.prompt_id for loaded in (whole, main, *others) for p in loaded.prompts]
-    assert len(set(ids)) == 4 * len(ROWS)
+    assert whole == main == others[0] == others[1], "the same rows, wherever they are"
 
 
 def test_a_subset_that_is_not_there(hub, tokenizer):
@@ -216,7 +209,7 @@ def refusal(source, tokenizer, **changes):
 def test_a_missing_file(tokenizer, tmp_path):
     absent = str(tmp_path / "absent.jsonl")
     assert refusal(absent, tokenizer).startswith(f"data.train: {absent} is not a file; give a .jsonl or .parquet file")
-    assert refusal(absent, tokenizer, train="t.jsonl", eval=absent).startswith("data.eval: ")
+    assert refusal("t.jsonl", tokenizer, part="eval", eval=absent).startswith("data.eval: ")
     with pytest.raises(ValueError, match="^warmup.data: "):
         next(read_rows(absent, "warmup.data"))
 
@@ -353,9 +346,7 @@ def test_reading_a_file_is_quiet_and_leaves_nothing_behind(source, tmp_path):
     """In a process of its own: the cache folder is fixed when `datasets` is imported."""
     home = tmp_path / "home"
     home.mkdir()
-    code = (
-        f"from megatron_apo.data.prompts import read_rows; assert len(list(read_rows({source!r}, 'data.train'))) == 4"
-    )
+    code = f"from megatron_apo.data.rows import read_rows; assert len(list(read_rows({source!r}, 'data.train'))) == 4"
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
     env |= {"HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

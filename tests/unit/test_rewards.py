@@ -368,7 +368,6 @@ def misbehaving(tmp_path, monkeypatch):
 def test_the_pool_grades_in_order(workers):
     requests = [request(f"</think>{i % 7}", str(i % 5)) for i in range(300)]
     with RewardPool(RewardConfig(name="arithmetic", workers=workers)) as pool:
-        assert (pool.reward_name, pool.reward_version) == ("arithmetic", "1")
         assert pool.grade(requests) == [Grade(float(i % 7 == i % 5)) for i in range(300)]
         futures = [pool.submit(item) for item in requests]
         assert [future.result() for future in futures] == pool.grade(requests)
@@ -408,7 +407,6 @@ class TurnedPool(InlineRewardPool):
 def test_exactly_the_guilty_samples_fail_and_are_counted(misbehaving, kind):
     responses = [text for i, what in enumerate(FAILURES) for text in (str(i), what, str(i + 0.5))] + ["true"]
     with kind(misbehaving(options={"scale": 2.0}, time_limit_s=0.5)) as pool:
-        assert (pool.reward_name, pool.reward_version) == ("misbehaving", "7")
         grades = dict(zip(responses, pool.grade([request(text) for text in responses]), strict=True))
         assert pool.failures == {"timeout": 3, "died": 3, "error": 8}
         assert pool.grade([request("4")]) == [Grade(8.0)]

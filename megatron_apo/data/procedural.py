@@ -1,0 +1,50 @@
+"""Rows of a task that is made by a program (`rewards/procedural.py`): as many as are asked for, none of them twice.
+
+Its questions are shared out by their hash: one in eight is held out, the others are for training. So whatever seeds and
+numbers a recipe has, no question is in both parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from megatron_apo.rewards.procedural import PREFIX, Task, reference_to
+
+Part = Literal["train", "eval"]
+_HELD_OUT_OF = 8
+_MOST_DRAWN, _MORE = 64, 2048  # entries for each row that is asked for, and for all
+
+QUESTION, ANSWER, ENTRY = "prompt", "answer", "entry"  # columns; an answer is text, or null where there are several
+
+
+def task_of(path: str) -> str | None:
+    """ "chain_sum" for reasoning-gym:chain_sum, None for a file or a dataset of the hub."""
+    return path.removeprefix(PREFIX) if path.startswith(PREFIX) else None
+
+
+def rows_of_task(
+    name: str, options: Mapping[str, Any], part: Part, count: int, key: str, options_key: str
+) -> Iterator[dict[str, Any]]:
+    """`count` rows of a part. Raises `ValueError` naming the recipe's key for a task or options that are not there, and
+    for a task that has fewer questions."""
+    task, questions, index = Task(name, options, options_key), set[str](), 0
+    while len(questions) < count:
+        if index >= _MOST_DRAWN * count + _MORE:
+            raise ValueError(
+                f"{key}: {count}, but {PREFIX}{name} with these options has {len(questions)} different questions "
+                f"{'held out' if part == 'eval' else 'for training'} among {index}; ask for at most {len(questions)}, "
+                "or give options with more"
+            )
+        entry = task.entry(index)
+        question = entry["question"]
+        if part_of(question) == part and question not in questions:
+            questions.add(question)
+            yield {QUESTION: question, ANSWER: entry["answer"], ENTRY: reference_to(name, options, index)}
+        index += 1
+
+
+def part_of(question: str) -> Part:
+    """The part that a question is in."""
+    return "eval" if hashlib.sha256(question.encode()).digest()[0] % _HELD_OUT_OF == 0 else "train"
