@@ -23,12 +23,13 @@ from typing import Any, Literal
 import torch
 
 from megatron_apo.config import Recipe, RecipeError, RolloutConfig, shape_name, values_marked
+from megatron_apo.data.rendering import PromptRenderer
 from megatron_apo.data.sft import Examples, read_examples
 from megatron_apo.learner.checkpoint import check_resume, exported, next_step
 from megatron_apo.model.hf_config import ModelSpec, check_layout, check_served, read_hf_config
 from megatron_apo.model.precision import Layers, check_precision, layer_kind, optimizer_problems
 from megatron_apo.model.recompute import check_recompute
-from megatron_apo.model.tokenizer import load_tokenizer, stop_token_ids
+from megatron_apo.model.tokenizer import StopIds, load_tokenizer
 from megatron_apo.rollout.evaluation import evaluation_job
 from megatron_apo.rollout.filling import Filling, SamplingJob
 from megatron_apo.rollout.inputs import load_inputs, store_fingerprint
@@ -40,6 +41,7 @@ from megatron_apo.rollout.transport.shm import ShmSender, no_room
 from megatron_apo.runtime.hosts import is_loopback, route
 from megatron_apo.runtime.job import SECRET, given_secret
 from megatron_apo.runtime.machine import Machine
+from megatron_apo.runtime.telling import tell_once
 from megatron_apo.telemetry.units import data_size
 from megatron_apo.telemetry.weights_and_biases import wandb_problems
 from megatron_apo.values.store import MANIFEST, StoreWriter, VStarStore, is_whole
@@ -70,7 +72,11 @@ def warmup_examples(recipe: Recipe) -> Examples:
     """`warmup.data`, rendered and tokenized."""
     start = recipe.warmup.start
     assert start is not None
-    return read_examples(recipe, load_tokenizer(start, "warmup.start"), stop_token_ids(recipe, start))
+    renderer = PromptRenderer(load_tokenizer(start, "warmup.start"), recipe.data)
+    stop = StopIds.of(recipe, start, renderer)
+    examples = read_examples(recipe, renderer, stop.ids)
+    tell_once(stop.note)
+    return examples
 
 
 def check_sampling(recipe: Recipe, machine: Machine | None = None) -> None:
@@ -109,6 +115,7 @@ def open_sampling(recipe: Recipe) -> SamplingJob:
         vstar.adaptive,
         vstar.keep_responses,
     )
+    tell_once(inputs.stop_note)
     title = "V*: sampling the reference"
     return SamplingJob(recipe, inputs, recipe.model.reference_path, vstar.dir, (store,), vstar.prefix_caching, title)
 
@@ -123,6 +130,7 @@ def open_training(recipe: Recipe, machine: Machine | None = None) -> TrainingDat
     check_resume(recipe)
     data = TrainingData.of(recipe, inputs, store)
     check_replay(recipe, next_step(recipe.run.dir), data.vstar)
+    tell_once(inputs.stop_note)
     return data
 
 
@@ -200,7 +208,10 @@ def _evaluation_problems(recipe: Recipe, machine: Machine) -> list[str]:
 def open_evaluation(recipe: Recipe) -> SamplingJob:
     """The held-out prompts of `model.path`, by its own tokenizer, and the stores that are filled with its samples."""
     _refuse_shapes({"model.path": recipe.model.path})
-    return evaluation_job(recipe, load_inputs(recipe))
+    inputs = load_inputs(recipe)
+    job = evaluation_job(recipe, inputs)
+    tell_once(inputs.stop_note)
+    return job
 
 
 def check_job(recipe: Recipe, stages: Sequence[str], machine: Machine) -> None:

@@ -37,3 +37,9 @@ def build_chatml_tokenizer(template: str) -> PreTrainedTokenizerBase:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|im"]})
     tokenizer.chat_template = template
     return tokenizer
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from megatron_apo.config import Recipe, aligned
 from megatron_apo.data.presets import column_key, row_format
 from megatron_apo.data.rendering import PromptRenderer
 from megatron_apo.data.rows import read_rows, row_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -23,8 +19,9 @@ class Examples:
     responses: list[list[int]]
 
 
-def read_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Examples:
-    """Read `warmup.data`; tokenizer and stop ids are those of `warmup.start`.
+def read_examples(recipe: Recipe, renderer: PromptRenderer, stop_ids: Sequence[int]) -> Examples:
+    """Read `warmup.data`; tokenizer and stop ids are those of `warmup.start`. A response ends as its chat template ends
+    turns, if that is a stop id.
 
     Raises `ValueError` naming the recipe's key: no file or column, a pair that is too long.
     """
@@ -39,9 +36,9 @@ def read_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stop_ids: 
         responses.append(row_text(row, [warmup.response_column], "warmup.response_column", warmup.data, index))
     if not prompts:
         raise ValueError(f"warmup.data: {warmup.data} has no rows; give another file")
-    renderer = PromptRenderer(tokenizer, data)
     rendered, targets = renderer.render_all(prompts), renderer.render_responses(responses)
-    examples = Examples([list(ids) for _, ids in rendered], [[*ids, stop_ids[0]] for ids in targets])
+    end = renderer.turn_end[0] if renderer.turn_end and renderer.turn_end[0] in stop_ids else stop_ids[0]
+    examples = Examples([list(ids) for _, ids in rendered], [[*ids, end] for ids in targets])
     pairs = zip(examples.prompts, examples.responses, strict=True)
     longest = max(len(prompt) + len(response) for prompt, response in pairs)
     budget, least = recipe.train.tokens_per_micro_batch, aligned(longest, recipe.micro_batch_alignment)

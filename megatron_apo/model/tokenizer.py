@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from megatron_apo.telemetry.units import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from megatron_apo.data.rendering import PromptRenderer
 
 
 def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
@@ -28,19 +31,54 @@ def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"{key}: no tokenizer can be read from {folder} ({one_line(error)})") from error
 
 
-def stop_token_ids(recipe: Recipe, folder: Path) -> tuple[int, ...]:
-    """The ids that end a response: the recipe's, else the EOS ids of the model in `folder`.
+@dataclass(frozen=True)
+class StopIds:
+    """The ids that end a response. note: a line that the user should see."""
 
-    Raises `ValueError` for an id that the model does not have.
-    """
-    chosen = recipe.sampling.stop_token_ids
-    if chosen is None:
-        return eos_token_ids(folder)
-    if chosen:
-        last = read_hf_config(folder).vocab_size - 1
-        if min(chosen) < 0 or max(chosen) > last:
-            raise ValueError(f"sampling.stop_token_ids: {chosen} does not fit {folder}, whose ids are 0 to {last}")
-    return tuple(chosen)
+    ids: tuple[int, ...]
+    note: str | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, folder: Path, renderer: PromptRenderer) -> StopIds:
+        """The recipe's, else the EOS ids of the model in `folder` and the token by which its chat template ends turns,
+        which is another one where a base model is given a chat template.
+
+        Raises `ValueError` for an id that the model does not have.
+        """
+        chosen, end = recipe.sampling.stop_token_ids, renderer.turn_end
+        if chosen is not None:
+            _check_ids(chosen, folder)
+            lacks_end = bool(chosen) and end is not None and end[0] not in chosen
+            return cls(tuple(chosen), _lacking(chosen, end, folder) if end and lacks_end else None)
+        eos = eos_token_ids(folder)
+        if end is None or end[0] in eos:
+            return cls(eos)
+        _check_ids([*eos, end[0]], folder)
+        names = ", ".join(map(_named, zip(eos, renderer.tokenizer.convert_ids_to_tokens(list(eos)), strict=True)))
+        return cls(
+            (*eos, end[0]),
+            f"sampling.stop_token_ids: null, so that a response ends with an EOS of {folder}, {names}, or with "
+            f"{_named(end)}, by which its chat template ends turns",
+        )
+
+
+def _lacking(chosen: list[int], end: tuple[int, str], folder: Path) -> str:
+    return (
+        f"warning: sampling.stop_token_ids: {chosen} lacks {_named(end)}, by which the chat template of {folder} ends "
+        "turns: responses go on behind it; add it, or use null"
+    )
+
+
+def _named(token: tuple[int, str]) -> str:
+    return f"{token[0]} ({token[1]})"
+
+
+def _check_ids(ids: list[int], folder: Path) -> None:
+    if not ids:
+        return
+    last = read_hf_config(folder).vocab_size - 1
+    if min(ids) < 0 or max(ids) > last:
+        raise ValueError(f"sampling.stop_token_ids: {ids} does not fit {folder}, whose ids are 0 to {last}")
 
 
 def eos_token_ids(model: Path) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from megatron_apo.data.presets import PLAIN, RowFormat, source_format
 from megatron_apo.data.procedural import Part
 from megatron_apo.data.prompts import LoadedPrompts, Prompt, load_part
 from megatron_apo.data.rendering import PromptRenderer
-from megatron_apo.model.tokenizer import load_tokenizer, stop_token_ids
+from megatron_apo.model.tokenizer import StopIds, load_tokenizer
 from megatron_apo.rewards import GradeRequest, get_reward
 from megatron_apo.rollout.client import Sampling
 from megatron_apo.values.fingerprint import Fingerprint
@@ -30,6 +30,7 @@ class Inputs:
     training: LoadedPrompts
     evaluation: LoadedPrompts
     stop_token_ids: tuple[int, ...]
+    stop_note: str | None = None  # what the user should see of them
 
     def grade_request(self, prompt: Prompt, token_ids: Sequence[int], finish_reason: str) -> GradeRequest:
         """A sample as a grader sees it: the stop id is no part of the text; other special tokens are."""
@@ -55,7 +56,8 @@ def load_inputs(recipe: Recipe) -> Inputs:
     tokenizer = load_tokenizer(recipe.model.path, "model.path")
     renderer = PromptRenderer(tokenizer, recipe.data)
     training, evaluation = load_part(recipe, "train", renderer), load_part(recipe, "eval", renderer)
-    return Inputs(tokenizer, renderer, training, evaluation, stop_token_ids(recipe, recipe.model.path))
+    stop = StopIds.of(recipe, recipe.model.path, renderer)
+    return Inputs(tokenizer, renderer, training, evaluation, stop.ids, stop.note)
 
 
 def store_fingerprint(recipe: Recipe, inputs: Inputs) -> Fingerprint:

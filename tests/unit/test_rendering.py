@@ -10,7 +10,7 @@ import pytest
 from megatron_apo.config import DataConfig
 from megatron_apo.data.arithmetic import build_tokenizer
 from megatron_apo.data.rendering import PromptRenderer, tokenizer_hash
-from tests.chat import TEMPLATE, build_chat_tokenizer, build_llama_tokenizer
+from tests.chat import CHATML, TEMPLATE, build_chat_tokenizer, build_chatml_tokenizer, build_llama_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +303,32 @@ def test_templates_whose_prompts_would_change(template, changes, says):
 def test_what_only_looks_like_chance_is_none():
     template = TEMPLATE + "{# lipsum #}{{ messages[0].random }}random"
     assert PromptRenderer(build_chat_tokenizer(template), config(template="chat")).render("1")[0] == "1=random"
+
+
+# --- by which token a turn ends
+
+# As Qwen3's: the last turn of the assistant gets an empty block of thoughts.
+THINKING = CHATML.replace("{{ m.content", "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content")
+SEEN = (20, "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        (CHATML, SEEN),
+        (CHATML.replace("m.content", "m.content | trim"), SEEN),
+        (CHATML.replace("}<|im_end|>", "}\n <|im_end|>"), SEEN),
+        (CHATML.replace("<|im_end|>", "<|im|>"), (21, "<|im")),
+        (CHATML.replace("<|im_end|>", "{{ eos_token }}"), (18, "<|endoftext|>")),
+        (THINKING, SEEN),
+        (THINKING.replace("m.content", "m.content.split('</think>')[-1]"), SEEN),
+        (CHATML.replace("<|im_end|>", "### End"), None),
+        (CHATML.replace("<|im_end|>", ""), None),  # the end of the text
+        (CHATML.replace("m.content", "m.content | upper"), None),
+        (CHATML + "{% if not add_generation_prompt %}{{ raise_exception('no') }}{% endif %}", None),
+        (CHATML + "{% if not add_generation_prompt %}{{ messages + 1 }}{% endif %}", None),
+    ],
+)
+def test_the_end_of_a_turn(template, found):
+    assert PromptRenderer(build_chatml_tokenizer(template), config(template="chat")).turn_end == found
+    assert PromptRenderer(build_chatml_tokenizer(template), config(template="raw")).turn_end is None
