@@ -31,6 +31,7 @@ class GradeRequest:
     finish_reason: str  # "stop" | "length"
     asks_to_think: bool = False  # data.thinking: the answer follows a closing think tag
     grader: int = 0  # which of the pool's, where sources have graders of their own
+    is_explained: bool = False  # the grade is to say what was compared, if the reward can
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ class Reward(Protocol):
     version: str
 
     def __call__(self, request: GradeRequest) -> float: ...
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A reward that can say what it compared."""
+
+    def explain(self, request: GradeRequest) -> Explanation: ...
 
 
 _TARGETS = {

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
 
 from megatron_apo.config import RewardConfig
-from megatron_apo.rewards import Explanation, GradeRequest, Reward, describe, get_reward
+from megatron_apo.rewards import GradeRequest
 from megatron_apo.rewards.pool import Grade, RewardPool
-
-
-@runtime_checkable
-class Explains(Protocol):
-    """A reward that can say what it compared."""
-
-    def explain(self, request: GradeRequest) -> Explanation: ...
 
 
 @dataclass(frozen=True)
@@ -44,23 +36,18 @@ class Verdict:
 
 
 def verdicts(config: RewardConfig, rows: Sequence[Row]) -> list[Verdict]:
-    """Graded in processes of their own, under the config's limits; what was graded there is then explained here."""
-    reward = get_reward(config.name, config.options)
+    """Graded and explained in processes of their own, under the config's limits."""
     with RewardPool(config) as pool:
-        grades = pool.grade([row.request for row in rows])
-    return [_explained(reward, row.request, grade) for row, grade in zip(rows, grades, strict=True)]
+        grades = pool.grade([replace(row.request, grader=0, is_explained=True) for row in rows])
+    return [_verdict(row.request, grade) for row, grade in zip(rows, grades, strict=True)]
 
 
-def _explained(reward: Reward, request: GradeRequest, grade: Grade) -> Verdict:
+def _verdict(request: GradeRequest, grade: Grade) -> Verdict:
     if grade.failure:
         return Verdict(None, request.answer, "", grade.failure)
-    if not isinstance(reward, Explains):
+    if grade.explanation is None:
         return Verdict(grade.reward)
-    try:
-        found = reward.explain(request)
-    except Exception as error:  # a user's code may raise anything
-        return Verdict(grade.reward, why=f"explain: {describe(error)}")
-    return Verdict(grade.reward, found.reference, found.answer, found.why)
+    return Verdict(grade.reward, grade.explanation.reference, grade.explanation.answer, grade.explanation.why)
 
 
 def cross_table(one: Sequence[Verdict], other: Sequence[Verdict]) -> dict[tuple[str, str], int]:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
 from megatron_apo.config import GraderConfig, RewardConfig
-from megatron_apo.rewards import GradeRequest, reward_target
+from megatron_apo.rewards import Explanation, GradeRequest, reward_target
 from megatron_apo.rewards.text import thinking_is_unfinished
 from megatron_apo.rewards.worker import Answer, Graded, Progress, Ready, Refused, WorkerSpec
 from megatron_apo.runtime.job import without_job
@@ -46,11 +46,12 @@ class Grade:
     """reward: the grader's, or the recipe's failure reward where there is a failure.
 
     failure: None; of the response, which no grader sees then: "unfinished thinking", or "truncated" by the recipe's
-    rule; of the grader: "timeout", "died" or "error: ...".
+    rule; of the grader: "timeout", "died" or "error: ...". explanation: of a request that `is_explained`.
     """
 
     reward: float
     failure: str | None = None
+    explanation: Explanation | None = None
 
     @property
     def is_graders_failure(self) -> bool:
@@ -198,7 +199,9 @@ class InlineRewardPool:
             raise _StartError(message.reason)
 
     def _grade_of(self, answer: Answer) -> Grade:
-        return Grade(answer.reward) if answer.error is None else self._failed(f"error: {answer.error}")
+        if answer.error is not None:
+            return self._failed(f"error: {answer.error}")
+        return Grade(answer.reward, explanation=answer.explanation)
 
     def _replace(self, worker: _Worker, failure: str) -> None:
         """Kill a worker, fail the sample it was at, put the rest of its batch back, and start another.

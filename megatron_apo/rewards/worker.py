@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_apo.rewards import GradeRequest, Reward, describe, get_reward
+from megatron_apo.rewards import Explains, Explanation, GradeRequest, Reward, describe, get_reward
 from megatron_apo.runtime import guard
 
 _PROGRESS = struct.Struct("@Qd")  # native: each is written at once
@@ -50,10 +50,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class Answer:
-    """One request graded; `error` says why there is no reward."""
+    """One request graded; `error` says why there is no reward. explanation: where it is asked for and can be given."""
 
     reward: float
     error: str | None = None
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,16 @@ def _grade(reward: Reward, request: GradeRequest) -> Answer:
         return Answer(math.nan, f"returned a {type(value).__name__}, not a number")
     if not math.isfinite(value):
         return Answer(math.nan, f"returned {float(value)}")
-    return Answer(float(value))
+    return Answer(float(value), explanation=_explanation(reward, request))
+
+
+def _explanation(reward: Reward, request: GradeRequest) -> Explanation | None:
+    if not (request.is_explained and isinstance(reward, Explains)):
+        return None
+    try:
+        return reward.explain(request)
+    except (Exception, SystemExit) as error:
+        return Explanation(math.nan, "", "", f"explain: {describe(error)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from megatron_apo.rollout.filling import Filling, SamplingJob
 from megatron_apo.rollout.inputs import Inputs, evaluation_fingerprint
 from megatron_apo.rollout.sampler import GradedSampling, generate_bodies
 from megatron_apo.telemetry.recorder import Evaluation
+from megatron_apo.telemetry.samples import EvaluatedPrompt
 from megatron_apo.values.store import StoreWriter, VStarStore
 
 SAMPLED, GREEDY = "sampled", "greedy"  # stores in the folder of a model's evaluation
@@ -26,7 +28,7 @@ def begin_evaluation(recipe: Recipe, inputs: Inputs, pool: RewardPool) -> Graded
     repeated = [prompt for prompt in prompts for _ in range(recipe.eval.samples)]
     bodies = generate_bodies(recipe, "eval", 0, repeated, inputs.sampling(recipe.sampling))
     bodies += generate_bodies(recipe, "eval", 0, prompts, inputs.sampling(recipe.sampling, greedy=True))
-    return GradedSampling(inputs, pool, [*repeated, *prompts], bodies)
+    return GradedSampling(inputs, pool, [*repeated, *prompts], bodies, explained=len(prompts))
 
 
 def finished_evaluation(recipe: Recipe, inputs: Inputs, sampling: GradedSampling) -> Evaluation:
@@ -40,6 +42,31 @@ def finished_evaluation(recipe: Recipe, inputs: Inputs, sampling: GradedSampling
         is_cut.reshape(num_prompts, k),
         [prompt.source for prompt in inputs.evaluation.prompts],
     )
+
+
+def evaluated_prompts(recipe: Recipe, sampling: GradedSampling) -> list[EvaluatedPrompt]:
+    """What there is to read of an evaluation that is finished."""
+    k = recipe.eval.samples
+    num_prompts = len(sampling.prompts) // (k + 1)
+    mean_P = sampling.reward_B[: k * num_prompts].reshape(num_prompts, k).mean(axis=1)
+    found = []
+    for prompt, mean, index in zip(sampling.prompts[k * num_prompts :], mean_P, count(k * num_prompts), strict=False):
+        grade, request = sampling.grade(index), sampling.request(index)
+        seen = grade.explanation
+        found.append(
+            EvaluatedPrompt(
+                prompt.prompt_id,
+                prompt.source,
+                prompt.text,
+                prompt.answer,
+                float(mean),
+                request.response,
+                request.finish_reason,
+                grade.reward,
+                *((seen.reference, seen.answer, seen.why) if seen else ("", "", grade.failure or "")),
+            )
+        )
+    return found
 
 
 def evaluation_job(recipe: Recipe, inputs: Inputs) -> SamplingJob:

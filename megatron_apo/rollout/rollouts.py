@@ -32,7 +32,7 @@ from megatron_apo.model.build import LogProbModel
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.rewards.pool import RewardPool
 from megatron_apo.rollout.engine import State
-from megatron_apo.rollout.evaluation import begin_evaluation, finished_evaluation
+from megatron_apo.rollout.evaluation import begin_evaluation, evaluated_prompts, finished_evaluation
 from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.node import NodeEngines, engine_settings, say_idle_gpus, versions
@@ -50,6 +50,7 @@ from megatron_apo.runtime.hosts import own_address
 from megatron_apo.runtime.job import given_secret, is_below_node, new_secret, read_job
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.recorder import Evaluation
+from megatron_apo.telemetry.samples import write_samples
 from megatron_apo.weights.gather import Gather
 
 _PASSED_ON_S = 5.0  # that the run is to end
@@ -216,7 +217,12 @@ class Rollouts:
         """avg@k and greedy of the weights that the engines hold, on the recipe's held-out prompts."""
         self._begin(f"the evaluation after step {step}")
         sampling = self._sampled("evaluate", lambda: begin_evaluation(self._recipe, self.inputs, self.pool))
-        return on_driver(self._topology, lambda: finished_evaluation(self._recipe, self.inputs, sampling))
+
+        def finish() -> Evaluation:
+            write_samples(self._recipe.run.dir, step, evaluated_prompts(self._recipe, sampling))
+            return finished_evaluation(self._recipe, self.inputs, sampling)
+
+        return on_driver(self._topology, finish)
 
     def _start_graders(self) -> None:
         self._stack.callback(self.fleet.stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from megatron_apo.data.order import sample_seeds
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch, groups_of
 from megatron_apo.data.sequences import Sequences
+from megatron_apo.rewards import GradeRequest
 from megatron_apo.rewards.pool import Grade, RewardPool
 from megatron_apo.rollout.client import Body, Completion, GenerateRequest, Sampling, generate_body
 from megatron_apo.rollout.fleet import Fleet, RequestQueue
@@ -24,8 +26,12 @@ class GradedSampling:
     """Prompts that are sampled once each, and their responses graded as they arrive, over as many `advance` as it takes
     until no engine dies any more."""
 
-    def __init__(self, inputs: Inputs, pool: RewardPool, prompts: Sequence[Prompt], bodies: Sequence[Body]):
+    def __init__(
+        self, inputs: Inputs, pool: RewardPool, prompts: Sequence[Prompt], bodies: Sequence[Body], explained: int = 0
+    ):
+        """explained: of how many, the last, the grades are to say what was compared."""
         self.prompts = prompts
+        self._first_explained = len(prompts) - explained
         self.queue = RequestQueue(bodies)
         self._inputs = inputs
         self._pool = pool
@@ -43,11 +49,19 @@ class GradedSampling:
 
     @property
     def reward_B(self) -> NDArray[np.float64]:
-        return np.array([self._grading[index].result().reward for index in range(len(self.prompts))], dtype=np.float64)
+        return np.array([self.grade(index).reward for index in range(len(self.prompts))], dtype=np.float64)
+
+    def request(self, index: int) -> GradeRequest:
+        """A response as the grader saw it."""
+        completion = self.completions[index]
+        return self._inputs.grade_request(self.prompts[index], completion.token_ids, completion.finish_reason)
+
+    def grade(self, index: int) -> Grade:
+        return self._grading[index].result()
 
     def _grade(self, index: int, completion: Completion) -> None:
         request = self._inputs.grade_request(self.prompts[index], completion.token_ids, completion.finish_reason)
-        self._grading[index] = self._pool.submit(request)
+        self._grading[index] = self._pool.submit(replace(request, is_explained=index >= self._first_explained))
 
 
 def begin_step(

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from megatron_apo.stages.report_samples import samples_section
 from megatron_apo.telemetry import page, plots
 from megatron_apo.telemetry.gpu_page import gpu_figures
 from megatron_apo.telemetry.metrics import FILE_NAME, read_metrics
@@ -24,6 +25,7 @@ Tree = Mapping[str, Any]
 
 _PARTS = ("generate", "reference", "forward_backward", "train")  # whose rates are in metrics.jsonl
 _RATES = {"tokens_per_s": ("tokens/s", ",.0f"), "tflops_per_rank": ("TFLOP/s of a rank", ".3g"), "mfu": ("MFU", ".1%")}
+_OF_SOURCES = {"training reward by source": "/reward", "avg@k by source, held-out prompts": "/avg_at_k"}
 _HEADINGS = {"before": "before (reference)", "after": "after A*-PO"}
 
 
@@ -38,6 +40,7 @@ def write_report(run_dir: Path) -> Path:
     sections = [
         _headline(summary, rows, recipe),
         page.section("Reward", _reward(rows, recipe)),
+        page.section("Samples", samples_section(run_dir)),
         page.section("Distance from the reference", _distance(rows)),
         page.section("V* and responses", _vstar(run_dir, recipe) + _responses(rows)),
         page.section("Time", _time(rows, summary)),
@@ -104,7 +107,18 @@ def _reward(rows: Rows, recipe: Tree) -> str:
             evaluations[label] = (steps, means, errors)
     if not reward[0] and not evaluations:
         return page.missing("no reward in metrics.jsonl")
-    return page.figure(plots.reward_chart(reward, evaluations), "Bars are one standard error over prompts.", wide=True)
+    return page.figure(
+        plots.reward_chart(reward, evaluations), "Bars are one standard error over prompts.", wide=True
+    ) + _by_source(rows)
+
+
+def _by_source(rows: Rows) -> str:
+    """Of a run of several sources."""
+    names = sorted(
+        {name for row in rows for name in row if name.startswith(("source/", "eval/")) and name.count("/") == 2}
+    )
+    lines = {title: [name for name in names if name.endswith(end)] for title, end in _OF_SOURCES.items()}
+    return "".join(_lines(rows, title, own, part=1) for title, own in lines.items() if own)
 
 
 def _distance(rows: Rows) -> str:
@@ -272,8 +286,10 @@ def _lines(
     log: bool = False,
     percent: bool = False,
     limits: Mapping[str, plots.Line] | None = None,
+    part: int = -1,
 ) -> str:
-    lines = {name.split("/")[-1].replace("_", " "): _series(rows, name) for name in names}
+    """part: of a metric's name, which tells its line."""
+    lines = {name.split("/")[part].replace("_", " "): _series(rows, name) for name in names}
     lines = {name: line for name, line in lines.items() if line[0]}
     if not lines:
         return page.missing(f"{title}: nothing in metrics.jsonl")

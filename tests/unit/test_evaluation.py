@@ -94,7 +94,7 @@ def work(job: SamplingJob, worker: Worker = ALONE) -> None:
 
 
 def finished(job: SamplingJob) -> dict:
-    return asdict(evaluation_of(*(one.finish() for one in job.stores)))
+    return asdict(evaluation_of(*(one.finish() for one in job.stores), job.inputs.evaluation.prompts))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,7 @@ def test_the_result_is_what_its_requests_come_to(folder: Path, undisturbed: Path
         "stderr": pytest.approx(error(means)),
         "greedy": pytest.approx(sum(greedy) / NUM_EVAL),
         "greedy_stderr": pytest.approx(error(greedy)),
+        "sources": {},
         "samples_per_prompt": SAMPLES,
         "num_prompts": NUM_EVAL,
         "truncated": pytest.approx(sum(cut) / len(cut)),
@@ -187,7 +188,7 @@ def test_a_worker_takes_no_more_than_its_share(folder: Path, tmp_path: Path) -> 
         ("sampling.max_response_tokens=20", "max_response_tokens: store has 24, this run has 20; set by sampling.max"),
         ("eval.samples=4", "samples_per_prompt: store has 5, this run has 4; set by eval.samples"),
         ("run.seed=1", "seed: store has 0, this run has 1; set by run.seed"),
-        ("eval.max_prompts=7", "dataset_hash: store has .* set by data.eval, eval.max_prompts"),
+        ("eval.max_prompts=7", "dataset_hash: store has .* data.eval, eval.max_prompts"),
         ("reward.failure_reward=-1", "failure_reward: store has 0.0, this run has -1.0; set by reward.failure_reward"),
         ("eval.prompts_per_shard=4", "one of 3 shards where this store has 2; keep eval.prompts_per_shard as it was"),
         ("rollout.dtype=bfloat16", "made with rollout.dtype=float32 where this store has bfloat16"),
