@@ -55,6 +55,7 @@ setup(
         "gpu": ["vllm>=0.32,<0.33"],
         # Apex is not here: the registry's "apex" is another project. NGC images carry NVIDIA's.
         "fp8": ["transformer-engine[pytorch]>=2.8"],
+        "tasks": ["reasoning-gym==0.1.25"],  # another version may make other tasks of the same seeds
         "wandb": ["wandb>=0.19"],
         "dev": [
             "hypothesis>=6.100",

@@ -13,6 +13,7 @@ NEEDED_GB=4
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 lock=$root/launch/requirements/cpu.txt
+tasks=$root/launch/requirements/tasks.txt
 venv=$root/.venv
 stamp=$venv/set-up-of # what was installed; written last
 made_for=$venv/made-for # the folder it was made in: an environment cannot be moved
@@ -90,12 +91,14 @@ install_all() {
     : > "$log"
     say "installing $(grep -c == "$lock") locked packages"
     pip install --no-deps --no-compile --requirement "$lock" || failed_install "the locked packages"
+    : > "$log"
+    pip install --no-deps --no-compile --requirement "$tasks" || say "reasoning-gym is left out, since a part of it could not be built (a C compiler and Python's headers are needed); its tasks are missing, nothing else"
     pip install --no-deps --no-build-isolation --editable "$root" || failed_install "megatron-apo itself"
     echo "$wanted" > "$stamp"
     say "done in $SECONDS s"
 }
 
-wanted=$(echo "$root $TORCH" | cat - "$lock" "$root/setup.py" "$root/pyproject.toml" | sha256sum)
+wanted=$(echo "$root $TORCH" | cat - "$lock" "$tasks" "$root/setup.py" "$root/pyproject.toml" | sha256sum)
 is_done() {
     [[ $(cat "$stamp" 2>/dev/null) == "$wanted" ]] && venv_is_usable
 }

