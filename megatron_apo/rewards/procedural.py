@@ -76,19 +76,20 @@ class Task:
 
 
 class ProceduralReward:
-    """What a task's own verifier gives, 0 to 1: some give parts of 1 for parts of an answer.
+    """What a task's own verifier gives, 0 to 1: some give a part of 1 for an answer with something right in it.
 
     answer: where the answer is. tag: the last <answer>...</answer> of the response, else nothing; box: its last
-    \\boxed{}; text: the whole response. What is thought before a closing think tag is left out. thinking: a response
-    without that tag has no answer. The reference is what a source reasoning-gym:TASK says of an entry.
+    \\boxed{}; text: the whole response. What is thought before a closing think tag is left out. exact: 1 for a whole 1,
+    else 0. thinking: a response without that tag has no answer. The reference is what a source reasoning-gym:TASK says
+    of an entry.
     """
 
     name = "reasoning-gym"
 
-    def __init__(self, answer: str = "tag", thinking: bool = False):
+    def __init__(self, answer: str = "tag", exact: bool = False, thinking: bool = False):
         if answer not in _FORMS:
             raise ValueError(f"reward.options.answer: {answer!r} is not allowed; use {', '.join(_FORMS)}")
-        self._form, self._thinking = answer, thinking
+        self._form, self._exact, self._thinking = answer, exact, thinking
         self.version = f"1 with reasoning-gym {metadata.version('reasoning-gym')}"
 
     def __call__(self, request: GradeRequest) -> float:
@@ -103,7 +104,8 @@ class ProceduralReward:
         answer = self._answer_in(text)
         if answer is None:
             return Explanation(0.0, reference, "", {"tag": "no <answer>", "box": "no \\boxed{}"}[self._form])
-        return Explanation(task.score(answer, entry), reference, answer, f"{task.name}'s verifier")
+        score = task.score(answer, entry)
+        return Explanation(float(score >= 1) if self._exact else score, reference, answer, f"{task.name}'s verifier")
 
     def _answer_in(self, text: str) -> str | None:
         if self._form == "box":

@@ -1,0 +1,196 @@
+"""Several sources of prompts: each has its share of every step, its own rows, format, reward and numbers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_apo.config import RecipeError, build_recipe, changed_for_resume
+from megatron_apo.data.order import mixed_step_prompts, step_prompts
+from megatron_apo.learner.rollout_metrics import source_metrics
+from megatron_apo.rewards.pool import RewardPool
+from megatron_apo.rollout.evaluation import _evaluation
+from megatron_apo.rollout.inputs import evaluation_fingerprint, load_inputs, store_fingerprint
+from tests.batches import make_batch
+from tests.chat import build_chat_tokenizer
+from tests.models import make_model
+
+
+def test_one_source_is_walked_through_as_ever() -> None:
+    for step in range(4):
+        mixed = mixed_step_prompts(step, sizes=[7], weights=[3.0], prompts_per_step=5, seed=2)
+        assert mixed == [(0, index) for index in step_prompts(step, num_prompts=7, prompts_per_step=5, seed=2)]
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [1, 3], [0.2, 0.7, 0.1], [5, 1, 1, 1]])
+def test_each_source_has_its_share_of_any_number_of_prompts(weights: list[float]) -> None:
+    sizes, seen = [11, 5, 3, 2][: len(weights)], Counter[int]()
+    orders: list[list[int]] = [[] for _ in sizes]
+    for step in range(30):
+        for source, index in mixed_step_prompts(step, sizes=sizes, weights=weights, prompts_per_step=6, seed=1):
+            seen[source] += 1
+            orders[source].append(index)
+            total = sum(seen.values())
+            for one, weight in enumerate(weights):
+                assert abs(seen[one] - total * weight / sum(weights)) < len(weights), (step, seen)
+    for size, order in zip(sizes, orders, strict=True):
+        for start in range(0, len(order) - size + 1, size):
+            assert sorted(order[start : start + size]) == list(range(size)), "none repeats before all were there"
+
+
+# --- a recipe of two
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("sources")
+    model = make_model("qwen3", folder)
+    build_chat_tokenizer().save_pretrained(model)
+    words = write(folder / "words.jsonl", [{"question": f"{n}+1", "answer": f"so #### {n + 1}"} for n in range(6)])
+    boxes = write(folder / "boxes.jsonl", [{"ask": f"{n}+2", "deep": {"truth": n + 2}} for n in range(3)])
+    math = {"prompt_column": "ask", "answer_column": "deep.truth", "reward": {"name": "math"}}
+    return {
+        "model": {"path": model},
+        "run": {"dir": folder / "run"},
+        "vstar": {"dir": folder / "vstar"},
+        "reward": {"name": "gsm8k"},
+        "data": {
+            "template": "raw",
+            "train_sources": [
+                {"name": "words", "path": words, "preset": "gsm8k", "prompt_format": "{prompt}=", "weight": 2},
+                {"name": "boxes", "path": boxes, "weight": 1} | math,
+            ],
+            "eval_sources": [{"name": "held", "path": boxes, "max_prompts": 2} | math],
+        },
+    }
+
+
+def test_rows_formats_and_rewards_are_a_sources_own(tree: dict[str, Any]) -> None:
+    recipe = build_recipe(tree)
+    inputs = load_inputs(recipe)
+    told = [(prompt.source, prompt.text, prompt.answer) for prompt in inputs.training.prompts]
+    assert told == [("words", f"{n}+1=", f"{n + 1}") for n in range(6)] + [
+        ("boxes", f"{n}+2", f"{n + 2}") for n in range(3)
+    ]
+    assert [prompt.source for prompt in inputs.evaluation.prompts] == ["held"] * 2
+    assert len({prompt.prompt_id for prompt in inputs.training.prompts + inputs.evaluation.prompts}) == 11
+    responses = ["#### {}", "\\boxed{{{}}}"]
+    rewards = []
+    with RewardPool(recipe.reward, recipe.graders) as pool:
+        for prompt in inputs.training.prompts:
+            for response in responses:
+                request = inputs.grade_request(prompt, [], "stop")
+                answered = type(request)(**vars(request) | {"response": response.format(prompt.answer)})
+                rewards.append(pool.grade([answered])[0].reward)
+    assert rewards == [1, 0] * 6 + [0, 1] * 3
+
+
+def test_a_store_knows_the_sources_formats_and_rewards(tree: dict[str, Any]) -> None:
+    recipe = build_recipe(tree)
+    inputs = load_inputs(recipe)
+    fingerprint = store_fingerprint(recipe, inputs)
+    assert [(one["name"], one["reward_name"], one["prompt_format"]) for one in fingerprint.sources or []] == [
+        ("words", "gsm8k", "{prompt}="),
+        ("boxes", "math", "{prompt}"),
+    ]
+    held = evaluation_fingerprint(recipe, inputs, recipe.run.dir / "memo.json", greedy=True)
+    assert [one["name"] for one in held.sources or []] == ["held"]
+
+    def differences(change: dict[str, Any], index: int = 0) -> list[str]:
+        sources = [dict(one) for one in tree["data"]["train_sources"]]
+        sources[index] |= change
+        other = build_recipe(tree | {"data": tree["data"] | {"train_sources": sources}})
+        return [
+            line.partition(":")[0] for line in fingerprint.differences(store_fingerprint(other, load_inputs(other)))
+        ]
+
+    assert differences({}) == differences({"weight": 5}) == []
+    assert differences({"reward": {"name": "gsm8k", "options": {"strict": False}}}) == ["sources"]
+    assert differences({"prompt_format": "{prompt}+"}) == ["sources"]
+    assert differences({"name": "others"}) == ["dataset_hash", "sources"]
+    assert differences({"max_prompts": 2}, 1) == ["dataset_hash"]
+
+
+def test_a_resumed_run_may_have_its_rows_elsewhere_but_no_other_weights(tree: dict[str, Any], tmp_path: Path) -> None:
+    saved = build_recipe(tree)
+
+    def changed(*overrides: str) -> list[str]:
+        return [key for key, _, _ in changed_for_resume(build_recipe(tree, overrides), saved)]
+
+    assert changed("data.train_sources.0.path=elsewhere.jsonl", "data.train_sources.1.answer_column=a") == []
+    assert changed("data.train_sources.0.weight=3") == ["data.train_sources"]
+    alone = build_recipe({}, ["model.path=m", "vstar.dir=v", "data.train=one.jsonl"])
+    moved = build_recipe({}, ["model.path=m", "vstar.dir=v", "data.train=hub/name", "data.subset=main"])
+    assert changed_for_resume(moved, alone) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        (
+            "data.train=t.jsonl",
+            "data.train: 't.jsonl' is not allowed; use null with data.train_sources, or leave these",
+        ),
+        (
+            "data.eval=t.jsonl",
+            "data.eval: 't.jsonl' is not allowed; use null with data.eval_sources, or leave these out",
+        ),
+        (
+            "data.train_sources.1.name=words",
+            "is not allowed; use names of their own for all sources, words is there tw",
+        ),
+        ("data.train_sources.1.weight=null", "is not allowed; use a weight for each source, or for none"),
+        ("data.train_sources.1.name=a/b", "data.train_sources.1.name: 'a/b' is not allowed"),
+        (
+            "data.train_sources.1.subsett=x",
+            "data.train_sources.1.subsett: unknown key; did you mean data.train_sources",
+        ),
+        ("data.train_sources.2.weight=1", "override data.train_sources.2.weight: 2 is none of the 2 there; use 0 to 1"),
+        ("data.train_sources.0=1", "override data.train_sources.0: names a whole entry of a list; name a field of it"),
+        ("data.train_sources=[]", "data.train: missing and has no default; set it in the recipe or with data.train="),
+        (
+            "data.train_sources.0.reward={name: math}",
+            "data.train_sources.0.reward.name: math looks for \\boxed{}, and data.train_sources.0.preset=gsm8k asks for a "
+            "number after ####; use data.train_sources.0.reward.name=gsm8k, or a data.train_sources.0.prompt_format",
+        ),
+    ],
+)
+def test_mistakes(tree: dict[str, Any], override: str, problem: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        given = json.loads(json.dumps(tree, default=str))
+        if "reward=" in override:
+            del given["data"]["train_sources"][0]["prompt_format"]
+        build_recipe(given, [override])
+    (line,) = caught.value.problems
+    assert problem in line, line
+
+
+# --- numbers
+
+
+def test_metrics_by_source() -> None:
+    batch = make_batch([[1]] * 3, [[1, 2], [1, 2, 3], [4]], rewards=[1.0, 0.0, 0.5])
+    assert source_metrics(batch, ["", "", ""]) == {}
+    found = source_metrics(batch, ["a", "b", "a"])
+    assert found["source/a/reward"] == 0.75 and found["source/b/reward"] == 0.0
+    assert found["source/a/share"] == pytest.approx(2 / 3) and found["source/b/mean_tokens"] == 3.0
+
+
+def test_an_evaluation_by_source() -> None:
+    reward_PK, greedy_P = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]), np.array([1.0, 1.0, 0.0])
+    is_cut_PK = np.array([[True, False], [False, False], [False, False]])
+    whole = _evaluation(reward_PK, greedy_P, is_cut_PK, ["a", "b", "a"])
+    assert whole.mean == pytest.approx(0.5) and whole.num_prompts == 3
+    assert (whole.sources["a"].mean, whole.sources["a"].greedy, whole.sources["a"].truncated) == (0.25, 0.5, 0.25)
+    assert (whole.sources["b"].mean, whole.sources["b"].num_prompts) == (1.0, 1)
+    assert _evaluation(reward_PK, greedy_P, is_cut_PK, ["", "", ""]).sources == {}
