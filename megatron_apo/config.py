@@ -457,7 +457,7 @@ class SamplingConfig(Section):
     stop_token_ids: list[int] | None = Field(
         None,
         json_schema_extra=behind_fingerprint("stop_token_ids"),
-        description="ids that end a response; null: the model's EOS, and its template's end of turn; []: none does",
+        description="ids that end a response; null: the model's EOS and its chat template's end of turn; []: none does",
     )
 
 

@@ -117,7 +117,8 @@ def open_sampling(recipe: Recipe) -> SamplingJob:
     )
     tell_once(inputs.stop_note)
     title = "V*: sampling the reference"
-    return SamplingJob(recipe, inputs, recipe.model.reference_path, vstar.dir, (store,), vstar.prefix_caching, title)
+    model = recipe.model.reference_path
+    return SamplingJob(recipe, inputs, model, vstar.dir, (store,), vstar.prefix_caching, title).checked()
 
 
 def open_training(recipe: Recipe, machine: Machine | None = None) -> TrainingData:
@@ -209,7 +210,7 @@ def open_evaluation(recipe: Recipe) -> SamplingJob:
     """The held-out prompts of `model.path`, by its own tokenizer, and the stores that are filled with its samples."""
     _refuse_shapes({"model.path": recipe.model.path})
     inputs = load_inputs(recipe)
-    job = evaluation_job(recipe, inputs)
+    job = evaluation_job(recipe, inputs).checked()
     tell_once(inputs.stop_note)
     return job
 

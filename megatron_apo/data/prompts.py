@@ -16,7 +16,7 @@ from typing import Any
 from megatron_apo.config import GraderConfig, Recipe, Source
 from megatron_apo.data.presets import RowFormat, column_key, source_format
 from megatron_apo.data.procedural import Part, rows_of_task, task_of
-from megatron_apo.data.rendering import Messages, PromptRenderer
+from megatron_apo.data.rendering import Messages, PromptRenderer, prompt_hash
 from megatron_apo.data.rows import any_of, present_column, read_rows, row_text, value_of
 
 _RENDER_ROWS = 1024  # rows tokenized in one call
@@ -26,7 +26,7 @@ _RENDER_ROWS = 1024  # rows tokenized in one call
 class Prompt:
     prompt_id: str  # 32 hex digits
     text: str  # rendered: what the model sees
-    text_hash: str  # 32 hex digits, of `text`
+    text_hash: str  # 32 hex digits, see `prompt_hash`
     token_ids: tuple[int, ...]
     answer: str
     row: int
@@ -92,14 +92,14 @@ def load_prompts(
         for (index, _), text, answer, (shown, token_ids) in zip(block, texts, answers, rendered, strict=True):
             prompt_id = _hash128(json.dumps([source.name, index, text, answer]))
             dataset_hash.update(bytes.fromhex(prompt_id))
-            if not text or not token_ids:
+            if not (text and shown and token_ids):
                 raise ValueError(f"{key}: row {index} of {path} is an empty prompt; remove it")
             if answer is None:
                 unanswered[prompt_id] = index
             elif len(token_ids) > max_prompt_tokens:
                 too_long[prompt_id] = index
             else:
-                hashed = _hash128(shown)
+                hashed = prompt_hash(shown, token_ids)
                 prompts.append(Prompt(prompt_id, shown, hashed, token_ids, answer, index, source.name, grader))
     if not prompts:
         if too_long:

@@ -169,6 +169,11 @@ class PromptRenderer:
             )
 
 
+def prompt_hash(text: str, token_ids: Sequence[int]) -> str:
+    """32 hex digits of what a model is shown: another version of a tokenizer's library may make other ids of a text."""
+    return hashlib.sha256(json.dumps([text, list(token_ids)]).encode()).hexdigest()[:32]
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 of what decides token ids: vocabulary, merges, normalization, added and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -24,11 +24,13 @@ from megatron_apo.rollout.client import Sampling
 from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.offline import OfflineEngine, Sample
 from megatron_apo.rollout.server import device_name
+from megatron_apo.rollout.stored_prompts import check_prompts, check_shard
 from megatron_apo.runtime.garbage import garbage_collection_frozen
 from megatron_apo.runtime.job import log_path
 from megatron_apo.values.claims import Claims
 from megatron_apo.values.sampling import more_samples
-from megatron_apo.values.store import StoreError, StoreRow, StoreWriter, VStarStore
+from megatron_apo.values.shards import shard_name
+from megatron_apo.values.store import StoreRow, StoreWriter, VStarStore
 
 _WAIT_S = 2.0  # between looks at what other workers do
 
@@ -68,21 +70,16 @@ class Filling:
         """How many further samples a prompt with these rewards needs."""
         return more_samples(rewards, self.writer.fingerprint.samples_per_prompt, self.adaptive)
 
+    def check_written(self) -> None:
+        """Raise `StoreError` for a shard whose prompts were rendered otherwise: a store must not mix the two."""
+        for index in sorted(self.writer.written()):
+            check_shard(self.writer.folder / shard_name(index), self.writer.fingerprint, self.of_shard(index))
+
     def finish(self) -> VStarStore:
         """The store, closed, with the prompts that it was to have, each and no others. Raises `StoreError`."""
         store = self.writer.finish()
         check_prompts(store, self.prompts)
         return store
-
-
-def check_prompts(store: VStarStore, prompts: Sequence[Prompt]) -> None:
-    """Raise `StoreError` unless the store has these prompts, each and no others."""
-    store.rows_of([prompt.prompt_id for prompt in prompts])
-    if len(store) != len(prompts):
-        key = "data.train" if store.fingerprint.purpose == "vstar" else "data.eval"
-        raise StoreError(
-            f"{store.folder}: has {len(store)} prompts where {key} has {len(prompts)}; delete it and sample it again"
-        )
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,12 @@ class SamplingJob:
     stores: tuple[Filling, ...]
     prefix_caching: bool
     title: str
+
+    def checked(self) -> SamplingJob:
+        """The job, whose prompts are those of what is written already. Raises `StoreError`."""
+        for one in self.stores:
+            one.check_written()
+        return self
 
     @property
     def num_shards(self) -> int:

@@ -10,6 +10,7 @@ from megatron_apo.data.order import mixed_step_prompts
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.rollout.inputs import Inputs
+from megatron_apo.rollout.stored_prompts import check_rendered
 from megatron_apo.values.store import PromptValues, VStarStore
 
 
@@ -23,7 +24,8 @@ class TrainingData:
 
     @classmethod
     def of(cls, recipe: Recipe, inputs: Inputs, store: VStarStore) -> TrainingData:
-        """Filter the prompts. Raises `ValueError` if none is left, or one has no V*."""
+        """Filter the prompts. Raises `ValueError` if none is left, or one has no V* or was sampled as other
+        text."""
         left_out = store.filtered_ids(recipe.vstar.filter, recipe.vstar.success_rate)
         prompts = [prompt for prompt in inputs.training.prompts if prompt.prompt_id not in left_out]
         vstar = store.values(recipe.vstar.beta1, recipe.vstar.estimator)
@@ -36,7 +38,7 @@ class TrainingData:
                 f"vstar.filter: {recipe.vstar.filter} leaves no prompt of source {min(gone)}; choose another filter, "
                 "or leave the source out of data.train_sources"
             )
-        vstar.lookup([prompt.prompt_id for prompt in prompts])
+        check_rendered(store, prompts)
         return cls(inputs, prompts, vstar)
 
     def prompts_of(self, recipe: Recipe, step: int, samples_per_prompt: int) -> list[Prompt]:

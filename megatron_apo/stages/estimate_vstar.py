@@ -13,8 +13,9 @@ from typing import Any
 
 from megatron_apo.config import Recipe
 from megatron_apo.preflight import open_sampling
-from megatron_apo.rollout.filling import SamplingJob, Worker, check_prompts, fill
+from megatron_apo.rollout.filling import SamplingJob, Worker, fill
 from megatron_apo.rollout.inputs import load_inputs, store_fingerprint
+from megatron_apo.rollout.stored_prompts import check_prompts
 from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.values.claims import Claims
 from megatron_apo.values.store import VStarStore

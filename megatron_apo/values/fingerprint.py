@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from megatron_apo.config import fields_marked
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 Purpose = Literal["vstar", "eval"]
 
 

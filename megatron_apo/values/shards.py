@@ -54,7 +54,7 @@ class StoreRow:
     """One prompt: `rewards`, `lengths` (response tokens) and `finish_reasons` of its samples, in sample order.
 
     `rewards` holds the failure reward where a grader failed; `num_failures` says how often that was, `num_unfinished`
-    how many responses never closed their thinking.
+    how many responses never closed their thinking. `text_hash` is of the prompt's text and token ids.
     """
 
     prompt_id: str
@@ -225,7 +225,14 @@ def read_rewards(
         rewards = np.asarray(np.from_dlpack(lists.values)[offsets[0] : offsets[-1]], dtype=np.float64)
         if not np.isfinite(rewards).all():
             raise StoreError(f"{path}: has rewards that are not finite; delete it and {AGAIN}")
-        yield _uint64_pairs(batch["prompt_id"]), counts, rewards
+        yield uint64_pairs(batch["prompt_id"]), counts, rewards
+
+
+def read_text_hashes(path: Path) -> dict[str, str]:
+    """The hash of each prompt's text, by the prompt's id. Raises `StoreError`."""
+    with naming_damage(path):
+        table = open_shard(path).read(["prompt_id", "text_hash"])
+        return dict(zip(*([one.hex() for one in column.to_pylist()] for column in table.columns), strict=True))
 
 
 def check_whole(path: Path) -> tuple[int, int]:
@@ -284,7 +291,7 @@ def _counts_in_words(allowed: range) -> str:
     return str(allowed.start) if len(allowed) == 1 else f"{allowed.start} to {allowed.stop - 1}"
 
 
-def _uint64_pairs(ids: pa.FixedSizeBinaryArray) -> NDArray[np.uint64]:
+def uint64_pairs(ids: pa.FixedSizeBinaryArray) -> NDArray[np.uint64]:
     """[R, 2] view of 16-byte ids, as big-endian halves so that hex order is numeric order."""
     pairs = np.frombuffer(ids.buffers()[1], dtype=">u8").reshape(-1, 2)
     return pairs[ids.offset : ids.offset + len(ids)]

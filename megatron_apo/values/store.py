@@ -46,6 +46,7 @@ from megatron_apo.values.shards import (
     shard_name,
     source_of,
     sync_folder,
+    uint64_pairs,
     write_shard,
 )
 
@@ -258,6 +259,13 @@ class VStarStore:
                 f"{prompt_ids[absent[0]]}; estimate V* of the data that is trained on"
             )
         return rows
+
+    def other_texts(self, prompt_ids: Sequence[str], text_hashes: Sequence[str]) -> list[int]:
+        """Which of these prompts, counted from 0, have another hash of their text here. Raises `StoreError` as
+        `rows_of`."""
+        rows, found = self.rows_of(prompt_ids), self.column("text_hash").combine_chunks()
+        stored_P2, asked_B2 = uint64_pairs(found), ids_of_hex(text_hashes)
+        return np.flatnonzero((stored_P2[rows] != asked_B2).any(axis=1)).tolist()
 
     def left_out(self, name: str, success_rate: tuple[float, float] = (0.0, 1.0)) -> NDArray[np.bool_]:
         """[P] which prompts a filter leaves out.

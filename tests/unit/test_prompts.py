@@ -16,6 +16,7 @@ import pytest
 
 from megatron_apo.config import RecipeError, build_recipe
 from megatron_apo.data.arithmetic import build_tokenizer
+from megatron_apo.data.rendering import prompt_hash
 from megatron_apo.data.rows import read_rows
 from tests.chat import build_chat_tokenizer
 from tests.prompts import load_data
@@ -52,7 +53,10 @@ def test_rows_become_prompts(source, tokenizer):
     assert [(p.text, p.answer, p.row) for p in loaded.prompts] == [(p, a, i) for i, (p, a) in enumerate(ROWS)]
     for prompt in loaded.prompts:
         assert list(prompt.token_ids) == tokenizer(prompt.text)["input_ids"]
-        assert prompt.text_hash == hashlib.sha256(prompt.text.encode()).hexdigest()[:32]
+        assert (
+            prompt.text_hash
+            == hashlib.sha256(json.dumps([prompt.text, list(prompt.token_ids)]).encode()).hexdigest()[:32]
+        )
     assert loaded.left_out == {"too_long": {}, "unanswered": {}}
 
 
@@ -154,7 +158,7 @@ def test_ids_are_of_the_row_and_text_hashes_of_what_is_shown(source, tokenizer):
     assert around.dataset_hash == plain.dataset_hash
     for one, other in zip(plain.prompts, around.prompts, strict=True):
         assert (other.prompt_id, other.text) == (one.prompt_id, f"({one.text})")
-        assert other.text_hash == hashlib.sha256(other.text.encode()).hexdigest()[:32]
+        assert other.text_hash == prompt_hash(other.text, other.token_ids) != one.text_hash
 
 
 def test_length_counts_what_is_put_around_a_prompt(source, tokenizer):

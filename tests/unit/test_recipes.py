@@ -41,7 +41,7 @@ POSITIONS = {
     "r1-distill-qwen-7b": (131072, 1e4, 151643),
 } | {name: (40960, 1e6, 151645) for name in PARAMETERS if name.startswith("qwen3-")}
 
-FOR_GPUS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "quickstart")
+FOR_GPUS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem not in ("quickstart", "smollm2-sums"))
 DATA = ["data.train=prompts.jsonl", "data.eval=held_out.jsonl"]
 SLEEPLESS = ["rollout.sleep_while_training=false"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_apo.config import DataConfig
 from megatron_apo.data.arithmetic import build_tokenizer
-from megatron_apo.data.rendering import PromptRenderer, tokenizer_hash
+from megatron_apo.data.rendering import PromptRenderer, prompt_hash, tokenizer_hash
 from tests.chat import CHATML, TEMPLATE, build_chat_tokenizer, build_chatml_tokenizer, build_llama_tokenizer
 
 
@@ -303,6 +303,12 @@ def test_templates_whose_prompts_would_change(template, changes, says):
 def test_what_only_looks_like_chance_is_none():
     template = TEMPLATE + "{# lipsum #}{{ messages[0].random }}random"
     assert PromptRenderer(build_chat_tokenizer(template), config(template="chat")).render("1")[0] == "1=random"
+
+
+def test_text_and_token_ids_are_both_in_a_prompts_hash():
+    assert (
+        len({prompt_hash("1", (5, 6)), prompt_hash("1", (5,)), prompt_hash("2", (5, 6)), prompt_hash("1", (56,))}) == 4
+    )
 
 
 # --- by which token a turn ends

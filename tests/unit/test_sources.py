@@ -160,8 +160,8 @@ def test_a_resumed_run_may_have_its_rows_elsewhere_but_no_other_weights(tree: di
         ("data.train_sources=[]", "data.train: missing and has no default; set it in the recipe or with data.train="),
         (
             "data.train_sources.0.reward={name: math}",
-            "data.train_sources.0.reward.name: math looks for \\boxed{}, and data.train_sources.0.preset=gsm8k asks for a "
-            "number after ####; use data.train_sources.0.reward.name=gsm8k, or a data.train_sources.0.prompt_format",
+            "data.train_sources.0.reward.name: math looks for \\boxed{}, and data.train_sources.0.preset=gsm8k asks "
+            "for a number after ####; use data.train_sources.0.reward.name=gsm8k, or a data.train_sources.0.prompt_f",
         ),
     ],
 )

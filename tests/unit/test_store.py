@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_apo.rollout.filling import check_prompts
+from megatron_apo.rollout.stored_prompts import check_prompts
 from megatron_apo.values.estimators import ESTIMATORS
 from megatron_apo.values.fingerprint import SCHEMA_VERSION, Fingerprint, StoreError
 from megatron_apo.values.ids import RowsById, hex_of_ids, ids_of_hex
@@ -331,7 +332,9 @@ def test_a_flipped_bit_before_the_store_is_signed_changes_nothing_or_is_refused(
     assert num_refused > 100
 
 
-@pytest.mark.parametrize("footer", [b"\xff", b"{", b"[]", b"{}", b'{"fingerprint": {"schema_version": 2}}'])
+@pytest.mark.parametrize(
+    "footer", [b"\xff", b"{", b"[]", b"{}", b'{"fingerprint": {"schema_version": %d}}' % SCHEMA_VERSION]
+)
 def test_a_damaged_footer_is_refused(folder, footer):
     path = folder / "shard-00001.parquet"
     pq.write_table(pq.read_table(path).replace_schema_metadata({b"megatron_apo": footer}), path)
@@ -508,7 +511,7 @@ def test_check_names_each_differing_field_with_both_values_and_the_fix(pristine)
     assert lines[1:] == [
         f"model_hash: store has '{'ab' * 32}', this run has '{'99' * 32}'; set by model.path, model.reference",
         f"template_hash: store has '{'ef' * 32}', this run has '{'88' * 32}'; set by model.path, data.preset, "
-        "data.prompt_format, data.system",
+        "data.prompt_format, data.system, data.date",
         "max_response_tokens: store has 32, this run has 64; set by sampling.max_response_tokens",
         "reward_version: store has '1', this run has '2'; set by the installed version of the reward",
     ]
@@ -618,10 +621,28 @@ def test_all_damaged_shards_are_named(folder):
     assert len(lines) == 2
 
 
+def as_prompt(i, text_hash=None):
+    return SimpleNamespace(prompt_id=prompt_id(i), text_hash=text_hash or prompt_id(-i), row=100 + i)
+
+
+def test_a_store_has_its_runs_prompts_as_they_are_rendered(pristine):
+    """Text and token ids of prompts 4 and 9, in shards 1 and 2, are others; in whatever order they are asked for."""
+    prompts = [as_prompt(i, "ab" * 16 if i in (4, 9) else None) for i in reversed(range(10))]
+    store = VStarStore.open(pristine)
+    assert store.other_texts([p.prompt_id for p in prompts], [p.text_hash for p in prompts]) == [0, 5]
+    message = (
+        f"{pristine}: 2 of 10 prompts were other text or token ids when they were sampled, the first is row 109, "
+        f"{prompt_id(9)}; use the versions of transformers, tokenizers and this program that it was sampled with, or "
+        "use another vstar.dir"
+    )
+    with pytest.raises(StoreError, match=f"^{re.escape(message)}$"):
+        check_prompts(store, prompts)
+
+
 @pytest.mark.parametrize("missing", [False, True], ids=["more prompts", "other prompts"])
 def test_a_store_has_the_prompts_of_its_run(pristine, missing):
     """The prompts 0 to 9, of which a run has 0 to 8; or 1 to 10."""
-    prompts = [SimpleNamespace(prompt_id=prompt_id(i)) for i in (range(1, 11) if missing else range(9))]
+    prompts = [as_prompt(i) for i in (range(1, 11) if missing else range(9))]
     with pytest.raises(StoreError, match="1 of 10 prompts have no" if missing else "10 prompts where data.train has 9"):
         check_prompts(VStarStore.open(pristine), prompts)
 
