@@ -472,10 +472,11 @@ class RewardConfig(GraderConfig):
         json_schema_extra=in_fingerprint("failure_reward"),
         description="reward of a sample whose grader hung, died or threw",
     )
-    truncated: Literal["grade", "fail"] = Field(
+    truncated: Literal["grade", "fail", "mask"] = Field(
         "grade",
         json_schema_extra=in_fingerprint("truncated"),
-        description="responses cut at the length cap: graded like others, or given failure_reward unseen",
+        description="responses cut at the length cap: graded like others; given failure_reward unseen; or in no V* and "
+        "no loss, and graded in evaluations alone",
     )
 
 

@@ -46,7 +46,7 @@ class RolloutBatch:
     group_B: Int32s  # number of the response's prompt within the step
     sequences: Sequences
     log_prob_R: NDArray[np.float32]  # of the held responses' tokens, as the engine that sampled computed them
-    reward_B: NDArray[np.float64]
+    reward_B: NDArray[np.float64]  # NaN where a response was not graded, since it is masked
     finish_reason_B: NDArray[np.uint8]  # index of FINISH_REASONS
     weight_version_B: NDArray[np.int64]  # of the weights that sampled the response
     seconds_B: NDArray[np.float64]  # from the step's requests to this response
@@ -62,6 +62,10 @@ class RolloutBatch:
     def truncated_B(self) -> NDArray[np.bool_]:
         """Whether the length cap ended it."""
         return self.finish_reason_B == FINISH_REASONS.index("length")
+
+    def masked_B(self, rule: str) -> NDArray[np.bool_]:
+        """Whether it is in no loss: by the rule "mask" of reward.truncated, where the length cap ended it."""
+        return self.truncated_B & (rule == "mask")
 
     def log_probs_of(self, row: int) -> NDArray[np.float32]:
         """Those of one response's tokens; the row must be held."""

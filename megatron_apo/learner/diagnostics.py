@@ -26,7 +26,8 @@ def diagnose(
     sequence_R: Tensor,
     num_sequences: int,
 ) -> Stats:
-    """The objective's own stats and, over response tokens: the log-ratio, and the distance to the sampler.
+    """The objective's own stats and, over response tokens, also those of masked responses: the log-ratio, and the
+    distance to the sampler.
 
     All [R], without gradient: log-probs by the policy, of the ratio's denominator, and by the engine that sampled; the
     sequence, of so many, that a token belongs to.
@@ -59,7 +60,8 @@ class LogRatioError(RuntimeError):
 
 
 class StepRecord:
-    """Stats and gradient norms of a step's minibatches. Norms that are not finite are those of skipped optimizer steps.
+    """Stats and gradient norms of a step's minibatches. Norms that are not finite are those of skipped optimizer steps;
+    minibatches of masked responses alone have none.
 
     KL and mismatch are those of the first minibatch, which alone is evaluated at the weights that sampled it.
     """
@@ -71,6 +73,7 @@ class StepRecord:
         self._minibatches: list[Stats] = []
         self._gathered: list[_Totals] = []
         self._grad_norms: list[float] = []
+        self._masked_steps = 0
 
     def add(self, stats: Sequence[Stats]) -> None:
         """One minibatch, before its optimizer step: its micro-batches' stats (none before the last stage)."""
@@ -79,9 +82,12 @@ class StepRecord:
             maxima = {name: torch.stack([piece.maxima[name] for piece in stats]).max() for name in stats[0].maxima}
             self._minibatches.append(Stats(sums, maxima))
 
-    def add_step(self, grad_norm: float) -> None:
-        """The minibatch's optimizer step: its gradient's norm."""
-        self._grad_norms.append(grad_norm)
+    def add_step(self, grad_norm: float | None) -> None:
+        """The minibatch's optimizer step: its gradient's norm; None: none was taken, all responses being masked."""
+        if grad_norm is None:
+            self._masked_steps += 1
+        else:
+            self._grad_norms.append(grad_norm)
 
     def tell(self, values: Mapping[str, float]) -> None:
         """More of the step, by the names of metrics.jsonl."""
@@ -142,9 +148,9 @@ class StepRecord:
         finite = [norm for norm in self._grad_norms if math.isfinite(norm)]
         grad_norm = sum(finite) / len(finite) if finite else math.nan
         return {
-            "loss": sum(totals.sums["loss"] for totals in self._gathered) / total_count,
+            "loss": _ratio(sum(totals.sums["loss"] for totals in self._gathered), total_count),
             "kl/per_token": first.sums["log_ratio"] / first.sums["tokens"],
-            "kl/per_sequence": first.sums["log_ratio"] / first.sums["count"],
+            "kl/per_sequence": first.sums["log_ratio"] / first.sums["sequences"],
             "mismatch/max": first.maxima["mismatch"],
             "mismatch/mean": self.mismatch,
             "mismatch/token_mult_prob_error": first.sums["mult_prob_error"] / first.sums["tokens"],
@@ -154,6 +160,7 @@ class StepRecord:
             "grad_norm": grad_norm,
             "grad_norm_reinforce": grad_norm / self._reinforce_scale,
             "skipped_steps": len(self._grad_norms) - len(finite),
+            "masked_steps": self._masked_steps,
             **({"entropy/per_token": first.sums["entropy"] / first.sums["tokens"]} if "entropy" in first.sums else {}),
             **self._importance(),
             **self._told,
@@ -165,7 +172,7 @@ class StepRecord:
         if names[0] not in self._gathered[0].sums:
             return {}
         weight, capped, units = (sum(totals.sums[name] for totals in self._gathered) for name in names)
-        return {"importance/mean": weight / units, "importance/capped": capped / units}
+        return {"importance/mean": _ratio(weight, units), "importance/capped": _ratio(capped, units)}
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,10 @@ def _reduced(stats: Stats, topology: Topology) -> Stats:
         dist.all_reduce(together, op=op, group=topology.dp_group)
         found.append(dict(zip(values, together, strict=True)))
     return Stats(*found)
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan  # a step may learn from no response
 
 
 def _effective_share(sums: Mapping[str, float]) -> float:

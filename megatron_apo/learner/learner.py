@@ -24,6 +24,7 @@ from megatron_apo.data.layout import BatchPlan, plan_batch
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
 from megatron_apo.data.sequences import Sequences
 from megatron_apo.learner.diagnostics import StepRecord, diagnose
+from megatron_apo.learner.masking import Learned
 from megatron_apo.learner.mismatch import MismatchWatch
 from megatron_apo.learner.optim import Trainable, make_trainable
 from megatron_apo.learner.rollout_metrics import peak_flops, rollout_metrics
@@ -31,7 +32,7 @@ from megatron_apo.model.build import LogProbModel, build_model
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.model.placement import Reference, place_reference
 from megatron_apo.model.precision import Precision
-from megatron_apo.objectives import LossTerm, MicroTargets, Objective, Prepared, Samples, Stats, build_objective
+from megatron_apo.objectives import LossTerm, Objective, Prepared, Samples, Stats, build_objective
 from megatron_apo.objectives.importance import importance_weights, weight_gradient
 from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
 from megatron_apo.parallel.scatter import scatter
@@ -143,12 +144,14 @@ class Learner:
 
         values: V* by prompt id.
 
-        A step whose gradient is not finite changes nothing and is counted; the batch is kept in RUN/rollouts/skipped.
-        Raises `GradientError` after train.max_skipped_steps such steps in a row, and `MismatchError` before the first
+        A minibatch of which every response is masked (`Learned`) takes no optimizer step, and is counted. A step whose
+        gradient is not finite changes nothing and is counted; the batch is kept in RUN/rollouts/skipped. Raises
+        `GradientError` after train.max_skipped_steps such steps in a row, and `MismatchError` before the first
         optimizer step where the sampler's log-probs are too far from the policy's.
         """
         plan = self.plan(batch.sequences)
         minibatches = self.micro_batches(plan, batch)
+        learned = Learned.of(self.recipe, batch)
         targets = self.objective.prepare(self.samples(batch), values)
         denominators = self._denominator_log_probs(minibatches, batch)
         old_policy = self._old_log_probs(minibatches, denominators)
@@ -162,16 +165,23 @@ class Learner:
                     self.trainable.chunks,
                     micro_batches,
                     lambda log_prob_R, index, micro_batches=micro_batches, denominator=denominator, old=old: self._loss(
-                        log_prob_R, micro_batches[index], denominator[index], targets, batch, old and old[index]
+                        log_prob_R,
+                        micro_batches[index],
+                        denominator[index],
+                        targets,
+                        batch,
+                        learned,
+                        old and old[index],
                     ),
                 )
                 record.add(stats)
             if number == 0:  # the weights are still those that sampled
                 self._judge_mismatch(record.gather(self.topology), step)
-            with self.timer.phase("optimizer"):
-                grad_norm = self.trainable.step()
+            with self.timer.phase("optimizer"):  # by a gradient of 0 Adam would move weights too
+                grad_norm = self.trainable.step() if learned.has_any(plan.plans[number]) else None
             record.add_step(grad_norm)
-            self._count_skipped(grad_norm, batch, step)
+            if grad_norm is not None:
+                self._count_skipped(grad_norm, batch, step)
         return record.gather(self.topology)
 
     def _loss(
@@ -181,24 +191,27 @@ class Learner:
         denominator_R: Tensor,
         targets: Prepared,
         batch: RolloutBatch,
+        learned: Learned,
         old_R: Tensor | None,
     ) -> LossTerm:
         """The objective's loss of a micro-batch, with what is told of it.
 
         old_R: log-probs at the weights that sampled; None: `log_prob_R` is.
         """
-        own_targets: MicroTargets = targets.select(micro.indices)
         sampler_R = self._sampler_log_probs(micro, batch)
-        sequences = micro.sequence_R, len(micro.indices)
-        weighted_R, weights = log_prob_R, Stats({})
+        part = learned.part(micro)
+        token_R, count = part.token_R, len(part.places)
+        weighted_R, weights = log_prob_R[token_R], Stats({})
         if self.recipe.train.importance != "none":
             old_R = log_prob_R.detach() if old_R is None else old_R
             level, cap = self.recipe.train.importance, self.recipe.train.importance_cap
-            weight_R, weights = importance_weights(level, cap, old_R, sampler_R, *sequences)
-            weighted_R = weight_gradient(log_prob_R, weight_R)
-        term = self.objective.loss(weighted_R, denominator_R, micro.sequence_R, own_targets)
-        assert term.count == (len(log_prob_R) if self.objective.unit == "token" else len(micro.indices))
-        stats = diagnose(term, log_prob_R.detach(), denominator_R, sampler_R, *sequences)
+            weight_R, weights = importance_weights(
+                level, cap, old_R[token_R], sampler_R[token_R], part.sequence_R, count
+            )
+            weighted_R = weight_gradient(weighted_R, weight_R)
+        term = self.objective.loss(weighted_R, denominator_R[token_R], part.sequence_R, targets.select(part.places))
+        assert term.count == (len(weighted_R) if self.objective.unit == "token" else count)
+        stats = diagnose(term, log_prob_R.detach(), denominator_R, sampler_R, micro.sequence_R, len(micro.indices))
         return replace(term, stats=replace(stats, sums={**stats.sums, **weights.sums}))
 
     def _judge_mismatch(self, record: StepRecord, step: int) -> None:
@@ -219,12 +232,12 @@ class Learner:
         return [[micro.to(self.topology.device) for micro in micro_batches] for micro_batches in found]
 
     def samples(self, batch: RolloutBatch) -> Samples:
-        """The batch as an objective sees it."""
-        device = self.topology.device
+        """The batch as an objective sees it: without the responses that are masked."""
+        device, rows = self.topology.device, Learned.of(self.recipe, batch).rows
         return Samples(
-            batch.prompt_ids,
-            torch.tensor(batch.reward_B, dtype=torch.float32, device=device),
-            torch.tensor(batch.sequences.response_lengths_B, dtype=torch.int64, device=device),
+            tuple(batch.prompt_ids[row] for row in rows),
+            torch.tensor(batch.reward_B[rows], dtype=torch.float32, device=device),
+            torch.tensor(batch.sequences.response_lengths_B[rows], dtype=torch.int64, device=device),
         )
 
     def _sampler_log_probs(self, micro: MicroBatch, batch: RolloutBatch) -> Tensor:
@@ -282,6 +295,7 @@ class Learner:
             values,
             seconds,
             self.spec,
+            masked_B=Learned.of(self.recipe, batch).masked_B,
             num_ranks=self.topology.world_size,
             peak_flops=peak_flops(self.recipe, self.topology.device),
             denominator_computed=self.objective.ratio_denominator in ("reference", "old_policy"),

@@ -8,6 +8,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_apo.config import Recipe
 from megatron_apo.data.rollouts import RolloutBatch
@@ -22,25 +23,29 @@ def rollout_metrics(
     seconds: Mapping[str, float],
     spec: ModelSpec,
     *,
+    masked_B: NDArray[np.bool_],
     num_ranks: int,
     peak_flops: float | None,
     denominator_computed: bool,
 ) -> dict[str, float]:
     """Rewards against V*, lengths, and the rates of each part of a step.
 
-    values: V* by prompt id. seconds: of the step's phases. The rest: see `training_rates`.
+    values: V* by prompt id. seconds: of the step's phases. masked_B: responses without a reward; rewards, V* and
+    advantages are of the others, NaN without any. The rest: see `training_rates`.
     """
-    rewards, vstar = batch.reward_B.tolist(), [values[prompt_id] for prompt_id in batch.prompt_ids]
-    advantages = [reward - value for reward, value in zip(rewards, vstar, strict=True)]
+    reward_K = batch.reward_B[~masked_B]
+    value_K = np.array([values[prompt_id] for prompt_id in batch.prompt_ids])[~masked_B]
+    advantage_K = reward_K - value_K
     prompt_lengths, response_lengths = batch.sequences.prompt_lengths_B, batch.sequences.response_lengths_B
     generate_s = seconds.get("generate")  # nothing is sampled in a replay
     return {
-        "reward/mean": fmean(rewards),
+        "reward/mean": _mean(reward_K),
         **response_metrics(batch),
+        "response/masked": float(masked_B.mean()),
         **(sampling_metrics(batch, seconds["step"], generate_s) if generate_s else {}),
-        "advantage/mean": fmean(advantages),
-        "advantage/second_moment": fmean(value * value for value in advantages),
-        "value/mean": fmean(vstar),
+        "advantage/mean": _mean(advantage_K),
+        "advantage/second_moment": _mean(np.square(advantage_K)),
+        "value/mean": _mean(value_K),
         **training_rates(
             spec,
             list(zip(prompt_lengths.tolist(), response_lengths.tolist(), strict=True)),
@@ -55,18 +60,22 @@ def rollout_metrics(
 def source_metrics(batch: RolloutBatch, names: Sequence[str]) -> dict[str, float]:
     """Of each source's responses, by the names of metrics.jsonl; nothing where there is one source alone.
 
-    names: of each prompt's source, [B].
+    names: of each prompt's source, [B]. Rewards are those that are not masked.
     """
     found: dict[str, float] = {}
     for name in sorted(set(names) - {""}):
         own = np.array([one == name for one in names])
         found |= {
             f"source/{name}/share": float(own.mean()),
-            f"source/{name}/reward": float(batch.reward_B[own].mean()),
+            f"source/{name}/reward": _mean(batch.reward_B[own & ~np.isnan(batch.reward_B)]),
             f"source/{name}/mean_tokens": float(batch.sequences.response_lengths_B[own].mean()),
             f"source/{name}/truncated": float(batch.truncated_B[own].mean()),
         }
     return found
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return fmean(values.tolist()) if len(values) else math.nan
 
 
 def response_metrics(batch: RolloutBatch) -> dict[str, float]:

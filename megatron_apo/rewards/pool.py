@@ -43,7 +43,7 @@ UNFINISHED, TRUNCATED = "unfinished thinking", "truncated"
 
 @dataclass(frozen=True)
 class Grade:
-    """reward: the grader's, or the recipe's failure reward where there is a failure.
+    """reward: the grader's, or the recipe's failure reward where there is a failure; NaN for a masked response.
 
     failure: None; of the response, which no grader sees then: "unfinished thinking", or "truncated" by the recipe's
     rule; of the grader: "timeout", "died" or "error: ...". explanation: of a request that `is_explained`.
@@ -100,11 +100,11 @@ class InlineRewardPool:
             self.close()
             raise
 
-    def submit(self, request: GradeRequest) -> Future[Grade]:
-        """Let one sample be graded. From any thread."""
+    def submit(self, request: GradeRequest, *, masks: bool = False) -> Future[Grade]:
+        """Let one sample be graded. From any thread. masks: whether the recipe's reward.truncated=mask is heeded."""
         sample = _Sample(request)
-        if (failure := self._response_failure(request)) is not None:
-            sample.grade.set_result(Grade(self._config.failure_reward, failure))
+        if (found := self._without_grader(request, masks)) is not None:
+            sample.grade.set_result(found)
             return sample.grade
         self._queue.append(sample)
         if self._broken:  # set before the queue is emptied for the last time, so no sample is left waiting
@@ -141,10 +141,14 @@ class InlineRewardPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _response_failure(self, request: GradeRequest) -> str | None:
+    def _without_grader(self, request: GradeRequest, masks: bool) -> Grade | None:
+        """The grade of a response that no grader is to see."""
+        rule = self._config.truncated if request.finish_reason == "length" else "grade"
+        if rule == "mask" and masks:
+            return Grade(math.nan, TRUNCATED)
         if thinking_is_unfinished(request):
-            return UNFINISHED
-        return TRUNCATED if self._config.truncated == "fail" and request.finish_reason == "length" else None
+            return Grade(self._config.failure_reward, UNFINISHED)
+        return Grade(self._config.failure_reward, TRUNCATED) if rule == "fail" else None
 
     def _poll(self, wait_s: float = math.inf, waker: socket.socket | None = None) -> bool:
         """As `poll`; a byte from `waker` also ends the wait. Whether there was one."""
@@ -250,9 +254,9 @@ class RewardPool(AbstractContextManager["RewardPool"]):
     def failures(self) -> Counter[str]:
         return self._pool.failures
 
-    def submit(self, request: GradeRequest) -> Future[Grade]:
-        """Grade one sample in the background."""
-        grade = self._pool.submit(request)
+    def submit(self, request: GradeRequest, *, masks: bool = False) -> Future[Grade]:
+        """Grade one sample in the background; masks: see `InlineRewardPool.submit`."""
+        grade = self._pool.submit(request, masks=masks)
         self._wake()
         return grade
 

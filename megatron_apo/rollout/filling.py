@@ -67,7 +67,7 @@ class Filling:
         return sample_seed(fingerprint.seed, fingerprint.purpose, 0, prompt.prompt_id)
 
     def more_samples(self, rewards: Sequence[float]) -> int:
-        """How many further samples a prompt with these rewards needs."""
+        """How many further samples a prompt with these rewards (NaN: masked) needs."""
         return more_samples(rewards, self.writer.fingerprint.samples_per_prompt, self.adaptive)
 
     def check_written(self) -> None:
@@ -289,12 +289,13 @@ class Sampler:
             one.finish_reasons.append(sample.finish_reason)
             if one.store.keep_responses:
                 one.responses.append(sample.token_ids)
-            grade = self._submit(one.prompt, sample)
+            grade = self._submit(one, sample)
             one.grades.append(grade)
             grade.add_done_callback(lambda _: self._graded.append(one))
 
-    def _submit(self, prompt: Prompt, sample: Sample) -> Future[Grade]:
-        return self._pool.submit(self._job.inputs.grade_request(prompt, sample.token_ids, sample.finish_reason))
+    def _submit(self, one: _Open, sample: Sample) -> Future[Grade]:
+        request = self._job.inputs.grade_request(one.prompt, sample.token_ids, sample.finish_reason)
+        return self._pool.submit(request, masks=one.store.writer.fingerprint.masks)
 
     def _continue(self, one: _Open) -> None:
         """Ask for the prompt's next samples, if it needs any; else it is done, and perhaps its shard."""

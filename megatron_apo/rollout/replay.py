@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from megatron_apo.config import Recipe, RecipeError
 from megatron_apo.data.layout import plan_batch
 from megatron_apo.data.prompts import Prompt
@@ -104,6 +106,11 @@ def _check_batch(recipe: Recipe, batch: RolloutBatch, vocab_size: int, vstar: Pr
         )
     if unhashed := [prompt_id for prompt_id in batch.prompt_ids if not _is_id(prompt_id)]:
         raise ValueError(f"{unhashed[0]!r} is not the id of a prompt; give a file of train --record")
+    if np.isnan(batch.reward_B[~batch.masked_B(recipe.reward.truncated)]).any():
+        raise ValueError(
+            f"responses have no reward, and reward.truncated={recipe.reward.truncated} needs them; use "
+            "reward.truncated=mask, as where they were recorded"
+        )
     vstar.lookup(list(batch.prompt_ids))
     plan_batch(recipe, batch.sequences, num_minibatches=recipe.train.minibatches, dp=recipe.parallel.dp)
 

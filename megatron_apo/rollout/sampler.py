@@ -24,10 +24,17 @@ from megatron_apo.rollout.weight_sync import SyncError
 
 class GradedSampling:
     """Prompts that are sampled once each, and their responses graded as they arrive, over as many `advance` as it takes
-    until no engine dies any more."""
+    until no engine dies any more. masks: see `RewardPool.submit`; for training, whose rewards may be NaN then."""
 
     def __init__(
-        self, inputs: Inputs, pool: RewardPool, prompts: Sequence[Prompt], bodies: Sequence[Body], explained: int = 0
+        self,
+        inputs: Inputs,
+        pool: RewardPool,
+        prompts: Sequence[Prompt],
+        bodies: Sequence[Body],
+        *,
+        masks: bool = False,
+        explained: int = 0,
     ):
         """explained: of how many, the last, the grades are to say what was compared."""
         self.prompts = prompts
@@ -35,6 +42,7 @@ class GradedSampling:
         self.queue = RequestQueue(bodies)
         self._inputs = inputs
         self._pool = pool
+        self._masks = masks
         self._grading: dict[int, Future[Grade]] = {}
 
     def advance(self, fleet: Fleet) -> None:
@@ -61,7 +69,8 @@ class GradedSampling:
 
     def _grade(self, index: int, completion: Completion) -> None:
         request = self._inputs.grade_request(self.prompts[index], completion.token_ids, completion.finish_reason)
-        self._grading[index] = self._pool.submit(replace(request, is_explained=index >= self._first_explained))
+        request = replace(request, is_explained=index >= self._first_explained)
+        self._grading[index] = self._pool.submit(request, masks=self._masks)
 
 
 def begin_step(
@@ -69,7 +78,7 @@ def begin_step(
 ) -> GradedSampling:
     """A step's sampling: one response for each prompt."""
     bodies = generate_bodies(recipe, "train", step, prompts, inputs.sampling(recipe.sampling))
-    return GradedSampling(inputs, pool, prompts, bodies)
+    return GradedSampling(inputs, pool, prompts, bodies, masks=True)
 
 
 def generate_bodies(

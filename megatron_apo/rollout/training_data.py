@@ -11,7 +11,7 @@ from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.stored_prompts import check_rendered
-from megatron_apo.values.store import PromptValues, VStarStore
+from megatron_apo.values.store import NO_VALUE, PromptValues, VStarStore
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,12 @@ class TrainingData:
 
     @classmethod
     def of(cls, recipe: Recipe, inputs: Inputs, store: VStarStore) -> TrainingData:
-        """Filter the prompts. Raises `ValueError` if none is left, or one has no V* or was sampled as other
-        text."""
+        """Filter the prompts. Raises `ValueError` if none is left, or one has no V* or was sampled as other text."""
+        if num := int(store.without_value().sum()):
+            told = f"vstar.dir: {num} of {len(store)} prompts have no V*: {NO_VALUE}"
+            if num == len(store):
+                raise ValueError(f"{told}; raise sampling.max_response_tokens, with another vstar.dir")
+            print(f"{told}; they are left out", flush=True)
         left_out = store.filtered_ids(recipe.vstar.filter, recipe.vstar.success_rate)
         prompts = [prompt for prompt in inputs.training.prompts if prompt.prompt_id not in left_out]
         vstar = store.values(recipe.vstar.beta1, recipe.vstar.estimator)

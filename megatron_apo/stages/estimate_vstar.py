@@ -18,7 +18,7 @@ from megatron_apo.rollout.inputs import load_inputs, store_fingerprint
 from megatron_apo.rollout.stored_prompts import check_prompts
 from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.values.claims import Claims
-from megatron_apo.values.store import VStarStore
+from megatron_apo.values.store import NO_VALUE, VStarStore
 from megatron_apo.values.summary import summarize
 
 
@@ -44,7 +44,7 @@ def check(recipe: Recipe) -> None:
     store, inputs = VStarStore.open(recipe.vstar.dir), load_inputs(recipe)
     store.check(store_fingerprint(recipe, inputs))
     check_prompts(store, inputs.training.prompts)
-    print(f"{store.folder}: whole, {len(store)} prompts x {store.rewards.samples}, and of this recipe")
+    print(f"{store.folder}: whole, {len(store)} prompts x {store.drawn.samples}, and of this recipe")
 
 
 def _close(job: SamplingJob, claims: Claims) -> dict[str, Any]:
@@ -54,12 +54,15 @@ def _close(job: SamplingJob, claims: Claims) -> dict[str, Any]:
     claims.remove()
     found = summarize(store, [job.recipe.vstar.beta1], "log_mean_exp")
     print(f"V* store: {store.folder}, {found.prompts} prompts x {found.samples}, mean reward {found.reward.mean:.3f}")
+    if found.without_value:
+        print(f"{found.without_value} of {found.prompts} prompts have no V*: {NO_VALUE}")
     return {
         "prompts": found.prompts,
         "samples_per_prompt": found.samples,
         "samples": found.responses.count,
         "mean_reward": found.reward.mean,
         "mean_reward_stderr": found.reward.stderr,
+        "without_value": found.without_value,
         "truncated": found.responses.truncated,
         "unfinished_thinking": found.responses.num_unfinished,
         "grader_failures": found.responses.num_failures,

@@ -11,7 +11,8 @@ W = exp(r/b1) and Z its mean over the samples, for 0/1 rewards with success rate
                      counts are likeliest (beta-binomial): lends each prompt what the others say. 0/1 rewards only
     mean             the limit of a large b1            max    the limit of a small b1; Pass@n in expectation
 
-One sample alone is its own reward, but under `beta_smoothed`. Shapes: P prompts; blocks of R prompts with n samples.
+One sample alone is its own reward, but under `beta_smoothed`. Without samples, all being masked, V* is NaN.
+Shapes: P prompts; blocks of R prompts with n samples.
 """
 
 from __future__ import annotations
@@ -55,9 +56,12 @@ def beta_smoothed(rewards: SampledRewards, beta1: float) -> Array:
             "vstar.estimator: beta_smoothed needs rewards of 0 and 1, and this store has others; "
             "use log_mean_exp or debiased"
         )
-    right_P = rewards.num_right()
-    a, b = fit_beta_prior(right_P, rewards.counts_P)
-    return binary_value((right_P + a) / (rewards.counts_P + a + b), beta1)
+    has_samples_P = rewards.counts_P > 0
+    right, counts = rewards.num_right()[has_samples_P], rewards.counts_P[has_samples_P]
+    a, b = fit_beta_prior(right, counts)
+    values_P = np.full(len(rewards), np.nan)
+    values_P[has_samples_P] = binary_value((right + a) / (counts + a + b), beta1)
+    return values_P
 
 
 def binary_value(success_rate: Array, beta1: float) -> Array:

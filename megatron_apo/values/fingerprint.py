@@ -96,6 +96,11 @@ class Fingerprint(BaseModel):
         return WORDS[self.purpose]
 
     @property
+    def masks(self) -> bool:
+        """Whether samples that were cut at the length cap have no reward: NaN. An evaluation grades every one."""
+        return self.truncated == "mask" and self.purpose == "vstar"
+
+    @property
     def sample_counts(self) -> range:
         """How many samples a prompt may have."""
         return range(self.samples_per_prompt, (self.adaptive or {}).get("most", self.samples_per_prompt) + 1)

@@ -57,6 +57,8 @@ def _headline(found: Summary) -> str:
 
 def _values(found: Summary) -> str:
     rows = [(name, number(left.prompts), f"{left.share:.1%}") for name, left in found.left_out.items()]
+    if found.without_value:
+        rows.append(("none: without V*", number(found.without_value), f"{found.without_value / found.prompts:.1%}"))
     filters = page.table("What vstar.filter would leave out", ("filter", "prompts", "share"), rows)
     figures = [
         values_figure(

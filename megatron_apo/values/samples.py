@@ -1,4 +1,8 @@
-"""The rewards of a store: P prompts with n_p samples each, not everywhere the same number (see `sampling.py`)."""
+"""The rewards of a store: P prompts with n_p samples each, not everywhere the same number (see `sampling.py`).
+
+A masked sample, cut at the length cap, was drawn and has no reward: it is NaN among the `drawn`, and not among the
+`known()` of them, of which a prompt may have none.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ class SamplesPerPrompt:
 
 @dataclass(frozen=True)
 class SampledRewards:
-    """flat: [sum of n_p] rewards, prompt by prompt, in sample order. counts_P: [P] n_p, each at least 1."""
+    """flat: [sum of n_p] rewards, prompt by prompt, in sample order. counts_P: [P] n_p."""
 
     flat: Array
     counts_P: NDArray[np.int64]
@@ -60,9 +64,19 @@ class SampledRewards:
         most = int(self.counts_P.max(initial=0))
         return SamplesPerPrompt(int(self.counts_P.min(initial=most)), most, len(self.flat) / max(len(self), 1))
 
+    def known(self) -> SampledRewards:
+        """Those that are not masked."""
+        if not np.isnan(self.flat.min(initial=0.0)):
+            return self
+        known = ~np.isnan(self.flat)
+        ends_P = np.cumsum(self.counts_P)
+        before = np.concatenate([[0], np.cumsum(known)])
+        return SampledRewards(self.flat[known], before[ends_P] - before[ends_P - self.counts_P])
+
     def blocks(self) -> Iterator[tuple[NDArray[np.intp] | slice, Array]]:
-        """(rows, [R, n] rewards of those prompts), prompts of the same n together, at most 65,536 at a time."""
-        if not len(self):
+        """(rows, [R, n] rewards of those prompts), prompts of the same n together, at most 65,536 at a time; none of
+        prompts without samples."""
+        if not self.counts_P.any():
             return
         if self.counts_P.min() == self.counts_P.max():  # views, no copy
             matrix = self.flat.reshape(len(self), -1)
@@ -70,15 +84,15 @@ class SampledRewards:
                 yield slice(start, start + BLOCK_ROWS), matrix[start : start + BLOCK_ROWS]
             return
         starts_P = np.cumsum(self.counts_P) - self.counts_P
-        for n in np.flatnonzero(np.bincount(self.counts_P)).tolist():
+        for n in (np.flatnonzero(np.bincount(self.counts_P)[1:]) + 1).tolist():
             same = np.flatnonzero(self.counts_P == n)
             for start in range(0, len(same), BLOCK_ROWS):
                 rows = same[start : start + BLOCK_ROWS]
                 yield rows, self.flat[starts_P[rows][:, None] + np.arange(n)]
 
     def per_prompt(self, function: Callable[[Array], NDArray], dtype: type = np.float64) -> NDArray:
-        """[P] what `function`, of [R, n] rewards to [R], says of each prompt."""
-        found_P: NDArray = np.empty(len(self), dtype=dtype)
+        """[P] what `function`, of [R, n] rewards to [R], says of each prompt; NaN, 0 or False where it has none."""
+        found_P: NDArray = np.full(len(self), np.nan if dtype is np.float64 else 0, dtype=dtype)
 
         def fill(part: tuple[slice, SampledRewards]) -> None:
             prompts, rewards = part

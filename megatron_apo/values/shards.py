@@ -53,8 +53,9 @@ _OF_FEW_VALUES += ["num_failures", "num_unfinished"]
 class StoreRow:
     """One prompt: `rewards`, `lengths` (response tokens) and `finish_reasons` of its samples, in sample order.
 
-    `rewards` holds the failure reward where a grader failed; `num_failures` says how often that was, `num_unfinished`
-    how many responses never closed their thinking. `text_hash` is of the prompt's text and token ids.
+    `rewards` holds the failure reward where a grader failed, and NaN where the sample is masked
+    (`Fingerprint.masks`); `num_failures` says how often a grader failed, `num_unfinished` how many responses never
+    closed their thinking. `text_hash` is of the prompt's text and token ids.
     """
 
     prompt_id: str
@@ -97,7 +98,7 @@ def write_shard(path: Path, rows: Sequence[StoreRow], footer: Footer) -> bool:
     """Write a shard for good; False if it was there already, which stays as it is.
 
     Raises `StoreError` for rows that no store may hold: another number of samples than the fingerprint allows, an id
-    twice, a reward that is not finite.
+    twice, a reward that is not finite but for those of masked samples.
     """
     return write_table(path, _table(rows, footer.fingerprint, path.name), footer)
 
@@ -223,7 +224,7 @@ def read_rewards(
         if counts.min() < allowed.start or counts.max() >= allowed.stop:
             raise StoreError(f"{path}: has prompts without {_counts_in_words(allowed)} rewards; delete it and {AGAIN}")
         rewards = np.asarray(np.from_dlpack(lists.values)[offsets[0] : offsets[-1]], dtype=np.float64)
-        if not np.isfinite(rewards).all():
+        if not (np.isfinite(rewards) | (fingerprint.masks & np.isnan(rewards))).all():
             raise StoreError(f"{path}: has rewards that are not finite; delete it and {AGAIN}")
         yield uint64_pairs(batch["prompt_id"]), counts, rewards
 
@@ -272,8 +273,11 @@ def _table(rows: Sequence[StoreRow], fingerprint: Fingerprint, name: str) -> pa.
         if len(sizes) > 1 or sizes.pop() not in allowed:
             found = sorted({len(row.rewards), len(row.lengths), len(row.finish_reasons)})
             raise StoreError(f"{name}: prompt {row.prompt_id} has {found} samples, not {_counts_in_words(allowed)}")
-        if not np.isfinite(row.rewards).all():
+        masked = [fingerprint.masks and reason == "length" for reason in row.finish_reasons]
+        if not np.isfinite(np.where(masked, 0.0, row.rewards)).all():
             raise StoreError(f"{name}: a reward is not finite; graders' failures must be given reward.failure_reward")
+        if not np.isnan(np.array(row.rewards)[masked]).all():
+            raise StoreError(f"{name}: prompt {row.prompt_id} has a reward of a masked response; it must be NaN")
     ids = [row.prompt_id for row in rows]
     if len(set(ids)) != len(ids):
         repeated = next(prompt_id for prompt_id in ids if ids.count(prompt_id) > 1)

@@ -51,6 +51,7 @@ from megatron_apo.values.shards import (
 )
 
 MANIFEST = "manifest.json"
+NO_VALUE = "each of its responses was cut at the length cap, and reward.truncated is mask"
 _READERS = 2  # shards read at once: waiting for files, hashing and decoding release the interpreter
 _MOST_TOLD = 8  # shards that an error names
 _RUN = 32  # shards that a reader takes at once: handing over a small one takes longer than reading it
@@ -178,7 +179,10 @@ class StoreWriter:
 
 
 class PromptValues:
-    """V* by prompt id. A prompt that is not in the store raises `StoreError`; there is no default."""
+    """V* by prompt id. A prompt that is not in the store, or has no V*, raises `StoreError`; there is no default.
+
+    values_P: NaN where a prompt has none.
+    """
 
     def __init__(self, store: VStarStore, values_P: NDArray[np.float64]):
         self._store, self.values_P = store, values_P
@@ -191,13 +195,18 @@ class PromptValues:
 
     def lookup(self, prompt_ids: Sequence[str]) -> NDArray[np.float64]:
         """[len(prompt_ids)] values, in the order asked for."""
-        return self.values_P[self._store.rows_of(prompt_ids)]
+        values = self.values_P[self._store.rows_of(prompt_ids)]
+        if np.isnan(values).any():
+            first = prompt_ids[int(np.isnan(values).argmax())]
+            raise StoreError(f"{self._store.folder}: prompt {first} has no V*: {NO_VALUE}; leave it out")
+        return values
 
 
 class VStarStore:
     """A store that was checked: use `VStarStore.open(folder)`.
 
-    rewards: `SampledRewards` of the P prompts. ids: [P, 2] uint64, the halves of each 128-bit prompt id.
+    drawn: `SampledRewards` of the P prompts, NaN for masked samples. rewards: the same without these, which all that
+    is derived is of. ids: [P, 2] uint64, the halves of each 128-bit prompt id.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], samples_used: int | None = None):
@@ -209,12 +218,13 @@ class VStarStore:
         )
         num_prompts = self._row_starts[-1]
         self.ids = np.empty((num_prompts, 2), dtype=np.uint64)
-        self.rewards = SampledRewards(np.empty(self._reward_starts[-1]), np.empty(num_prompts, dtype=np.int64))
+        self.drawn = SampledRewards(np.empty(self._reward_starts[-1]), np.empty(num_prompts, dtype=np.int64))
         runs = [range(self.num_shards)[start : start + _RUN] for start in range(0, self.num_shards, _RUN)]
         with ThreadPoolExecutor(_READERS) as readers:
             _raise_all([problem for problems in readers.map(self._load_shards, runs) for problem in problems])
         if samples_used is not None:
-            self.rewards = self.rewards.first(samples_used)
+            self.drawn = self.drawn.first(samples_used)
+        self.rewards = self.drawn.known()
         self._rows = RowsById(self.ids)
         self._refuse_repeated_ids()
 
@@ -222,8 +232,8 @@ class VStarStore:
     def open(cls, folder: Path | str, samples_used: int | None = None) -> VStarStore:
         """Read and check a finished store: schema version, every shard's size, sha256, fingerprint, row count and ids.
 
-        samples_used: keep each prompt's first so many rewards; none: all. Raises `StoreError`, one line that names the
-        file or field.
+        samples_used: keep each prompt's first so many samples, masked ones among them; none: all. Raises `StoreError`,
+        one line that names the file or field.
         """
         path = Path(folder) / MANIFEST
         if not path.is_file():
@@ -246,7 +256,7 @@ class VStarStore:
             raise StoreError("\n".join([f"{self.folder}: not the V* store of this run; {fix}", *differences]))
 
     def values(self, beta1: float, estimator: str) -> PromptValues:
-        """V* of every prompt under `estimator` (a key of `ESTIMATORS`)."""
+        """V* of every prompt that has one, under `estimator` (a key of `ESTIMATORS`)."""
         return PromptValues(self, ESTIMATORS[estimator](self.rewards, beta1))
 
     def rows_of(self, prompt_ids: Sequence[str]) -> NDArray[np.intp]:
@@ -268,7 +278,7 @@ class VStarStore:
         return np.flatnonzero((stored_P2[rows] != asked_B2).any(axis=1)).tolist()
 
     def left_out(self, name: str, success_rate: tuple[float, float] = (0.0, 1.0)) -> NDArray[np.bool_]:
-        """[P] which prompts a filter leaves out.
+        """[P] which prompts a filter leaves out, of those that have a V*.
 
         all_wrong: no reward above 0. all_right: none below 1. both. success_rate: the share of rewards of at least 1
         lies outside the range given. none.
@@ -283,9 +293,13 @@ class VStarStore:
         }
         return self.rewards.per_prompt(rules[name], bool)
 
+    def without_value(self) -> NDArray[np.bool_]:
+        """[P] which prompts have no V*: all of their samples are masked."""
+        return self.rewards.counts_P == 0
+
     def filtered_ids(self, name: str, success_rate: tuple[float, float] = (0.0, 1.0)) -> set[str]:
-        """Ids of the prompts that `left_out` names."""
-        return set(hex_of_ids(self.ids[self.left_out(name, success_rate)]))
+        """Ids of the prompts that `left_out` names, and of those without V*."""
+        return set(hex_of_ids(self.ids[self.left_out(name, success_rate) | self.without_value()]))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One column of all shards (a field of `StoreRow`), in stored order, read when asked for."""
@@ -348,7 +362,7 @@ class VStarStore:
             places, reward = slice(reward, reward + len(rewards)), reward + len(rewards)
             if reward > reward_stop:
                 break
-            self.ids[rows], self.rewards.counts_P[rows], self.rewards.flat[places] = ids, counts, rewards
+            self.ids[rows], self.drawn.counts_P[rows], self.drawn.flat[places] = ids, counts, rewards
         if reward != reward_stop:
             raise StoreError(f"{path}: has not the {shard['rewards']} rewards that the manifest has; {again}")
 

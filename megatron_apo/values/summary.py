@@ -20,7 +20,7 @@ from megatron_apo.values.fingerprint import Fingerprint, StoreError
 from megatron_apo.values.ids import BLOCK_ROWS, RowsById, hex_of_ids
 from megatron_apo.values.samples import Array, SampledRewards, SamplesPerPrompt
 from megatron_apo.values.shards import open_shard, shard_name
-from megatron_apo.values.store import VStarStore
+from megatron_apo.values.store import NO_VALUE, VStarStore
 
 FILTERS = ("all_wrong", "all_right", "both")
 _MOST_VALUES = 65  # bars where no more values occur: all of 64 samples of 0 or 1
@@ -91,8 +91,10 @@ class Responses:
 class Summary:
     """What a store holds.
 
-    first_round: samples that each prompt has whatever they were, which `reward` and Pass@k up to it are of.
-    binary: every reward is 0 or 1. right: share of right samples of each prompt. pass_at_k: by k. hours: of devices.
+    samples: drawn. first_round: samples that each prompt has whatever they were (the most of them that are not masked),
+    which `reward` and Pass@k up to it are of. binary: every reward is 0 or 1. right: share of right samples of each
+    prompt. pass_at_k: by k. without_value: prompts without V*, all of whose samples are masked; what is of prompts is
+    of the others. hours: of devices.
     """
 
     folder: str
@@ -107,6 +109,7 @@ class Summary:
     estimator: str
     values: list[Values]
     left_out: dict[str, LeftOut]
+    without_value: int
     responses: Responses
     hours: dict[str, float]
     fingerprint: dict[str, Any]
@@ -137,11 +140,12 @@ class ValueDifference:
 
 @dataclass(frozen=True)
 class PromptDifference:
-    """One prompt in two stores. num_rewards: samples that differ. difference: of V*, the largest over the b1s."""
+    """One prompt in two stores. num_rewards: samples that differ. mean_rewards: None where all samples are masked.
+    difference: of V*, the largest over the b1s."""
 
     prompt_id: str
     num_rewards: int
-    mean_rewards: tuple[float, float]
+    mean_rewards: tuple[float | None, float | None]
     difference: float
 
 
@@ -173,41 +177,48 @@ class Comparison:
 
 
 def summarize(store: VStarStore, beta1s: Sequence[float], estimator: str) -> Summary:
-    """What `store` holds, its V* by `estimator` at each of `beta1s`. Raises `StoreError` if there are no prompts."""
+    """What `store` holds, its V* by `estimator` at each of `beta1s`. Raises `StoreError` if there are no prompts, or
+    none with a V*."""
     if not len(store):
         raise StoreError(f"{store.folder}: holds no prompts; run estimate-vstar with data.train that has some")
-    rewards, first = store.rewards, store.fingerprint.samples_per_prompt
+    rewards, first, has_value_P = store.rewards, _first_samples(store), ~store.without_value()
+    if not first.counts_P.any():
+        raise StoreError(
+            f"{store.folder}: nothing is known of any prompt's first samples: {NO_VALUE}; raise "
+            "sampling.max_response_tokens, with another vstar.dir"
+        )
     left_out = {name: int(store.left_out(name).sum()) for name in FILTERS}
     return Summary(
         folder=str(store.folder),
         prompts=len(store),
         shards=store.num_shards,
-        samples=rewards.samples,
-        first_round=min(first, int(rewards.counts_P.max())),
-        reward=_mean(_means(rewards.first(first))),
+        samples=store.drawn.samples,
+        first_round=int(first.counts_P.max()),
+        reward=_mean(_known(_means(first))),
         binary=rewards.are_binary(),
-        pass_at_k=pass_at_k(rewards, first),
-        right=_bars(rewards.num_right() / rewards.counts_P),
+        pass_at_k=pass_at_k(store.drawn, store.fingerprint.samples_per_prompt),
+        right=_bars(rewards.num_right()[has_value_P] / rewards.counts_P[has_value_P]),
         estimator=estimator,
-        values=[_values(beta1, ESTIMATORS[estimator](rewards, beta1)) for beta1 in beta1s],
+        values=[_values(beta1, _known(ESTIMATORS[estimator](rewards, beta1))) for beta1 in beta1s],
         left_out={name: LeftOut(count, count / len(store)) for name, count in left_out.items()},
+        without_value=int(store.without_value().sum()),
         responses=_responses(store),
         hours={device or "unknown device": hours for device, hours in store.hours().items()},
         fingerprint=_provenance(store),
     )
 
 
-def pass_at_k(rewards: SampledRewards, first_round: int) -> dict[int, Mean]:
+def pass_at_k(drawn: SampledRewards, first_round: int) -> dict[int, Mean]:
     """By k: the mean over prompts of 1 - C(n-c, k) / C(n, k), for c of n samples right (2107.03374, equation 1).
 
     Right: a reward of at least 1. Further rounds stop by what they found, and with that n the estimator would not be
-    unbiased. So up to `first_round` it is of that many samples of every prompt, and from there on of all samples of the
-    prompts that have k: those that were uncertain, not a sample of the prompts.
+    unbiased. So up to `first_round` it is of that many samples of every prompt (that has k which are not masked), and
+    from there on of all samples of the prompts that have k: those that were uncertain, not a sample of the prompts.
     """
-    found = _pass_at_k(rewards.first(first_round))
-    if rewards.counts_P.max() > first_round:
-        found |= {k: mean for k, mean in _pass_at_k(rewards).items() if k > first_round}
-    return found
+    found, rewards = _pass_at_k(drawn.first(first_round).known()), drawn.known()
+    if rewards.counts_P.max() > max(found):
+        found = _pass_at_k(rewards) | found
+    return dict(sorted(found.items()))
 
 
 def _pass_at_k(rewards: SampledRewards) -> dict[int, Mean]:
@@ -227,15 +238,16 @@ def _pass_at_k(rewards: SampledRewards) -> dict[int, Mean]:
 def compare_estimators(store: VStarStore, beta1s: Sequence[float]) -> list[EstimatorsAt]:
     """Every estimator at each of `beta1s`; without beta_smoothed where rewards are not 0 and 1."""
     rewards = store.rewards
+    has_value_P = ~store.without_value()
     names = [name for name in ESTIMATORS if name != "beta_smoothed" or rewards.are_binary()]
-    at, group_P = _groups(_means(rewards))
+    at, group_P = _groups(_means(rewards)[has_value_P])
     sizes = np.bincount(group_P, minlength=len(at))
     filled = sizes > 0
     found = []
     for beta1 in beta1s:
         curves, means = {}, {}
         for name in names:
-            values_P = ESTIMATORS[name](rewards, beta1)
+            values_P = ESTIMATORS[name](rewards, beta1)[has_value_P]
             curves[name] = (np.bincount(group_P, values_P, len(at))[filled] / sizes[filled]).tolist()
             means[name] = float(values_P.mean())
         found.append(EstimatorsAt(beta1, at[filled].tolist(), curves, means))
@@ -248,16 +260,17 @@ def compare(one: VStarStore, other: VStarStore, beta1s: Sequence[float], estimat
     rows_C = np.flatnonzero(row_in_other_P >= 0)
     other_rows_C = row_in_other_P[rows_C]
     only = np.flatnonzero(row_in_other_P < 0), np.setdiff1d(np.arange(len(other)), other_rows_C, assume_unique=True)
-    changed_C = _num_changed(one.rewards, rows_C, other.rewards, other_rows_C)
+    changed_C = _num_changed(one.drawn, rows_C, other.drawn, other_rows_C)
     values, difference_C = [], np.zeros(len(rows_C))
-    if len(rows_C):
+    in_both_C = ~(one.without_value()[rows_C] | other.without_value()[other_rows_C])
+    if in_both_C.any():
         for beta1 in beta1s:
             pair = (
-                ESTIMATORS[estimator](one.rewards, beta1)[rows_C],
-                ESTIMATORS[estimator](other.rewards, beta1)[other_rows_C],
+                ESTIMATORS[estimator](one.rewards, beta1)[rows_C][in_both_C],
+                ESTIMATORS[estimator](other.rewards, beta1)[other_rows_C][in_both_C],
             )
             absolute_C = np.abs(pair[0] - pair[1])
-            difference_C = np.maximum(difference_C, absolute_C)
+            difference_C[in_both_C] = np.maximum(difference_C[in_both_C], absolute_C)
             both_vary = all(float(np.ptp(values_C)) > 0 for values_C in pair)
             correlation = float(np.corrcoef(*pair)[0, 1]) if both_vary else None
             values.append(ValueDifference(beta1, float(absolute_C.mean()), float(absolute_C.max()), correlation))
@@ -267,7 +280,7 @@ def compare(one: VStarStore, other: VStarStore, beta1s: Sequence[float], estimat
         PromptDifference(
             prompt_id=prompt_id,
             num_rewards=int(changed_C[place]),
-            mean_rewards=(float(means[0][rows_C[place]]), float(means[1][other_rows_C[place]])),
+            mean_rewards=(_or_none(means[0][rows_C[place]]), _or_none(means[1][other_rows_C[place]])),
             difference=float(difference_C[place]),
         )
         for prompt_id, place in zip(hex_of_ids(one.ids[rows_C[largest]]), largest, strict=True)
@@ -285,7 +298,7 @@ def compare(one: VStarStore, other: VStarStore, beta1s: Sequence[float], estimat
         only=(hex_of_ids(one.ids[only[0][:_NUM_LISTED]]), hex_of_ids(other.ids[only[1][:_NUM_LISTED]])),
         num_changed=int((changed_C > 0).sum()),
         num_rewards=int(changed_C.sum()),
-        reward=(_first_round(one, rows_C), _first_round(other, other_rows_C)) if len(rows_C) else None,
+        reward=(_first_round(one, rows_C), _first_round(other, other_rows_C)) if in_both_C.any() else None,
         responses=(_responses(one), _responses(other)) if len(one) and len(other) else None,
         estimator=estimator,
         values=values,
@@ -301,12 +314,26 @@ def _provenance(store: VStarStore) -> dict[str, Any]:
 
 
 def _means(rewards: SampledRewards) -> Array:
-    """[P] mean reward of each prompt."""
+    """[P] mean reward of each prompt; NaN where all samples are masked."""
     return rewards.per_prompt(lambda rewards_RN: rewards_RN.mean(axis=1))
 
 
+def _first_samples(store: VStarStore) -> SampledRewards:
+    """The first round's: what was drawn of every prompt, whatever it was."""
+    return store.drawn.first(store.fingerprint.samples_per_prompt).known()
+
+
 def _first_round(store: VStarStore, rows: NDArray[np.intp]) -> Mean:
-    return _mean(_means(store.rewards.first(store.fingerprint.samples_per_prompt))[rows])
+    return _mean(_known(_means(_first_samples(store))[rows]))
+
+
+def _known(values: Array) -> Array:
+    """Without those of prompts that have none."""
+    return values[~np.isnan(values)]
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def _mean(values: Array, weights: NDArray[np.int64] | None = None) -> Mean:

@@ -27,6 +27,7 @@ def print_summary(found: Summary) -> None:
         ("samples", f"{found.samples} of each prompt, {number(responses.count)} in all"),
         ("mean reward", f"{with_error(found.reward.mean, found.reward.stderr)} (first {first} samples of each)"),
         ("left out by", ", ".join(f"{name} {left.share:.1%}" for name, left in found.left_out.items())),
+        ("without V*", f"{number(found.without_value)} prompts"),
         (
             "response tokens",
             f"mean {responses.mean_tokens:.1f}, 50% {responses.p50}, 90% {responses.p90}, 99% {responses.p99}, "
@@ -78,13 +79,17 @@ def print_comparison(found: Comparison) -> None:
         _table(console, f"V* by {found.estimator}, prompts in both", head, rows)
     if found.most:
         rows = [
-            (one.prompt_id, f"{one.difference:.4f}", "{:.3f} | {:.3f}".format(*one.mean_rewards), str(one.num_rewards))
+            (one.prompt_id, f"{one.difference:.4f}", " | ".join(map(_mean, one.mean_rewards)), str(one.num_rewards))
             for one in found.most
         ]
         _table(console, "prompts that differ most", ("prompt", "V* differs", "mean rewards", "other rewards"), rows)
     if found.fingerprint:
         fields = [(name, f"{mine} | {theirs}") for name, (mine, theirs) in found.fingerprint.items()]
         _facts(console, "provenance differs", fields)
+
+
+def _mean(reward: float | None) -> str:
+    return "masked" if reward is None else f"{reward:.3f}"
 
 
 def _pass_at_k(console: Console, found: Summary) -> None:

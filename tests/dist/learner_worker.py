@@ -3,25 +3,29 @@
     main(WORK, LAYOUT)
 
 Rank 0 writes WORK/LAYOUT.pt: {fault ("none" for none): {eps: {"norms", "gradients", "change", "mismatch",
-"importance"}}}, under "importance" the same by level of importance weights, and
-under "skipped" and "stopped" what came of gradients that are not finite, and of a sampler that is too far off.
+"importance"}}}, under "importance" the same by level of importance weights, under "masked" the same of a batch with
+masked responses, and under "skipped", "stopped" and "all masked" what came of gradients that are not finite, of a
+sampler that is too far off, and of minibatches that are masked whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_apo.config import MismatchConfig, Recipe, build_recipe
+from megatron_apo.data.batch import MicroBatch
 from megatron_apo.data.layout import BatchPlan
-from megatron_apo.data.rollouts import RolloutBatch
+from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch
 from megatron_apo.learner import learner as learner_module
 from megatron_apo.learner.learner import GradientError, Learner
+from megatron_apo.learner.masking import Learned, Part
 from megatron_apo.learner.mismatch import MismatchError
 from megatron_apo.model.cpu_compat import cuda_type_names
 from megatron_apo.model.hf_config import read_hf_config
@@ -46,6 +50,10 @@ NUM_MINIBATCHES = 2
 # By the names of metrics.jsonl.
 MISMATCH = ("mean", "max", "token_mult_prob_error", "sequence_ratio_mean", "sequence_ratio_max", "sequence_ess")
 
+# Responses that the length cap ended: micro-batches are masked whole and in part, and of two replicas one has no other
+# in the first minibatch.
+MASKED = (0, 1, 4, 8, 10, 13)
+
 # About half of the tokens' and of the responses' weights are cut.
 IMPORTANCE_CAPS = {"token": 1.2, "sequence": 1.5}
 
@@ -67,6 +75,13 @@ def batch() -> RolloutBatch:
         # Around the policy's own mean, so that ratios of whole responses are on both sides of 1.
         log_probs=[(0.5 * torch.rand(len(response), generator=generator) - 5.5).tolist() for response in responses],
     )
+
+
+def masked_batch(rows: Iterable[int], **changes: Any) -> RolloutBatch:
+    """`batch()`, of which the length cap ended these."""
+    whole = batch()
+    whole.finish_reason_B[list(rows)] = FINISH_REASONS.index("length")
+    return replace(whole, **changes)
 
 
 def values() -> dict[str, float]:
@@ -257,6 +272,45 @@ IMPORTANCE_FAULTS: dict[str, tuple[Callable[[Learner], None], set[str]]] = {
 }
 
 
+# ---- faults in the masking, put in the place of what decides
+
+
+def mask_ignored(_: Learner) -> None:
+    """`measure` puts the right class back."""
+
+    class NoneMasked(Learned):
+        @classmethod
+        def of(cls, recipe: Recipe, whole: RolloutBatch) -> Learned:
+            return Learned(np.zeros(len(whole), dtype=bool))
+
+    learner_module.Learned = NoneMasked
+
+
+def masked_counted(learner: Learner) -> None:
+    loss = learner._loss
+
+    def wrong(log_prob_R: torch.Tensor, micro: MicroBatch, *others: Any) -> Any:
+        return replace(loss(log_prob_R, micro, *others), count=len(micro.indices))
+
+    learner._loss = wrong  # type: ignore[method-assign]
+
+
+def targets_of_the_neighbour(_: Learner) -> None:
+    class Shifted(Learned):
+        def part(self, micro: MicroBatch) -> Part:
+            found = super().part(micro)
+            return replace(found, places=[(place + 1) % len(self.rows) for place in found.places])
+
+    learner_module.Learned = Shifted
+
+
+MASK_FAULTS: dict[str, tuple[Callable[[Learner], None], set[str]]] = {
+    "mask ignored": (mask_ignored, EVERYTHING),
+    "masked counted": (masked_counted, UP_TO_SCALE),
+    "targets of the neighbour": (targets_of_the_neighbour, EVERYTHING),
+}
+
+
 def faults_of(layout: str) -> list[str]:
     """Those that can be: where there is one replica and one context rank, one rank's count is all of them."""
     parallel = parallel_of(layout)
@@ -284,14 +338,22 @@ def received(learner: Learner, fault: str | None, whole: RolloutBatch) -> Rollou
     return learner.receive(whole if learner.topology.is_driver else None)
 
 
-def measure(work: Path, layout: str, eps: float, fault: str | None, topology: Topology, *overrides: str) -> dict:
-    """Two optimizer steps of the learner on the batch, with `fault` in it."""
+def measure(
+    work: Path,
+    layout: str,
+    eps: float,
+    fault: str | None,
+    topology: Topology,
+    *overrides: str,
+    whole: RolloutBatch | None = None,
+) -> dict:
+    """Two optimizer steps of the learner on the batch (None: `batch()`), with `fault` in it."""
     recipe = recipe_of(work, layout, eps, *overrides)
     spec, learner = read_hf_config(recipe.model.path), build(recipe, topology, fault)
     trainable, gradients, norms = learner.trainable, [], []
     before = dict(WeightStream(learner.policy, spec, topology))
     if fault:
-        (FAULTS | IMPORTANCE_FAULTS)[fault][0](learner)
+        (FAULTS | IMPORTANCE_FAULTS | MASK_FAULTS)[fault][0](learner)
     step = trainable.step
 
     def watched() -> float:
@@ -302,8 +364,8 @@ def measure(work: Path, layout: str, eps: float, fault: str | None, topology: To
         return norms[-1]
 
     trainable.step = watched  # type: ignore[method-assign]
-    metrics = learner.learn(received(learner, fault, batch()), values()).metrics()
-    learner_module.importance_weights = importance_weights
+    metrics = learner.learn(received(learner, fault, whole or batch()), values()).metrics()
+    learner_module.importance_weights, learner_module.Learned = importance_weights, Learned
     change = {name: after - before[name] for name, after in WeightStream(learner.policy, spec, topology)}
     mismatch = {name: metrics[f"mismatch/{name}"] for name in MISMATCH}
     importance = {name: metrics[f"importance/{name}"] for name in ("mean", "capped") if f"importance/{name}" in metrics}
@@ -375,6 +437,35 @@ def stop(work: Path, layout: str, topology: Topology) -> dict:
     return {"errors": errors, "weights changed": changed, "schedule": learner.trainable.scheduler.num_steps}
 
 
+def all_masked(work: Path, layout: str, topology: Topology) -> dict:
+    """What comes of a minibatch that is masked whole, and of such a batch, after a step that gave Adam its moments."""
+    recipe = recipe_of(work, layout, 1e-8, "reward.truncated=mask", "optimizer.weight_decay=0.1")
+    spec, learner = read_hf_config(recipe.model.path), build(recipe, topology, None)
+    count, found = len(batch()), {}
+
+    def learn(rows: Iterable[int]) -> dict[str, float]:
+        own = received(learner, None, masked_batch(rows))
+        record, phases = learner.learn(own, values()), learner.timer.pop()
+        return record.metrics() | learner.step_metrics(record, own, values(), {**phases, "step": phases["train"]})
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in WeightStream(learner.policy, spec, topology)}
+
+    learn([])
+    for name, rows in {"first": range(count // NUM_MINIBATCHES), "all": range(count)}.items():
+        before, steps = weights(), learner.trainable.scheduler.num_steps
+        metrics = learn(rows)
+        told: list[float | None] = [None] * topology.world_size
+        dist.all_gather_object(told, metrics["masked_steps"])
+        found[name] = {
+            "metrics": metrics,
+            "masked_steps": told,
+            "steps": learner.trainable.scheduler.num_steps - steps,
+            "changed": any(not torch.equal(tensor, before[key]) for key, tensor in weights().items()),
+        }
+    return found
+
+
 def main(folder: str, layout: str) -> None:
     work = Path(folder)
     results: dict = {}
@@ -392,6 +483,38 @@ def main(folder: str, layout: str) -> None:
             }
             for level, cap in IMPORTANCE_CAPS.items()
         }
+        unknown = batch().reward_B
+        unknown[list(MASKED)] = float("nan")
+        results["masked"] = {
+            fault or "none": {
+                eps: measure(
+                    work,
+                    layout,
+                    eps,
+                    fault,
+                    topology,
+                    "reward.truncated=mask",
+                    # With a fault all have rewards: it is not to be seen by a NaN.
+                    whole=masked_batch(MASKED) if fault else masked_batch(MASKED, reward_B=unknown),
+                )
+                for eps in SETTINGS
+            }
+            for fault in [None, *MASK_FAULTS]
+        }
+        results["masked"]["importance"] = {
+            1.0: measure(
+                work,
+                layout,
+                1.0,
+                None,
+                topology,
+                "reward.truncated=mask",
+                "train.importance=token",
+                f"train.importance_cap={IMPORTANCE_CAPS['token']}",
+                whole=masked_batch(MASKED, reward_B=unknown),
+            )
+        }
+        results["all masked"] = all_masked(work, layout, topology)
         results["skipped"] = skip(work, layout, topology)
         results["stopped"] = stop(work, layout, topology)
         if topology.is_driver:

@@ -3,13 +3,13 @@
 Real ranks run stage 2's `Learner` on a batch of two minibatches, packed (learner_worker.py); here the same two steps
 are written out on one model. Compared are each minibatch's reduced gradients and norm; what both steps changed, with
 Adam's eps at 1, where a step is proportional to the gradient, and at 1e-8; and the distance from the sampler. So are
-steps with importance weights, by token and by sequence. Each fault that is put into the learner from outside must be
-seen by the comparisons that can see it, and by no other.
+steps with importance weights, by token and by sequence, and those of a batch with masked responses. Each fault that is
+put into the learner from outside must be seen by the comparisons that can see it, and by no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from tests.dist.learner_worker import (
     FAULTS,
     IMPORTANCE_CAPS,
     IMPORTANCE_FAULTS,
+    MASK_FAULTS,
+    MASKED,
     MISMATCH,
     NUM_MINIBATCHES,
     SETTINGS,
@@ -76,9 +78,9 @@ def steps(work: Path) -> Callable[..., dict]:
     }
     start = {name: parameter.detach().clone() for name, parameter in models["policy"].named_parameters()}
 
-    def of(eps: float, importance: str = "none") -> dict:
+    def of(eps: float, importance: str = "none", masked: Sequence[int] = ()) -> dict:
         models["policy"].load_state_dict(start, strict=False)
-        found = two_steps(models["policy"], models["reference"], eps, importance)
+        found = two_steps(models["policy"], models["reference"], eps, importance, masked)
         change = {name: parameter.detach() - start[name] for name, parameter in models["policy"].named_parameters()}
         return found | {"change": change}
 
@@ -97,8 +99,19 @@ def expected_weighted(steps) -> dict[str, dict[float, dict]]:
     return {level: {1.0: steps(1.0, level)} for level in IMPORTANCE_CAPS}
 
 
-def two_steps(policy: torch.nn.Module, reference: torch.nn.Module, eps: float, importance: str) -> dict:
-    """Equation 4 of the paper and Adam."""
+@pytest.fixture(scope="module")
+def expected_masked(steps) -> dict[str, dict[float, dict]]:
+    """{level of the importance weights: {eps: the same, of the batch without its masked responses}}"""
+    return {
+        "none": {eps: steps(eps, masked=MASKED) for eps in SETTINGS},
+        "token": {1.0: steps(1.0, "token", masked=MASKED)},
+    }
+
+
+def two_steps(
+    policy: torch.nn.Module, reference: torch.nn.Module, eps: float, importance: str, masked: Sequence[int]
+) -> dict:
+    """Equation 4 of the paper and Adam, without the masked responses."""
     whole, vstar = batch(), values()
     adam = torch.optim.AdamW(policy.parameters(), lr=SETTINGS[eps][0], betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
     norms, gradients, differences, size = [], [], [], len(whole) // NUM_MINIBATCHES
@@ -108,7 +121,7 @@ def two_steps(policy: torch.nn.Module, reference: torch.nn.Module, eps: float, i
             differences.append(response_log_probs(policy, whole, row) - torch.tensor(whole.log_probs([row])))
     for first in range(0, len(whole), size):
         losses = []
-        for row in range(first, first + size):
+        for row in sorted({*range(first, first + size)} - {*masked}):
             log_prob_R = response_log_probs(policy, whole, row)
             error = BETA2 * (log_prob_R.sum() - references[row]) - (whole.reward_B[row] - vstar[whole.prompt_ids[row]])
             match importance:
@@ -127,7 +140,8 @@ def two_steps(policy: torch.nn.Module, reference: torch.nn.Module, eps: float, i
     # Of the mismatch, the one minibatch that is at the weights that sampled.
     found = {"norms": norms, "gradients": gradients, "mismatch": mismatch_of(differences[:size]), "importance": {}}
     if importance != "none":
-        weight = torch.cat([weights_of(importance, difference).reshape(-1) for difference in differences])
+        known = [difference for row, difference in enumerate(differences) if row not in masked]
+        weight = torch.cat([weights_of(importance, difference).reshape(-1) for difference in known])
         capped = (weight == IMPORTANCE_CAPS[importance]).float()
         found["importance"] = {"mean": float(weight.mean()), "capped": float(capped.mean())}
     return found
@@ -215,6 +229,37 @@ def test_a_fault_in_the_weights_is_seen(layout, level, fault, measured, expected
     assert (
         failing(measured(layout)["importance"][level][fault], expected_weighted[level]) == IMPORTANCE_FAULTS[fault][1]
     ), found
+
+
+@pytest.mark.parametrize(("name", "level"), [("none", "none"), ("importance", "token")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_steps_with_masked_responses_are_those_without_them(layout, name, level, measured, expected_masked) -> None:
+    """Their rewards are NaN; the mismatch is of all responses."""
+    found = measured(layout)["masked"][name]
+    assert failing(found, expected_masked[level]) == set(), differences(found, expected_masked[level])
+
+
+@pytest.mark.parametrize("fault", MASK_FAULTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_fault_in_the_masking_is_seen(layout, fault, measured, expected_masked) -> None:
+    found = measured(layout)["masked"][fault]
+    assert failing(found, expected_masked["none"]) == MASK_FAULTS[fault][1], differences(found, expected_masked["none"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_minibatch_that_is_masked_whole_takes_no_step_on_any_rank(layout: str, measured) -> None:
+    """Neither momentum nor weight decay moves a weight."""
+    half, whole = (measured(layout)["all masked"][name] for name in ("first", "all"))
+    assert set(half["masked_steps"]) == {1} and half["steps"] == 1 and half["changed"]
+    assert set(whole["masked_steps"]) == {2} and whole["steps"] == 0 and not whole["changed"]
+    assert half["metrics"]["response/masked"] == 0.5 and whole["metrics"]["response/masked"] == 1
+    rewards, vstar = batch().reward_B[7:], [values()[prompt_id] for prompt_id in batch().prompt_ids[7:]]
+    assert half["metrics"]["reward/mean"] == pytest.approx(rewards.mean())
+    assert half["metrics"]["advantage/mean"] == pytest.approx((rewards - vstar).mean())
+    unknown = {"loss", "grad_norm", "grad_norm_reinforce", "reward/mean", "value/mean", "advantage/mean"}
+    unknown |= {"advantage/second_moment"}
+    assert {name for name, value in whole["metrics"].items() if value != value} == unknown
+    assert not any(value != value for value in half["metrics"].values())
 
 
 def test_the_steps_are_large_enough_to_be_compared(expected) -> None:

@@ -4,6 +4,7 @@ killed and goes on; to rounding on another."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -128,6 +129,13 @@ def test_every_batch_is_held_against_recipe_model_and_store(work: Path, tmp_path
         ),
         "'p' is not the id of a prompt": with_prompts(["p", *ids[1:]]),
         "1 of 16 prompts have no V*": with_prompts(["0" * 32, *ids[1:]]),
+        "responses have no reward, and reward.truncated=grade needs them; use reward.truncated=mask": make_batch(
+            some,
+            [[5]] * 16,
+            prompt_ids=ids,
+            rewards=[math.nan, *[0.0] * 15],
+            finish_reasons=["length", *["stop"] * 15],
+        ),
         "cannot hold a sequence of 3": make_batch(some, [[5] * 300] + [[5]] * 15, prompt_ids=ids),
     }
     for step, batch in enumerate(wrong.values()):

@@ -13,12 +13,13 @@ from megatron_apo.objectives import LossTerm, Stats
 from megatron_apo.runtime.topology import Topology
 
 
-def micro_batch(loss, count, log_prob, denominator, sampler, sequence=None):
-    """By default the last token is a sequence by itself, and the others are one or none."""
+def micro_batch(loss, num, log_prob, denominator, sampler, sequence=None, count=None):
+    """By default the last token is a sequence by itself, the others are one or none, and no response is masked."""
+    count = num if count is None else count
     term = LossTerm(torch.tensor(loss), count, Stats({"loss": torch.tensor(loss)}))
     tensors = (torch.tensor(values) for values in (log_prob, denominator, sampler))
-    sequence = sequence or [0] * (len(log_prob) - 1) + [count - 1]
-    return diagnose(term, *tensors, torch.tensor(sequence), count)
+    sequence = sequence or [0] * (len(log_prob) - 1) + [num - 1]
+    return diagnose(term, *tensors, torch.tensor(sequence), num)
 
 
 # Differences from the sampler: .25 and -.5 in one sequence, 1 in another, and .5 in that of the second micro-batch.
@@ -51,6 +52,7 @@ EXPECTED = {
     "grad_norm": 0.3,
     "grad_norm_reinforce": 1.5,
     "skipped_steps": 0,
+    "masked_steps": 0,
 }
 
 
@@ -103,7 +105,7 @@ def one_rank(tmp_path):
 def test_metrics_of_a_step(one_rank):
     record = two_minibatches().gather(one_rank)
     assert record.metrics() == pytest.approx(EXPECTED)
-    assert all(type(value) is float for name, value in record.metrics().items() if name != "skipped_steps")
+    assert all(type(value) is float for name, value in record.metrics().items() if not name.endswith("_steps"))
     assert record.first_log_ratio == 1.0  # the largest magnitude, though it is negative
 
 
@@ -113,6 +115,17 @@ def test_a_skipped_step_is_counted_and_in_no_mean(one_rank):
     record.add_step(math.inf)
     metrics = record.gather(one_rank).metrics()
     assert metrics["skipped_steps"] == 1 and metrics["grad_norm"] == pytest.approx(0.3)
+
+
+def test_a_step_of_masked_responses_alone_has_no_loss_and_all_else(one_rank):
+    record = StepRecord(reinforce_scale=0.2)
+    record.add([micro_batch(0.0, *others, count=0) for _, *others in (FIRST, SECOND)])
+    record.add_step(None)
+    metrics = record.gather(one_rank).metrics()
+    assert metrics["masked_steps"] == 1 and metrics["skipped_steps"] == 0
+    assert {name for name, value in metrics.items() if value != value} == {"loss", "grad_norm", "grad_norm_reinforce"}
+    first = {name: value for name, value in EXPECTED.items() if name.startswith(("kl/", "mismatch/"))}
+    assert {name: metrics[name] for name in first} == pytest.approx(first)
 
 
 def test_a_nan_is_not_lost_between_micro_batches(one_rank):

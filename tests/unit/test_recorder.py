@@ -109,6 +109,7 @@ def log(
         {"p": 0.25},
         seconds,
         read_hf_config(recipe.model.path),
+        masked_B=batch.truncated_B,
         num_ranks=recorder._topology.world_size,
         peak_flops=peak_flops(recipe, torch.device("cpu")),
         denominator_computed=True,
