@@ -4,6 +4,7 @@
       .metadata  *.distcp  common.pt  metadata.json   policy, optimizer and schedule as Megatron-Core's `torch_dist`
       model/                                          config.json and tokenizer files, for the way back to Hugging Face
       checkpoint.json                                 a `Record`: the step, the recipe and the V* store behind it
+      files.json                                      size and sha256 of all of these
 
 A resumed run repeats the killed one, bit for bit in the same layout and to rounding in another. The little that goes
 from step to step beside the above is in the record (`RunState`). Nothing else has a state: training draws no random
@@ -17,14 +18,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from megatron_apo.config import Recipe, RecipeError, build_recipe, changed_for_resume
+from megatron_apo.learner.damage import check_small_files, check_tensors, naming_way_out, saved
 from megatron_apo.telemetry.summary import versions
+from megatron_apo.telemetry.units import one_line
 from megatron_apo.values.store import MANIFEST
 
 if TYPE_CHECKING:
@@ -37,7 +41,6 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 MODEL = "model"
 RECORD = "checkpoint.json"
 FORMAT = 1
-_STEP_NAME = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,16 @@ def read_record(folder: Path) -> Record:
     path = folder / RECORD
     if not path.is_file():
         raise ValueError(f"{folder}: no {RECORD} there; give a folder that training or convert hf-to-megatron wrote")
-    tree = json.loads(path.read_text())
-    if tree.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {tree.get('format')!r} is not known; this version reads {FORMAT}")
-    run = RunState(**tree.pop("run")) if tree["run"] else None
-    return Record(**{**tree, "run": run})
+    try:
+        tree = json.loads(path.read_bytes())
+        if isinstance(tree, dict) and tree.get("format") != FORMAT:
+            raise ValueError(f"{path}: format {tree.get('format')!r} is not known; this version reads {FORMAT}")
+        return TypeAdapter(Record).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ValueError(f"{path}: damaged ({where}: {error.errors()[0]['msg']})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged ({one_line(error)})") from None
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -96,29 +104,36 @@ def exported(run_dir: Path) -> Path:
 
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run."""
-    folder = run_dir / "checkpoints"
-    found = {int(match[1]): path for path in folder.glob("*") if (match := _STEP_NAME.fullmatch(path.name))}
-    return found[max(found)] if found else None
+    return next(reversed(saved(run_dir).values()), None)
 
 
 def next_step(run_dir: Path) -> int:
     """The step (from 0) that `train` takes next in this run: that of its newest checkpoint, or 0."""
-    folder = latest(run_dir)
-    run = read_record(folder).run if folder else None
-    return run.step if run else 0
+    return next(reversed(saved(run_dir)), 0)
 
 
 def check_resume(recipe: Recipe) -> None:
-    """Raise `RecipeError`, one line a field, if the run's newest checkpoint is not of this recipe and V* store."""
+    """Raise `RecipeError`, one line a field, if the run's newest checkpoint is not of this recipe and V* store, and
+    `DamagedCheckpoint` where it is seen to be damaged without its tensors being read."""
     folder = latest(recipe.run.dir)
     if folder is None:
         return
-    run = read_record(folder).run
+    with naming_way_out(folder):
+        run = read_record(folder).run
+        check_small_files(folder)
+        if run and folder.name != f"step-{run.step:06d}":
+            raise ValueError(f"{folder}: {RECORD} is of step {run.step}")
+        try:
+            theirs = build_recipe(run.recipe) if run else recipe
+        except RecipeError as error:
+            raise ValueError(
+                f"{folder}: the recipe in {RECORD} is none of this version's ({error.problems[0]})"
+            ) from None
     if run is None:
         raise ValueError(f"{folder}: a converted model, not a training checkpoint; give another run.dir")
     problems = [
-        f"{key}: {ours!r}, but {folder} was trained with {theirs!r}; set it back or give another run.dir"
-        for key, ours, theirs in changed_for_resume(recipe, build_recipe(run.recipe))
+        f"{key}: {ours!r}, but {folder} was trained with {other!r}; set it back or give another run.dir"
+        for key, ours, other in changed_for_resume(recipe, theirs)
     ]
     if _store_hash(recipe) != run.vstar_sha256:
         problems.append(f"vstar.dir: {recipe.vstar.dir} is not the store that {folder} was trained with")
@@ -148,7 +163,9 @@ class Checkpoints:
         run = self._topology.broadcast(_run_of(folder) if self._topology.is_driver else None)
         if self._topology.is_driver:
             print(f"resuming from {folder}", flush=True)
-        state = torch_dist.read(folder, self._learner.trainable.sharded_state(is_loading=True))
+        with naming_way_out(folder):
+            check_tensors(folder, self._topology)
+            state = torch_dist.read(folder, self._learner.trainable.sharded_state(is_loading=True))
         on_all(self._topology, lambda: self._learner.trainable.load_state(state, folder))
         self._learner.skipped_in_a_row = run.skipped_in_a_row
         self._learner.mismatch.restore(run.first_mismatches)

@@ -32,7 +32,8 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, L
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_apo.weights.torch_dist import LAYOUT, CheckpointError, one_line_errors
+from megatron_apo.weights.files import CheckpointError
+from megatron_apo.weights.torch_dist import LAYOUT, one_line_errors
 
 RESHARDABLE = LAYOUT | {
     "distrib_optim_sharding_type": "fully_reshardable",

@@ -32,10 +32,10 @@ from megatron_apo.runtime.collective import on_all, on_driver
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights import torch_dist
 from megatron_apo.weights.families import Entry, hf_tensors, model_entries
+from megatron_apo.weights.files import CheckpointError
 from megatron_apo.weights.hf_io import HFReader, identity
 from megatron_apo.weights.hf_writer import HFWriter
 from megatron_apo.weights.plan import TensorMeta
-from megatron_apo.weights.torch_dist import CheckpointError
 from megatron_apo.weights.whole_folder import whole_folder
 
 Progress = Callable[[int], None]

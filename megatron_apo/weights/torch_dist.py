@@ -5,6 +5,7 @@ Everything here is collective over all ranks. The files hold pickles: a folder f
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -28,7 +29,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_apo.runtime.collective import on_driver
 from megatron_apo.runtime.topology import Topology
+from megatron_apo.weights.files import CheckpointError, write_list
 from megatron_apo.weights.whole_folder import whole_folder
 
 # Every layer and every expert a tensor of its own: Megatron-Core keeps the stacked kind for old checkpoints only
@@ -36,10 +39,6 @@ from megatron_apo.weights.whole_folder import whole_folder
 LAYOUT = {"singleton_local_shards": True}
 # load(key of a sharded tensor) -> its value
 Load = Callable[[str], torch.Tensor]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read."""
 
 
 def sharded_state(model: torch.nn.Module) -> dict[str, Any]:
@@ -55,15 +54,19 @@ def write(
     load: Load | None = None,
 ) -> None:
     """Save the sharded `state` as `folder`, whole or not at all; `complete(path)`, called on every rank at the end,
-    adds further files.
+    adds further files. All of them are listed (`write_list`).
 
     load: where the state's tensors are on the meta device, their values, each asked for when it is written.
     """
     with whole_folder(folder, topology) as partial:
-        with one_line_errors(f"{folder}: the checkpoint could not be written"), _archive_checksums(load is None):
-            strategy = _InProcess("torch_dist", 1, load)
+        strategy = _InProcess("torch_dist", 1, load)
+        with one_line_errors(f"{folder}: the checkpoint could not be written"), _no_archive_checksums():
             dist_checkpointing.save(state, str(partial), sharded_strategy=strategy, content_metadata=dict(LAYOUT))
         complete(partial)
+        digests: list[dict[str, str]] = [{}] * topology.world_size
+        torch.distributed.all_gather_object(digests, strategy.digests)
+        known = {name: digest for one in digests for name, digest in one.items()}
+        on_driver(topology, lambda: write_list(partial, known))
 
 
 def read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -103,17 +106,20 @@ class _InProcess(mcore_torch.TorchDistSaveShardedStrategy):
     Megatron-Core's writer starts a manager process by spawn and forks one process a file (filesystem_async.py,
     `_get_write_results_queue`) even when the caller waits: two seconds at the first save, a hang in a script without
     a `__main__` guard, and a fork of a process that holds GPUs.
+
+    digests: sha256 of the files that this rank has written, by name.
     """
 
     def __init__(self, backend: str, version: int, load: Load | None):
         super().__init__(backend, version)
         self._load = load
+        self.digests: dict[str, str] = {}
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
         state, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         torch_checkpoint.save(
             mcore_torch.mcore_to_pyt_state_dict(state, False),
-            storage_writer=_OneByOne(checkpoint_dir),
+            storage_writer=_OneByOne(checkpoint_dir, self.digests),
             planner=_Planner(self._load),
         )
 
@@ -136,6 +142,10 @@ class _OneByOne(FileSystemWriter):
     for tensors on a GPU, or made as they are written, is a second copy of all of them.
     """
 
+    def __init__(self, folder: Path, digests: dict[str, str]):
+        super().__init__(folder)
+        self._digests = digests
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"{plan.storage_data.prefix}0.distcp"
         results = []
@@ -151,17 +161,24 @@ class _OneByOne(FileSystemWriter):
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
             file.flush()
             os.fsync(file.fileno())
+        self._digests[name] = file.digest.hexdigest()
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
 
 class _File(io.BufferedWriter):
-    """Says why a write failed: torch.save raises an error of its own, of positions in its archive."""
+    """Hashes what is written, and says why a write failed: torch.save raises an error of its own, of positions in its
+    archive."""
 
     error: OSError | None = None
 
+    def __init__(self, raw: io.RawIOBase):
+        super().__init__(raw)
+        self.digest = hashlib.sha256()
+
     def write(self, data: Any) -> int:
+        self.digest.update(data)
         try:
             return super().write(data)
         except OSError as error:
@@ -176,10 +193,10 @@ class _File(io.BufferedWriter):
 
 
 @contextmanager
-def _archive_checksums(wanted: bool) -> Iterator[None]:
-    """torch.save's own CRC takes twice as long as the rest of it; a conversion has a sha256 of every tensor."""
+def _no_archive_checksums() -> Iterator[None]:
+    """torch.save's own CRC takes twice as long as the rest of it, and torch.load does not look at it."""
     usual = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(wanted)
+    torch.serialization.set_crc32_options(False)
     try:
         yield
     finally:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_apo.config import RecipeError
-from megatron_apo.learner.checkpoint import RECORD, check_resume, latest, read_record
+from megatron_apo.learner.checkpoint import RECORD, check_resume, latest, next_step, read_record
+from megatron_apo.learner.damage import DamagedCheckpoint
+from megatron_apo.weights.files import write_list
 from tests.dist.checkpoint_worker import SKIPPED, TOTAL_STEPS, recipe_of
 from tests.dist.ranks import start_ranks
 from tests.dist.test_layouts import TOLERANCE
@@ -166,10 +170,116 @@ def test_fewer_steps_than_were_taken_are_refused(runs, tmp_path):
     tree = json.loads(record.read_text())
     tree["run"]["recipe"]["optimizer"]["schedule"] = "constant"
     record.write_text(json.dumps(tree))
+    write_list(record.parent, {})
     changes = [f"run.dir={tmp_path / 'run'}", "optimizer.schedule=constant"]
     check_resume(recipe_of(runs.work, "", 2, *changes, "train.steps=2"))
     with pytest.raises(RecipeError, match="train.steps: 1, but .* use at least 2"):
         check_resume(recipe_of(runs.work, "", 2, *changes, "train.steps=1"))
+
+
+# ---- damage
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """A bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def record_with(**changes: Any) -> Callable[[Path], None]:
+    """What is written there is of the right size and digest: its content is at fault."""
+
+    def change(path: Path) -> None:
+        tree = json.loads(path.read_text())
+        tree["run"] = tree["run"] | changes
+        path.write_text(json.dumps(tree))
+        write_list(path.parent, {})
+
+    return change
+
+
+def text(content: str) -> Callable[[Path], None]:
+    def replace(path: Path) -> None:
+        path.write_text(content)
+        write_list(path.parent, {})
+
+    return replace
+
+
+# (file, what is done to it, what is said)
+DAMAGES = [
+    (RECORD, Path.unlink, "no checkpoint.json there"),
+    (RECORD, cut, "checkpoint.json: damaged ("),
+    (
+        RECORD,
+        lambda path: path.write_text(path.read_text().replace('"step": 2', '"step": 3')),
+        "checkpoint.json is dam",
+    ),
+    (RECORD, lambda path: path.write_bytes(b"\xff" * 9), "checkpoint.json: damaged ("),
+    (RECORD, text("[]"), "checkpoint.json: damaged ("),
+    (RECORD, text('{"format": 1, "dtype": "fp32", "run": 3}'), "checkpoint.json: damaged (run: "),
+    (RECORD, text('{"format": 9}'), "format 9 is not known"),
+    (RECORD, record_with(step="2"), "checkpoint.json: damaged (run.step: "),
+    (RECORD, record_with(step=3), "checkpoint.json is of step 3"),
+    (RECORD, record_with(first_mismatches=["a"]), "checkpoint.json: damaged (run.first_mismatches.0: "),
+    (RECORD, record_with(recipe={"model": 3}), "the recipe in checkpoint.json is none of this version's (model: 3"),
+    ("files.json", cut, "files.json is damaged"),
+    ("files.json", lambda path: path.write_text("[]"), "files.json is damaged"),
+    ("files.json", Path.unlink, None),  # as in checkpoints of before
+    ("__1_0.distcp", Path.unlink, "__1_0.distcp is missing"),
+    ("__1_0.distcp", cut, "__1_0.distcp has "),
+    (".metadata", Path.unlink, ".metadata is missing"),
+    (".metadata", flip, ".metadata is damaged, its sha256"),
+    ("common.pt", flip, "common.pt is damaged, its sha256"),
+    ("model", shutil.rmtree, "model/config.json is missing"),
+    ("model/config.json", cut, "model/config.json has "),
+]
+
+
+@pytest.mark.parametrize(("name", "harm", "said"), DAMAGES)
+@pytest.mark.parametrize("has_older", [False, True])
+def test_a_damaged_checkpoint_is_refused_before_ranks_start(name, harm, said, has_older, runs, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs.half("pp2"), run)
+    folder = run / "checkpoints" / "step-000002"
+    if has_older:
+        shutil.copytree(folder, run / "checkpoints" / "step-000001")
+    recipe = recipe_of(runs.work, "", 2, f"run.dir={run}")
+    check_resume(recipe)
+    harm(folder / name)
+    before = files_of(run)
+    if said is None:
+        check_resume(recipe)
+        return
+    with pytest.raises(DamagedCheckpoint) as caught:
+        check_resume(recipe)
+    line, then = str(caught.value), "goes on from step-000001" if has_older else "begins with its first step"
+    assert "\n" not in line and said in line and str(folder) in line
+    assert line.endswith(f"; move step-000002 out of {folder.parent}, then the run {then}")
+    assert files_of(run) == before
+    folder.rename(tmp_path / "step-000002")
+    assert next_step(run) == int(has_older)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_flipped_bits_of_a_tensor_end_all_ranks_in_one_line(runs) -> None:
+    """Torch would load them."""
+    name = "flipped"
+    shutil.copytree(runs.half("pp2"), runs.work / name)
+    folder = runs.work / name / "checkpoints" / "step-000002"
+    flip(folder / "__1_0.distcp")
+    with pytest.raises(pytest.fail.Exception) as caught:
+        start_ranks("tests.dist.checkpoint_worker", runs.work, "pp2", f"{name}:4:0:{name}")
+    said = f"{folder}: __1_0.distcp is damaged, its sha256 is not that of what was written; move step-000002 out of"
+    assert said in str(caught.value)
 
 
 def test_no_checkpoint_is_nothing_to_check(runs, tmp_path):
