@@ -57,17 +57,20 @@ def rollout_metrics(
     }
 
 
-def source_metrics(batch: RolloutBatch, names: Sequence[str]) -> dict[str, float]:
+def source_metrics(
+    batch: RolloutBatch, names: Sequence[str], masked_B: NDArray[np.bool_] | None = None
+) -> dict[str, float]:
     """Of each source's responses, by the names of metrics.jsonl; nothing where there is one source alone.
 
-    names: of each prompt's source, [B]. Rewards are those that are not masked.
+    names: of each prompt's source, [B]. masked_B: responses without a reward; none: none is.
     """
+    masked_B = np.zeros(len(names), dtype=bool) if masked_B is None else masked_B
     found: dict[str, float] = {}
     for name in sorted(set(names) - {""}):
         own = np.array([one == name for one in names])
         found |= {
             f"source/{name}/share": float(own.mean()),
-            f"source/{name}/reward": _mean(batch.reward_B[own & ~np.isnan(batch.reward_B)]),
+            f"source/{name}/reward": _mean(batch.reward_B[own & ~masked_B]),
             f"source/{name}/mean_tokens": float(batch.sequences.response_lengths_B[own].mean()),
             f"source/{name}/truncated": float(batch.truncated_B[own].mean()),
         }

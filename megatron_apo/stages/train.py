@@ -15,6 +15,7 @@ from rich.progress import Progress
 from megatron_apo.config import Recipe
 from megatron_apo.learner.checkpoint import Checkpoints, exported
 from megatron_apo.learner.learner import Learner, recorded_rollouts
+from megatron_apo.learner.masking import Learned
 from megatron_apo.learner.rollout_metrics import source_metrics
 from megatron_apo.preflight import open_training
 from megatron_apo.rollout.replay import Replay
@@ -80,7 +81,8 @@ def train(recipe: Recipe, topology: Topology) -> None:
                     with deadline.put_off():
                         recorder.proved(rollouts.prove())
                 phases = learner.timer.pop()
-                by_source = source_metrics(batch, data.source_names(batch)) if data else {}
+                masked_B = Learned.of(recipe, batch).masked_B
+                by_source = source_metrics(batch, data.source_names(batch), masked_B) if data else {}
                 metrics = learner.step_metrics(record, batch, values, phases)
                 recorder.log(done, {**metrics, **by_source, **rollouts.step_metrics()}, phases)
                 if checkpoints.is_due(done):
