@@ -6,13 +6,14 @@ A setting that the Megatron model would not honour is an error, never a silent d
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_apo.config import ParallelConfig, model_config_file
+from megatron_apo.model.config_types import MAX_EXPERTS_IN_ALL, ROPE, SETTINGS, wrong_types
+from megatron_apo.model.json_file import cut, read_object
+from megatron_apo.model.rope import Rope, read_rope, rope_settings
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 # What transformers assumes where a config.json is silent, and the fallbacks below do not.
@@ -29,6 +30,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 768,
     },
 }
+_COMMON_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 # Which families read a bias switch; set for another, transformers and vLLM would each do as they like.
 # With attention_bias, qwen3 and qwen3_moe have a bias on the output projection too: see `check_served`.
@@ -57,27 +59,11 @@ _FOREIGN = (
     "shared_expert_intermediate_size",
     "use_mrope",
 )
-# The constants that Megatron-Core 0.16 hard-codes for Llama 3 (rotary_pos_embedding.py, `_apply_scaling`).
-_LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 FP8_BLOCK = [128, 128]
 
 
 class ModelConfigError(ValueError):
     """A model folder that is missing, or whose configuration the Megatron model cannot honour."""
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding of base `theta`. llama3 and yarn stretch it by `factor`; what follows is yarn's."""
-
-    theta: float
-    kind: Literal["default", "llama3", "yarn"] = "default"
-    factor: float = 1.0
-    original_max_positions: int = 0  # of the training before the stretch
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0  # multiplies sine and cosine
-    truncate: bool = True  # round the bounds between stretched and kept dimensions
 
 
 @dataclass(frozen=True)
@@ -122,25 +108,34 @@ class ModelSpec:
 
 
 def read_hf_config(folder: Path) -> ModelSpec:
-    """Read `folder/config.json`, or that of a shape. Raises `ModelConfigError` with one line per problem."""
+    """Read `folder/config.json`, or that of a shape. Raises `ModelConfigError` with one line per problem.
+
+    Settings that are of a wrong type are told before those that are not supported."""
     path = model_config_file(Path(folder))
     if not path.is_file():
         raise ModelConfigError(f"model path {folder}: no config.json there; give a Hugging Face model folder")
     try:
-        config = json.loads(path.read_text())
+        config = read_object(path)
     except ValueError as error:
-        raise ModelConfigError(f"{path}: not JSON ({error})") from None
+        raise ModelConfigError(str(error)) from None
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise ModelConfigError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    config = _DEFAULTS[family] | config
+        raise ModelConfigError(
+            f"{path}: model_type {cut(repr(family))} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    config = _COMMON_DEFAULTS | _DEFAULTS[family] | config
     required = (*_REQUIRED, "num_experts_per_tok", "moe_intermediate_size") if family == "qwen3_moe" else _REQUIRED
-    problems = [f"{key}: missing" for key in required if config.get(key) is None]
-    problems += _unsupported(config, family)
-    rope = _rope(config, problems)
-    experts = _experts(config, problems) if family == "qwen3_moe" else {}
-    if problems:
-        raise ModelConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+    missing = [f"{key}: missing" for key in required if config.get(key) is None]
+    wrong = wrong_types(config, SETTINGS)
+    if not wrong:
+        wrong = wrong_types(rope_settings(config), ROPE, "rope ")
+    _refuse(path, missing + wrong if wrong else [])
+    problems = missing + _unsupported(config, family)
+    rope = read_rope(config, problems)
+    if not missing:
+        problems += _inconsistent(config)
+    experts = _experts(config, problems) if family == "qwen3_moe" and not missing else {}
+    _refuse(path, problems)
     num_heads = config["num_attention_heads"]
     attention_bias = bool(config.get("attention_bias"))
     return ModelSpec(
@@ -152,15 +147,15 @@ def read_hf_config(folder: Path) -> ModelSpec:
         num_query_groups=config.get("num_key_value_heads") or num_heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
         vocab_size=config["vocab_size"],
-        max_positions=_max_positions(config),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        max_positions=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
         rope=rope,
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=attention_bias,
         mlp_bias=bool(config.get("mlp_bias")),
         qk_norm=family in ("qwen3", "qwen3_moe"),
-        initializer_range=config.get("initializer_range", 0.02),
+        initializer_range=config["initializer_range"],
         fp8_blocks=bool(config.get("quantization_config")),
         **experts,
     )
@@ -221,40 +216,55 @@ def _tp_fits(spec: ModelSpec, tp: int) -> bool:
     return spec.num_heads % tp == 0 and groups_fit and (spec.expert_ffn_size or spec.ffn_size) % tp == 0
 
 
-def _max_positions(config: dict[str, Any]) -> int:
-    return config.get("max_position_embeddings", 2048)
+def _refuse(path: Path, problems: list[str]) -> None:
+    if problems:
+        raise ModelConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+
+
+def _inconsistent(config: dict[str, Any]) -> list[str]:
+    """Sizes that do not go together."""
+    hidden_size, heads = config["hidden_size"], config["num_attention_heads"]
+    groups, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim")
+    if heads % groups:
+        return [f"num_key_value_heads: {groups} does not divide num_attention_heads {heads}; correct it"]
+    if head_dim is None and hidden_size % heads:
+        return [f"num_attention_heads: {heads} does not divide hidden_size {hidden_size}; give head_dim"]
+    if (head_dim or hidden_size // heads) % 2:
+        return [f"head_dim: {head_dim or hidden_size // heads} is odd, and rotary embeddings take pairs; correct it"]
+    return []
 
 
 def _unsupported(config: dict[str, Any], family: str) -> list[str]:
     problems = []
     if config.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {config['hidden_act']!r} is not supported; only silu is")
+        problems.append(f"hidden_act {cut(repr(config['hidden_act']))} is not supported; only silu is")
     for key, families in _READS_BIAS.items():
         if config.get(key) and family not in families:
             problems.append(f"{key} true is not supported for {family}")
     if config.get("use_sliding_window"):
         problems.append("use_sliding_window true is not supported")
     window = config.get("sliding_window") if family == "mistral" else None
-    if window is not None and window < _max_positions(config):
+    longest = config["max_position_embeddings"]
+    if window is not None and window < longest:
         problems.append(
             f"sliding_window {window} (transformers' default is 4096) is not supported where it is smaller than "
-            f"max_position_embeddings {_max_positions(config)}"
+            f"max_position_embeddings {longest}"
         )
     if other := sorted(set(config.get("layer_types") or ()) - {"full_attention"}):
-        problems.append(f"layer_types {', '.join(other)} is not supported; only full_attention is")
+        problems.append(f"layer_types {cut(', '.join(other))} is not supported; only full_attention is")
     if config.get("attention_dropout"):
         problems.append(f"attention_dropout {config['attention_dropout']} is not supported; log-probs must repeat")
     quantization = config.get("quantization_config") or {}
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
     if quantization and (method, block) != ("fp8", FP8_BLOCK):
         problems.append(
-            f"quantization_config {method} with weight_block_size {block} is not supported; only fp8 with "
+            f"quantization_config {cut(method)} with weight_block_size {cut(block)} is not supported; only fp8 with "
             f"{FP8_BLOCK} is, and weights that are not quantized"
         )
     if config.get("pretraining_tp", 1) != 1:
         problems.append(f"pretraining_tp {config['pretraining_tp']} is not supported; only 1 is")
     problems += [
-        f"{key} {config[key]} is not supported for {family}"
+        f"{key} {cut(repr(config[key]))} is not supported for {family}"
         for key in _FOREIGN
         if config.get(key) not in (None, False, 0, 1, [], {})
     ]
@@ -265,12 +275,18 @@ def _unsupported(config: dict[str, Any], family: str) -> list[str]:
 
 def _experts(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """What `ModelSpec` says of the experts. transformers 5 writes num_local_experts; 4 wrote num_experts."""
-    num_experts = config.get("num_local_experts") or config.get("num_experts") or 128
-    per_token, normalize = config["num_experts_per_tok"] or 0, bool(config.get("norm_topk_prob"))
+    named = [config[key] for key in ("num_local_experts", "num_experts") if config.get(key) is not None]
+    num_experts = named[0] if named else 128
+    per_token, normalize = config["num_experts_per_tok"], bool(config.get("norm_topk_prob"))
+    if num_experts * config["num_hidden_layers"] > MAX_EXPERTS_IN_ALL:
+        problems.append(
+            f"num_experts: {num_experts} in each of {config['num_hidden_layers']} layers are more than the "
+            f"{MAX_EXPERTS_IN_ALL} in all that are supported"
+        )
     if config.get("decoder_sparse_step", 1) != 1:
         problems.append(f"decoder_sparse_step {config['decoder_sparse_step']} is not supported; only 1 is")
     if config.get("mlp_only_layers"):
-        problems.append(f"mlp_only_layers {config['mlp_only_layers']} is not supported; every layer has experts")
+        problems.append(f"mlp_only_layers {cut(config['mlp_only_layers'])} is not supported; every layer has experts")
     if per_token > num_experts:
         problems.append(f"num_experts_per_tok {per_token} is more than num_experts {num_experts}")
     if per_token == 1 and normalize:
@@ -281,66 +297,3 @@ def _experts(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         "expert_ffn_size": config["moe_intermediate_size"],
         "norm_topk_prob": normalize,
     }
-
-
-def _rope(config: dict[str, Any], problems: list[str]) -> Rope:
-    """transformers 5 writes rope_parameters; 4 wrote rope_theta and rope_scaling, which wins where both are."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1.0):
-        problems.append(f"partial_rotary_factor {partial} is not supported; only 1 is")
-    if nested := sorted(key for key, value in rope.items() if isinstance(value, dict)):
-        problems.append(f"rope parameters apart for {', '.join(nested)} are not supported")
-    if kind == "default":
-        return Rope(theta)
-    if kind not in ("llama3", "yarn"):
-        problems.append(f"rope type {kind!r} is not supported; supported: default, llama3, yarn")
-        return Rope(theta)
-    if rope.get("factor") is None:
-        problems.append(f"rope factor is missing; rope type {kind} needs it")
-        return Rope(theta)
-    factor = float(rope["factor"])
-    # transformers' order (modeling_rope_utils.py, `standardize_rope_params`); vLLM calls it as well.
-    rope["original_max_position_embeddings"] = (
-        config.get("original_max_position_embeddings")
-        or rope.get("original_max_position_embeddings")
-        or _max_positions(config)
-    )
-    if kind == "yarn":
-        return _yarn(rope, theta, factor, problems)
-    for name, value in _LLAMA3_CONSTANTS.items():
-        if float(rope.get(name, value)) != value:
-            problems.append(f"rope {name} {rope[name]} is not supported; Megatron-Core fixes it at {value:g}")
-    return Rope(theta, "llama3", factor)
-
-
-def _yarn(rope: dict[str, Any], theta: float, factor: float, problems: list[str]) -> Rope:
-    """YaRN as transformers 5.19 (`_compute_yarn_parameters`) and vLLM 0.32 (yarn_scaling_rope.py) both compute it.
-
-    Neither reads `attn_factor`, which DeepSeek-R1-0528-Qwen3-8B sets for engines that multiply by it: it is ignored
-    here as well, so that trainer, transformers and rollouts agree.
-    """
-    if factor <= 1:
-        problems.append(f"rope factor {factor:g} is not supported for yarn; it must be above 1")
-        return Rope(theta)
-
-    def concentration(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0
-
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-        both = mscale and mscale_all_dim
-        attention_factor = concentration(mscale) / concentration(mscale_all_dim) if both else concentration(1.0)
-    return Rope(
-        theta,
-        "yarn",
-        factor,
-        original_max_positions=int(rope["original_max_position_embeddings"]),
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        attention_factor=float(attention_factor),
-        truncate=bool(rope.get("truncate", True)),
-    )

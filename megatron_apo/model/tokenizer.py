@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_apo.config import Recipe
+from megatron_apo.model.config_types import MAX_SIZE
 from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.model.json_file import read_object, shown
 from megatron_apo.runtime.garbage import not_collected
 from megatron_apo.telemetry.units import one_line
 
@@ -86,19 +87,14 @@ def eos_token_ids(model: Path) -> tuple[int, ...]:
 
     Raises ValueError when neither names one, and for a file that cannot be read.
     """
-    for name in ("generation_config.json", "config.json"):
-        path = model / name
-        if not path.is_file():
+    for path in (model / "generation_config.json", model / "config.json"):
+        eos = read_object(path).get("eos_token_id") if path.is_file() else None
+        if eos is None:
             continue
-        try:
-            eos = json.loads(path.read_text())["eos_token_id"]
-        except KeyError:
-            continue
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not a configuration ({one_line(error)}); write it again") from None
         ids = eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(each, int) for each in ids if each is not None):
-            raise ValueError(f"{path}: eos_token_id is {eos!r}, no id nor a list of ids; set sampling.stop_token_ids")
-        if eos is not None:
-            return tuple(ids)
+        if not ids or not all(type(each) is int and 0 <= each < MAX_SIZE for each in ids):
+            raise ValueError(
+                f"{path}: eos_token_id is {shown(eos)}, no id nor a list of ids; set sampling.stop_token_ids"
+            )
+        return tuple(ids)
     raise ValueError(f"{model}: no eos_token_id in generation_config.json or config.json; set sampling.stop_token_ids")

@@ -121,6 +121,80 @@ def test_what_the_model_would_not_honour_is_refused_by_name(tmp_path, changes, n
     assert named in str(error.value) and str(tmp_path) in str(error.value)
 
 
+WHOLE = "is not a whole number from 1 to"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"rope_scaling": ["yarn", 4.0]},
+            'rope_scaling: ["yarn", 4.0] is not an object of settings by name; correct it',
+        ),
+        ({"rope_scaling": "yarn"}, 'rope_scaling: "yarn" is not an object of settings by name; correct it'),
+        ({"rope_parameters": 3}, "rope_parameters: 3 is not an object of settings by name; correct it"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, 'rope rope_type: ["yarn"] is not a text; correct it'),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, 'rope factor: "4" is not a number above 0; correct it'),
+        ({"rope_scaling": {"rope_theta": {}}}, "rope rope_theta: {} is not a number above 1; correct it"),
+        ({"rope_theta": 10**400}, f"rope_theta: {'1' + 79 * '0'}.. is not a number above 1; correct it"),
+        ({"rope_theta": 1}, "rope_theta: 1 is not a number above 1; correct it"),
+        ({"hidden_size": "48"}, f'hidden_size: "48" {WHOLE} 16777216; correct it'),
+        ({"hidden_size": 48.0}, f"hidden_size: 48.0 {WHOLE} 16777216; correct it"),
+        ({"vocab_size": True}, f"vocab_size: true {WHOLE} 16777216; correct it"),
+        ({"vocab_size": -5}, f"vocab_size: -5 {WHOLE} 16777216; correct it"),
+        ({"num_hidden_layers": 10**12}, f"num_hidden_layers: 1000000000000 {WHOLE} 4096; correct it"),
+        ({"num_attention_heads": 0}, f"num_attention_heads: 0 {WHOLE} 4096; correct it"),
+        ({"rms_norm_eps": None}, "rms_norm_eps: null is not a number, 0 or more; correct it"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: NaN is not a number, 0 or more; correct it"),
+        ({"initializer_range": float("inf")}, "initializer_range: Infinity is not a number, 0 or more; correct it"),
+        ({"max_position_embeddings": None}, f"max_position_embeddings: null {WHOLE} 2147483648; correct it"),
+        ({"layer_types": [["full_attention"]]}, 'layer_types: [["full_attention"]] is not a list of texts; correct it'),
+        ({"layer_types": "full_attention"}, 'layer_types: "full_attention" is not a list of texts; correct it'),
+        ({"tie_word_embeddings": "false"}, 'tie_word_embeddings: "false" is not true or false; correct it'),
+        ({"quantization_config": "fp8"}, 'quantization_config: "fp8" is not an object of settings by name; correct it'),
+        ({"torch_dtype": ["bfloat16"]}, 'torch_dtype: ["bfloat16"] is not a text; correct it'),
+        ({"hidden_act": {}}, "hidden_act: {} is not a text; correct it"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads: 5 does not divide num_attention_heads 12; correct it"),
+        (
+            {"head_dim": None, "hidden_size": 50},
+            "num_attention_heads: 12 does not divide hidden_size 50; give head_dim",
+        ),
+        ({"head_dim": 5}, "head_dim: 5 is odd, and rotary embeddings take pairs; correct it"),
+        (
+            MOE | {"num_experts": 1024, "num_hidden_layers": 65},
+            "num_experts: 1024 in each of 65 layers are more than the 65536 in all that are supported",
+        ),
+        (MOE | {"num_experts": 0}, "num_experts_per_tok 2 is more than num_experts 0"),
+    ],
+)
+def test_settings_of_an_odd_type_are_a_line(tmp_path, changes, line):
+    with pytest.raises(ModelConfigError) as error:
+        read(tmp_path, **changes)
+    assert str(error.value) == f"{tmp_path / 'config.json'}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"[1, 2]", "holds [1, 2], not an object; write it again"),
+        (b'"x"', 'holds "x", not an object; write it again'),
+        (b"null", "holds null, not an object; write it again"),
+        (
+            b"\xff\xfe",
+            "not JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte); write it again",
+        ),
+        (b"[" * 10**5, "not JSON that can be read (nested too deeply); write it again"),
+        (b"", "not JSON (Expecting value: line 1 column 1 (char 0)); write it again"),
+    ],
+)
+def test_a_configuration_that_is_no_object(tmp_path, data, said):
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    with pytest.raises(ModelConfigError) as error:
+        read_hf_config(tmp_path)
+    assert str(error.value) == f"{path}: {said}"
+
+
 def test_problems_come_all_at_once(tmp_path):
     with pytest.raises(ModelConfigError) as error:
         read(tmp_path, vocab_size=..., hidden_act="gelu", qkv_bias=True, rope_scaling={"type": "linear"})

@@ -134,3 +134,34 @@ def test_what_is_told_of_them_is_told_once(base: Path, capfd: pytest.CaptureFixt
     note = load_inputs(of_base(base, "null")).stop_note
     code = f"from megatron_apo.runtime.telling import tell_once as tell; tell({note!r}); tell('another'); tell(None)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout == b"another\n"
+
+
+@pytest.mark.parametrize(
+    "value", ["1", True, -1, 1.5, 10**12, [], [None], ["a"], [1, True], {"id": 1}], ids=lambda value: json.dumps(value)
+)
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_an_end_that_is_no_id(value: object, name: str, model: Path) -> None:
+    (model / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((model / "config.json").read_text())
+    (model / name).write_text(json.dumps(config | {"eos_token_id": value}))
+    message = (
+        f"{model / name}: eos_token_id is {json.dumps(value)}, no id nor a list of ids; set sampling.stop_token_ids"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        eos_token_ids(model)
+
+
+def test_ends_of_a_list_and_of_the_second_file(model: Path) -> None:
+    (model / "generation_config.json").write_text('{"eos_token_id": null}')
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": [0, 17]}))
+    assert eos_token_ids(model) == (0, 17)
+
+
+@pytest.mark.parametrize("data", [b"[]", b"3", b"\xff", b"[" * 10**5, b"{"])
+def test_a_generation_config_that_is_no_object(data: bytes, model: Path) -> None:
+    path = model / "generation_config.json"
+    path.write_bytes(data)
+    with pytest.raises(ValueError) as error:
+        eos_token_ids(model)
+    assert str(error.value).startswith(f"{path}: ") and len(str(error.value).splitlines()) == 1
