@@ -36,6 +36,7 @@ from megatron_apo.weights.files import CheckpointError
 from megatron_apo.weights.hf_io import HFReader, identity
 from megatron_apo.weights.hf_writer import HFWriter
 from megatron_apo.weights.plan import TensorMeta
+from megatron_apo.weights.tensor_names import in_lines
 from megatron_apo.weights.whole_folder import whole_folder
 
 Progress = Callable[[int], None]
@@ -190,13 +191,13 @@ class CheckpointTensors:
             self._metadata = self._reader.read_metadata().state_dict_metadata
 
     def check(self, conversion: Conversion) -> None:
-        """Raises `CheckpointError` listing every tensor that is missing, of another shape, or not of this model."""
+        """Raises `CheckpointError` for tensors that are missing, of another shape, or not of this model."""
         problems = []
         expected = {key for entry in conversion.entries for key in conversion.keys(entry)}
         for key, found in sorted(self._metadata.items()):
             weights = isinstance(found, TensorStorageMetadata) and not key.startswith("optimizer.")
             if weights and key not in expected:
-                problems.append(f"{key} is no tensor of this {conversion.spec.family}")
+                problems.append((key, f"{{}} is no tensor of this {conversion.spec.family}"))
         for entry in conversion.entries:
             sharded = conversion.state[entry.megatron]
             for key, piece in conversion.pieces(entry, sharded.data).items():
@@ -204,13 +205,13 @@ class CheckpointTensors:
                 # The vocabulary is padded to the layout that saved it.
                 padded = getattr(sharded, "allow_shape_mismatch", False)
                 if not isinstance(found, TensorStorageMetadata):
-                    problems.append(f"{key} is missing")
+                    problems.append((key, "{} is missing"))
                 elif found.size[1:] != piece.shape[1:] or (
                     found.size[0] < piece.shape[0] if padded else found.size[0] != piece.shape[0]
                 ):
-                    problems.append(f"{key} has shape {list(found.size)}, expected {list(piece.shape)}")
+                    problems.append((key, f"{{}} has shape {list(found.size)}, expected {list(piece.shape)}"))
         if problems:
-            raise CheckpointError("\n".join(f"{self._folder}: {problem}" for problem in problems))
+            raise CheckpointError("\n".join(f"{self._folder}: {line}" for line in in_lines(problems)))
 
     def get(self, conversion: Conversion, entry: Entry) -> list[Tensor]:
         """An entry's Hugging Face tensors, in the checkpoint's dtype."""

@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.model.precision import assign
 from megatron_apo.runtime.topology import Topology
+from megatron_apo.telemetry.units import some
 from megatron_apo.weights.families import Entry, model_entries, tied_head_entry
+from megatron_apo.weights.finite import is_finite, refuse_not_finite
 
 
 class TensorReader(Protocol):
@@ -26,7 +29,7 @@ class TensorReader(Protocol):
 
 
 class MappingError(ValueError):
-    """Parameters without a row in the family's table, or rows without a parameter. Lists all of them."""
+    """Parameters without a row in the family's table, or rows without a parameter."""
 
 
 def stage_entries(spec: ModelSpec, topology: Topology) -> list[Entry]:
@@ -57,18 +60,27 @@ def stage_parameters(
             found[entry] = parameter
     if missing or parameters:
         raise MappingError(
-            f"{spec.family}: parameters without a row: {sorted(name for _, name in parameters) or 'none'}; "
-            f"rows without a parameter: {missing or 'none'}"
+            f"{spec.family}: parameters without a row: {some(sorted(name for _, name in parameters)) or 'none'}; "
+            f"rows without a parameter: {some(missing) or 'none'}"
         )
     return found
 
 
 @torch.no_grad()
 def load_weights(chunks: Sequence[torch.nn.Module], spec: ModelSpec, topology: Topology, reader: TensorReader) -> None:
-    """Copy this rank's shards of an HF checkpoint into `chunks`, cast to each parameter's dtype."""
+    """Copy this rank's shards of an HF checkpoint into `chunks`, cast to each parameter's dtype. Collective.
+
+    Raises `ModelConfigError`, on every rank, for weights that are not finite.
+    """
+    not_finite: set[str] = set()
     for entry, parameter in stage_parameters(chunks, spec, topology).items():
         tensors = [reader.get(name) for name in entry.hf]
         shard = entry.rule.split(tensors, spec, topology.tp)[topology.tp_rank]
         if shard.shape != parameter.shape:
             raise MappingError(f"{entry.megatron}: shard {tuple(shard.shape)}, parameter {tuple(parameter.shape)}")
+        if not is_finite(shard):
+            not_finite.update(name for name, tensor in zip(entry.hf, tensors, strict=True) if not is_finite(tensor))
         assign(parameter, shard)
+    found = [not_finite] * topology.world_size
+    dist.all_gather_object(found, not_finite, group=topology.host_group)
+    refuse_not_finite(getattr(reader, "folder", "the weights"), sorted(set().union(*found)))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_apo.model.hf_config import ModelConfigError, read_hf_config
 from megatron_apo.weights import hf_io
-from megatron_apo.weights.hf_io import HFReader, dequantize, model_hash
+from megatron_apo.weights.families import hf_tensors
+from megatron_apo.weights.hf_io import HFReader, dequantize, known_model_hash, model_hash
 from megatron_apo.weights.hf_writer import write_hf_folder
 from megatron_apo.weights.plan import TensorMeta
 from tests.models import make_model
@@ -24,7 +26,7 @@ FILE = "model.safetensors"
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {name: make_model(name, folder) for name in ("qwen3", "qwen2-tied-one-group")}
+    return {name: make_model(name, folder) for name in ("qwen3", "qwen2-tied-one-group", "qwen3_moe")}
 
 
 @pytest.fixture
@@ -36,6 +38,15 @@ def model(originals, tmp_path):
 @pytest.fixture
 def tied(originals, tmp_path):
     return shutil.copytree(originals["qwen2-tied-one-group"], tmp_path / "tied")
+
+
+@pytest.fixture(scope="module")
+def fused(originals, tmp_path_factory):
+    """The mixture as transformers saves it with each layer's experts in one."""
+    folder = tmp_path_factory.mktemp("fused") / "model"
+    model = transformers.AutoModelForCausalLM.from_pretrained(originals["qwen3_moe"])
+    model.save_pretrained(folder, save_original_format=False)
+    return folder
 
 
 def change(folder, **tensors):
@@ -83,7 +94,7 @@ def test_missing_extra_and_misshapen_come_all_at_once(model):
         model__layers__3__self_attn__q_norm__weight=None,
         model__layers__0__self_attn__bias=torch.zeros(3),
         lm_head__weight=torch.zeros(101, 47),
-        model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(10),  # old checkpoints saved it
+        model__layers__0__input_layernorm__weight=torch.zeros(48, dtype=torch.int64),
     )
     with pytest.raises(ModelConfigError) as error:
         check(model)
@@ -92,7 +103,135 @@ def test_missing_extra_and_misshapen_come_all_at_once(model):
         f"{model}: missing tensor model.norm.weight",
         f"{model}: unknown tensor model.layers.0.self_attn.bias",
         f"{model}: lm_head.weight has shape (101, 47), expected (101, 48)",
+        f"{model}: model.layers.0.input_layernorm.weight is I64, expected floating-point numbers",
     ]
+
+
+def test_a_family_of_names_is_one_line(originals, tmp_path):
+    model = shutil.copytree(originals["qwen3_moe"], tmp_path / "model")
+    weights = load_file(model / FILE)
+    save_file({name.replace("mlp.experts.", "mlp.expert_"): tensor for name, tensor in weights.items()}, model / FILE)
+    with pytest.raises(ModelConfigError) as error:
+        check(model)
+    assert str(error.value).splitlines() == [
+        f"{model}: {problem} tensor model.layers.[0-3].mlp.{of}[0-7].{part}_proj.weight "
+        f"(32 tensors, the first model.layers.0.mlp.{of}0.{part}_proj.weight)"
+        for problem, of, parts in (
+            ("missing", "experts.", ("gate", "up", "down")),
+            ("unknown", "expert_", ("down", "gate", "up")),
+        )
+        for part in parts
+    ]
+
+
+def test_buffers_of_old_files_do_not_count(model, originals, tmp_path):
+    buffers = {
+        f"model.layers.{layer}.self_attn.rotary_emb.{name}": torch.tensor([float("nan")])
+        for layer in range(4)
+        for name in ("inv_freq", "cos_cached", "sin_cached")
+    } | {"model.rotary_emb.inv_freq": torch.ones(10)}
+    change(model, **buffers)
+    check(model)
+    reader = HFReader(model)
+    assert not set(buffers) & set(reader.names())
+    assert known_model_hash(model, tmp_path / "memo") == model_hash(originals["qwen3"])
+    # Files that were put together of others, each with its own.
+    shard(model, halves(model))
+    for file in ("a.safetensors", "b.safetensors"):
+        save_file(load_file(model / file) | buffers, model / file)
+    assert model_hash(model) == model_hash(originals["qwen3"])
+
+
+def test_fused_experts_are_read_as_each_experts_own(fused, originals):
+    """transformers writes both layouts; in the other one lie the tensors that a reader gives."""
+    spec, apart = read_hf_config(fused), load_file(originals["qwen3_moe"] / FILE)
+    assert load_file(fused / FILE).keys() != apart.keys() == hf_tensors(spec).keys()
+    check(fused)
+    reader = HFReader(fused)
+    for name, tensor in apart.items():
+        assert name in reader and torch.equal(reader.get(name), tensor), name
+        assert (reader.shape(name), reader.dtype(name)) == (tuple(tensor.shape), torch.float32)
+    assert reader.dtypes(spec) == {torch.float32}
+    assert model_hash(fused) == model_hash(originals["qwen3_moe"])
+
+
+def test_fused_experts_of_pytorch_files(fused, tmp_path):
+    model = shutil.copytree(fused, tmp_path / "model")
+    torch.save(load_file(model / FILE), model / "pytorch_model.bin")
+    (model / FILE).unlink()
+    check(model)
+    assert model_hash(model) == model_hash(fused)
+
+
+def test_one_expert_is_read_without_the_others(tmp_path):
+    """Of 64 MiB, what one of 64 experts takes becomes resident, and pages beside it."""
+    save_file({"model.layers.0.mlp.experts.gate_up_proj": torch.ones(64, 512, 512)}, tmp_path / FILE)
+    reader, process = HFReader(tmp_path), psutil.Process()
+    before = process.memory_info().rss
+    assert reader.get("model.layers.0.mlp.experts.5.up_proj.weight").sum() == 256 * 512
+    assert process.memory_info().rss - before < 8 * 2**20
+
+
+def test_fused_experts_that_are_not_this_models(fused, tmp_path):
+    model = shutil.copytree(fused, tmp_path / "model")
+    gate_up = load_file(model / FILE)["model.layers.2.mlp.experts.gate_up_proj"]
+    change(
+        model,
+        model__layers__0__mlp__experts__gate_up_proj=gate_up.mT.contiguous(),  # as Qwen3-VL has it
+        model__layers__1__mlp__experts__gate_up_proj=gate_up[:7].clone(),
+        model__layers__2__mlp__experts__down_proj=None,
+        model__layers__2__mlp__experts__3__up_proj__weight=torch.zeros(40, 48),
+        model__layers__3__mlp__experts__gate_up_proj=gate_up.to(torch.float8_e4m3fn),
+    )
+    with pytest.raises(ModelConfigError) as error:
+        check(model)
+    experts = "model.layers.{}.mlp.experts"
+    assert str(error.value).splitlines() == [
+        f"{model}: missing tensor {experts.format(2)}.[0-7].down_proj.weight "
+        f"(8 tensors, the first {experts.format(2)}.0.down_proj.weight)",
+        f"{model}: {experts.format(0)}.gate_up_proj has shape (8, 48, 80), expected (8, 80, 48)",
+        f"{model}: {experts.format(1)}.gate_up_proj has shape (7, 80, 48), expected (8, 80, 48)",
+        f"{model}: {experts.format(3)}.gate_up_proj is FP8, which is read of matrices alone, each expert's apart",
+        f"{model}: {experts.format(2)}.3.up_proj.weight is there apart and among the fused experts; remove one",
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_have_no_hash(model, tmp_path, dtype, value):
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(model / FILE).items()}
+    save_file(weights, model / FILE)
+    model_hash(model)
+    weights["model.layers.3.mlp.down_proj.weight"][47, 95] = value
+    save_file(weights, model / FILE)
+    with pytest.raises(ModelConfigError) as error:
+        known_model_hash(model, tmp_path / "memo")
+    assert str(error.value) == (
+        f"{model}: a tensor holds NaN or infinity (model.layers.3.mlp.down_proj.weight); give a folder of finite "
+        "weights, such as an earlier export"
+    )
+    assert not (tmp_path / "memo").exists()
+    for name in weights:
+        weights[name].fill_(value)
+    save_file(weights, model / FILE)
+    with pytest.raises(ModelConfigError, match=f"{len(weights)} tensors hold .* and {len(weights) - 8} more"):
+        model_hash(model)
+
+
+def test_an_infinite_scale_of_fp8_blocks_has_no_hash(model):
+    change(
+        model,
+        model__layers__1__mlp__up_proj__weight=torch.ones(96, 48).to(torch.float8_e4m3fn),
+        model__layers__1__mlp__up_proj__weight_scale_inv=torch.tensor([[float("inf")]]),
+    )
+    with pytest.raises(ModelConfigError, match="a tensor holds NaN or infinity .model.layers.1.mlp.up_proj.weight"):
+        model_hash(model)
+
+
+def test_a_folder_that_is_no_whole_model_has_no_known_hash(model, tmp_path):
+    change(model, model__norm__weight=None)
+    with pytest.raises(ModelConfigError, match="missing tensor model.norm.weight"):
+        known_model_hash(model, tmp_path / "memo")
 
 
 def test_folders_without_weights(tmp_path, model):
@@ -143,6 +282,23 @@ def test_an_index_that_names_the_wrong_file(model):
     path.write_text("{}")
     with pytest.raises(ModelConfigError, match="index.json: not an index"):
         HFReader(model)
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", ".", "", None, 3])
+def test_an_index_that_leads_out_of_its_folder(model, file):
+    parts = halves(model)
+    shard(model, parts)
+    shutil.copy(model / "a.safetensors", model.parent / "outside.safetensors")
+    path = model / f"{FILE}.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= {name: file for name in parts["a.safetensors"]}
+    path.write_text(json.dumps(index))
+    with pytest.raises(ModelConfigError) as error:
+        HFReader(model)
+    assert str(error.value) == (
+        f"{path}: weight_map leads to {json.dumps(file)}; only names of files in its folder are read, move the weights "
+        "there"
+    )
 
 
 class Innocent:
