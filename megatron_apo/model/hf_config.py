@@ -268,8 +268,11 @@ def _unsupported(config: dict[str, Any], family: str) -> list[str]:
         for key in _FOREIGN
         if config.get(key) not in (None, False, 0, 1, [], {})
     ]
-    if family != "qwen3_moe" and (config.get("num_experts") or config.get("num_local_experts")):
-        problems.append(f"a mixture of experts is not supported for {family}")
+    problems += [
+        f"{key} {config[key]}: a mixture of experts is not supported for {family}"
+        for key in ("num_experts", "num_local_experts")
+        if family != "qwen3_moe" and config.get(key)
+    ]
     return problems
 
 

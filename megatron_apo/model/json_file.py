@@ -8,8 +8,6 @@ from typing import Any
 
 from megatron_apo.telemetry.units import one_line
 
-_MOST_CHARACTERS = 80
-
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, in one line, for a file that holds none."""
@@ -29,7 +27,8 @@ def shown(value: object) -> str:
     return cut(json.dumps(value))
 
 
-def cut(text: object) -> str:
-    """A text as one line that is not long."""
+def cut(text: object, most: int = 80) -> str:
+    """A text as one line of at most about `most` characters, which any terminal shows as they are."""
     line = " ".join(str(text).split())
-    return line if len(line) <= _MOST_CHARACTERS else line[:_MOST_CHARACTERS] + ".."
+    line = line if len(line) <= most else line[:most] + ".."
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_apo.model.hf_config import ModelConfigError
-from megatron_apo.model.json_file import read_object, shown
+from megatron_apo.model.json_file import cut, read_object, shown
 from megatron_apo.telemetry.units import one_line, some
 from megatron_apo.weights.safetensors_file import DTYPE_CODES
 
@@ -82,7 +82,8 @@ def open_file(path: Path) -> WeightsFile:
     try:
         return _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickledFile(path)
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to
-        raise ModelConfigError(f"{path}: missing or damaged weights file ({one_line(error)})") from None
+        reason = cut(one_line(error), 200)
+        raise ModelConfigError(f"{path}: missing or damaged weights file ({reason})") from None
 
 
 def weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -120,4 +121,4 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _is_name(file: str) -> bool:
-    return file not in ("", "..") and file == Path(file).name and "\0" not in file
+    return file not in ("", "..") and file == Path(file).name and file.isprintable() and len(file) < 256

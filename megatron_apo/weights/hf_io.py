@@ -23,7 +23,7 @@ from megatron_apo.weights.families import EMBEDDING, HEAD, hf_tensors
 from megatron_apo.weights.finite import is_finite, refuse_not_finite
 from megatron_apo.weights.fused_experts import ExpertSlice, expert_slice, fused_shapes
 from megatron_apo.weights.hf_files import WeightsFile, open_file, weight_files
-from megatron_apo.weights.safetensors_file import DTYPE_CODES, checksum, tensor_bytes
+from megatron_apo.weights.safetensors_file import DTYPE_CODES, checksum
 from megatron_apo.weights.tensor_names import in_lines, is_buffer
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -113,7 +113,8 @@ class HFReader:
             if (part := expert_slice(name)) and part.fused in present
         ]
         problems = [line for found in (missing, unknown, of_known, in_two) for line in in_lines(found)]
-        problems += self._head_problems(spec, present)
+        if not problems and spec.tied and not self._head_is_embedding():
+            problems = [f"{HEAD.hf[0]} differs from the embedding although the config ties them"]
         if problems:
             raise ModelConfigError("\n".join(f"{self.folder}: {problem}" for problem in problems))
 
@@ -127,14 +128,18 @@ class HFReader:
     def _is_scale(self, name: str) -> bool:
         return name.endswith(_SCALE) and name.removesuffix(_SCALE) in self._file_of
 
-    def _head_problems(self, spec: ModelSpec, present: set[str]) -> list[str]:
-        """Of the head that a tied model may have beside its embedding."""
+    def _head_is_embedding(self) -> bool:
+        """Whether the head that a tied model may have beside its embedding is the same bits, scales included."""
         (head,), (embedding,) = HEAD.hf, EMBEDDING.hf
-        if not spec.tied or not {head, embedding} <= present:
-            return []
-        one, other = self.get(head), self.get(embedding)
-        same = (one.dtype, one.shape) == (other.dtype, other.shape) and tensor_bytes(one) == tensor_bytes(other)
-        return [] if same else [f"{head} differs from the embedding although the config ties them"]
+        if head not in self._file_of:
+            return True
+        if (self.dtype(head), self.shape(head)) != (self.dtype(embedding), self.shape(embedding)):
+            return False
+        return all(
+            torch.equal(*(self._file_of[name].get(name).contiguous().view(torch.uint8) for name in pair))
+            for pair in ((head, embedding), (head + _SCALE, embedding + _SCALE))
+            if pair[1] in self._file_of
+        )
 
     def _problems_of(self, name: str, expected: tuple[int, ...]) -> Iterator[tuple[str, str]]:
         """(tensor, what is wrong with it, with {} for its name), of one of the model's tensors and its scale."""

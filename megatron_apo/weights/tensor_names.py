@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from megatron_apo.model.json_file import cut
+
 # Of old Llama files, by their ends: old transformers saved the first (modeling_utils.py), ColossalAI all of them.
 # vLLM drops the same ones (models/utils.py, `REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER`).
 _BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -38,16 +40,10 @@ def pattern_of(names: Sequence[str]) -> str:
     """Names that differ in numbers alone: "model.layers.[0-47].mlp.gate.weight (48 tensors, the first
     model.layers.0.mlp.gate.weight)"; one name as it is."""
     if len(names) == 1:
-        return _shown(names[0])
+        return cut(names[0], _MOST_CHARACTERS)
     columns = zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True)
     ranges = [str(min(column)) if len(set(column)) == 1 else f"[{min(column)}-{max(column)}]" for column in columns]
     texts = _NUMBER.split(names[0])
     pattern = "".join(text + number for text, number in zip(texts, [*ranges, ""], strict=True))
     first = min(names, key=lambda name: [*map(int, _NUMBER.findall(name))])
-    return f"{_shown(pattern)} ({len(names)} tensors, the first {_shown(first)})"
-
-
-def _shown(name: str) -> str:
-    """A name is whatever a file says."""
-    line = " ".join(name.split())
-    return line if len(line) <= _MOST_CHARACTERS else line[:_MOST_CHARACTERS] + ".."
+    return f"{cut(pattern, _MOST_CHARACTERS)} ({len(names)} tensors, the first {cut(first, _MOST_CHARACTERS)})"
