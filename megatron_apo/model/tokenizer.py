@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_apo.config import Recipe
 from megatron_apo.model.config_types import MAX_SIZE
 from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.model.json_file import read_object, shown
+from megatron_apo.model.json_file import cut, read_object, shown
 from megatron_apo.runtime.garbage import not_collected
 from megatron_apo.telemetry.units import one_line
 
@@ -27,9 +27,11 @@ def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise ValueError(f"{key}: {folder} is not a folder; give a Hugging Face model folder")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # The folder's own code is never run; left open, transformers asks at the terminal.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises no narrower one for a damaged file
-        raise ValueError(f"{key}: no tokenizer can be read from {folder} ({one_line(error)})") from error
+        reason = cut(one_line(error), 200)
+        raise ValueError(f"{key}: no tokenizer can be read from {folder} ({reason})") from error
 
 
 @dataclass(frozen=True)

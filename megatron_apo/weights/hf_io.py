@@ -201,7 +201,7 @@ def known_model_hash(folder: Path, memo: Path) -> str:
     `ModelConfigError` for what `HFReader.check` and `model_hash` refuse.
     """
     files = sorted((path.name, *_state(path)) for path in folder.iterdir() if path.is_file())
-    state = {"folder": str(folder.resolve()), "files": [list(file) for file in files]}
+    state = {"folder": str(folder.resolve()), "files": [list(file) for file in files], "finite": True}
     with suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(memo.read_text())
         if kept == state | {"model_hash": kept["model_hash"]}:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_apo.model.build import build_model
-from megatron_apo.model.hf_config import read_hf_config
+from megatron_apo.model.hf_config import ModelConfigError, read_hf_config
 from megatron_apo.parallel.groups import distributed
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.gather import Gather
@@ -164,6 +164,23 @@ class Case:
         assert asked == expected - own, f"bucket {index} is written by {asked}, not by {expected}"
 
 
+def load_diverged(chunks, spec, topology, reader: HFReader) -> str:
+    """What a rank says of weights of which the first stage's last tensor rank alone holds one that is NaN."""
+
+    class Diverged:
+        def get(self, name: str) -> Tensor:
+            tensor = reader.get(name).clone()
+            if name == "model.layers.0.self_attn.o_proj.weight":
+                tensor[0, -1] = torch.nan
+            return tensor
+
+    try:
+        load_weights(chunks, spec, topology, Diverged())
+    except ModelConfigError as error:
+        return str(error)
+    return "loaded"
+
+
 def main(work: str, layout: str, variant: str) -> None:
     folder, parallel = Path(work), parallel_of(layout)
     path = folder / "models" / variant
@@ -171,6 +188,7 @@ def main(work: str, layout: str, variant: str) -> None:
     expected = {name: reader.get(name) for name in reader.names()}
     with distributed(parallel) as topology:
         chunks = build_model(spec, parallel, topology)
+        refused = load_diverged(chunks, spec, topology, reader)
         load_weights(chunks, spec, topology, reader)
         gather = Watched(chunks, spec, topology, bucket_bytes=BUCKET_BYTES)
         case = Case(gather, topology, expected, folder)
@@ -192,6 +210,7 @@ def main(work: str, layout: str, variant: str) -> None:
         found["plan"] = {
             "owners": ranks,
             "names": [meta.name for meta in gather.plan.tensors],
+            "refused": refused,
             "writes": sum(gather._own_part(bucket) is not None for bucket in gather.plan.buckets),
             "most": gather.most_bytes / gather.plan.largest_bucket_bytes,
         }

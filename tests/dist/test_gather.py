@@ -124,3 +124,12 @@ def test_weights_that_changed_are_noticed(layout: str, gathered: Callable[[str],
     """Each tensor, by the comparison of the tests above."""
     found = gathered(layout)[0]
     assert found["moved"]["wrong"] == found["plan"]["names"]
+
+
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+def test_every_rank_refuses_what_one_has_of_weights_that_are_not_finite(
+    layout: str, gathered: Callable[[str], Found]
+) -> None:
+    said = "the weights: a tensor holds NaN or infinity (model.layers.0.self_attn.o_proj.weight); give a folder of "
+    for found in gathered(layout):
+        assert found["plan"]["refused"].startswith(said)

@@ -325,6 +325,18 @@ def test_pytorch_files_are_read_and_never_unpickled(model):
         HFReader(model)
 
 
+def test_a_head_is_held_against_its_embedding_by_bits(tied):
+    """Whatever they are: NaN is NaN, and number formats that torch lacks are none that can be compared."""
+    embedding = load_file(tied / FILE)["model.embed_tokens.weight"]
+    embedding[3, 4] = float("nan")
+    change(tied, model__embed_tokens__weight=embedding, lm_head__weight=embedding.clone())
+    check(tied)
+    for head in (embedding.bfloat16(), embedding[:100].clone(), -embedding):
+        change(tied, lm_head__weight=head)
+        with pytest.raises(ModelConfigError, match="lm_head.weight differs from the embedding"):
+            check(tied)
+
+
 def test_fp8_blocks_are_dequantized(model):
     name = "model.layers.1.mlp.up_proj.weight"
     torch.manual_seed(1)
@@ -501,10 +513,15 @@ def test_a_models_hash_is_computed_once_while_its_files_are_the_same(model, tmp_
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     second = hf_io.known_model_hash(model, memo)
     assert second == usual(model) != first and len(computed) == 2
+    # A memo of before weights were looked at.
+    memo.write_text(
+        json.dumps({name: value for name, value in json.loads(memo.read_text()).items() if name != "finite"})
+    )
+    assert hf_io.known_model_hash(model, memo) == second and len(computed) == 3
     # Another folder, and a memo that is damaged.
     shutil.copytree(model, tmp_path / "copy")
-    assert hf_io.known_model_hash(tmp_path / "copy", memo) == second and len(computed) == 3
+    assert hf_io.known_model_hash(tmp_path / "copy", memo) == second and len(computed) == 4
     for damage in ("{", "[]", '{"model_hash": "ab"}', ""):
         memo.write_text(damage)
         assert hf_io.known_model_hash(model, memo) == second
-    assert len(computed) == 7 and [path.name for path in memo.parent.iterdir()] == [memo.name]
+    assert len(computed) == 8 and [path.name for path in memo.parent.iterdir()] == [memo.name]

@@ -165,3 +165,16 @@ def test_a_generation_config_that_is_no_object(data: bytes, model: Path) -> None
     with pytest.raises(ValueError) as error:
         eos_token_ids(model)
     assert str(error.value).startswith(f"{path}: ") and len(str(error.value).splitlines()) == 1
+
+
+def test_a_tokenizers_own_code_is_neither_run_nor_asked_for(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    config = json.loads((model / "config.json").read_text())
+    own = {"model_type": "unheard", "auto_map": {"AutoConfig": "code.Own", "AutoTokenizer": ["code.Own", None]}}
+    (model / "config.json").write_text(json.dumps(config | own))
+    (model / "code.py").write_text(f"open({str(model / 'ran')!r}, 'w')\nclass Own: pass\n")
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="^model.path: no tokenizer can be read from "):
+        load_tokenizer(model, "model.path")
+    assert asked == [] and not (model / "ran").exists()
