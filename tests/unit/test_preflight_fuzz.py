@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_apo import preflight
 from megatron_apo.config import Recipe, RecipeError, describe_fields, load_recipe
@@ -109,6 +110,22 @@ def test_commands_and_the_doctor_refuse_the_same(
         doctor = lines_of_command(in_process, "doctor", *told, "--for", stage)
         assert doctor == command, (stage, changes)
     assert refused > cases / 2, f"only {refused} of {cases} were refused, {fits} fit: the values are too tame"
+
+
+@pytest.mark.parametrize("stage", ["estimate-vstar", "train", "evaluate"])
+def test_weights_that_are_not_finite_are_used_for_nothing(
+    stage: str, run: Path, in_process: Callable, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(run), str(folder)))
+    weights = load_file(folder / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model" / "model.safetensors")
+    told = ["-r", str(folder / "recipe.yaml")]
+    command = lines_of_command(in_process, stage, *told)
+    assert command == lines_of_command(in_process, "doctor", *told, "--for", stage)
+    said = f"{folder / 'model'}: a tensor holds NaN or infinity (model.norm.weight); give a folder of finite weights"
+    assert len(command) == 1 and command[0].startswith(f"error: {said}")
 
 
 def expected(told: list[str], stage: preflight.Stage) -> bool:
