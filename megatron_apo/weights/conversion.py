@@ -192,12 +192,12 @@ class CheckpointTensors:
 
     def check(self, conversion: Conversion) -> None:
         """Raises `CheckpointError` for tensors that are missing, of another shape, or not of this model."""
-        problems = []
+        unknown, problems = [], []
         expected = {key for entry in conversion.entries for key in conversion.keys(entry)}
         for key, found in sorted(self._metadata.items()):
             weights = isinstance(found, TensorStorageMetadata) and not key.startswith("optimizer.")
             if weights and key not in expected:
-                problems.append((key, f"{{}} is no tensor of this {conversion.spec.family}"))
+                unknown.append((key, f"{{}} is no tensor of this {conversion.spec.family}"))
         for entry in conversion.entries:
             sharded = conversion.state[entry.megatron]
             for key, piece in conversion.pieces(entry, sharded.data).items():
@@ -210,8 +210,8 @@ class CheckpointTensors:
                     found.size[0] < piece.shape[0] if padded else found.size[0] != piece.shape[0]
                 ):
                     problems.append((key, f"{{}} has shape {list(found.size)}, expected {list(piece.shape)}"))
-        if problems:
-            raise CheckpointError("\n".join(f"{self._folder}: {line}" for line in in_lines(problems)))
+        if lines := in_lines(unknown) + in_lines(problems):
+            raise CheckpointError("\n".join(f"{self._folder}: {line}" for line in lines))
 
     def get(self, conversion: Conversion, entry: Entry) -> list[Tensor]:
         """An entry's Hugging Face tensors, in the checkpoint's dtype."""

@@ -15,7 +15,7 @@ from megatron_apo.model.json_file import cut
 # vLLM drops the same ones (models/utils.py, `REMOVE_UNUSED_ROTARY_EMBEDS_MAPPER`).
 _BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 _NUMBER = re.compile(r"[0-9]{1,9}")
-_MOST_LINES, _MOST_CHARACTERS = 8, 160
+_MOST_LINES, _MOST_CHARACTERS = 16, 160  # a layer's names are 12 patterns at most
 
 
 def is_buffer(name: str) -> bool:
