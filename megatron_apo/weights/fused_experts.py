@@ -3,8 +3,8 @@
     model.layers.N.mlp.experts.gate_up_proj     [E, 2 F, H]: an expert's gate, then its up
     model.layers.N.mlp.experts.down_proj        [E, H, F]
 
-(modeling_qwen3_moe.py, `Qwen3MoeExperts`; conversion_mapping.py, "qwen2_moe".) The transposed layout of Qwen3-VL is no
-qwen3_moe's, and its shapes are refused.
+(modeling_qwen3_moe.py, `Qwen3MoeExperts`; conversion_mapping.py, "qwen2_moe".) vLLM 0.32 computes the
+same of either. The transposed layout of Qwen3-VL is no qwen3_moe's, and its shapes are refused.
 """
 
 from __future__ import annotations
