@@ -39,6 +39,7 @@ class GradedSampling:
         """explained: of how many, the last, the grades are to say what was compared."""
         self.prompts = prompts
         self._first_explained = len(prompts) - explained
+        self._explained: dict[int, GradeRequest] = {}
         self.queue = RequestQueue(bodies)
         self._inputs = inputs
         self._pool = pool
@@ -60,16 +61,16 @@ class GradedSampling:
         return np.array([self.grade(index).reward for index in range(len(self.prompts))], dtype=np.float64)
 
     def request(self, index: int) -> GradeRequest:
-        """A response as the grader saw it."""
-        completion = self.completions[index]
-        return self._inputs.grade_request(self.prompts[index], completion.token_ids, completion.finish_reason)
+        """A response as the grader saw it, of those that are explained."""
+        return self._explained[index]
 
     def grade(self, index: int) -> Grade:
         return self._grading[index].result()
 
     def _grade(self, index: int, completion: Completion) -> None:
         request = self._inputs.grade_request(self.prompts[index], completion.token_ids, completion.finish_reason)
-        request = replace(request, is_explained=index >= self._first_explained)
+        if index >= self._first_explained:
+            request = self._explained[index] = replace(request, is_explained=True)
         self._grading[index] = self._pool.submit(request, masks=self._masks)
 
 

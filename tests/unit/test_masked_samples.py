@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from megatron_apo.cli import app
 from megatron_apo.config import AdaptiveConfig, RewardConfig, build_recipe
+from megatron_apo.data.prompts import Prompt
 from megatron_apo.rewards import GradeRequest
 from megatron_apo.rewards.pool import TRUNCATED, UNFINISHED, Grade, InlineRewardPool
 from megatron_apo.rollout.training_data import TrainingData
@@ -143,7 +144,8 @@ def test_a_store_of_masked_samples_alone_is_refused_in_a_line(tmp_path: Path) ->
 
 
 def training_data(store: VStarStore, *overrides: str) -> TrainingData:
-    prompts = [SimpleNamespace(prompt_id=prompt_id) for prompt_id in store.prompt_ids]
+    hashes = [one.hex() for one in store.column("text_hash").to_pylist()]
+    prompts = [Prompt(one, "", hashed, (), "", 0) for one, hashed in zip(store.prompt_ids, hashes, strict=True)]
     recipe = build_recipe({}, ["model.path=m", "data.train=t", "vstar.dir=v", *overrides])
     return TrainingData.of(recipe, SimpleNamespace(training=SimpleNamespace(prompts=prompts)), store)
 

@@ -56,7 +56,7 @@ def test_it_declares_the_command_and_the_vllm_plugin(installed: Path) -> None:
     entries = {(entry.group, entry.name): entry.value for entry in distribution.entry_points}
     assert entries["console_scripts", "megatron-apo"] == "megatron_apo.cli:main"
     assert entries["vllm.general_plugins", "megatron_apo"] == "megatron_apo.rollout.vllm_plugin:register"
-    assert {"gpu", "fp8", "wandb", "dev"} == set(distribution.metadata.get_all("Provides-Extra"))
+    assert {"gpu", "fp8", "tasks", "wandb", "dev"} == set(distribution.metadata.get_all("Provides-Extra"))
 
 
 def test_every_link_of_the_documents_leads_somewhere() -> None:

@@ -313,7 +313,8 @@ def test_every_registered_reward_has_an_identity():
 
 def test_names_that_are_no_rewards():
     with pytest.raises(
-        ValueError, match="reward.name: 'maths' is not a reward; use arithmetic, gsm8k, math, or my_module"
+        ValueError,
+        match="reward.name: 'maths' is not a reward; use arithmetic, gsm8k, math, reasoning-gym, or my_m",
     ):
         get_reward("maths", {})
     with pytest.raises(ValueError, match="reward.name: cannot load no_such_module:Thing"):
