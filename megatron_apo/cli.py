@@ -291,6 +291,9 @@ def doctor(
         typer.Option("--for", help="check what this command would refuse; default: what the next stage would"),
     ] = None,
     fields: Annotated[bool, typer.Option("--fields", help="only list every field of a recipe")] = False,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="only print the recipe as it is read, with every field")
+    ] = False,
     gpu: Annotated[
         str | None, typer.Option(help="hold the recipe against nodes with these GPUs, such as H100, in place of here")
     ] = None,
@@ -308,6 +311,11 @@ def doctor(
         checks.print_fields()
         return
     loaded = _load(recipe, overrides) if recipe else None
+    if resolved:
+        if loaded is None:
+            raise typer.BadParameter("prints a recipe; give --recipe too", param_hint="--resolved")
+        print(loaded.as_yaml(), end="")
+        return
     checks.print_findings(loaded, stage, _described(loaded, gpu, gpus, nodes, host_memory))
 
 

@@ -13,16 +13,19 @@ import copy
 import datetime
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
+
+from megatron_apo import recipe_text
 
 RECIPES = Path(__file__).parent / "recipes"
 SHAPE = "shape:"  # before the name of a public model whose config.json is one of RECIPES/shapes
@@ -66,6 +69,19 @@ class RecipeError(ValueError):
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_other_kind(cls, value: object, info: ValidationInfo) -> object:
+        """Numbers are no switches, nor switches numbers, though pydantic takes either for the other."""
+        assert info.field_name is not None
+        kinds = _kinds(cast(Hashable, cls.model_fields[info.field_name].annotation))
+        values = value if isinstance(value, list) else [value]
+        if Any not in kinds and bool not in kinds and any(isinstance(one, bool) for one in values):
+            raise ValueError("a number or text, which true and false are not")
+        if bool in kinds and type(value) in (int, float):
+            raise ValueError("true or false")
+        return value
 
 
 class RunConfig(Section):
@@ -1186,7 +1202,7 @@ class Recipe(Section):
         path.write_text(self.as_yaml())
 
     def as_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return recipe_text.write(self.model_dump(mode="json"))
 
 
 def aligned(length: int, multiple: int) -> int:
@@ -1227,39 +1243,13 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     if not path.is_file():
         path = recipe_path(str(path))
     text = path.read_text()
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
-        misread = _misread(node, text)
-        tree = loader.construct_document(node) if node else {}
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-02-30, which looks like a day
+        tree, misread = recipe_text.read(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError([f"recipe: {path} is not YAML: {' '.join(str(error).split())}"]) from None
     if misread:
         raise RecipeError(misread)
     return build_recipe(tree or {}, overrides)
-
-
-def _misread(node: yaml.Node | None, text: str, prefix: str = "") -> list[str]:
-    """What YAML reads otherwise than it looks: of a key that is there twice it takes the last, and of text without
-    quotes what stands before a #."""
-    if not isinstance(node, yaml.MappingNode):
-        return []
-    found, lines = [], dict[str, int]()
-    for key, value in node.value:
-        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
-        if name in lines:
-            found.append(f"{name}: twice in the recipe, in lines {lines[name]} and {line}; keep one")
-        lines[name] = line
-        rest = text[value.end_mark.index :].partition("\n")[0]
-        is_plain = isinstance(value, yaml.ScalarNode) and value.style is None
-        is_cut = rest.lstrip().startswith("#") if is_plain and len(value.value.split()) > 1 else False
-        if is_cut or (is_plain and not value.value and rest.lstrip().startswith("##")):
-            found.append(
-                f"{name}: {value.value!r} ends before {rest.strip()!r}, which is a comment; put the text in quotes, "
-                "or the comment on a line of its own"
-            )
-        found += _misread(value, text, f"{name}.")
-    return found
 
 
 def build_recipe(tree: Any, overrides: Iterable[str] = ()) -> Recipe:
@@ -1276,7 +1266,7 @@ def build_recipe(tree: Any, overrides: Iterable[str] = ()) -> Recipe:
         if not equals or not key:
             problems.append(f"override {override!r}: not of the form section.key=value")
             continue
-        problem = _set_dotted(tree, key.strip(), _parse_value(text))
+        problem = _set_dotted(tree, key.strip(), recipe_text.read_value(text))
         if problem:
             problems.append(problem)
     try:
@@ -1348,20 +1338,6 @@ def _mark(field: FieldInfo, name: str) -> Any:
     return field.json_schema_extra.get(name) if isinstance(field.json_schema_extra, dict) else None
 
 
-def _parse_value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text) if not text.lstrip().startswith("#") else text
-    except (yaml.YAMLError, ValueError):  # ValueError: 2024-02-30
-        return text
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            is_quoted = text.strip()[:1] in ("'", '"')
-            return value if is_quoted else text.strip()  # and what stands behind " #" as a comment
-    return value
-
-
 def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> str | None:
     *parents, leaf = key.split(".")
     node: Any = tree
@@ -1384,6 +1360,15 @@ def _section(annotation: Any) -> type[Section] | None:
     """The section that a field is, `Section | None` included."""
     kinds = (annotation, *(() if get_origin(annotation) is list else get_args(annotation)))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+@cache
+def _kinds(annotation: Any) -> frozenset[Any]:
+    """The types that a field's values, and those within them, may have."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return frozenset(type(one) for one in inner)
+    return frozenset({annotation}).union(*map(_kinds, inner))
 
 
 def _section_of_list(annotation: Any) -> type[Section] | None:

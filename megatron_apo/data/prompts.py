@@ -17,7 +17,7 @@ from megatron_apo.config import GraderConfig, Recipe, Source
 from megatron_apo.data.presets import RowFormat, column_key, source_format
 from megatron_apo.data.procedural import Part, rows_of_task, task_of
 from megatron_apo.data.rendering import Messages, PromptRenderer, prompt_hash
-from megatron_apo.data.rows import any_of, present_column, read_rows, row_text, value_of
+from megatron_apo.data.rows import any_of, is_text, present_column, read_rows, row_text, value_of
 
 _RENDER_ROWS = 1024  # rows tokenized in one call
 
@@ -137,8 +137,7 @@ def _row_prompt(row: dict[str, Any], columns: RowFormat, key: str, path: str, in
     if not isinstance(value, list):
         return row_text(row, columns.prompts, key, path, index)
     are_messages = all(
-        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
-        for one in value
+        isinstance(one, dict) and is_text(one.get("role")) and is_text(one.get("content")) for one in value
     )
     if not value or not are_messages or value[-1]["role"] != "user":
         raise ValueError(

@@ -101,6 +101,11 @@ def row_text(row: dict[str, Any], columns: Iterable[str], key: str, source: str,
     return text
 
 
+def is_text(value: Any) -> bool:
+    """Text that can be written: no half of a pair of surrogates, which JSON lets through."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _as_text(value: Any) -> str | None:
     """Of text, a number, a day, or a list of these, which commas part; None of anything else."""
     if isinstance(value, datetime.datetime):  # of Parquet, as the next
@@ -110,7 +115,9 @@ def _as_text(value: Any) -> str | None:
     if isinstance(value, list):
         texts = [None if isinstance(one, list) else _as_text(one) for one in value]
         return None if not texts or None in texts else ", ".join(map(str, texts))
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal) or value != value:
+    if isinstance(value, str):
+        return value if is_text(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal) or value != value:
         return None
     return str(value)
 
