@@ -1090,7 +1090,9 @@ class Recipe(Section):
         """A preset that asks for an answer in a form that the reward does not look for."""
         asks = {"gsm8k": "gsm8k", "math": "math", "aime": "math", "openr1": "math", "deepscaler": "math"}
         forms, found = {"gsm8k": "a number after ####", "math": "\\boxed{}"}, []
-        for source in [*self.sources("train"), *self.sources("eval")]:
+        sources = [*self.sources("train"), *self.sources("eval")]
+        tasks = [source for source in sources if source.path.startswith("reasoning-gym:")]
+        for source in sources:
             rows, reward, key = source.rows, source.grader.name, source.rows_key
             own = "reward.name" if source.grader is self.reward else f"{key}.reward.name"
             fitting = asks.get(rows.preset or "")
@@ -1099,7 +1101,7 @@ class Recipe(Section):
                     f"{own}: {reward} looks for {forms[reward]}, and {key}.preset={rows.preset} asks for "
                     f"{forms[fitting]}; use {own}={fitting}, or a {key}.prompt_format of your own"
                 )
-            is_task = source.path.startswith("reasoning-gym:")
+            is_task = source in tasks
             if reward == "reasoning-gym" and not is_task:
                 found.append(
                     f"{own}: reasoning-gym grades entries of its own tasks, and {source.key} is {source.path}; use "
@@ -1108,7 +1110,7 @@ class Recipe(Section):
             if is_task and source.max_prompts is None:
                 most = "eval.max_prompts" if source.key == "data.eval" else f"{key}.max_prompts"
                 found.append(f"{most}: missing, and {source.path} never ends; say how many prompts of it are wanted")
-            if rows.options and not is_task:
+            if rows.options and not is_task and not any(other.rows is rows for other in tasks):
                 found.append(f"{key}.options: {rows.options} are for reasoning-gym:TASK; leave them out")
         return list(dict.fromkeys(found))
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_apo.config import Recipe, RecipeError, RolloutConfig, shape_name, values_marked
+from megatron_apo.data.presets import demonstration_format
 from megatron_apo.data.rendering import PromptRenderer
 from megatron_apo.data.sft import Examples, read_examples
 from megatron_apo.learner.checkpoint import check_resume, exported, next_step
@@ -72,7 +73,7 @@ def warmup_examples(recipe: Recipe) -> Examples:
     """`warmup.data`, rendered and tokenized."""
     start = recipe.warmup.start
     assert start is not None
-    renderer = PromptRenderer(load_tokenizer(start, "warmup.start"), recipe.data)
+    renderer = PromptRenderer(load_tokenizer(start, "warmup.start"), recipe.data, demonstration_format(recipe))
     stop = StopIds.of(recipe, start, renderer)
     examples = read_examples(recipe, renderer, stop.ids)
     tell_once(stop.note)

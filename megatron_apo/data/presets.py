@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from megatron_apo.config import RowsConfig, Source
+from megatron_apo.config import Recipe, RowsConfig, Source
 from megatron_apo.data.procedural import ANSWER, ENTRY, QUESTION, task_of
 from megatron_apo.rewards.procedural import ASKS
 from megatron_apo.rewards.text import boxed_answer
@@ -69,6 +69,12 @@ def source_format(source: Source) -> RowFormat:
         return row_format(source.rows, TASK)
     form = source.grader.options.get("answer", "tag")
     return row_format(source.rows, RowFormat((QUESTION,), {ENTRY: str}, ASKS.get(form, "{prompt}")))
+
+
+def demonstration_format(recipe: Recipe) -> RowFormat:
+    """Of warmup.data's prompts: as those of data.train are shown; with several sources, by `data` itself."""
+    (source, *others) = recipe.sources("train")
+    return row_format(recipe.data) if others or source.name else source_format(source)
 
 
 def column_key(rows: RowsConfig, rows_key: str, name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_apo.config import Recipe, aligned
-from megatron_apo.data.presets import column_key, row_format
+from megatron_apo.data.presets import column_key, demonstration_format
 from megatron_apo.data.rendering import PromptRenderer
 from megatron_apo.data.rows import read_rows, row_text
 
@@ -29,7 +29,7 @@ def read_examples(recipe: Recipe, renderer: PromptRenderer, stop_ids: Sequence[i
     assert warmup.data is not None
     if not stop_ids:
         raise ValueError("sampling.stop_token_ids: [] gives warmup.data's responses no end; name an id, or null")
-    columns, key = row_format(data).prompts, column_key(data, "data", "prompt_column")
+    columns, key = demonstration_format(recipe).prompts, column_key(data, "data", "prompt_column")
     prompts, responses = [], []
     for index, row in enumerate(read_rows(warmup.data, "warmup.data")):
         prompts.append(row_text(row, columns, key, warmup.data, index))

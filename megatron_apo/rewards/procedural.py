@@ -64,7 +64,10 @@ class Task:
             return generator[within]
 
     def _make(self, block: int) -> Any:
-        gym, seed = _gym(self._key, self.name), self._first_seed + block * _ENTRIES
+        gym, seed = _gym(f"{self._key}: {PREFIX}{self.name}"), self._first_seed + block * _ENTRIES
+        if self.name not in gym.factory.DATASETS:
+            known = ", ".join(sorted(gym.factory.DATASETS))
+            raise ValueError(f"{self._key}: {PREFIX}{self.name} is no task of reasoning-gym; use one of {known}")
         try:
             with redirect_stdout(io.StringIO()):
                 return gym.create_dataset(self.name, seed=seed, size=_ENTRIES, **self._options)
@@ -89,6 +92,7 @@ class ProceduralReward:
     def __init__(self, answer: str = "tag", exact: bool = False, thinking: bool = False):
         if answer not in _FORMS:
             raise ValueError(f"reward.options.answer: {answer!r} is not allowed; use {', '.join(_FORMS)}")
+        _gym("reward.name: reasoning-gym")  # takes seconds, which are no sample's
         self._form, self._exact, self._thinking = answer, exact, thinking
         self.version = f"1 with reasoning-gym {metadata.version('reasoning-gym')}"
 
@@ -141,17 +145,14 @@ def _task(name: str, options: str) -> Task:
     return Task(name, json.loads(options))
 
 
-def _gym(key: str, task: str) -> ModuleType:
-    """The package, in which there is such a task."""
+def _gym(what: str) -> ModuleType:
+    """The package. Raises `ValueError` saying what needs it."""
     try:
         with redirect_stdout(io.StringIO()):
             import reasoning_gym
-            from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise ValueError(
-            f"{key}: {PREFIX}{task} needs reasoning-gym, which cannot be imported ({describe(error)}); "
+            f"{what} needs the package reasoning-gym, which cannot be imported ({describe(error)}); install it: "
             "pip install reasoning-gym==0.1.25"
         ) from None
-    if task not in DATASETS:
-        raise ValueError(f"{key}: {PREFIX}{task} is no task of reasoning-gym; use one of {', '.join(sorted(DATASETS))}")
     return reasoning_gym
