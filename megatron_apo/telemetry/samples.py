@@ -42,7 +42,7 @@ def read_samples(run_dir: Path) -> dict[int, list[EvaluatedPrompt]]:
     """By step, in their order."""
     files = ((path, _NAME.fullmatch(path.name)) for path in sorted((run_dir / "samples").glob("*")))
     return {
-        int(match[1]): [EvaluatedPrompt(**json.loads(line)) for line in path.read_text().splitlines()]
+        int(match[1]): [EvaluatedPrompt(**json.loads(line)) for line in path.read_text().split("\n") if line]
         for path, match in files
         if match
     }
