@@ -28,8 +28,8 @@ def rows(run: Path) -> list[dict]:
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(command: Callable[..., Command], tmp_path: Path) -> None:
-    """It is asked to end first, and then killed. The step that was lost is sampled again, and again the same; nothing
-    is twice in the metrics; the weights are those of an undisturbed run on the same batches."""
+    """It is asked to end first, then killed, and its prompts are moved. The step that was lost is sampled again, and
+    again the same; nothing is twice in the metrics; the weights are those of an undisturbed run on the same batches."""
     recipe = write_run(tmp_path, "parallel.pp=2", f"train.steps={STEPS}", "train.save_every=2", "eval.every=2")
     run_dir, arguments = recipe.run.dir, ["train", "-r", str(tmp_path / "recipe.yaml"), "--record"]
     (tmp_path / "notice").write_text("0.1 the limit is near")  # seconds, too little for the rest of any step
@@ -46,7 +46,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(command: Callable[..., Comm
     before, killed_rows = tmp_path / "before", rows(run_dir)
     shutil.copytree(run_dir / "rollouts", before)
     assert f"resuming from {run_dir}/checkpoints/step-{done:06d}" in first.output
-    second = command(*arguments)
+    elsewhere = f"data.train={Path(recipe.data.train).rename(tmp_path / 'elsewhere.jsonl')}"
+    second = command(*arguments, elsewhere)
     assert second.wait() == 0, second.output
     assert f"resuming from {run_dir}/checkpoints/step-{SAVED:06d}" in second.output
 
@@ -60,7 +61,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(command: Callable[..., Comm
     losses = {row["step"]: row["loss"] for row in found if "loss" in row}
     assert {row["step"]: row["loss"] for row in killed_rows if "loss" in row}.items() <= losses.items()
 
-    replay = [f"run.dir={tmp_path / 'replay'}", f"train.replay={run_dir / 'rollouts'}", "train.save_every=0"]
+    replay = [f"run.dir={tmp_path / 'replay'}", f"train.replay={run_dir / 'rollouts'}", "train.save_every=0", elsewhere]
     start_ranks("tests.dist.replay_worker", tmp_path, "pp2", *replay)
     resumed, undisturbed = (
         load_file(folder / "checkpoints" / "hf" / "model.safetensors") for folder in (run_dir, tmp_path / "replay")
