@@ -13,7 +13,7 @@ import pytest
 from megatron_apo.config import load_recipe
 from megatron_apo.preflight import open_training
 from megatron_apo.rollout.inputs import load_inputs
-from tests.benchmarks import logprob_head, long_step, mismatch, packing, weight_plan
+from tests.benchmarks import logprob_head, long_step, mismatch, packing, real_model, weight_plan
 from tests.benchmarks.noise import noise
 
 ROOT = Path(__file__).parents[2]
@@ -109,3 +109,22 @@ def test_a_finished_study_is_told_and_not_run_again(monkeypatch, capsys, tmp_pat
     printed = capsys.readouterr().out
     for cell in ("before: 0.500", "0.750 ± 0.071", "0.850 ± 0.071", "0.008", "0.970", "0.999", "1.25%"):
         assert cell in printed, cell
+
+
+def test_runs_of_a_real_model_are_told_by_seed(monkeypatch, capsys, tmp_path):
+    for seed, last in ((0, 0.5), (1, 0.7)):
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "recipe.yaml").write_text(f"run: {{seed: {seed}}}\n")
+        rows = [{"step": step, "time": 0, "loss": 1.0, "reward/mean": step / 10} for step in range(1, 5)]
+        rows = [row | {"time/step_s": 20 + row["step"], "tokens_per_s/generate": 50} for row in rows]
+        for step, mean in ((0, 0.1), (4, last)):
+            found = {"avg_at_k": mean, "avg_at_k_stderr": 0.02, "greedy": 0.3, "greedy_stderr": 0.05}
+            rows.append({"step": step, "time": 0} | {f"eval/{name}": value for name, value in found.items()})
+        (tmp_path / str(seed) / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    runs = [str(tmp_path / "1"), str(tmp_path / "0")]
+    monkeypatch.setattr(sys, "argv", ["real_model", *runs, "--svg", str(tmp_path / "curve.svg")])
+    real_model.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "seed 0: held-out 0.100 +- 0.020 -> 0.500 +- 0.020, greedy 0.300 +- 0.050 -> 0.300 +- 0.050"
+    assert lines[2] == "gained: 0.500 +- 0.100 over 2 seeds" and lines[3].startswith("a step: 23.5 s (")
+    assert (tmp_path / "curve.svg").read_text().count("seed ") >= 2
