@@ -1268,7 +1268,9 @@ def build_recipe(tree: Any, overrides: Iterable[str] = ()) -> Recipe:
         if not equals or not key:
             problems.append(f"override {override!r}: not of the form section.key=value")
             continue
-        problem = _set_dotted(tree, key.strip(), recipe_text.read_value(text))
+        value, misread = recipe_text.read_override(key.strip(), text)
+        problems += misread
+        problem = _set_dotted(tree, key.strip(), value)
         if problem:
             problems.append(problem)
     try:

@@ -53,22 +53,31 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
-def read(text: str) -> tuple[Any, list[str]]:
-    """The tree of a recipe's text, and what of it is read otherwise than it looks, one line each. Raises
-    `yaml.YAMLError`, or `ValueError` for a number of more digits than Python reads."""
+def read(text: str, name: str = "") -> tuple[Any, list[str]]:
+    """The tree of a recipe's text, and what of it is read otherwise than it looks, one line each. name: before keys.
+
+    Raises `yaml.YAMLError`, or `ValueError` for a number of more digits than Python reads and what holds itself.
+    """
     loader = _Loader(text)
     node = loader.get_single_node()
-    return (loader.construct_document(node) if node else None), _misread(node, text)
-
-
-def read_value(text: str) -> Any:
-    """An override's value; text that is no YAML is itself, and so is what stands behind a #."""
     try:
-        value = yaml.load(text, _Loader) if not text.lstrip().startswith("#") else text  # noqa: S506 - a safe loader
+        misread = _misread(node, text, name)
+    except RecursionError:
+        raise ValueError("an anchor's value holds the anchor itself, or too much is nested") from None
+    return (loader.construct_document(node) if node else None), misread
+
+
+def read_override(key: str, text: str) -> tuple[Any, list[str]]:
+    """The value of KEY=TEXT, and as of `read`. Text that is no YAML is itself, and so is what stands behind a #."""
+    try:
+        node = _Loader(text).get_single_node()
+        if node is None or text[node.end_mark.index :].strip().startswith("#"):
+            return (text.strip() or None), []
+        value, misread = read(text, key)
     except (yaml.YAMLError, ValueError):
-        return text
+        return text, []
     is_quoted = text.strip()[:1] in ("'", '"')
-    return text.strip() if isinstance(value, str) and not is_quoted else value
+    return (text.strip() if isinstance(value, str) and not is_quoted else value), misread
 
 
 def write(tree: Any) -> str:
@@ -96,14 +105,18 @@ def _misread(node: yaml.Node | None, text: str, name: str = "") -> list[str]:
 
 
 def _misread_scalar(node: yaml.ScalarNode, text: str, name: str) -> list[str]:
-    if node.style is not None:
-        return []
-    rest = text[node.end_mark.index :].partition("\n")[0].strip()
-    if rest.startswith("#") and len(node.value.split()) > 1 or rest.startswith("##") and not node.value:
+    rest, _, below = text[node.end_mark.index :].partition("\n")
+    rest, cut = rest.strip(), ""
+    is_plain = node.style is None
+    if rest.startswith("#") and is_plain and len(node.value.split()) > 1 or rest.startswith("##"):
+        cut = rest
+    elif is_plain and not rest and re.match(r"[ \t]+##", below):
+        cut = below.partition("\n")[0].strip()  # where text would go on
+    if cut and node.style not in ("|", ">"):
         return [
-            f"{name}: {node.value!r} ends before {rest!r}, which is a comment; put the text in quotes, or the comment "
+            f"{name}: {node.value!r} ends before {cut!r}, which is a comment; put the text in quotes, or the comment "
             "on a line of its own"
         ]
-    if node.value.lower() in _SWITCHES and "options" in name.split("."):
+    if is_plain and node.value.lower() in _SWITCHES and "options" in name.split("."):
         return [f"{name}: {node.value} is text in a recipe; write true or false, or put it in quotes"]
     return []

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_apo.config import RecipeError, describe_fields, load_recipe
-from megatron_apo.recipe_text import read, read_value, write
+from megatron_apo.recipe_text import read, read_override, write
 
 PATHS = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}, "vstar": {"dir": "v"}}
 
@@ -53,8 +53,8 @@ PATHS = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}, "vstar": {"dir": 
     ],
 )
 def test_plain_words(text: str, value: Any) -> None:
-    found = read_value(text)
-    assert (found, type(found)) == (value, type(value))
+    found, misread = read_override("a", text)
+    assert (found, type(found), misread) == (value, type(value), [])
     assert read(f"a: {text}") == ({"a": value}, [])
 
 
@@ -73,12 +73,54 @@ def test_plain_words(text: str, value: Any) -> None:
             "a: [{b: two words # cut\n}]",
             "a.0.b: 'two words' ends before '# cut', which is a comment; put",
         ),
+        ("s: Answer #### and the number.", "s: 'Answer' ends before '#### and the number.', which is a comment"),
+        ("s: End with\n  #### and the number.", "s: 'End with' ends before '#### and the number.', which is a comment"),
+        ("s: # and the number.", "s: nothing ends before '# and the number.', which is a comment; put the text in q"),
+        ("s: 'quoted' #### rest", "s: 'quoted' ends before '#### rest', which is a comment; put the text in quotes"),
         ("a: [{b: 1, b: 2}]", "a.0.b: twice in the recipe, in lines 1 and 1; keep one"),
     ],
 )
 def test_what_is_read_otherwise_than_it_looks(text: str, line: str) -> None:
     _, (found,) = read(text)
     assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: 5 # five", "a: word # comment", "a: two words\n# comment\nb: 1", "a: # comment\n  b: 1", "a: |\n  x #### y\n"],
+)
+def test_comments_are_none_of_the_text(text: str) -> None:
+    assert read(text)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "lines"),
+    [
+        ("End with #### and the number.", "End with #### and the number.", []),
+        ("#### first", "#### first", []),
+        ("'a b' #### end", "'a b' #### end", []),
+        ("4 #### x", "4 #### x", []),
+        ("[1] # x", "[1] # x", []),
+        ("'a # b'", "a # b", []),
+        ("no", "no", ["reward.options.x: no is text in a recipe; write true or false, or put it in quotes"]),
+        (
+            "{y: no}",
+            {"y": "no"},
+            ["reward.options.x.y: no is text in a recipe; write true or false, or put it in quotes"],
+        ),
+        ("{y: 1, y: 2}", {"y": 2}, ["reward.options.x.y: twice in the recipe, in lines 1 and 1; keep one"]),
+        ("&a [*a]", "&a [*a]", []),
+        ("", None, []),
+    ],
+)
+def test_overrides(text: str, value: Any, lines: list[str]) -> None:
+    assert read_override("reward.options.x", text) == (value, lines)
+
+
+def test_what_holds_itself_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: &a {path: m, reference: *a}")
+    with pytest.raises(RecipeError, match="not YAML: an anchor's value holds the anchor itself"):
+        load_recipe(tmp_path / "r.yaml")
 
 
 @pytest.mark.parametrize("word", ["no", "off", "N", "false"])
@@ -122,8 +164,17 @@ def test_any_tree_is_read_as_it_was_written() -> None:
 def same(written: Any, printed: Any) -> bool:
     """As a field may read it: a number's type and a folder's are its own."""
     if isinstance(written, bool) or isinstance(printed, bool):
-        words = {"yes": True, "on": True, "true": True, "no": False, "off": False}
-        return words.get(str(written).lower(), bool(written)) is printed
+        words = {
+            "yes": True,
+            "on": True,
+            "true": True,
+            "no": False,
+            "off": False,
+            "false": False,
+            "y": True,
+            "n": False,
+        }
+        return words.get(str(written).lower()) is printed
     if isinstance(written, int | float) and isinstance(printed, int | float):
         return float(written) == float(printed)
     if isinstance(written, str) and isinstance(printed, int | float):
@@ -142,7 +193,7 @@ def accepted(draw: random.Random, folder: Path, num: int) -> Iterator[tuple[str,
     defaults = {name: default for name, default, _ in describe_fields()}
     for index in range(num):
         name = draw.choice(names)
-        value = next(source) if draw.random() < 0.6 else read_value(defaults[name])
+        value = next(source) if draw.random() < 0.6 else read_override(name, defaults[name])[0]
         tree: dict[str, Any] = json.loads(json.dumps(PATHS))
         node = tree
         *parents, leaf = name.split(".")
