@@ -28,6 +28,7 @@ from pydantic_core import PydanticCustomError
 from megatron_apo import recipe_text
 
 RECIPES = Path(__file__).parent / "recipes"
+TASK = "reasoning-gym:"  # before the name of a task, as a source of prompts
 SHAPE = "shape:"  # before the name of a public model whose config.json is one of RECIPES/shapes
 
 # What a field is to a resumed run and to a V* store stands at the field (`fields_marked`). Without a mark a resumed run
@@ -316,7 +317,7 @@ class GraderConfig(Section):
     )
 
 
-_SOURCE = "a .jsonl or .parquet file, a hub dataset's name, or reasoning-gym:TASK"
+_SOURCE = f"a .jsonl or .parquet file, a hub dataset's name, or {TASK}TASK"
 
 
 class SourceConfig(RowsConfig):
@@ -355,6 +356,15 @@ class Source(NamedTuple):
     max_prompts: int | None
     weight: float | None
     grader: GraderConfig
+
+    @property
+    def is_task(self) -> bool:
+        """Of reasoning-gym; else a file, or a dataset of the hub."""
+        return self.path.startswith(TASK)
+
+    @property
+    def max_prompts_key(self) -> str:
+        return "eval.max_prompts" if self.key == "data.eval" else f"{self.rows_key}.max_prompts"
 
 
 class DataConfig(RowsConfig):
@@ -959,7 +969,9 @@ class MismatchConfig(Section):
 class EvalConfig(Section):
     samples: int = Field(8, ge=1, description="k of avg@k at sampling.temperature")
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
-    max_prompts: int | None = Field(None, ge=1, description="first rows of the held-out file; none: all")
+    max_prompts: int | None = Field(
+        None, ge=1, description="first rows of a held-out source without a number of its own; none: all"
+    )
     prompts_per_shard: int = Field(
         8, ge=1, description="`evaluate`: prompts that a worker takes at a time, and a killed one loses"
     )
@@ -1021,6 +1033,7 @@ class Recipe(Section):
         found += parallel.problems(self.model)
         found += self.model.problems()
         found += self._asking_problems()
+        found += self._idle_problems()
         found += self._interleaving_problems()
         multiple = self.micro_batch_alignment
         padded = aligned(self.max_sequence_tokens, multiple)
@@ -1070,7 +1083,7 @@ class Recipe(Section):
                 one.name,
                 one.path,
                 one,
-                one.max_prompts or most,
+                one.max_prompts or (most if is_held_out else None),
                 one.weight,
                 one.reward or self.reward,
             )
@@ -1091,7 +1104,6 @@ class Recipe(Section):
         asks = {"gsm8k": "gsm8k", "math": "math", "aime": "math", "openr1": "math", "deepscaler": "math"}
         forms, found = {"gsm8k": "a number after ####", "math": "\\boxed{}"}, []
         sources = [*self.sources("train"), *self.sources("eval")]
-        tasks = [source for source in sources if source.path.startswith("reasoning-gym:")]
         for source in sources:
             rows, reward, key = source.rows, source.grader.name, source.rows_key
             own = "reward.name" if source.grader is self.reward else f"{key}.reward.name"
@@ -1101,18 +1113,49 @@ class Recipe(Section):
                     f"{own}: {reward} looks for {forms[reward]}, and {key}.preset={rows.preset} asks for "
                     f"{forms[fitting]}; use {own}={fitting}, or a {key}.prompt_format of your own"
                 )
-            is_task = source in tasks
-            if reward == "reasoning-gym" and not is_task:
+            if reward == "reasoning-gym" and not source.is_task:
                 found.append(
                     f"{own}: reasoning-gym grades entries of its own tasks, and {source.key} is {source.path}; use "
                     "another reward, or reasoning-gym:TASK"
                 )
-            if is_task and source.max_prompts is None:
-                most = "eval.max_prompts" if source.key == "data.eval" else f"{key}.max_prompts"
-                found.append(f"{most}: missing, and {source.path} never ends; say how many prompts of it are wanted")
-            if rows.options and not is_task and not any(other.rows is rows for other in tasks):
+            if source.is_task:
+                found += self._task_problems(source, own)
+            elif rows.options and not any(other.is_task and other.rows is rows for other in sources):
                 found.append(f"{key}.options: {rows.options} are for reasoning-gym:TASK; leave them out")
         return list(dict.fromkeys(found))
+
+    def _task_problems(self, source: Source, reward_key: str) -> list[str]:
+        """Of a task, which has columns of its own, and asks for no form of answer by itself."""
+        rows, key, reward = source.rows, source.rows_key, source.grader
+        found = [
+            f"{key}.{name}: {value!r} is for rows of a file, and {source.path} has columns of its own; leave it out"
+            for name in ("preset", "prompt_column", "answer_column")
+            if (value := getattr(rows, name)) is not None
+        ]
+        if source.max_prompts is None:
+            found.append(
+                f"{source.max_prompts_key}: missing, and {source.path} never ends; say how many prompts of it are "
+                "wanted"
+            )
+        looks_for = {"gsm8k": ("strict", "a number after ####"), "math": ("boxed", "\\boxed{}")}.get(reward.name)
+        if looks_for and reward.options.get(looks_for[0], True) and rows.prompt_format is None:
+            found.append(
+                f"{reward_key}: {reward.name} looks for {looks_for[1]}, for which {source.path} does not ask; give a "
+                f"{key}.prompt_format that does, or use reward reasoning-gym"
+            )
+        return found
+
+    def _idle_problems(self) -> list[str]:
+        """What is said of rows that nothing reads, since all sources have settings of their own."""
+        data = self.data
+        if not data.train_sources or data.eval is not None or self.warmup.data is not None:
+            return []
+        names = [*RowsConfig.model_fields, "max_prompts"]
+        return [
+            f"data.{name}: {value!r} is of data.train, and data.train_sources are read by their own; set it there"
+            for name in names
+            if (value := getattr(data, name)) != DataConfig.model_fields[name].get_default(call_default_factory=True)
+        ]
 
     def _interleaving_problems(self) -> list[str]:
         """The interleaved schedule runs packed micro-batches in groups of pp; a replica's sequences must divide."""

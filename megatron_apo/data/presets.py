@@ -66,7 +66,7 @@ def source_format(source: Source) -> RowFormat:
     if not task_of(source.path):
         return row_format(source.rows)
     if source.grader.name != "reasoning-gym":
-        return row_format(source.rows, TASK)
+        return row_format(source.rows, TASK_ROWS)
     form = source.grader.options.get("answer", "tag")
     return row_format(source.rows, RowFormat((QUESTION,), {ENTRY: str}, ASKS.get(form, "{prompt}")))
 
@@ -102,7 +102,7 @@ def _boxed_or_stated(solution: str) -> str | None:
 
 
 PLAIN = RowFormat(("prompt",), {"answer": str}, "{prompt}")
-TASK = RowFormat((QUESTION,), {ANSWER: _stated}, "{prompt}")
+TASK_ROWS = RowFormat((QUESTION,), {ANSWER: _stated}, "{prompt}")
 PRESETS = {
     "gsm8k": RowFormat(("question",), {"answer": _marked}, _MARKED),
     "math": RowFormat(("problem",), {"answer": _stated, "solution": boxed_answer}, _BOXED),

@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from megatron_apo.rewards.procedural import PREFIX, Task, reference_to
+from megatron_apo.config import TASK
+from megatron_apo.rewards.procedural import Task, reference_to
 
 Part = Literal["train", "eval"]
 _HELD_OUT_OF = 8
@@ -21,7 +22,7 @@ QUESTION, ANSWER, ENTRY = "prompt", "answer", "entry"  # columns; an answer is t
 
 def task_of(path: str) -> str | None:
     """ "chain_sum" for reasoning-gym:chain_sum, None for a file or a dataset of the hub."""
-    return path.removeprefix(PREFIX) if path.startswith(PREFIX) else None
+    return path.removeprefix(TASK) if path.startswith(TASK) else None
 
 
 def rows_of_task(
@@ -33,7 +34,7 @@ def rows_of_task(
     while len(questions) < count:
         if index >= _MOST_DRAWN * count + _MORE:
             raise ValueError(
-                f"{key}: {count}, but {PREFIX}{name} with these options has {len(questions)} different questions "
+                f"{key}: {count}, but {TASK}{name} with these options has {len(questions)} different questions "
                 f"{'held out' if part == 'eval' else 'for training'} among {index}; ask for at most {len(questions)}, "
                 "or give options with more"
             )

@@ -126,8 +126,9 @@ def _rows(source: Source, part: Part) -> Iterator[dict[str, Any]]:
     rows = source.rows
     if task := task_of(source.path):
         assert source.max_prompts is not None, "the recipe was checked"
-        most = "eval.max_prompts" if source.key == "data.eval" else f"{source.rows_key}.max_prompts"
-        return rows_of_task(task, rows.options, part, source.max_prompts, most, f"{source.rows_key}.options")
+        return rows_of_task(
+            task, rows.options, part, source.max_prompts, source.max_prompts_key, f"{source.rows_key}.options"
+        )
     return read_rows(source.path, source.key, rows.split, rows.subset, source.rows_key)
 
 

@@ -20,10 +20,10 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
+from megatron_apo.config import TASK
 from megatron_apo.rewards import Explanation, GradeRequest, describe
 from megatron_apo.rewards.text import answer_part, boxed_answer
 
-PREFIX = "reasoning-gym:"  # before a task's name, in a recipe
 _ENTRIES = 1000  # of one generator; some prepare all of theirs, or refuse to have more
 _FORMS = ("tag", "box", "text")
 ASKS = {  # what asks for an answer in such a form
@@ -64,16 +64,16 @@ class Task:
             return generator[within]
 
     def _make(self, block: int) -> Any:
-        gym, seed = _gym(f"{self._key}: {PREFIX}{self.name}"), self._first_seed + block * _ENTRIES
+        gym, seed = _gym(f"{self._key}: {TASK}{self.name}"), self._first_seed + block * _ENTRIES
         if self.name not in gym.factory.DATASETS:
             known = ", ".join(sorted(gym.factory.DATASETS))
-            raise ValueError(f"{self._key}: {PREFIX}{self.name} is no task of reasoning-gym; use one of {known}")
+            raise ValueError(f"{self._key}: {TASK}{self.name} is no task of reasoning-gym; use one of {known}")
         try:
             with redirect_stdout(io.StringIO()):
                 return gym.create_dataset(self.name, seed=seed, size=_ENTRIES, **self._options)
         except Exception as error:  # of the package, which checks with assert and more
             raise ValueError(
-                f"{self._key}: {self._options!r} do not fit {PREFIX}{self.name} ({describe(error)}); see its config in "
+                f"{self._key}: {self._options!r} do not fit {TASK}{self.name} ({describe(error)}); see its config in "
                 "reasoning-gym"
             ) from None
 
@@ -134,7 +134,7 @@ def referenced(reference: str) -> tuple[Task, dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"the reference answer {reference[:60]!r} is no entry of a task; reward reasoning-gym is for sources "
-            f"{PREFIX}TASK"
+            f"{TASK}TASK"
         ) from None
     task = _task(name, json.dumps(options))
     return task, task.entry(index)

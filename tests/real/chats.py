@@ -1,4 +1,4 @@
-"""Real text in the model's own chat template: a few short exchanges, and one of about 1,700 tokens."""
+"""Real text in the model's own chat template: a few short exchanges, and one of about 1,400 tokens."""
 
 from __future__ import annotations
 

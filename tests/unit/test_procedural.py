@@ -99,7 +99,7 @@ def test_a_recipe_names_task_and_options() -> None:
     tokenizer = build_chat_tokenizer()
     data = {"train": "reasoning-gym:chain_sum", "options": SUMS, "max_prompts": 5, "template": "raw"}
     asked = load_data(tokenizer, data, name="reasoning-gym").prompts
-    plain = load_data(tokenizer, data, name="gsm8k").prompts
+    plain = load_data(tokenizer, data, name="gsm8k", options={"strict": False}).prompts
     assert [prompt.text for prompt in asked] == [
         f"{prompt.text}\nGive your final answer between <answer> and </answer>." for prompt in plain
     ]
@@ -108,12 +108,24 @@ def test_a_recipe_names_task_and_options() -> None:
     assert [prompt.text for prompt in as_text] == [prompt.text for prompt in plain]
 
 
-TASK = ["model.path=m", "vstar.dir=v", "data.train=reasoning-gym:chain_sum"]
+TASK = ["model.path=m", "vstar.dir=v", "data.train=reasoning-gym:chain_sum", "reward.name=reasoning-gym"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
+        (
+            [*TASK, "data.max_prompts=3", "data.preset=gsm8k"],
+            "data.preset: 'gsm8k' is for rows of a file, and reasoning-gym:chain_sum has columns of its own; leave",
+        ),
+        (
+            [*TASK, "data.max_prompts=3", "data.answer_column=answer"],
+            "data.answer_column: 'answer' is for rows of a file, and reasoning-gym:chain_sum has columns of its own",
+        ),
+        (
+            [*TASK, "data.max_prompts=3", "reward.name=math"],
+            "reward.name: math looks for \\boxed{}, for which reasoning-gym:chain_sum does not ask; give a data",
+        ),
         ([*TASK], "data.max_prompts: missing, and reasoning-gym:chain_sum never ends; say how many prompts of it are"),
         (
             [*TASK, "data.max_prompts=3", "data.eval=reasoning-gym:chain_sum"],

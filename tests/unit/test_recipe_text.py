@@ -75,7 +75,6 @@ def test_plain_words(text: str, value: Any) -> None:
         ),
         ("s: Answer #### and the number.", "s: 'Answer' ends before '#### and the number.', which is a comment"),
         ("s: End with\n  #### and the number.", "s: 'End with' ends before '#### and the number.', which is a comment"),
-        ("s: # and the number.", "s: nothing ends before '# and the number.', which is a comment; put the text in q"),
         ("s: 'quoted' #### rest", "s: 'quoted' ends before '#### rest', which is a comment; put the text in quotes"),
         ("a: [{b: 1, b: 2}]", "a.0.b: twice in the recipe, in lines 1 and 1; keep one"),
     ],
@@ -102,19 +101,19 @@ def test_comments_are_none_of_the_text(text: str) -> None:
         ("4 #### x", "4 #### x", []),
         ("[1] # x", "[1] # x", []),
         ("'a # b'", "a # b", []),
-        ("no", "no", ["reward.options.x: no is text in a recipe; write true or false, or put it in quotes"]),
+        ("no", "no", [": no is text in a recipe; write true or false, or put it in quotes"]),
         (
             "{y: no}",
             {"y": "no"},
-            ["reward.options.x.y: no is text in a recipe; write true or false, or put it in quotes"],
+            [".y: no is text in a recipe; write true or false, or put it in quotes"],
         ),
-        ("{y: 1, y: 2}", {"y": 2}, ["reward.options.x.y: twice in the recipe, in lines 1 and 1; keep one"]),
+        ("{y: 1, y: 2}", {"y": 2}, [".y: twice in the recipe, in lines 1 and 1; keep one"]),
         ("&a [*a]", "&a [*a]", []),
         ("", None, []),
     ],
 )
 def test_overrides(text: str, value: Any, lines: list[str]) -> None:
-    assert read_override("reward.options.x", text) == (value, lines)
+    assert read_override("reward.options.x", text) == (value, [f"reward.options.x{line}" for line in lines])
 
 
 def test_what_holds_itself_is_no_recipe(tmp_path: Path) -> None:

@@ -157,6 +157,11 @@ def test_a_resumed_run_may_have_its_rows_elsewhere_but_no_other_weights(tree: di
         ),
         ("data.train_sources.2.weight=1", "override data.train_sources.2.weight: 2 is none of the 2 there; use 0 to 1"),
         ("data.train_sources.0=1", "override data.train_sources.0: names a whole entry of a list; name a field of it"),
+        (
+            "data.preset=gsm8k",
+            "data.preset: 'gsm8k' is of data.train, and data.train_sources are read by their own; set it there",
+        ),
+        ("data.max_prompts=9", "data.max_prompts: 9 is of data.train, and data.train_sources are read by their own"),
         ("data.train_sources=[]", "data.train: missing and has no default; set it in the recipe or with data.train="),
         (
             "data.train_sources.0.reward={name: math}",
