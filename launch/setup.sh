@@ -2,7 +2,8 @@
 # Make .venv in the repository: torch's CPU build, the locked packages, and this package (editable).
 #
 # Safe to run at any time: a finished set-up is recognised by its stamp and costs nothing, an interrupted one
-# is finished, two at once wait for each other. PYTHON=/path/to/python3.11 chooses the interpreter.
+# is finished, two at once wait for each other. Where reasoning-gym's tasks could not be installed, the next set-up tries
+# these again. PYTHON=/path/to/python3.11 chooses the interpreter.
 set -euo pipefail
 
 # Plain 2.13.0 may be a CUDA build.
@@ -16,6 +17,7 @@ lock=$root/launch/requirements/cpu.txt
 tasks=$root/launch/requirements/tasks.txt
 venv=$root/.venv
 stamp=$venv/set-up-of # what was installed; written last
+tasks_stamp=$venv/tasks-of # the same of the tasks
 made_for=$venv/made-for # the folder it was made in: an environment cannot be moved
 log=$venv/set-up.log
 
@@ -47,13 +49,20 @@ pip() {
         "$venv/bin/python" -m pip "$@" < /dev/null >> "$log" 2>&1
 }
 
-failed_install() {
+# Why pip failed, by its log, and at which package if that does not say it.
+why_failed() {
     local reason package=
-    reason=$(sed -n 's/^ERROR: //p' "$log" | sed 's/ (from versions.*//' | head -n 1 | cut -c -200)
-    if [[ $reason != *requirement* ]]; then
+    # What a package's build says is indented, and tells more than nothing where pip itself has no such line.
+    reason=$( (sed -n 's/^ERROR: //p' "$log"; sed -nE 's/^ +(ERROR|error): //p' "$log") |
+        grep -av '^subprocess-exited' | sed 's/ (from versions.*//' | head -n 1 | cut -c -200) || true
+    if [[ $reason != *requirement* && $reason != *wheel* ]]; then
         package=$(grep -aE '^(Collecting|Processing) ' "$log" | tail -n 1 | cut -d ' ' -f 2) || true
     fi
-    die "could not install $1${package:+ (at ${package##*/})}: ${reason:-pip stopped}; the log is $log"
+    echo "${package:+at ${package##*/}: }${reason:-pip stopped}"
+}
+
+failed_install() {
+    die "could not install $1 ($(why_failed)); the log is $log"
 }
 
 # pip writes a package's INSTALLER file after the package's own files: without it, the package is half there.
@@ -91,22 +100,41 @@ install_all() {
     : > "$log"
     say "installing $(grep -c == "$lock") locked packages"
     pip install --no-deps --no-compile --requirement "$lock" || failed_install "the locked packages"
-    : > "$log"
-    pip install --no-deps --no-compile --requirement "$tasks" || say "reasoning-gym is left out, since a part of it could not be built (a C compiler and Python's headers are needed); its tasks are missing, nothing else"
     pip install --no-deps --no-build-isolation --editable "$root" || failed_install "megatron-apo itself"
     echo "$wanted" > "$stamp"
     say "done in $SECONDS s"
 }
 
-wanted=$(echo "$root $TORCH" | cat - "$lock" "$tasks" "$root/setup.py" "$root/pyproject.toml" | sha256sum)
+# Nothing else needs them, and a part of them is built here: that they are missing does not fail the set-up.
+install_tasks() {
+    local reason
+    : > "$log"
+    remove_half_installed
+    if pip install --no-deps --no-compile --requirement "$tasks"; then
+        echo "$tasks_wanted" > "$tasks_stamp"
+        return
+    fi
+    reason=$(why_failed)
+    if [[ $reason == *wheel* ]]; then
+        reason+="; a C compiler and Python's headers are needed"
+    fi
+    say "could not install reasoning-gym ($reason); its tasks are missing, nothing else; the next set-up tries again; the log is $log"
+}
+
+wanted=$(echo "$root $TORCH" | cat - "$lock" "$root/setup.py" "$root/pyproject.toml" | sha256sum)
+tasks_wanted=$(echo "$root" | cat - "$lock" "$tasks" | sha256sum)
 is_done() {
     [[ $(cat "$stamp" 2>/dev/null) == "$wanted" ]] && venv_is_usable
 }
+tasks_are_done() {
+    [[ $(cat "$tasks_stamp" 2>/dev/null) == "$tasks_wanted" ]]
+}
 
-is_done && exit 0
+is_done && tasks_are_done && exit 0
 exec 9< "$root" # the folder is the lock: it goes with the last process that holds it, however that ends
 if ! flock --nonblock 9; then
     say "another set-up is at work in $root; waiting for it"
     flock 9
 fi
 is_done || install_all
+tasks_are_done || install_tasks
