@@ -26,13 +26,22 @@ def mixed_step_prompts(
     Prompt j of a source comes at time (j + 1/2) / weight, so that sources take turns, and of any number of prompts each
     has its share to within one. One source alone is walked through as by `step_prompts`.
     """
+    if len(sizes) == 1:
+        only = step_prompts(step, num_prompts=sizes[0], prompts_per_step=prompts_per_step, seed=seed)
+        return [(0, index) for index in only]
     first, last = step * prompts_per_step, (step + 1) * prompts_per_step
     shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
-    counts = [min(last, math.ceil(last * share) + 1) for share in shares]
-    times = np.concatenate([(np.arange(count) + 0.5) / share for count, share in zip(counts, shares, strict=True)])
-    sources = np.repeat(np.arange(len(sizes)), counts)
-    places = np.concatenate([np.arange(count) for count in counts])
-    chosen = np.lexsort((sources, times))[first:last]
+    # Of the first n prompts a source has n * share, give or take half the number of sources: all others lie before
+    # this step or after it.
+    slack = len(sizes) // 2 + 2
+    begins = [max(0, math.floor(first * share) - slack) for share in shares]
+    ends = [math.ceil(last * share) + slack for share in shares]
+    near = [np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
+    places = np.concatenate(near)
+    sources = np.repeat(np.arange(len(sizes)), [len(one) for one in near])
+    times = np.concatenate([(one + 0.5) / share for one, share in zip(near, shares, strict=True)])
+    before = sum(begins)
+    chosen = np.lexsort((sources, times))[first - before : last - before]
     pairs = zip(sources[chosen].tolist(), places[chosen].tolist(), strict=True)
     return [(source, _shuffled(place, sizes[source], seed, source)) for source, place in pairs]
 

@@ -43,6 +43,39 @@ def test_each_source_has_its_share_of_any_number_of_prompts(weights: list[float]
             assert sorted(order[start : start + size]) == list(range(size)), "none repeats before all were there"
 
 
+def in_order_of_time(count: int, weights: list[float]) -> list[tuple[int, int]]:
+    """(source, place in its walk) of the first prompts: all of them, sorted."""
+    shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    times = [((place + 0.5) / share, source, place) for source, share in enumerate(shares) for place in range(count)]
+    return [(source, place) for _, source, place in sorted(times)[:count]]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [[3], [1, 1], [1, 3], [0.2, 0.7, 0.1], [5, 1, 1, 1], [1000, 1], [0.001, 7, 0.3], [10] + [1] * 10],
+    ids=str,
+)
+def test_a_step_has_its_part_of_all_prompts_in_order_of_time(weights: list[float], monkeypatch) -> None:
+    monkeypatch.setattr("megatron_apo.data.order._shuffled", lambda place, size, seed, source=0: place)
+    for size in (1, 6, 64):
+        expected = in_order_of_time(40 * size, weights)
+        steps = (
+            mixed_step_prompts(n, sizes=[9] * len(weights), weights=weights, prompts_per_step=size, seed=1)
+            for n in range(40)
+        )
+        assert [pair for step in steps for pair in step] == expected
+
+
+def test_a_late_step_costs_no_more_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    sorted_at_once = []
+    lexsort = np.lexsort
+    monkeypatch.setattr(np, "lexsort", lambda keys: sorted_at_once.append(len(keys[0])) or lexsort(keys))
+    for weights in ([1.0], [1.0, 3.0, 2.0]):
+        for step in (0, 10**6):
+            mixed_step_prompts(step, sizes=[7] * len(weights), weights=weights, prompts_per_step=256, seed=1)
+    assert max(sorted_at_once) < 300
+
+
 # --- a recipe of two
 
 
