@@ -17,9 +17,10 @@ from megatron_apo.config import GraderConfig, Recipe, Source
 from megatron_apo.data.presets import RowFormat, column_key, source_format
 from megatron_apo.data.procedural import Part, rows_of_task, task_of
 from megatron_apo.data.rendering import Messages, PromptRenderer, prompt_hash
-from megatron_apo.data.rows import any_of, is_text, present_column, read_rows, row_text, value_of
+from megatron_apo.data.rows import Number, any_of, is_text, present_column, read_rows, row_text, value_of
 
 _RENDER_ROWS = 1024  # rows tokenized in one call
+_PARTS = ("role", "content")  # of a message
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ def _rows(source: Source, part: Part) -> Iterator[dict[str, Any]]:
         return rows_of_task(
             task, rows.options, part, source.max_prompts, source.max_prompts_key, f"{source.rows_key}.options"
         )
-    return read_rows(source.path, source.key, rows.split, rows.subset, source.rows_key)
+    columns = source_format(source)
+    used = [*columns.prompts, *columns.answers]
+    return read_rows(source.path, source.key, rows.split, rows.subset, source.rows_key, used)
 
 
 def _row_prompt(row: dict[str, Any], columns: RowFormat, key: str, path: str, index: int) -> str | Messages:
@@ -138,14 +141,15 @@ def _row_prompt(row: dict[str, Any], columns: RowFormat, key: str, path: str, in
     if not isinstance(value, list):
         return row_text(row, columns.prompts, key, path, index)
     are_messages = all(
-        isinstance(one, dict) and is_text(one.get("role")) and is_text(one.get("content")) for one in value
+        isinstance(one, dict) and all(is_text(one.get(part)) and not isinstance(one[part], Number) for part in _PARTS)
+        for one in value
     )
     if not value or not are_messages or value[-1]["role"] != "user":
         raise ValueError(
             f"{key}: row {index} of {path} has {repr(value)[:200]}, neither text nor messages, each with role "
             "and content, of which the last is the user's; write it so"
         )
-    return [{"role": one["role"], "content": one["content"]} for one in value]
+    return [{part: one[part] for part in _PARTS} for one in value]
 
 
 def _row_answer(row: dict[str, Any], source: Source, columns: RowFormat, index: int) -> str | None:
