@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,6 +18,7 @@ from megatron_apo.data.presets import RowFormat, column_key, source_format
 from megatron_apo.data.procedural import Part, rows_of_task, task_of
 from megatron_apo.data.rendering import Messages, PromptRenderer, prompt_hash
 from megatron_apo.data.rows import Number, any_of, is_text, present_column, read_rows, row_text, value_of
+from megatron_apo.telemetry.units import one_line
 
 _RENDER_ROWS = 1024  # rows tokenized in one call
 _PARTS = ("role", "content")  # of a message
@@ -87,9 +88,9 @@ def load_prompts(
     unanswered: dict[str, int] = {}
     dataset_hash = hashlib.sha256()
     while block := list(islice(rows, _RENDER_ROWS)):
-        texts = [_row_prompt(row, columns, prompt_key, path, index) for index, row in block]
+        texts = [row_prompt(row, columns, prompt_key, path, index) for index, row in block]
         answers = [_row_answer(row, source, columns, index) for index, row in block]
-        rendered = renderer.render_all(texts)
+        rendered = render_rows(renderer, texts, prompt_key, path, block[0][0])
         for (index, _), text, answer, (shown, token_ids) in zip(block, texts, answers, rendered, strict=True):
             prompt_id = _hash128(json.dumps([source.name, index, text, answer]))
             dataset_hash.update(bytes.fromhex(prompt_id))
@@ -135,7 +136,31 @@ def _rows(source: Source, part: Part) -> Iterator[dict[str, Any]]:
     return read_rows(source.path, source.key, rows.split, rows.subset, source.rows_key, used)
 
 
-def _row_prompt(row: dict[str, Any], columns: RowFormat, key: str, path: str, index: int) -> str | Messages:
+def render_rows(
+    renderer: PromptRenderer, prompts: Sequence[str | Messages], key: str, path: str, first: int = 0
+) -> list[tuple[str, tuple[int, ...]]]:
+    """`render_all` of the prompts of successive rows, of which `first` is the first's number.
+
+    Raises `ValueError` naming the row that cannot be rendered; key: the recipe's, of the column."""
+    from jinja2 import TemplateError
+
+    try:
+        return renderer.render_all(prompts)
+    except (ValueError, TemplateError):
+        for index, prompt in enumerate(prompts, first):
+            try:
+                renderer.render(prompt)
+            except TemplateError as error:
+                raise ValueError(
+                    f"{key}: the chat template refuses row {index} of {path} ({one_line(error)}); write its messages "
+                    "as the template takes them, or leave the row out"
+                ) from error
+            except ValueError as error:
+                raise ValueError(f"{error} (row {index} of {path})") from error
+        raise
+
+
+def row_prompt(row: dict[str, Any], columns: RowFormat, key: str, path: str, index: int) -> str | Messages:
     """A prompt's text, or its messages, the last of which is the user's."""
     value = value_of(row, present_column(row, columns.prompts, key, path))
     if not isinstance(value, list):

@@ -17,6 +17,8 @@ import pytest
 from megatron_apo.config import DataConfig, RecipeError, build_recipe
 from megatron_apo.data.presets import PRESETS, boxed_answer, row_format
 from megatron_apo.rewards import GradeRequest, get_reward
+from tests.chat import TEMPLATE as CHAT_TEMPLATE
+from tests.chat import build_chat_tokenizer
 from tests.prompts import load_data
 
 TEMPLATE = (
@@ -389,3 +391,31 @@ def test_warm_start_pairs_are_shown_in_the_same_way(tokenizer, tmp_path):
     shown = row_format(recipe.data).show("2+2?")
     assert [tokenizer.decode(ids) for ids in examples.prompts] == [f"<system>Count.\n<user>{shown}\n<assistant>"]
     assert [tokenizer.decode(ids[:-1]) for ids in examples.responses] == ["#### 4"]
+
+
+def test_a_warm_start_prompt_may_be_messages(tmp_path):
+    from megatron_apo.data.rendering import PromptRenderer
+    from megatron_apo.data.sft import read_examples
+
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer = build_chat_tokenizer(refuses + CHAT_TEMPLATE)
+    turns = [
+        {"role": "user", "content": "1+"},
+        {"role": "assistant", "content": "2+"},
+        {"role": "user", "content": "3"},
+    ]
+    rows = [{"prompt": turns, "response": "6"}, {"prompt": "4", "response": "4"}]
+
+    def read(rows):
+        pairs = write(tmp_path / "pairs.jsonl", rows)
+        sets = ["model.path=m", "data.train=t.jsonl", "vstar.dir=v", "warmup.start=s", f"warmup.data={pairs}"]
+        recipe = build_recipe({}, [*sets, "data.prompt_format='{prompt}+0'"])
+        return read_examples(recipe, PromptRenderer(tokenizer, recipe.data), [0])
+
+    examples = read(rows)
+    assert [tokenizer.decode(ids) for ids in examples.prompts] == ["1+2+3+0=", "4+0="]
+    with pytest.raises(ValueError) as caught:
+        read([*rows, {"prompt": [{"role": "system", "content": "1"}, *turns], "response": "6"}])
+    assert str(caught.value).startswith("data.prompt_column: the chat template refuses row 2 of ")
+    with pytest.raises(ValueError, match="^data.prompt_column: row 2 of .* neither text nor messages"):
+        read([*rows, {"prompt": turns[:2], "response": "6"}])

@@ -20,7 +20,7 @@ from megatron_apo.config import RecipeError, build_recipe
 from megatron_apo.data.arithmetic import build_tokenizer
 from megatron_apo.data.rendering import prompt_hash
 from megatron_apo.data.rows import read_rows
-from tests.chat import build_chat_tokenizer
+from tests.chat import TEMPLATE, build_chat_tokenizer
 from tests.prompts import load_data
 
 ROWS = [("1+2", "3"), ("10+20", "30"), ("1+2", "3"), ("100+200", "300")]
@@ -153,6 +153,24 @@ def test_a_prompt_may_be_messages(chat_tokenizer, tmp_path):
 def test_messages_that_are_no_prompt(chat_tokenizer, tmp_path, prompt, changes, says):
     source = write_jsonl(tmp_path / "messages.jsonl", [{"prompt": prompt, "answer": "7"}])
     assert refusal(source, chat_tokenizer, **({"template": "chat"} | changes)).startswith(says)
+
+
+def test_a_row_that_cannot_be_rendered_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_apo.data.prompts._RENDER_ROWS", 2)
+    rows = [{"prompt": "1", "answer": "7"}] * 3 + [{"prompt": messages(*MESSAGES), "answer": "7"}]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no\nsystem role') }}{% endif %}"
+    assert refusal(source, build_chat_tokenizer(refuses + TEMPLATE), template="chat") == (
+        f"data.prompt_column: the chat template refuses row 3 of {source} (no system role); "
+        "write its messages as the template takes them, or leave the row out"
+    )
+    chat = build_chat_tokenizer()
+    assert (
+        refusal(source, chat) == f"data.template: raw, but a prompt is a list of messages; use chat (row 3 of {source})"
+    )
+    assert refusal(source, chat, template="chat", system="8+") == (
+        f"data.system: '8+', but a prompt has a system message of its own; use null (row 3 of {source})"
+    )
 
 
 def test_ids_are_of_the_row_and_text_hashes_of_what_is_shown(source, tokenizer):
