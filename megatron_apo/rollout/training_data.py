@@ -38,6 +38,13 @@ class TrainingData:
                 f"vstar.filter: {recipe.vstar.filter} leaves none of {len(store)} prompts; choose another filter"
             )
         if gone := {one.name for one in recipe.sources("train")} - {prompt.source for prompt in prompts}:
+            without = store.filtered_ids("none")
+            if all(prompt.prompt_id in without for prompt in inputs.training.prompts if prompt.source == min(gone)):
+                raise ValueError(
+                    f"vstar.dir: no prompt of source {min(gone)} has a V*: {NO_VALUE}; raise "
+                    "sampling.max_response_tokens, with another vstar.dir, or leave the source out of "
+                    "data.train_sources"
+                )
             raise ValueError(
                 f"vstar.filter: {recipe.vstar.filter} leaves no prompt of source {min(gone)}; choose another filter, "
                 "or leave the source out of data.train_sources"
@@ -59,8 +66,12 @@ class TrainingData:
 
     def source_names(self, batch: RolloutBatch) -> list[str]:
         """Of each of the batch's prompts; "" where there is one source alone."""
-        names = {prompt.prompt_id: prompt.source for prompt in self.prompts}
-        return [names[prompt_id] for prompt_id in batch.prompt_ids]
+        return [self._source_of[prompt_id] for prompt_id in batch.prompt_ids]
+
+    @cached_property
+    def _source_of(self) -> dict[str, str]:
+        """Of all prompts: a replay may hold some that the filter leaves out."""
+        return {prompt.prompt_id: prompt.source for prompt in self.inputs.training.prompts}
 
     @cached_property
     def _of_source(self) -> dict[str, list[Prompt]]:

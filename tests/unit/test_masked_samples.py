@@ -160,6 +160,31 @@ def test_training_leaves_out_a_prompt_without_a_value_and_says_so(store: VStarSt
 
 
 @pytest.mark.parametrize(
+    ("of_others", "says"),
+    [
+        ([NONE], "vstar.dir: no prompt of source others has a V*: each of its responses was cut"),
+        ([NONE, 4], "vstar.filter: all_wrong leaves no prompt of source others; choose another filter"),
+    ],
+)
+def test_a_source_that_is_left_out_whole_and_why(of_others: list[int], says: str, store: VStarStore) -> None:
+    names = ["others" if number in of_others else "first" for number in range(len(DRAWN))]
+    prompts = [Prompt(prompt_id(n), "", "0" * 32, (), "", 0, name) for n, name in enumerate(names)]
+    sources = [{"name": name, "path": "t"} for name in ("first", "others")]
+    recipe = build_recipe(
+        {"model": {"path": "m"}, "data": {"train_sources": sources}, "vstar": {"dir": "v", "filter": "all_wrong"}}
+    )
+    with pytest.raises(ValueError) as caught:
+        TrainingData.of(recipe, SimpleNamespace(training=SimpleNamespace(prompts=prompts)), store)
+    assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_sources_of_recorded_prompts_that_the_filter_leaves_out(store: VStarStore) -> None:
+    data = training_data(store, "vstar.filter=all_wrong")
+    assert 4 not in [int(prompt.prompt_id, 16) for prompt in data.prompts]
+    assert data.source_names(SimpleNamespace(prompt_ids=(prompt_id(4), prompt_id(0)))) == ["", ""]
+
+
+@pytest.mark.parametrize(
     ("fingerprint", "reward", "reason"),
     [
         (MASKS, nan, "stop"),
