@@ -6,7 +6,7 @@ A reward is one object for both stages; its name, version and options are part o
     class MyReward:
         name, version = "my_reward", "1"
         def __call__(self, request: GradeRequest) -> float: ...
-        def explain(self, request: GradeRequest) -> Explanation: ...   # if it can, for `megatron-apo grade`
+        def explain(self, request: GradeRequest) -> Explanation: ...   # if it can: what it compared, for people
 
 Importing this package is light. A reward is imported where it grades, in processes of its own (`pool.py`), and once in
 each command that has to know its version.
@@ -31,7 +31,7 @@ class GradeRequest:
     finish_reason: str  # "stop" | "length"
     asks_to_think: bool = False  # data.thinking: the answer follows a closing think tag
     grader: int = 0  # which of the pool's, where sources have graders of their own
-    is_explained: bool = False  # the grade is to say what was compared, if the reward can
+    is_explained: bool = False  # what was compared is to be told in place of a grade, if the reward can
 
 
 @dataclass(frozen=True)

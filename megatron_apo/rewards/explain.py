@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_apo.config import RewardConfig
+from megatron_apo.config import GraderConfig, RewardConfig
 from megatron_apo.rewards import GradeRequest
 from megatron_apo.rewards.pool import Grade, RewardPool
 
@@ -21,11 +21,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """reward: None where there is none, as `why` says. reference, answer: what was compared, where that is told."""
+    """reward: None where there is none, as `why` says. reference, answer: what was compared; answer is None where that
+    is not told."""
 
     reward: float | None
     reference: str = ""
-    answer: str = ""
+    answer: str | None = None
     why: str = ""
 
     @property
@@ -35,18 +36,20 @@ class Verdict:
         return {1.0: "right", 0.0: "wrong"}.get(self.reward, f"{self.reward:g}")
 
 
-def verdicts(config: RewardConfig, rows: Sequence[Row]) -> list[Verdict]:
-    """Graded and explained in processes of their own, under the config's limits."""
-    with RewardPool(config) as pool:
-        grades = pool.grade([replace(row.request, grader=0, is_explained=True) for row in rows])
+def verdicts(config: RewardConfig, rows: Sequence[Row], graders: Sequence[GraderConfig] | None = None) -> list[Verdict]:
+    """Graded and explained in processes of their own, under the config's limits. graders: what the requests' own count;
+    none: the config's reward grades all."""
+    requests = [row.request if graders else replace(row.request, grader=0) for row in rows]
+    with RewardPool(config, graders) as pool:
+        grades = pool.explain(requests, pool.grade(requests))
     return [_verdict(row.request, grade) for row, grade in zip(rows, grades, strict=True)]
 
 
 def _verdict(request: GradeRequest, grade: Grade) -> Verdict:
     if grade.failure:
-        return Verdict(None, request.answer, "", grade.failure)
+        return Verdict(None, request.answer, None, grade.failure)
     if grade.explanation is None:
-        return Verdict(grade.reward)
+        return Verdict(grade.reward, why=grade.unexplained)
     return Verdict(grade.reward, grade.explanation.reference, grade.explanation.answer, grade.explanation.why)
 
 

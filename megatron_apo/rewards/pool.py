@@ -24,7 +24,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 
 from megatron_apo.config import GraderConfig, RewardConfig
@@ -46,12 +46,14 @@ class Grade:
     """reward: the grader's, or the recipe's failure reward where there is a failure; NaN for a masked response.
 
     failure: None; of the response, which no grader sees then: "unfinished thinking", or "truncated" by the recipe's
-    rule; of the grader: "timeout", "died" or "error: ...". explanation: of a request that `is_explained`.
+    rule; of the grader: "timeout", "died" or "error: ...". explanation: what was compared, where that was asked for and
+    the reward can tell; unexplained: why not, where it failed to.
     """
 
     reward: float
     failure: str | None = None
     explanation: Explanation | None = None
+    unexplained: str = ""
 
     @property
     def is_graders_failure(self) -> bool:
@@ -192,7 +194,7 @@ class InlineRewardPool:
         worker.deadline = math.inf
         if isinstance(message, Graded):
             for sample, answer in zip(worker.batch, message.answers, strict=True):
-                sample.grade.set_result(self._grade_of(answer))
+                sample.grade.set_result(self._grade_of(sample.request, answer))
             worker.batch = []
             is_short = message.seconds < _BATCH_S
             worker.most = min(2 * worker.most, _LARGEST_BATCH) if is_short else max(worker.most // 2, 1)
@@ -202,9 +204,9 @@ class InlineRewardPool:
             assert isinstance(message, Refused)
             raise _StartError(message.reason)
 
-    def _grade_of(self, answer: Answer) -> Grade:
+    def _grade_of(self, request: GradeRequest, answer: Answer) -> Grade:
         if answer.error is not None:
-            return self._failed(f"error: {answer.error}")
+            return self._failed(request, f"error: {answer.error}")
         return Grade(answer.reward, explanation=answer.explanation)
 
     def _replace(self, worker: _Worker, failure: str) -> None:
@@ -223,11 +225,13 @@ class InlineRewardPool:
             sample.num_deaths += failure == "died"
             if index == worker.late if failure == "timeout" else sample.num_deaths > 1:
                 worker.batch.pop(index)
-                sample.grade.set_result(self._failed(failure))
+                sample.grade.set_result(self._failed(sample.request, failure))
         self._queue.extendleft(reversed(worker.batch))
         self._workers[self._workers.index(worker)] = _Worker(self._spec)
 
-    def _failed(self, failure: str) -> Grade:
+    def _failed(self, request: GradeRequest, failure: str) -> Grade:
+        if request.is_explained:  # no grade is lost by it
+            return Grade(math.nan, unexplained=f"explain: {failure.removeprefix('error: ')}")
         self.failures[failure.partition(":")[0]] += 1
         return Grade(self._config.failure_reward, failure)
 
@@ -265,6 +269,16 @@ class RewardPool(AbstractContextManager["RewardPool"]):
         grades = [self._pool.submit(request) for request in requests]
         self._wake()
         return [grade.result() for grade in grades]
+
+    def explain(self, requests: Sequence[GradeRequest], grades: Sequence[Grade]) -> list[Grade]:
+        """The same grades with what their graders compared. It is asked for afterwards, under a time limit of its own,
+        so that no grade is changed or lost by it, and not where there is a failure."""
+        places = [place for place, grade in enumerate(grades) if grade.failure is None]
+        explained = list(grades)
+        told = self.grade([replace(requests[place], is_explained=True) for place in places])
+        for place, one in zip(places, told, strict=True):
+            explained[place] = replace(grades[place], explanation=one.explanation, unexplained=one.unexplained)
+        return explained
 
     def close(self) -> None:
         """Kill the workers. Grades still awaited raise `RuntimeError`."""

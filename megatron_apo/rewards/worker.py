@@ -50,7 +50,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Answer:
-    """One request graded; `error` says why there is no reward. explanation: where it is asked for and can be given."""
+    """One request graded, or explained in place of it if the reward can; `error` says why not."""
 
     reward: float
     error: str | None = None
@@ -118,7 +118,7 @@ def _serve(channel: Connection, progress: Progress) -> None:
         answers = []
         for index, request in enumerate(requests):
             progress.begin(index)
-            answers.append(_grade(rewards[request.grader], request))
+            answers.append((_explain if request.is_explained else _grade)(rewards[request.grader], request))
         channel.send(Graded(answers, time.monotonic() - start))
 
 
@@ -131,16 +131,25 @@ def _grade(reward: Reward, request: GradeRequest) -> Answer:
         return Answer(math.nan, f"returned a {type(value).__name__}, not a number")
     if not math.isfinite(value):
         return Answer(math.nan, f"returned {float(value)}")
-    return Answer(float(value), explanation=_explanation(reward, request))
+    return Answer(float(value))
 
 
-def _explanation(reward: Reward, request: GradeRequest) -> Explanation | None:
-    if not (request.is_explained and isinstance(reward, Explains)):
-        return None
+def _explain(reward: Reward, request: GradeRequest) -> Answer:
+    """Made anew of what a user's code gave, so that the pool can read it and anyone write it into a file."""
+    if not isinstance(reward, Explains):
+        return Answer(math.nan)
     try:
-        return reward.explain(request)
+        found = reward.explain(request)
+        if not isinstance(found, Explanation):
+            return Answer(math.nan, f"returned a {type(found).__name__}, not an Explanation")
+        told = {"reference": found.reference, "answer": found.answer, "why": found.why}
+        for name, text in told.items():
+            if not isinstance(text, str):
+                return Answer(math.nan, f"returned an Explanation whose {name} is no str")
+        texts = {name: text.encode(errors="replace").decode() for name, text in told.items()}
+        return Answer(math.nan, explanation=Explanation(float(found.reward), **texts))
     except (Exception, SystemExit) as error:
-        return Explanation(math.nan, "", "", f"explain: {describe(error)}")
+        return Answer(math.nan, describe(error))
 
 
 if __name__ == "__main__":

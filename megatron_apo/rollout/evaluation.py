@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +49,10 @@ def evaluated_prompts(recipe: Recipe, sampling: GradedSampling) -> list[Evaluate
     num_prompts = len(sampling.prompts) // (k + 1)
     mean_P = sampling.reward_B[: k * num_prompts].reshape(num_prompts, k).mean(axis=1)
     found = []
-    for prompt, mean, index in zip(sampling.prompts[k * num_prompts :], mean_P, count(k * num_prompts), strict=False):
-        grade, request = sampling.grade(index), sampling.request(index)
-        seen = grade.explanation
+    for prompt, mean, (request, grade) in zip(
+        sampling.prompts[k * num_prompts :], mean_P, sampling.explained(), strict=True
+    ):
+        seen, untold = grade.explanation, grade.failure or grade.unexplained
         found.append(
             EvaluatedPrompt(
                 prompt.prompt_id,
@@ -63,7 +63,7 @@ def evaluated_prompts(recipe: Recipe, sampling: GradedSampling) -> list[Evaluate
                 request.response,
                 request.finish_reason,
                 grade.reward,
-                *((seen.reference, seen.answer, seen.why) if seen else ("", "", grade.failure or "")),
+                *((seen.reference, seen.answer, seen.why) if seen else ("", None, untold)),
             )
         )
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +35,10 @@ class GradedSampling:
         masks: bool = False,
         explained: int = 0,
     ):
-        """explained: of how many, the last, the grades are to say what was compared."""
+        """explained: of how many, the last, `explained` tells what was compared."""
         self.prompts = prompts
         self._first_explained = len(prompts) - explained
-        self._explained: dict[int, GradeRequest] = {}
+        self._requests: dict[int, GradeRequest] = {}  # of these
         self.queue = RequestQueue(bodies)
         self._inputs = inputs
         self._pool = pool
@@ -60,9 +59,11 @@ class GradedSampling:
     def reward_B(self) -> NDArray[np.float64]:
         return np.array([self.grade(index).reward for index in range(len(self.prompts))], dtype=np.float64)
 
-    def request(self, index: int) -> GradeRequest:
-        """A response as the grader saw it, of those that are explained."""
-        return self._explained[index]
+    def explained(self) -> list[tuple[GradeRequest, Grade]]:
+        """Responses as the grader saw them, and their grades with what was compared."""
+        places = sorted(self._requests)
+        requests = [self._requests[place] for place in places]
+        return list(zip(requests, self._pool.explain(requests, [self.grade(place) for place in places]), strict=True))
 
     def grade(self, index: int) -> Grade:
         return self._grading[index].result()
@@ -70,7 +71,7 @@ class GradedSampling:
     def _grade(self, index: int, completion: Completion) -> None:
         request = self._inputs.grade_request(self.prompts[index], completion.token_ids, completion.finish_reason)
         if index >= self._first_explained:
-            request = self._explained[index] = replace(request, is_explained=True)
+            self._requests[index] = request
         self._grading[index] = self._pool.submit(request, masks=self._masks)
 
 

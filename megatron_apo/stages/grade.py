@@ -90,8 +90,8 @@ def run(configs: Sequence[RewardConfig], rows: Iterable[Row], show: int, shows_a
 def _line(verdict: Verdict) -> str:
     if verdict.reward is None:
         return f"failed: {verdict.why} (reference {verdict.reference[:_SHOWN]})"
-    if not verdict.why:
-        return verdict.word
+    if verdict.answer is None:
+        return f"{verdict.word} ({verdict.why})" if verdict.why else verdict.word
     answer, reference = (text[:_SHOWN] or "nothing" for text in (verdict.answer, verdict.reference))
     return f"{verdict.word}: {answer} against {reference} ({verdict.why})"
 

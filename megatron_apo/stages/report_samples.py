@@ -44,11 +44,13 @@ def _group(title: str, pairs: list[tuple[EvaluatedPrompt, EvaluatedPrompt]], fir
 
 def _response(when: str, one: EvaluatedPrompt) -> str:
     cut = ", cut at the length cap" if one.finish_reason == "length" else ""
-    seen = f"saw {_code(one.seen)}" if one.seen else "saw no answer"
-    reason = f" ({escape(one.reason)})" if one.reason else ""
+    seen = f"the grader saw {_code(one.seen)}" if one.seen else "the grader saw no answer"
+    why = f" ({escape(one.reason)})" if one.reason else ""
+    score = f"reward {one.reward:g}"
+    graded = f"{score}{why}" if one.seen is None else f"{seen}{why}: {score}"
     return (
         f"<dd><b>{when}, greedy{cut}</b>: {_text(one.response)}"
-        f"<small>the grader {seen}{reason}: reward {one.reward:g}; mean of the samples {one.mean:.2f}</small></dd>"
+        f"<small>{graded}; mean of the samples {one.mean:.2f}</small></dd>"
     )
 
 

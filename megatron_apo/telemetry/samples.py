@@ -16,7 +16,8 @@ _NAME = re.compile(r"step-(\d{6,})\.jsonl")
 @dataclass(frozen=True)
 class EvaluatedPrompt:
     """A held-out prompt and its greedy response. mean: of the k samples' rewards. reference, seen: what the grader
-    compared, of the reference and of the response; reason: how, or why not."""
+    compared, of the reference and of the response; seen is empty where nothing was found there, and None where the
+    grader does not tell. reason: how they were compared, or why not."""
 
     prompt_id: str
     source: str
@@ -27,7 +28,7 @@ class EvaluatedPrompt:
     finish_reason: str
     reward: float
     reference: str = ""
-    seen: str = ""
+    seen: str | None = None
     reason: str = ""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_apo.config import RewardConfig
-from megatron_apo.rewards import GradeRequest, Reward, get_reward, register_reward, reward_target
+from megatron_apo.rewards import Explanation, GradeRequest, Reward, get_reward, register_reward, reward_target
 from megatron_apo.rewards.pool import Grade, InlineRewardPool, RewardPool
 from megatron_apo.rewards.text import thinking_is_unfinished
 
@@ -58,6 +58,30 @@ class Misbehaving:
             return float(bool({"RANK", "WORLD_SIZE", "MEGATRON_APO_SECRET"} & set(os.environ)))
         returns = {"nan": float("nan"), "inf": float("inf"), "text": "1.0", "none": None, "true": True}
         return returns[what] if what in returns else self.scale * float(what)
+
+
+class Explaining:
+    # Its grade takes most of the limit, and what it explains is as its response says.
+    name, version = "explaining", "1"
+
+    def __call__(self, request):
+        time.sleep(0.6)
+        return 1.0
+
+    def explain(self, request):
+        from megatron_apo.rewards import Explanation
+
+        what, good = request.response, Explanation(self(request), "1", "one", "numbers")
+        if what == "hang":
+            time.sleep(3600)
+        if what == "die":
+            os._exit(1)
+        if what == "throw":
+            raise KeyError(what)
+        class Own(Explanation):
+            pass
+        returns = {"none": None, "number": Explanation(1.0, "1", 1, ""), "own": Own(1.0, "\\ud800", "one", "mine")}
+        return returns.get(what, good)
 
 
 class Nameless:
@@ -416,6 +440,33 @@ def test_exactly_the_guilty_samples_fail_and_are_counted(misbehaving, kind):
         found = grades.pop(what)
         assert found.reward == -9.0 and found.failure.startswith(failure) and "\n" not in found.failure, (what, found)
     assert grades == {text: Grade(2.0 * float(text)) for text in grades}
+
+
+UNEXPLAINED = {
+    "hang": "explain: timeout",
+    "die": "explain: died",
+    "throw": "explain: KeyError: 'throw'",
+    "none": "explain: returned a NoneType, not an Explanation",
+    "number": "explain: returned an Explanation whose answer is no str",
+}
+
+
+def test_what_a_grader_explains_changes_no_grade(misbehaving):
+    requests = [request(what) for what in ("good", *UNEXPLAINED, "own")]
+    with RewardPool(misbehaving(name="misbehaving:Explaining", workers=4)) as pool:
+        grades = pool.grade(requests)
+        assert grades == [Grade(1.0)] * len(requests)
+        good, *failed, own = pool.explain(requests, grades)
+        assert not pool.failures
+        assert pool.explain([request("good")], [Grade(-9.0, "timeout")]) == [Grade(-9.0, "timeout")]
+    assert good == Grade(1.0, explanation=Explanation(1.0, "1", "one", "numbers"))
+    assert failed == [Grade(1.0, unexplained=why) for why in UNEXPLAINED.values()]
+    assert own == Grade(1.0, explanation=Explanation(1.0, "?", "one", "mine"))
+
+
+def test_a_reward_that_explains_nothing(misbehaving):
+    with RewardPool(misbehaving()) as pool:
+        assert pool.explain([request("1")], [Grade(1.0)]) == [Grade(1.0)]
 
 
 def test_a_pool_turned_late_fails_nobody_for_it(misbehaving):

@@ -21,6 +21,7 @@ from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.weight_sync import SyncError
+from megatron_apo.telemetry.samples import read_samples
 from tests.engines import GENERATE, LIMIT_S, Server
 from tests.unit.test_rollout_sharing import log_probs, one_rank
 from tests.weights import TensorSource
@@ -257,7 +258,36 @@ def test_an_evaluation_is_of_all_engines(start: Callable[..., tuple[Rollouts, Jo
         rollouts.sync(0)
         found = rollouts.evaluate(0)
         assert (found.num_prompts, found.samples_per_prompt, job.graded) == (4, 2, 12)
+        written = read_samples(rollouts._recipe.run.dir)[0]
+        assert [(one.reward, one.seen, one.reason) for one in written] == [(found.greedy, None, "")] * 4
         assert [len(server.answered) for server in job.servers] == [6, 6]
         job.servers[0].faults[GENERATE] = "die"
         assert rollouts.evaluate(1) == found
         assert job.graded == 24
+
+
+HANGS = """
+import time
+
+class Hangs:
+    name, version = "hangs", "1"
+    def __call__(self, request):
+        return 1.0
+    def explain(self, request):
+        time.sleep(3600)
+"""
+
+
+def test_an_evaluation_keeps_grades_that_cannot_be_explained(
+    start: Callable[..., tuple[Rollouts, Job]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hangs.py").write_text(HANGS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rollouts, _ = start(1, "eval.samples=1", "reward.name=hangs:Hangs", "reward.time_limit_s=0.5")
+    rollouts.inputs.evaluation.prompts.extend(PROMPTS[:2])
+    with rollouts:
+        rollouts.sync(0)
+        found = rollouts.evaluate(0)
+        assert (found.mean, found.greedy, rollouts.grader_failures) == (1.0, 1.0, {})
+    written = read_samples(rollouts._recipe.run.dir)[0]
+    assert [(one.reward, one.seen, one.reason) for one in written] == [(1.0, None, "explain: timeout")] * 2

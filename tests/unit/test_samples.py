@@ -11,7 +11,7 @@ from megatron_apo.stages.report_samples import samples_section
 from megatron_apo.telemetry.samples import EvaluatedPrompt, read_samples, write_samples
 
 
-def evaluated(index: int, mean: float, response: str = "7", **changes: str) -> EvaluatedPrompt:
+def evaluated(index: int, mean: float, response: str = "7", **changes: str | None) -> EvaluatedPrompt:
     texts = {"finish_reason": "stop", "reference": f"ref{index}", "seen": "seven", "reason": "numbers"} | changes
     return EvaluatedPrompt(f"{index:032x}", "", f"prompt {index}", "answer", mean, response, reward=mean, **texts)
 
@@ -49,13 +49,15 @@ def test_of_one_evaluation_what_scored_most_and_least(tmp_path: Path) -> None:
     [
         ({}, "the grader saw <code>seven</code> (numbers): reward 0.5; mean of the samples 0.50"),
         ({"seen": "", "reason": "no number"}, "the grader saw no answer (no number)"),
+        ({"seen": None, "reason": ""}, "<small>reward 0.5; mean of the samples 0.50"),
+        ({"seen": None, "reason": "timeout"}, "<small>reward 0.5 (timeout); mean of the samples 0.50"),
         ({"finish_reason": "length"}, "<b>step 0, greedy, cut at the length cap</b>"),
         ({"response": "<script>&"}, "<pre>&lt;script&gt;&amp;</pre>"),
         ({"response": "x" * 5000}, f"<pre>{'x' * 1200} [...]</pre>"),
         ({"reference": ""}, "reference <code>answer</code>"),
     ],
 )
-def test_what_is_said_of_a_response(changes: dict[str, str], shown: str, tmp_path: Path) -> None:
+def test_what_is_said_of_a_response(changes: dict[str, str | None], shown: str, tmp_path: Path) -> None:
     write_samples(tmp_path, 0, [evaluated(0, 0.5, **changes)])
     assert shown in samples_section(tmp_path)
 
