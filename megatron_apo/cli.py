@@ -353,8 +353,12 @@ def _check_worker(worker: int, workers: int) -> None:
 @app.command()
 def grade(
     reward: Annotated[
-        list[str], typer.Option(help="name of a reward, or my_module:MyReward; twice: where do two disagree?")
-    ],
+        list[str] | None,
+        typer.Option(
+            help="name of a reward, or my_module:MyReward; twice: where do two disagree? With --store, default: those "
+            "of the recipe's sources"
+        ),
+    ] = None,
     file: Annotated[
         str | None, typer.Option(help=".jsonl or .parquet with the columns response and answer, and perhaps prompt")
     ] = None,
@@ -378,34 +382,38 @@ def grade(
 
     from megatron_apo.config import RewardConfig
 
-    if len(reward) > 2:
-        raise typer.BadParameter(f"{len(reward)} rewards; give one, or two to compare", param_hint="--reward")
+    names = reward or []
+    if len(names) > 2:
+        raise typer.BadParameter(f"{len(names)} rewards; give one, or two to compare", param_hint="--reward")
     if (file is None) == (store is None):
         raise typer.BadParameter("give one of them", param_hint="--file, --store")
     if store is not None and recipe is None:
         raise typer.BadParameter("its prompts' answers are a recipe's; give --recipe as well", param_hint="--store")
+    if store is None and not names:
+        raise typer.BadParameter("a file's rows have none of their own; give one", param_hint="--reward")
     try:
         given = [json.loads(text) for text in options or []]
     except ValueError as error:
         raise typer.BadParameter(f"{error}; give JSON, as '{{\"strict\": false}}'", param_hint="--options") from None
-    if given and (len(given) != len(reward) or not all(isinstance(one, dict) for one in given)):
+    if given and (len(given) != len(names) or not all(isinstance(one, dict) for one in given)):
         raise typer.BadParameter(
-            f"{len(given)} for {len(reward)} rewards; give a JSON object for each", param_hint="--options"
+            f"{len(given)} for {len(names)} rewards; give a JSON object for each", param_hint="--options"
         )
     if overrides and recipe is None:
         raise typer.BadParameter("they are a recipe's; give --recipe as well", param_hint="SECTION.KEY=VALUE")
     loaded = _load(recipe, overrides) if recipe else None
-    base = loaded.reward if loaded else RewardConfig()
-    own = given or [base.options if name == base.name else {} for name in reward]
-    configs = [base.model_copy(update={"name": name, "options": its}) for name, its in zip(reward, own, strict=True)]
+    limits = loaded.reward if loaded else RewardConfig()
     with not_collected():
         from megatron_apo.stages import grade as stage
 
-    if loaded is not None and store is not None:
-        rows = stage.rows_of_store(store, loaded)
-    else:
-        rows = stage.rows_of_file(file or "")
-    stage.run(configs, rows, show, shows_all, as_json)
+    judges = [stage.Judge.of(name, its, loaded) for name, its in zip(names, given or [None] * len(names), strict=True)]
+    if loaded is None or store is None:
+        stage.run(judges, limits, stage.rows_of_file(file or ""), show, shows_all, as_json)
+        return
+    rows, num_left_out = list(stage.rows_of_store(store, loaded)), 0
+    if names:
+        rows, num_left_out = stage.of_rewards(rows, names, loaded)
+    stage.run(judges or [stage.Judge.of_recipe(loaded)], limits, rows, show, shows_all, as_json, num_left_out)
 
 
 @app.command("run-job", hidden=True)

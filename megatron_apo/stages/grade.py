@@ -9,14 +9,16 @@ With two rewards, how often they agree, and the rows where they do not.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
-from megatron_apo.config import Recipe, RewardConfig
+from megatron_apo.config import GraderConfig, Recipe, RewardConfig
 from megatron_apo.data.rows import read_rows, row_text
 from megatron_apo.rewards import GradeRequest
 from megatron_apo.rewards.explain import Row, Verdict, cross_table, verdicts
@@ -57,16 +59,57 @@ def rows_of_store(folder: Path, recipe: Recipe) -> Iterator[Row]:
                     yield Row(f"{prompt_id} sample {sample}", request)
 
 
-def run(configs: Sequence[RewardConfig], rows: Iterable[Row], show: int, shows_all: bool, as_json: bool) -> None:
-    """configs: of one reward or two. show: rows to print at most: those that are not right, or in which two disagree;
-    shows_all: any. Raises `ValueError` where there are none."""
+@dataclass(frozen=True)
+class Judge:
+    """A reward, or those of a recipe's sources. graders: by `GradeRequest.grader`."""
+
+    name: str
+    graders: list[GraderConfig]
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> Judge:
+        """Each source's own."""
+        trained = [source.grader.name for source in recipe.sources("train")]
+        return cls(", ".join(dict.fromkeys(trained)), recipe.graders)
+
+    @classmethod
+    def of(cls, name: str, options: dict[str, Any] | None, recipe: Recipe | None) -> Judge:
+        """With these options; none: those that a row's source has for it, or else another source, or the recipe."""
+        others = [*recipe.graders, recipe.reward] if recipe else []
+        known = [one.options for one in others if one.name == name]
+        default = GraderConfig(name=name, options=(known or [{}])[0] if options is None else options)
+        own = recipe.graders if recipe else [default]
+        return cls(name, [one if options is None and one.name == name else default for one in own])
+
+
+def of_rewards(rows: Iterable[Row], names: Sequence[str], recipe: Recipe) -> tuple[list[Row], int]:
+    """The rows of sources that have one of these rewards, or all rows where none has; and how many are left out."""
+    listed, graders = list(rows), recipe.graders
+    own = [row for row in listed if graders[row.request.grader].name in names] or listed
+    return own, len(listed) - len(own)
+
+
+def run(
+    judges: Sequence[Judge],
+    limits: RewardConfig,
+    rows: Iterable[Row],
+    show: int,
+    shows_all: bool,
+    as_json: bool,
+    num_left_out: int = 0,
+) -> None:
+    """judges: one or two. show: rows to print at most: those that are not right, or in which two disagree; shows_all:
+    any. Raises `ValueError` where there are none."""
     listed = list(rows)
     if not listed:
         raise ValueError("--file, --store: no rows; give some")
-    names = [config.name for config in configs]
+    if num_left_out:
+        told = f"left out: {num_left_out} samples of sources with other rewards; without --reward each has its own"
+        print(told, file=sys.stderr if as_json else sys.stdout)
+    names = [judge.name for judge in judges]
     if len(set(names)) < len(names):
-        names = [f"{config.name} {json.dumps(config.options)}" for config in configs]
-    found = [verdicts(config, listed) for config in configs]
+        names = [f"{one.name} {json.dumps(one.graders[0].options)}" for one in judges]
+    found = [verdicts(limits, listed, judge.graders) for judge in judges]
     if as_json:
         for place, row in enumerate(listed):
             told = {name: asdict(verdict[place]) for name, verdict in zip(names, found, strict=True)}
@@ -75,7 +118,7 @@ def run(configs: Sequence[RewardConfig], rows: Iterable[Row], show: int, shows_a
     for name, verdict in zip(names, found, strict=True):
         counts = Counter(one.word for one in verdict)
         print(f"reward {name}: {', '.join(f'{counts[word]} {word}' for word in counts)} of {len(listed)}")
-    if len(configs) == 2:
+    if len(judges) == 2:
         _print_table(names, cross_table(*found))
     words = [[one.word for one in row] for row in zip(*found, strict=True)]
     wanted = (shows_all or (len(set(row)) > 1 if len(row) > 1 else row != ["right"]) for row in words)
