@@ -97,9 +97,14 @@ def get_reward(name: str, options: Mapping[str, Any]) -> Reward:
             f"reward.name: cannot load {target} ({describe(error)}); is it importable from here?"
         ) from error
     try:
-        inspect.signature(factory).bind(**options)
+        signature = inspect.signature(factory)
+        signature.bind(**options)
     except TypeError as error:
         raise ValueError(f"reward.options: {dict(options)!r} do not fit {target} ({error})") from error
+    for option, value in options.items():
+        known = signature.parameters.get(option)
+        if known and known.annotation in (bool, "bool") and not isinstance(value, bool):
+            raise ValueError(f"reward.options.{option}: {value!r} is not allowed; use true or false")
     try:
         reward = factory(**options)
     except Exception as error:

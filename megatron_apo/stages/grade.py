@@ -31,7 +31,7 @@ _SHOWN = 120  # characters of an answer
 
 def rows_of_file(source: str) -> Iterator[Row]:
     """Rows with a response and a reference answer. Raises `ValueError`, which names --file."""
-    for index, row in enumerate(read_rows(source, "--file")):
+    for index, row in enumerate(read_rows(source, "--file", columns=[*RESPONSE, *ANSWER, "prompt"])):
         response = row_text(row, RESPONSE, "--file", source, index)
         answer = row_text(row, ANSWER, "--file", source, index)
         yield Row(f"row {index}", GradeRequest(str(row.get("prompt", "")), response, answer, "stop"))

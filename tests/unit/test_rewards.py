@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -333,6 +334,14 @@ def test_every_registered_reward_has_an_identity():
     for name in ("arithmetic", "gsm8k", "math"):
         reward = get_reward(name, {})
         assert isinstance(reward, Reward) and reward.name == name and reward.version
+
+
+@pytest.mark.parametrize("value", ["no", 1, None, "false"])
+def test_a_switch_of_a_reward_is_true_or_false(value):
+    message = re.escape(f"reward.options.strict: {value!r} is not allowed; use true or false")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        get_reward("gsm8k", {"strict": value})
+    assert get_reward("gsm8k", {"strict": False}).strict is False
 
 
 def test_names_that_are_no_rewards():
