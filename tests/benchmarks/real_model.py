@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from megatron_apo.telemetry.metrics import read_metrics
 from megatron_apo.telemetry.plots import smooth
 
-PHASES = ("generate", "reference", "forward_backward", "optimizer", "sync")
+PHASES = ("generate", "reference", "train", "optimizer", "sync")
 RATES = ("tokens_per_s/generate", "tokens_per_s/train")
 SETTLED = 2  # first steps, which warm up
 
