@@ -320,6 +320,16 @@ class GraderConfig(Section):
 _SOURCE = f"a .jsonl or .parquet file, a hub dataset's name, or {TASK}TASK"
 
 
+class _LooksFor(NamedTuple):
+    """The form of an answer that a reward looks for, unless its option `unless_off` is false."""
+
+    form: str
+    unless_off: str
+
+
+_LOOKS_FOR = {"gsm8k": _LooksFor("a number after ####", "strict"), "math": _LooksFor("\\boxed{}", "boxed")}
+
+
 class SourceConfig(RowsConfig):
     """One of several sources of prompts."""
 
@@ -358,9 +368,14 @@ class Source(NamedTuple):
     grader: GraderConfig
 
     @property
-    def is_task(self) -> bool:
-        """Of reasoning-gym; else a file, or a dataset of the hub."""
-        return self.path.startswith(TASK)
+    def task(self) -> str | None:
+        """ "chain_sum" of reasoning-gym:chain_sum, None of a file or a dataset of the hub."""
+        return self.path.removeprefix(TASK) if self.path.startswith(TASK) else None
+
+    @property
+    def plain_grader(self) -> GraderConfig:
+        """Name and options alone, where the grader is the recipe's reward."""
+        return GraderConfig(name=self.grader.name, options=self.grader.options)
 
     @property
     def max_prompts_key(self) -> str:
@@ -1095,32 +1110,30 @@ class Recipe(Section):
         """Those of all sources, each once."""
         found: list[GraderConfig] = []
         for source in [*self.sources("train"), *self.sources("eval")]:
-            one = GraderConfig(name=source.grader.name, options=source.grader.options)
-            found += [] if one in found else [one]
+            found += [] if source.plain_grader in found else [source.plain_grader]
         return found
 
     def _asking_problems(self) -> list[str]:
         """A preset that asks for an answer in a form that the reward does not look for."""
         asks = {"gsm8k": "gsm8k", "math": "math", "aime": "math", "openr1": "math", "deepscaler": "math"}
-        forms, found = {"gsm8k": "a number after ####", "math": "\\boxed{}"}, []
-        sources = [*self.sources("train"), *self.sources("eval")]
+        sources, found = [*self.sources("train"), *self.sources("eval")], []
         for source in sources:
             rows, reward, key = source.rows, source.grader.name, source.rows_key
             own = "reward.name" if source.grader is self.reward else f"{key}.reward.name"
             fitting = asks.get(rows.preset or "")
             if fitting and rows.prompt_format is None and reward != fitting and reward in asks.values():
                 found.append(
-                    f"{own}: {reward} looks for {forms[reward]}, and {key}.preset={rows.preset} asks for "
-                    f"{forms[fitting]}; use {own}={fitting}, or a {key}.prompt_format of your own"
+                    f"{own}: {reward} looks for {_LOOKS_FOR[reward].form}, and {key}.preset={rows.preset} asks for "
+                    f"{_LOOKS_FOR[fitting].form}; use {own}={fitting}, or a {key}.prompt_format of your own"
                 )
-            if reward == "reasoning-gym" and not source.is_task:
+            if reward == "reasoning-gym" and source.task is None:
                 found.append(
                     f"{own}: reasoning-gym grades entries of its own tasks, and {source.key} is {source.path}; use "
                     "another reward, or reasoning-gym:TASK"
                 )
-            if source.is_task:
+            if source.task is not None:
                 found += self._task_problems(source, own)
-            elif rows.options and not any(other.is_task and other.rows is rows for other in sources):
+            elif rows.options and not any(other.task is not None and other.rows is rows for other in sources):
                 found.append(f"{key}.options: {rows.options} are for reasoning-gym:TASK; leave them out")
         return list(dict.fromkeys(found))
 
@@ -1137,10 +1150,10 @@ class Recipe(Section):
                 f"{source.max_prompts_key}: missing, and {source.path} never ends; say how many prompts of it are "
                 "wanted"
             )
-        looks_for = {"gsm8k": ("strict", "a number after ####"), "math": ("boxed", "\\boxed{}")}.get(reward.name)
-        if looks_for and reward.options.get(looks_for[0], True) and rows.prompt_format is None:
+        looks_for = _LOOKS_FOR.get(reward.name)
+        if looks_for and reward.options.get(looks_for.unless_off, True) and rows.prompt_format is None:
             found.append(
-                f"{reward_key}: {reward.name} looks for {looks_for[1]}, for which {source.path} does not ask; give a "
+                f"{reward_key}: {reward.name} looks for {looks_for.form}, for which {source.path} does not ask; give a "
                 f"{key}.prompt_format that does, or use reward reasoning-gym"
             )
         return found

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_apo.config import Recipe, RowsConfig, Source
-from megatron_apo.data.procedural import ANSWER, ENTRY, QUESTION, task_of
+from megatron_apo.data.procedural import ANSWER, ENTRY, QUESTION
 from megatron_apo.rewards.procedural import ASKS
 from megatron_apo.rewards.text import boxed_answer
 
@@ -63,7 +63,7 @@ def row_format(rows: RowsConfig, base: RowFormat | None = None) -> RowFormat:
 
 def source_format(source: Source) -> RowFormat:
     """Of a source's rows. Those of a task have what its own verifier compares, and ask for what it looks for."""
-    if not task_of(source.path):
+    if source.task is None:
         return row_format(source.rows)
     if source.grader.name != "reasoning-gym":
         return row_format(source.rows, TASK_ROWS)

@@ -20,11 +20,6 @@ _MOST_DRAWN, _MORE = 64, 2048  # entries for each row that is asked for, and for
 QUESTION, ANSWER, ENTRY = "prompt", "answer", "entry"  # columns; an answer is text, or null where there are several
 
 
-def task_of(path: str) -> str | None:
-    """ "chain_sum" for reasoning-gym:chain_sum, None for a file or a dataset of the hub."""
-    return path.removeprefix(TASK) if path.startswith(TASK) else None
-
-
 def rows_of_task(
     name: str, options: Mapping[str, Any], part: Part, count: int, key: str, options_key: str
 ) -> Iterator[dict[str, Any]]:

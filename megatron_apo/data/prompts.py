@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from megatron_apo.config import GraderConfig, Recipe, Source
+from megatron_apo.config import Recipe, Source
 from megatron_apo.data.presets import RowFormat, column_key, source_format
-from megatron_apo.data.procedural import Part, rows_of_task, task_of
+from megatron_apo.data.procedural import Part, rows_of_task
 from megatron_apo.data.rendering import Messages, PromptRenderer, prompt_hash
 from megatron_apo.data.rows import Number, any_of, is_text, present_column, read_rows, row_text, value_of
 from megatron_apo.telemetry.units import one_line
@@ -56,7 +56,7 @@ def load_part(recipe: Recipe, part: Part, renderer: PromptRenderer) -> LoadedPro
             part,
             renderer.of_format(source_format(source)),
             recipe.data.max_prompt_tokens,
-            graders.index(GraderConfig(name=source.grader.name, options=source.grader.options)),
+            graders.index(source.plain_grader),
         )
         for source in sources
     ]
@@ -81,8 +81,9 @@ def load_prompts(
     many prompts were left out.
     """
     key, path = source.key, source.path
-    rows = enumerate(islice(_rows(source, part), source.max_prompts))
-    columns, prompt_key = source_format(source), column_key(source.rows, source.rows_key, "prompt_column")
+    columns = source_format(source)
+    rows = enumerate(islice(_rows(source, part, columns), source.max_prompts))
+    prompt_key = column_key(source.rows, source.rows_key, "prompt_column")
     prompts: list[Prompt] = []
     too_long: dict[str, int] = {}
     unanswered: dict[str, int] = {}
@@ -110,7 +111,7 @@ def load_prompts(
                 f"{path} has; raise it"
             )
         if unanswered:
-            own = "use reward reasoning-gym, its verifier" if task_of(path) else "use another preset"
+            own = "use reward reasoning-gym, its verifier" if source.task else "use another preset"
             raise ValueError(
                 f"{source.rows_key}.preset: {source.rows.preset}, but none of the {len(unanswered)} rows of {path} has "
                 f"an answer in {any_of(columns.answers)}; {own}, or name the column in {source.rows_key}.answer_column"
@@ -124,14 +125,13 @@ def load_prompts(
     return LoadedPrompts(prompts, left_out, dataset_hash.hexdigest())
 
 
-def _rows(source: Source, part: Part) -> Iterator[dict[str, Any]]:
+def _rows(source: Source, part: Part, columns: RowFormat) -> Iterator[dict[str, Any]]:
     rows = source.rows
-    if task := task_of(source.path):
+    if source.task is not None:
         assert source.max_prompts is not None, "the recipe was checked"
         return rows_of_task(
-            task, rows.options, part, source.max_prompts, source.max_prompts_key, f"{source.rows_key}.options"
+            source.task, rows.options, part, source.max_prompts, source.max_prompts_key, f"{source.rows_key}.options"
         )
-    columns = source_format(source)
     used = [*columns.prompts, *columns.answers]
     return read_rows(source.path, source.key, rows.split, rows.subset, source.rows_key, used)
 
@@ -182,7 +182,7 @@ def _row_answer(row: dict[str, Any], source: Source, columns: RowFormat, index: 
     key = column_key(source.rows, source.rows_key, "answer_column")
     column = present_column(row, columns.answers, key, source.path)
     value = value_of(row, column)
-    if (source.rows.preset or task_of(source.path)) and (value is None or value != value):
+    if (source.rows.preset or source.task) and (value is None or value != value):
         return None
     return columns.answers[column](row_text(row, [column], key, source.path, index))
 
