@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from functools import lru_cache
@@ -148,7 +149,8 @@ def _task(name: str, options: str) -> Task:
 def _gym(what: str) -> ModuleType:
     """The package. Raises `ValueError` saying what needs it."""
     try:
-        with redirect_stdout(io.StringIO()):
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of a package it uses, wherever that is compiled anew
             import reasoning_gym
     except ImportError as error:
         raise ValueError(

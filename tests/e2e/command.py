@@ -21,6 +21,7 @@ from megatron_apo.runtime import guard
 LIMIT_S = 600
 LOOK_EVERY_S = 2.0  # looking through all processes takes a hundredth of a second
 GONE_S = 20.0  # for guards and ranks to see that who started them was killed, and to end
+CACHE = f"{tempfile.gettempdir()}/torchinductor"  # of torch, which makes it on import and leaves it
 ENGINE = "EngineCore"  # vLLM's engine, by the name that it gives itself
 
 
@@ -44,7 +45,7 @@ class Command:
             self.process = subprocess.Popen(
                 [sys.executable, *program, *arguments],
                 cwd=folder,
-                env=os.environ | {"TMPDIR": str(self.temporary)} | environment,
+                env=os.environ | {"TMPDIR": str(self.temporary), "TORCHINDUCTOR_CACHE_DIR": CACHE} | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
