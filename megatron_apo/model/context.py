@@ -3,7 +3,7 @@
 Each sequence is cut into 2 x CP pieces of equal length; rank r holds pieces r and 2 x CP - 1 - r, so that causal
 attention costs every rank the same. That is the order that Transformer Engine's attention and Megatron-Core's rotary
 embedding assume (rope_utils.py, `_get_thd_freqs_on_this_cp_rank`); nothing else in this package knows it. How many
-pieces there are, a recipe knows too, which aligns sequences to them (config.py, `_pieces_per_sequence`).
+pieces there are, a recipe knows too, which aligns sequences to them (config/parallel.py, `pieces_per_sequence`).
 
 Shapes: T tokens of a packed micro-batch or of a padded sequence, L = T / CP tokens that one rank holds of them.
 """

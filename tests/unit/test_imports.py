@@ -47,7 +47,6 @@ ROWS = [
     {"telemetry"},
     {"runtime"},
     {"config"},
-    {"recipe_text"},
 ]
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 PACKAGE = Path(megatron_apo.__file__).parent

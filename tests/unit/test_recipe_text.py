@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_apo.config import RecipeError, describe_fields, load_recipe
-from megatron_apo.recipe_text import read, read_override, write
+from megatron_apo.config.text import read, read_override, write
 
 PATHS = {"model": {"path": "m"}, "data": {"train": "t.jsonl"}, "vstar": {"dir": "v"}}
 

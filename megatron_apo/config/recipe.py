@@ -1,0 +1,191 @@
+"""The recipe: all sections of a run, what of them cannot work together, and what follows from several of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import Field
+
+from megatron_apo.config.base import MAY_CHANGE, Section
+from megatron_apo.config.data import DataConfig, RowsConfig
+from megatron_apo.config.model import ModelConfig
+from megatron_apo.config.objective import ObjectiveConfig
+from megatron_apo.config.optimizer import OptimizerConfig
+from megatron_apo.config.parallel import ParallelConfig
+from megatron_apo.config.reward import GraderConfig, RewardConfig
+from megatron_apo.config.rollout import RolloutConfig
+from megatron_apo.config.run import EvalConfig, RunConfig, TelemetryConfig
+from megatron_apo.config.sampling import SamplingConfig
+from megatron_apo.config.sources import Source, source_problems
+from megatron_apo.config.sync import MismatchConfig, SyncConfig
+from megatron_apo.config.text import write
+from megatron_apo.config.train import TrainConfig, WarmupConfig
+from megatron_apo.config.vstar import VStarConfig
+
+
+class Recipe(Section):
+    """The whole of a run. Defaults are the paper's values."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, json_schema_extra=MAY_CHANGE)
+    data: DataConfig
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    vstar: VStarConfig
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    sync: SyncConfig = Field(default_factory=SyncConfig, json_schema_extra=MAY_CHANGE)
+    mismatch: MismatchConfig = Field(default_factory=MismatchConfig, json_schema_extra=MAY_CHANGE)
+    eval: EvalConfig = Field(default_factory=EvalConfig, json_schema_extra=MAY_CHANGE)
+    warmup: WarmupConfig = Field(default_factory=WarmupConfig, json_schema_extra=MAY_CHANGE)
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig, json_schema_extra=MAY_CHANGE)
+
+    def sources(self, part: Literal["train", "eval"]) -> list[Source]:
+        """Of the prompts to train on, or of those held out, of which there may be none."""
+        data, is_held_out = self.data, part == "eval"
+        path, several = (data.eval, data.eval_sources) if is_held_out else (data.train, data.train_sources)
+        most = self.eval.max_prompts if is_held_out else data.max_prompts
+        if path is not None:
+            return [Source(f"data.{part}", "data", "", path, data, most, None, self.reward)]
+        found = []
+        for index, one in enumerate(several):
+            key, own_most = f"data.{part}_sources.{index}", one.max_prompts or (most if is_held_out else None)
+            found.append(Source(key, key, one.name, one.path, one, own_most, one.weight, one.reward or self.reward))
+        return found
+
+    @property
+    def graders(self) -> list[GraderConfig]:
+        """Those of all sources, each once."""
+        found: list[GraderConfig] = []
+        for source in [*self.sources("train"), *self.sources("eval")]:
+            found += [] if source.plain_grader in found else [source.plain_grader]
+        return found
+
+    @property
+    def alignment(self) -> int:
+        """Tokens to a multiple of which each sequence is padded, so that every rank can hold its share of it.
+
+        Without packing the sequences are all that can be filled up for `micro_batch_alignment`.
+        """
+        return self.parallel.pieces_per_sequence if self.train.packing else self.micro_batch_alignment
+
+    @property
+    def micro_batch_alignment(self) -> int:
+        """Tokens to a multiple of which each micro-batch is filled up, so that every rank can compute its share.
+
+        FP8 takes a multiple of the tokens that a rank holds. Under sequence parallelism those are a tensor-parallel
+        rank's: Transformer Engine makes them FP8 before it gathers them.
+        """
+        parallel, fp8 = self.parallel, self.model.fp8
+        ranks = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+        pieces = parallel.pieces_per_sequence
+        return math.lcm(pieces, fp8.token_multiple * ranks) if fp8 else pieces
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest prompt plus longest response, tokens."""
+        return self.data.max_prompt_tokens + self.sampling.max_response_tokens
+
+    @property
+    def why_unsaved(self) -> str:
+        """What keeps a checkpoint of this training from being read back; empty if one can be."""
+        if self.optimizer.cpu_offload:
+            return f"optimizer.cpu_offload={self.optimizer.cpu_offload}"
+        return "model.fp8.param_gather" if self.model.has_fp8_weights else ""
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe as YAML that `load_recipe` reads back."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.as_yaml())
+
+    def as_yaml(self) -> str:
+        return write(self.model_dump(mode="json"))
+
+    def problems(self) -> list[str]:
+        """Combinations of fields that cannot work, one line each."""
+        return [
+            *self._minibatch_problems(),
+            *self.parallel.problems(self.model),
+            *self.model.problems(),
+            *source_problems([*self.sources("train"), *self.sources("eval")]),
+            *self._idle_problems(),
+            *self._interleaving_problems(),
+            *self._length_problems(),
+            *self.rollout.problems(),
+            *self.sync.problems(self.rollout),
+            *self.mismatch.problems(),
+            *self.vstar.problems(self.reward),
+            *self.optimizer.problems(self.model),
+            *self.train.problems(self.model, self.optimizer),
+        ]
+
+    def _minibatch_problems(self) -> list[str]:
+        train, dp = self.train, self.parallel.dp
+        if train.prompts_per_step % (train.minibatches * dp) == 0:
+            return []
+        return [
+            f"train.prompts_per_step: {train.prompts_per_step} does not divide into train.minibatches="
+            f"{train.minibatches} x parallel.dp={dp}; use a multiple of {train.minibatches * dp}"
+        ]
+
+    def _idle_problems(self) -> list[str]:
+        """What is said of rows that nothing reads, since all sources have settings of their own."""
+        data = self.data
+        if not data.train_sources or data.eval is not None or self.warmup.data is not None:
+            return []
+        names = [*RowsConfig.model_fields, "max_prompts"]
+        return [
+            f"data.{name}: {value!r} is of data.train, and data.train_sources are read by their own; set it there"
+            for name in names
+            if (value := getattr(data, name)) != DataConfig.model_fields[name].get_default(call_default_factory=True)
+        ]
+
+    def _interleaving_problems(self) -> list[str]:
+        """The interleaved schedule runs packed micro-batches in groups of pp; a replica's sequences must divide."""
+        train, parallel, found = self.train, self.parallel, []
+        if parallel.vpp == 1:
+            return []
+        if not train.packing:
+            found.append(
+                f"train.packing: false, but parallel.vpp={parallel.vpp} takes packed micro-batches; set it to true, or "
+                "use parallel.vpp=1"
+            )
+        batches = {
+            "train.prompts_per_step": (train.prompts_per_step, train.minibatches * parallel.dp),
+            "sync.probe_sequences": (self.sync.probe_sequences, 1),
+        }
+        if self.warmup.data is not None:
+            batches["warmup.sequences_per_step"] = (self.warmup.sequences_per_step, parallel.dp)
+        for key, (size, parts) in batches.items():
+            if size % (parts * parallel.pp):
+                found.append(
+                    f"{key}: {size} sequences{f' in {parts} parts' if parts > 1 else ''} do not divide into groups of "
+                    f"parallel.pp={parallel.pp}, which parallel.vpp={parallel.vpp} needs; use a multiple of "
+                    f"{parts * parallel.pp}"
+                )
+        return found
+
+    def _length_problems(self) -> list[str]:
+        most, multiple = self.train.tokens_per_micro_batch, self.micro_batch_alignment
+        padded = aligned(self.max_sequence_tokens, multiple)
+        if padded <= most:
+            return []
+        return [
+            f"train.tokens_per_micro_batch: {most} cannot hold one sequence of "
+            "data.max_prompt_tokens + sampling.max_response_tokens"
+            + (f", padded to a multiple of {multiple}" if multiple > 1 else "")
+            + f"; use at least {padded}"
+        ]
+
+
+def aligned(length: int, multiple: int) -> int:
+    """`length` rounded up to a multiple of `multiple`."""
+    return -(-length // multiple) * multiple
+
+
+assert all(get_args(section.annotation) == () for section in Recipe.model_fields.values()), "sections are plain models"
