@@ -42,24 +42,26 @@ class SyncConfig(Section):
     probe_sequences: int = Field(8, ge=1, description="sequences whose log-probs are compared")
     probe_tokens: int = Field(64, ge=2, description="tokens of each of them; they are made of prompts")
     probe_tolerance: float | None = Field(
-        None, gt=0, description="largest |log-prob difference| of a probe token; none: by precision, 1e-4 in fp32"
+        None, gt=0, description="largest |log-prob difference| of a probe token; none: by precision, 5e-4 in fp32"
     )
     probe_tolerance_mean: float | None = Field(
-        None, gt=0, description="mean |log-prob difference| of the probe tokens; none: by precision, 2e-5 in fp32"
+        None, gt=0, description="mean |log-prob difference| of the probe tokens; none: by precision, 5e-5 in fp32"
     )
 
     def tolerance(self, model: ModelConfig, rollout: RolloutConfig) -> Difference:
         """What right weights should stay below in this precision, where the recipe does not say.
 
         It judges that vLLM computes what the trainer does; that it has the weights is proven tensor by tensor at every
-        sync, in any precision. In bf16 a mean of .002 and a maximum of .06 were seen on a CPU. The rest are estimates.
+        sync, in any precision. In fp32 a mean of 1.2e-5 and a maximum of 1.1e-4 were seen of a language model with 30
+        layers and 49,152 tokens, where each side is up to 4e-5 from float64, and no more than 1e-6 of small ones: four
+        times that is allowed. In bf16, on a CPU, a mean of .002 and a maximum of .06. The rest are estimates.
         A log-prob is a difference of logits. bf16 keeps one of 16 to 32 to 1/16, and vLLM writes logits in its own
         dtype; 1.0 leaves room for 16 such roundings, of both logits and of the hidden states before them. FP8's values
         have 4 bits less, but only as factors of sums, where most errors cancel: twice that. Means are of hundreds of
         tokens, which differ either way: ten times what was seen, and as much again for FP8.
         """
         usual = {
-            "fp32": Difference(mean=2e-5, max=1e-4),
+            "fp32": Difference(mean=5e-5, max=5e-4),
             "16-bit": Difference(mean=0.02, max=1.0),
             "fp8": Difference(mean=0.1, max=2.0),
         }[_precision(model, rollout)]
