@@ -518,7 +518,8 @@ def main() -> None:
         if is_later_rank() and not isinstance(error, EndedEarly):
             traceback.print_exc()  # into its log
         label = "" if isinstance(error, EndedEarly) else "error: "
-        for line in error.problems if isinstance(error, RecipeError) else [str(error)]:
+        several = error.problems if isinstance(error, RecipeError) else str(error).splitlines()
+        for line in several if isinstance(error, ValueError) else [str(error)]:  # of others the rest is a log's end
             if line:
                 print(f"{label}{line}", file=sys.stderr)
         sys.exit(2 if isinstance(error, RecipeError) else getattr(error, "exit_code", 1))
