@@ -15,7 +15,10 @@ from megatron_apo.rewards.procedural import Task, reference_to
 
 Part = Literal["train", "eval"]
 _HELD_OUT_OF = 8
-_MOST_DRAWN, _MORE = 64, 2048  # entries for each row that is asked for, and for all
+# Entries in a row without a new question of the part, for each that it has and for all: were there one more, as likely
+# as the others, one time in thousands it would not have come.
+_MOST_IDLE: dict[Part, int] = {"train": 10, "eval": 64}
+_MORE = 2048
 
 QUESTION, ANSWER, ENTRY = "prompt", "answer", "entry"  # columns; an answer is text, or null where there are several
 
@@ -25,9 +28,9 @@ def rows_of_task(
 ) -> Iterator[dict[str, Any]]:
     """`count` rows of a part. Raises `ValueError` naming the recipe's key for a task or options that are not there, and
     for a task that has fewer questions."""
-    task, questions, index = Task(name, options, options_key), set[str](), 0
+    task, questions, index, idle = Task(name, options, options_key), set[str](), 0, 0
     while len(questions) < count:
-        if index >= _MOST_DRAWN * count + _MORE:
+        if idle > _MOST_IDLE[part] * len(questions) + _MORE:
             raise ValueError(
                 f"{key}: {count}, but {TASK}{name} with these options has {len(questions)} different questions "
                 f"{'held out' if part == 'eval' else 'for training'} among {index}; ask for at most {len(questions)}, "
@@ -37,8 +40,9 @@ def rows_of_task(
         question = entry["question"]
         if part_of(question) == part and question not in questions:
             questions.add(question)
+            idle = 0
             yield {QUESTION: question, ANSWER: entry["answer"], ENTRY: reference_to(name, options, index)}
-        index += 1
+        index, idle = index + 1, idle + 1
 
 
 def part_of(question: str) -> Part:

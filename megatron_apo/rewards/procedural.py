@@ -61,8 +61,11 @@ class Task:
         """Entry `index`, from 0."""
         block, within = divmod(index, _ENTRIES)
         generator = self._generator(block)
-        with redirect_stdout(io.StringIO()):
-            return generator[within]
+        try:
+            with redirect_stdout(io.StringIO()):
+                return generator[within]
+        except Exception as error:
+            raise self._unfit(error) from None
 
     def _make(self, block: int) -> Any:
         gym, seed = _gym(f"{self._key}: {TASK}{self.name}"), self._first_seed + block * _ENTRIES
@@ -73,10 +76,14 @@ class Task:
             with redirect_stdout(io.StringIO()):
                 return gym.create_dataset(self.name, seed=seed, size=_ENTRIES, **self._options)
         except Exception as error:  # of the package, which checks with assert and more
-            raise ValueError(
-                f"{self._key}: {self._options!r} do not fit {TASK}{self.name} ({describe(error)}); see its config in "
-                "reasoning-gym"
-            ) from None
+            raise self._unfit(error) from None
+
+    def _unfit(self, error: Exception) -> ValueError:
+        """Of whatever the task's code raises."""
+        return ValueError(
+            f"{self._key}: {self._options!r} do not fit {TASK}{self.name} ({describe(error)}); see its config in "
+            "reasoning-gym"
+        )
 
 
 class ProceduralReward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from importlib.util import find_spec
@@ -158,6 +159,11 @@ def test_what_a_recipe_must_say_of_a_task(overrides, problem) -> None:
             {"size": 3},
             "data.options: size is none of chain_sum's; leave it out, max_prompts says how many",
         ),
+        (
+            "chain_sum",
+            {"max_digits": 9999},
+            "data.options: {'max_digits': 9999} do not fit reasoning-gym:chain_sum (Val",
+        ),
         ("chain_sum", {"seed": -1}, "data.options: seed -1 is not allowed; use a whole number from 0"),
         (
             "chain_sum",
@@ -166,11 +172,33 @@ def test_what_a_recipe_must_say_of_a_task(overrides, problem) -> None:
         ),
     ],
 )
-def test_mistakes(name, options, says, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_apo.data.procedural._MOST_DRAWN", 0)
+def test_mistakes(name, options, says) -> None:
     with pytest.raises(ValueError) as caught:
         rows("train", 9999 if says.startswith("data.max") else 1, options, name)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_a_questions_part_is_the_same_everywhere() -> None:
+    """The first byte of its sha256 is a multiple of 8 in what is held out."""
+    questions = [f"{index} + 1?" for index in range(100)]
+    held_out = [one for one in questions if int(hashlib.sha256(one.encode()).hexdigest()[:2], 16) % 8 == 0]
+    assert [one for one in questions if part_of(one) == "eval"] == held_out and 5 < len(held_out) < 25
+
+
+def test_a_task_with_few_questions_gives_all_of_them() -> None:
+    """However many are asked for, it is soon told how many there are: 9 x 9 sums and differences."""
+    options, found = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, {}
+    for part in ("train", "eval"):
+        with pytest.raises(ValueError, match="; ask for at most ") as caught:
+            rows(part, 10**9, options)
+        most = int(str(caught.value).partition("at most ")[2].partition(",")[0])
+        all_of_them = rows(part, most, options)
+        found[part] = {row["prompt"] for row in all_of_them}
+        assert len(all_of_them) == len(found[part]) == most
+        assert all(referenced(row["entry"])[1]["question"] == row["prompt"] for row in all_of_them)
+    assert not found["train"] & found["eval"]
+    drawn = Task("chain_sum", options)
+    assert {drawn.entry(index)["question"] for index in range(9999)} == found["train"] | found["eval"]
 
 
 def test_a_reference_of_another_source() -> None:
