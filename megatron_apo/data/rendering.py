@@ -14,7 +14,7 @@ from megatron_apo.config import DataConfig
 from megatron_apo.data.beginning import Beginning
 from megatron_apo.data.chat_template import names_of, turn_end
 from megatron_apo.data.presets import RowFormat, row_format
-from megatron_apo.telemetry.units import one_line
+from megatron_apo.telemetry.units import one_line, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +43,12 @@ class PromptRenderer:
         if data.template == "chat":
             if not tokenizer.chat_template:
                 raise ValueError("data.template: chat, but the tokenizer has no chat template; use raw")
+            several = tokenizer.chat_template
+            if isinstance(several, dict) and "default" not in several:
+                raise ValueError(
+                    f"data.template: chat, but no chat template of the tokenizer is its default ({some(list(several))} "
+                    "are there); call one default, or use raw"
+                )
             self._chat_template = tokenizer.get_chat_template()
         self._variables = self._template_variables()
         if data.system is not None:
@@ -149,9 +155,17 @@ class PromptRenderer:
         return text, () if is_written else self._beginning.token_ids
 
     def _apply(self, messages: Messages, *, add_generation_prompt: bool) -> str:
-        rendered = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._variables
-        )
+        """Raises jinja2's `TemplateError` for whatever a template's code raises."""
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._variables
+            )
+        except TemplateError:
+            raise
+        except Exception as error:
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
         assert isinstance(rendered, str)
         return rendered
 

@@ -112,6 +112,24 @@ def test_tokenizer_hash(tokenizer):
     assert len({base, tokenizer_hash(bigger), tokenizer_hash(special)}) == 3
 
 
+def test_what_a_templates_code_raises_is_its_refusal():
+    from jinja2 import TemplateError
+
+    for code, says in (("{{ 1 / 0 }}", "ZeroDivisionError: "), ("{{ messages + 1 }}", "TypeError: ")):
+        renderer = PromptRenderer(build_chat_tokenizer(TEMPLATE + code), config(template="chat"))
+        with pytest.raises(TemplateError, match=f"^{says}"):
+            renderer.render("1")
+    with pytest.raises(ValueError, match=r"^data.system: '8\+', but the chat template refuses it \(ZeroDivisionError"):
+        PromptRenderer(build_chat_tokenizer(TEMPLATE + "{{ 1 / 0 }}"), config(template="chat", system="8+"))
+
+
+def test_several_templates_without_a_default():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = {"rag": TEMPLATE, "tool_use": TEMPLATE}
+    with pytest.raises(ValueError, match=r"^data.template: chat, but no .* is its default \(rag, tool_use are"):
+        PromptRenderer(tokenizer, config(template="chat"))
+
+
 def test_templates_that_are_not_there(tokenizer, chat_tokenizer):
     with pytest.raises(ValueError, match="^data.template: chat, but the tokenizer has no chat template; use raw"):
         PromptRenderer(tokenizer, config(template="chat"))
@@ -155,6 +173,7 @@ LATE_BOS = "(" + WITH_BOS  # "(" comes before it
         (True, {"template": "raw"}, None, "1+2", "1+2", 1),
         (True, {"template": "raw"}, None, "<s>1+2", "1+2", 1),
         (True, {"template": "raw"}, None, " <s><s> 1+2", " 1+2", 1),
+        (True, {"template": "raw"}, None, "<s><s> <s>1+2", "1+2", 1),
         (True, {"template": "raw", "prompt_format": "3+{prompt}"}, None, "<s>1+2", "3+1+2", 1),
         (True, {"template": "raw", "prompt_format": "<s>3+{prompt}"}, None, "<s>1+2", "3+1+2", 1),
         (False, {"template": "raw"}, None, "1+2", "1+2", 0),
@@ -188,6 +207,8 @@ def test_a_bos_within_a_prompt_is_its_own():
     tokenizer = build_llama_tokenizer(WITHOUT_BOS)
     text, ids = PromptRenderer(tokenizer, config(template="chat")).render("1<s>2")
     assert text == "1<s>2=" and [i for i, one in enumerate(ids) if one == 1] == [0, 3]
+    text, ids = PromptRenderer(tokenizer, config(template="chat")).render("1<s><s>2")
+    assert text == "1<s><s>2=" and ids.count(1) == 3
 
 
 def test_a_response_has_no_bos():
