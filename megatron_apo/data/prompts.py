@@ -95,7 +95,8 @@ def load_prompts(
         for (index, _), text, answer, (shown, token_ids) in zip(block, texts, answers, rendered, strict=True):
             prompt_id = _hash128(json.dumps([source.name, index, text, answer]))
             dataset_hash.update(bytes.fromhex(prompt_id))
-            if not (text and shown and token_ids):
+            asked = text if isinstance(text, str) else text[-1]["content"]
+            if not (asked and shown and token_ids):
                 raise ValueError(f"{key}: row {index} of {path} is an empty prompt; remove it")
             if answer is None:
                 unanswered[prompt_id] = index
@@ -162,7 +163,7 @@ def render_rows(
 
 def row_prompt(row: dict[str, Any], columns: RowFormat, key: str, path: str, index: int) -> str | Messages:
     """A prompt's text, or its messages, the last of which is the user's."""
-    value = value_of(row, present_column(row, columns.prompts, key, path))
+    value = value_of(row, present_column(row, columns.prompts, key, path, index))
     if not isinstance(value, list):
         return row_text(row, columns.prompts, key, path, index)
     are_messages = all(
@@ -180,7 +181,7 @@ def row_prompt(row: dict[str, Any], columns: RowFormat, key: str, path: str, ind
 def _row_answer(row: dict[str, Any], source: Source, columns: RowFormat, index: int) -> str | None:
     """The reference answer of a row; None where a row of a preset has none: null, NaN, or no answer in its text."""
     key = column_key(source.rows, source.rows_key, "answer_column")
-    column = present_column(row, columns.answers, key, source.path)
+    column = present_column(row, columns.answers, key, source.path, index)
     value = value_of(row, column)
     if (source.rows.preset or source.task) and (value is None or value != value):
         return None

@@ -48,6 +48,8 @@ def read_rows(
     file_format = _file_format(source)
     if file_format and not Path(source).is_file():
         raise ValueError(f"{key}: {source} is not a file; give a .jsonl or .parquet file, or a hub dataset's name")
+    if not file_format and Path(source).is_file():
+        raise ValueError(f"{key}: {source} is a file, but not .jsonl or .parquet by its name; convert it, or rename it")
     used = None if columns is None else {name for column in columns for name in (column, column.partition(".")[0])}
     if file_format == "json":
         yield from _json_rows(Path(source), key)
@@ -133,12 +135,18 @@ def _exact(kind: pa.DataType) -> Callable[[Any], Any] | None:
     elif pa.types.is_struct(kind):
         reads = {field.name: inner for field in kind if (inner := _exact(field.type))}
         read = members(reads) if reads else None
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    elif any(is_one(kind) for is_one in _lists()):
         one = _exact(kind.value_type)
         read = elements(one) if one else None
     elif getattr(kind, "extension_name", "") == "arrow.json":  # of `datasets`, where rows differ in type
         read = _loads
     return read and _or_none(read)
+
+
+def _lists() -> tuple[Callable[[pa.DataType], bool], ...]:
+    from pyarrow import types
+
+    return types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view
 
 
 def _or_none(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -206,7 +214,7 @@ def _deep_row(text: str) -> int:
 def row_text(row: dict[str, Any], columns: Iterable[str], key: str, source: str, index: int) -> str:
     """The text of the first of `columns` that a row has; `reward_model.ground_truth` is a column within a column.
     Raises `ValueError` naming `key`, the recipe's key for it."""
-    column = present_column(row, columns, key, source)
+    column = present_column(row, columns, key, source, index)
     text = _as_text(value := value_of(row, column))
     if text is None:
         raise ValueError(
@@ -237,20 +245,24 @@ def _as_text(value: Any) -> str | None:
     return str(value) if isinstance(value, int) else format(Decimal(str(value)), "f")
 
 
-def present_column(row: dict[str, Any], columns: Iterable[str], key: str, source: str) -> str:
+def present_column(row: dict[str, Any], columns: Iterable[str], key: str, source: str, index: int = 0) -> str:
+    """The first of `columns` that row `index` has. Raises `ValueError` naming `key`, the recipe's key for it."""
     column = next((name for name in columns if value_of(row, name) is not ABSENT), None)
     if column is None:
         names = (f"{name}.{inner}" if inner else name for name, value in row.items() for inner in _inner(value))
-        raise ValueError(f"{key}: {any_of(columns)} is not a column of {source}; use one of {', '.join(names)}")
+        where = f"row {index} of {source}" if index else source
+        raise ValueError(f"{key}: {any_of(columns)} is not a column of {where}; use one of {', '.join(names)}")
     return column
 
 
 def value_of(row: dict[str, Any], column: str) -> Any:
-    """Of a column, or of one within a column; `ABSENT` where there is none."""
+    """Of a column, or of one within a column, which is null where that is; `ABSENT` where there is none."""
     if column in row:
         return row[column]
     outer, dot, inner = column.partition(".")
-    return value_of(row[outer], inner) if dot and isinstance(row.get(outer), dict) else ABSENT
+    if not dot or outer not in row:
+        return ABSENT
+    return value_of(row[outer], inner) if isinstance(row[outer], dict) else None if row[outer] is None else ABSENT
 
 
 def _inner(value: Any) -> Iterable[str]:

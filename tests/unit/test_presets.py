@@ -181,6 +181,35 @@ def test_layouts_of_other_trainers(preset, row, shown, answer, suffix, tokenizer
     assert [(prompt.text, prompt.answer) for prompt in loaded.prompts] == [(shown, answer)] * 2
 
 
+def test_the_first_column_of_a_layout_counts(tokenizer, tmp_path):
+    row = {"prompt": "P", "input": "I", "solution": "0", "ground_truth": "1", "answer": "2", "label": "3"}
+    for preset, columns in (("trl", ["answer", "ground_truth", "solution"]), ("openrlhf", ["label", "answer"])):
+        for index, column in enumerate(columns):
+            rows = [{name: value for name, value in row.items() if name not in columns[:index]}]
+            (prompt,) = load(write(tmp_path / "rows.jsonl", rows), tokenizer, preset=preset).prompts
+            assert (prompt.text, prompt.answer) == ("P" if preset == "trl" else "I", row[column])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_an_answer_within_null_is_null(suffix, tokenizer, tmp_path):
+    """It is not looked for elsewhere, where verl has a whole solution."""
+    row = {"prompt": "1+1?", "reward_model": {"ground_truth": "2"}, "extra_info": {"answer": "1+1 is #### 2"}}
+    source = write(tmp_path / f"rows{suffix}", [row, row | {"reward_model": None}])
+    loaded = load(source, tokenizer, preset="verl")
+    assert [prompt.answer for prompt in loaded.prompts] == ["2"]
+    assert list(loaded.left_out["unanswered"].values()) == [1]
+    assert refusal(source, tokenizer, answer_column="reward_model.ground_truth").startswith(
+        f"data.answer_column: row 1 of {source} has None in 'reward_model.ground_truth', not text"
+    )
+
+
+def test_another_column_of_a_preset_has_its_answers_as_they_are_meant(tokenizer, tmp_path):
+    """Without white space around, and none where there is no text."""
+    rows = [OPENR1 | {"end": " 7\n"}, OPENR1 | {"end": " "}]
+    loaded = load(write(tmp_path / "rows.jsonl", rows), tokenizer, preset="openr1", answer_column="end")
+    assert [prompt.answer for prompt in loaded.prompts] == ["7"] and len(loaded.left_out["unanswered"]) == 1
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 @pytest.mark.parametrize(("preset", "row", "question", "answer"), SCHEMAS.values(), ids=SCHEMAS)
 def test_schemas(preset, row, question, answer, suffix, tokenizer, tmp_path):

@@ -19,7 +19,7 @@ import pytest
 from megatron_apo.config import RecipeError, build_recipe
 from megatron_apo.data.arithmetic import build_tokenizer
 from megatron_apo.data.rendering import prompt_hash
-from megatron_apo.data.rows import read_rows
+from megatron_apo.data.rows import ABSENT, read_rows
 from tests.chat import TEMPLATE, build_chat_tokenizer
 from tests.prompts import load_data
 
@@ -134,6 +134,10 @@ def test_a_prompt_may_be_messages(chat_tokenizer, tmp_path):
     loaded = load(source, chat_tokenizer, template="chat", prompt_format="{prompt}+0")
     assert [prompt.text for prompt in loaded.prompts] == ["1+2=3+4+0=", "5+0="]
     assert len({prompt.prompt_id for prompt in loaded.prompts}) == 2
+    named = [row | {"prompt": [one | {"name": None} for one in row["prompt"]]} for row in rows]
+    assert load(write_jsonl(tmp_path / "named.jsonl", named), chat_tokenizer, template="chat").dataset_hash == (
+        loaded.dataset_hash
+    )
     alone = write_jsonl(tmp_path / "alone.jsonl", rows[1:])
     assert load(alone, chat_tokenizer, template="chat", system="8+").prompts[0].text == "8+5="
 
@@ -148,6 +152,7 @@ def test_a_prompt_may_be_messages(chat_tokenizer, tmp_path):
         ([{"role": "user"}], {}, "data.prompt_column: row 0 of"),
         ([{"role": "user", "content": 5}], {}, "data.prompt_column: row 0 of"),
         (["1"], {}, "data.prompt_column: row 0 of"),
+        (messages(("system", "8+"), ("user", "")), {}, "data.train: row 0 of"),
     ],
 )
 def test_messages_that_are_no_prompt(chat_tokenizer, tmp_path, prompt, changes, says):
@@ -222,6 +227,8 @@ def test_a_column_of_the_hub_that_is_not_used_may_hold_anything(monkeypatch, tok
     rows = datasets.Dataset(table)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     assert [one.answer for one in load("some/sounds", tokenizer).prompts] == ["0.1"]
+    (row,) = read_rows("some/sounds", "data.train", columns=["prompt"])
+    assert row == {"prompt": "1", "x": {"bytes": ABSENT, "path": ABSENT}, "answer": ABSENT}
     message = refusal("some/sounds", tokenizer, prompt_column="y", answer_column="z")
     assert message.startswith("data.prompt_column: 'y' is not a column of some/sounds; use one of prompt, x.")
 
@@ -250,6 +257,14 @@ def test_a_missing_file(tokenizer, tmp_path):
     assert refusal("t.jsonl", tokenizer, part="eval", eval=absent).startswith("data.eval: ")
     with pytest.raises(ValueError, match="^warmup.data: "):
         next(read_rows(absent, "warmup.data"))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.JSONL", "a.jsonl.gz", "a"])
+def test_files_of_another_name(tokenizer, tmp_path, name):
+    (tmp_path / name).write_text('{"prompt": "1", "answer": "1"}')
+    source = str(tmp_path / name)
+    says = f"data.train: {source} is a file, but not .jsonl or .parquet by its name; convert it, or rename it"
+    assert refusal(source, tokenizer) == says
 
 
 @pytest.mark.parametrize(
@@ -327,6 +342,7 @@ def test_a_column_of_parquet_that_is_not_used_may_hold_anything(tmp_path, tokeni
         (0.00001, pa.float32(), "0.00001"),
         (0.1, pa.float16(), "0.1"),
         ([0.1, 2], pa.list_(pa.float32()), "0.1, 2.0"),
+        ([0.1, 2], pa.list_view(pa.float32()), "0.1, 2.0"),
         (Decimal("1e-7"), pa.decimal128(9, 7), "0.0000001"),
         (2**63, pa.uint64(), "9223372036854775808"),
     ],
@@ -397,10 +413,14 @@ def test_json_that_is_none(tmp_path, tokenizer, text, says):
     assert message.startswith(f"data.train: {tmp_path / 'a.json'} is not a readable json file ({says}")
 
 
-def test_a_missing_column(source, tokenizer):
+def test_a_missing_column(source, tokenizer, tmp_path):
     message = refusal(source, tokenizer, prompt_column="question")
     assert message == f"data.prompt_column: 'question' is not a column of {source}; use one of prompt, answer"
     assert refusal(source, tokenizer, answer_column="label").startswith("data.answer_column: 'label' is not a column")
+    later = write_jsonl(tmp_path / "later.jsonl", [{"prompt": "1", "answer": "1"}, {"prompt": "2", "x": "2"}])
+    assert refusal(later, tokenizer) == (
+        f"data.answer_column: 'answer' is not a column of row 1 of {later}; use one of prompt, x"
+    )
 
 
 def test_values_that_are_not_text(tmp_path, tokenizer):
