@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -58,6 +59,8 @@ class Section(BaseModel):
             raise ValueError("a number or text, which true and false are not")
         if bool in kinds and type(value) in (int, float):
             raise ValueError("true or false")
+        if Path in kinds and isinstance(value, str) and (not value or value.startswith("~")):
+            raise ValueError("a path with ~ written out, or . for this folder")
         return value
 
 

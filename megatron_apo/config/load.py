@@ -26,9 +26,8 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         path = recipe_path(str(path))
-    text = path.read_text()
     try:
-        tree, misread = read(text)
+        tree, misread = read(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError([f"recipe: {path} is not YAML: {' '.join(str(error).split())}"]) from None
     if misread:
@@ -83,6 +82,15 @@ def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> str | None:
     return None
 
 
+# What pydantic says in the words of Python.
+_OF_YAML = {
+    "path_type": "text, which a path is",
+    "invalid_key": "text as a key",
+    "model_type": "keys with their values",
+    "dict_type": "keys with their values",
+}
+
+
 def _explain(item: Any) -> str:
     """One line for one pydantic error: key, value, allowed, fix."""
     parts = [str(part) for part in item["loc"]]
@@ -95,5 +103,7 @@ def _explain(item: Any) -> str:
         return f"{key}: unknown key; {hint}"
     if kind == "missing":
         return f"{key}: missing and has no default; set it in the recipe or with {key}=..."
+    if kind in _OF_YAML:
+        return f"{key}: {item['input']!r} is not allowed; use {_OF_YAML[kind]}"
     allowed = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{key}: {item['input']!r} is not allowed; use {allowed}"

@@ -51,6 +51,9 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+# Of YAML 1.1 alone: what they make is no value of a recipe, and would be written as another.
+for _kind in ("binary", "omap", "pairs", "set", "timestamp"):
+    _Loader.yaml_constructors.pop(f"tag:yaml.org,2002:{_kind}")
 
 
 def read(text: str, name: str = "") -> tuple[Any, list[str]]:
@@ -59,8 +62,8 @@ def read(text: str, name: str = "") -> tuple[Any, list[str]]:
     Raises `yaml.YAMLError`, or `ValueError` for a number of more digits than Python reads and what holds itself.
     """
     loader = _Loader(text)
-    node = loader.get_single_node()
     try:
+        node = loader.get_single_node()
         misread = _misread(node, text, name)
     except RecursionError:
         raise ValueError("an anchor's value holds the anchor itself, or too much is nested") from None
@@ -74,7 +77,7 @@ def read_override(key: str, text: str) -> tuple[Any, list[str]]:
         if node is None or text[node.end_mark.index :].strip().startswith("#"):
             return (text.strip() or None), []
         value, misread = read(text, key)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text, []
     is_quoted = text.strip()[:1] in ("'", '"')
     return (text.strip() if isinstance(value, str) and not is_quoted else value), misread

@@ -177,10 +177,22 @@ def test_save_and_load_give_the_same_recipe(tmp_path: Path) -> None:
         ("a: [", "not YAML"),
         ("train: 3", "train: 3"),
         ("a: " + "9" * 5000, "not YAML"),
+        ("[" * 5000, "not YAML"),
+        ("reward: {options: {a: !!set {b}}}", "not YAML"),
+        ("reward: {options: {a: !!binary aGk=}}", "not YAML"),
+        ("data: {system: caf\udce9}", "r.yaml is not YAML: 'utf-8' codec can't decode"),
+        ("1: 2", "^1: 1 is not allowed; use text as a key$"),
+        ("run: {dir: 12}", "^run.dir: 12 is not allowed; use text, which a path is$"),
+        ("train: 3", "^train: 3 is not allowed; use keys with their values$"),
+        (
+            "run: {dir: ~/runs}",
+            "^run.dir: '~/runs' is not allowed; use a path with ~ written out, or . for this folder$",
+        ),
+        ("run: {dir: ''}", "^run.dir: '' is not allowed; use a path with ~ written out, or . for this folder$"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, text: str, says: str) -> None:
-    (tmp_path / "r.yaml").write_text(text)
+    (tmp_path / "r.yaml").write_text(text, errors="surrogateescape")
     with pytest.raises(RecipeError, match=says):
         load_recipe(tmp_path / "r.yaml", PATHS)
 
