@@ -21,6 +21,12 @@ from tests.chat import build_chat_tokenizer
 from tests.models import make_model
 
 
+def test_sources_of_one_size_are_shuffled_apart() -> None:
+    drawn = mixed_step_prompts(0, sizes=[50, 50], weights=[1, 1], prompts_per_step=100, seed=0)
+    one, other = ([index for source, index in drawn if source == own] for own in range(2))
+    assert sorted(one) == sorted(other) == list(range(50)) and one != other
+
+
 def test_one_source_is_walked_through_as_ever() -> None:
     for step in range(4):
         mixed = mixed_step_prompts(step, sizes=[7], weights=[3.0], prompts_per_step=5, seed=2)
