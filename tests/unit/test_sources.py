@@ -114,6 +114,20 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+def test_held_out_sources_have_a_most_of_prompts_in_common_and_graders_of_their_own(tree: dict[str, Any]) -> None:
+    """Unless a source says how many; training's sources have none."""
+    train, held = tree["data"]["train_sources"][0], tree["data"]["eval_sources"][0]
+    two = [held | {"max_prompts": None}, held | {"name": "one", "max_prompts": 1}]
+    data = tree["data"] | {"train_sources": [train], "eval_sources": two}
+    recipe = build_recipe(tree | {"data": data, "eval": {"max_prompts": 2}})
+    assert [source.max_prompts for source in recipe.sources("eval")] == [2, 1]
+    assert [source.max_prompts for source in recipe.sources("train")] == [None]
+    assert [grader.name for grader in recipe.graders] == ["gsm8k", "math"]
+    inputs = load_inputs(recipe)
+    assert [prompt.source for prompt in inputs.evaluation.prompts] == ["held", "held", "one"]
+    assert len(inputs.training.prompts) == 6
+
+
 def test_rows_formats_and_rewards_are_a_sources_own(tree: dict[str, Any]) -> None:
     recipe = build_recipe(tree)
     inputs = load_inputs(recipe)
