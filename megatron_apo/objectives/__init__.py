@@ -2,7 +2,7 @@
 
 from megatron_apo.config import ObjectiveConfig
 from megatron_apo.objectives.apo import APO
-from megatron_apo.objectives.base import OBJECTIVES, LossTerm, MicroTargets, Objective, Prepared, Samples, Stats
+from megatron_apo.objectives.base import OBJECTIVES, LossTerm, Micro, Objective, Prepared, Samples, Stats
 from megatron_apo.objectives.sft import SFT
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
     "OBJECTIVES",
     "SFT",
     "LossTerm",
-    "MicroTargets",
+    "Micro",
     "Objective",
     "Prepared",
     "Samples",

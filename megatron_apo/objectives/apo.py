@@ -8,54 +8,51 @@ on-policy gradient is REINFORCE's with baseline V* and a KL penalty b2; the pape
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
-
-from torch import Tensor
 
 from megatron_apo.objectives.base import (
     OBJECTIVES,
     ImportanceLevel,
+    LogProbs,
     LossTerm,
-    MicroTargets,
+    Micro,
+    Objective,
     Prepared,
-    RatioDenominator,
     Samples,
     Stats,
-    sequence_sum,
+    advantage_metrics,
 )
 
 
 @dataclass(frozen=True)
-class APO:
-    """b2 = `beta2`; b1 is in how V* was estimated."""
+class APO(Objective):
+    """b2 = `beta2`; b1 is in how V* was estimated. With several samples a prompt each has the prompt's V*."""
 
     beta2: float = 1e-3
     loss_scale: Literal["paper", "unit"] = "paper"
+    samples_per_prompt: int = 1
 
-    samples_per_prompt: ClassVar[int] = 1
-    ratio_denominator: ClassVar[RatioDenominator] = "reference"
-    needs_critic: ClassVar[bool] = False
-    unit: ClassVar[Literal["sequence", "token"]] = "sequence"
+    loss_log_probs: ClassVar[frozenset[LogProbs]] = frozenset({"reference"})
+    takes_baseline: ClassVar[bool] = True
     importance_levels: ClassVar[tuple[ImportanceLevel, ...]] = ("token", "sequence")
 
     @property
     def reinforce_scale(self) -> float:
         return 2 * self.beta2 if self.loss_scale == "paper" else 1.0
 
-    def prepare(self, samples: Samples, values: Mapping[str, float]) -> Prepared:
-        """advantage = r - V*, the optimal advantage's estimate, per sequence. A prompt without V* is a KeyError."""
-        reward_B = samples.reward_B.float()
-        value_B = reward_B.new_tensor([values[prompt_id] for prompt_id in samples.prompt_ids])
-        return Prepared(per_sequence={"advantage": reward_B - value_B}, per_token={})
+    def prepare(self, samples: Samples) -> Prepared:
+        """advantage = r - V*, the optimal advantage's estimate, per sequence."""
+        assert samples.value_K is not None
+        advantage_K = samples.reward_K - samples.value_K
+        return Prepared({"advantage": advantage_K}, metrics=advantage_metrics(advantage_K, samples.value_K))
 
-    def loss(self, log_prob_R: Tensor, denominator_R: Tensor, sequence_R: Tensor, targets: MicroTargets) -> LossTerm:
-        advantage_B = targets.per_sequence["advantage"]
-        log_ratio_B = sequence_sum(log_prob_R - denominator_R, sequence_R, len(advantage_B))
+    def loss(self, micro: Micro, prepared: Prepared) -> LossTerm:
+        advantage_B = micro.of_sequences(prepared.per_sequence["advantage"])
+        log_ratio_B = micro.sums(micro.value_R - micro.fixed["reference"])
         square_B = (self.beta2 * log_ratio_B - advantage_B).square()
         total = square_B.sum() / (1.0 if self.loss_scale == "paper" else 2 * self.beta2)
-        return LossTerm(total, len(advantage_B), Stats({"loss": total.detach()}))
+        return LossTerm(total, len(micro.places), Stats({"loss": total.detach()}))
 
 
 OBJECTIVES["apo"] = APO

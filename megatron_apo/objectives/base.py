@@ -1,83 +1,105 @@
 """What a training method is to the loop. A method declares; the loop obeys and never reads its name.
 
-Pure tensor maths: no I/O, no ranks. Shapes: B sequences (of the whole batch in `prepare`, of a micro-batch in `loss`),
-R response tokens of a micro-batch, concatenated.
+    prepared = objective.prepare(samples)          # before any gradient: targets of the whole batch
+    term = objective.loss(micro, prepared)         # of each micro-batch, at the present weights
+    term = objective.value_loss(micro, prepared)   # of each micro-batch, at the critic's, where there is one
+
+Pure tensor maths: no I/O, and of ranks only that a replica holds the tokens of some sequences and everyone the numbers
+of all (`Samples.share`). Shapes: K sequences of the whole batch that are learned from, O of them whose tokens are here;
+B sequences of a micro-batch, R response tokens of these, concatenated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-RatioDenominator = Literal["reference", "sampler", "old_policy", "none"]
+LogProbs = Literal["reference", "old_policy", "sampler"]
+"""Whose log-probs of the sampled tokens, without gradient: the frozen reference's; the old policy's, which is the
+policy's at the weights that sampled, as the trainer computes it; the engine's that sampled."""
+
 ImportanceLevel = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A whole rollout batch as a method sees it, in rollout order."""
+    """A whole rollout batch as a method sees it, in rollout order: numbers of all K sequences, tokens of `own` alone.
+
+    share(values_O) -> [K]: a number of each of `own`, from the replica that computes it to every one. All replicas call
+    it equally often.
+    """
 
     prompt_ids: Sequence[str]
-    reward_B: Tensor
-    num_tokens_B: Tensor  # response tokens, stop id included
+    group_K: Tensor  # which of the step's prompts
+    reward_K: Tensor
+    num_tokens_K: Tensor  # response tokens, stop id included
+    truncated_K: Tensor  # whether the length cap ended it
+    value_K: Tensor | None = None  # of the value source, where the method takes a baseline
+    own: Sequence[int] = ()  # [O]
+    log_probs: Mapping[LogProbs, Sequence[Tensor]] = field(default_factory=dict)  # of `own`, a number a token
+    critic: Sequence[Tensor] = ()  # of `own`, the critic's value before each token
+    share: Callable[[Tensor], Tensor] = lambda values_O: values_O
+
+    def shared_sums(self, values: Sequence[Tensor]) -> Tensor:
+        """[K] fp32 sums over each sequence's tokens, of those of `own`."""
+        sums = [value.float().sum() for value in values]
+        return self.share(torch.stack(sums) if sums else self.reward_K.new_zeros(0))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Targets fixed before any gradient: named fp32 values per sequence, and per token where a method has them."""
+    """Targets fixed before any gradient, in fp32: numbers of all sequences, and of `own` numbers a token.
 
-    per_sequence: Mapping[str, Tensor]  # name -> [B]
-    per_token: Mapping[str, Sequence[Tensor]]  # name -> B tensors, one value a response token
+    metrics: what is told of them, by the names of metrics.jsonl.
+    """
 
-    def select(self, indices: Sequence[int]) -> MicroTargets:
-        """The targets of a micro-batch made of these sequences."""
-        rows = list(indices)
-        return MicroTargets(
-            per_sequence={name: values[rows] for name, values in self.per_sequence.items()},
-            per_token={name: torch.cat([values[i] for i in rows]) for name, values in self.per_token.items()},
-        )
+    per_sequence: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [K]
+    per_token: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)  # name -> {place among the K: values}
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class MicroTargets:
-    """`Prepared`, for one micro-batch: [B] and [R] tensors."""
+class Micro:
+    """What is learned from of a micro-batch, at the present weights.
 
-    per_sequence: Mapping[str, Tensor]
-    per_token: Mapping[str, Tensor]
-
-
-class Objective(Protocol):
-    """A training method.
-
-    samples_per_prompt  responses drawn for each prompt of a step
-    ratio_denominator   whose log-probs the policy's are held against: the frozen reference's, the sampling engine's,
-                        the old policy's (at the start of the step), or none
-    needs_critic        whether values of a critic come with the batch
-    unit                what `count` counts: the global count divides the gradient
-    importance_levels   at which its gradient may be weighted (importance.py): `sequence` where the loss is a sum of a
-                        term for each sequence, `token` where a token's log-prob enters by itself; none where what it
-                        learns from was not sampled
-    reinforce_scale     the loss's gradient is this many times REINFORCE's
+    value_R: the policy's log-probs, with gradient; for `value_loss` the critic's values. places: its sequences among
+    the K. sequence_R: the position in `places` of each token. fixed: [R] log-probs without gradient, of those that
+    `loss_log_probs` names. first_logit_B: raw logits of the first tokens, with gradient, if asked for. others_K: where
+    the loss couples a group's sequences, the present log-ratio of each one that is not here but in a group of one that
+    is; without gradient.
     """
 
-    samples_per_prompt: ClassVar[int]
-    ratio_denominator: ClassVar[RatioDenominator]
-    needs_critic: ClassVar[bool]
-    unit: ClassVar[Literal["sequence", "token"]]
-    importance_levels: ClassVar[tuple[ImportanceLevel, ...]]
+    value_R: Tensor
+    places: Sequence[int]
+    sequence_R: Tensor
+    fixed: Mapping[LogProbs, Tensor] = field(default_factory=dict)
+    first_logit_B: Tensor | None = None
+    others_K: Tensor | None = None
 
-    @property
-    def reinforce_scale(self) -> float: ...
+    def sums(self, value_R: Tensor) -> Tensor:
+        """[B] over each sequence, in fp32."""
+        return sequence_sum(value_R, self.sequence_R, len(self.places))
 
-    def prepare(self, samples: Samples, values: Mapping[str, float]) -> Prepared:
-        """Targets from the whole global batch (baselines, group statistics). `values`: V* by prompt id."""
+    def means(self, value_R: Tensor) -> Tensor:
+        """[B] over each sequence's tokens, in fp32."""
+        return self.sums(value_R) / self.sums(torch.ones_like(value_R))
 
-    def loss(self, log_prob_R: Tensor, denominator_R: Tensor, sequence_R: Tensor, targets: MicroTargets) -> LossTerm:
-        """The micro-batch's loss, summed."""
+    def of_sequences(self, values_K: Tensor) -> Tensor:
+        """[B]"""
+        return values_K[list(self.places)]
+
+    def of_tokens(self, values: Mapping[int, Tensor]) -> Tensor:
+        """[R]"""
+        return torch.cat([values[place] for place in self.places])
+
+    def joined(self, log_ratio_B: Tensor) -> Tensor:
+        """[K] log-ratios of the sequences that are here, with gradient, and of their groups' others, without."""
+        assert self.others_K is not None
+        return self.others_K.index_put((torch.tensor(list(self.places), device=log_ratio_B.device),), log_ratio_B)
 
 
 @dataclass(frozen=True)
@@ -97,9 +119,64 @@ class LossTerm:
     stats: Stats
 
 
+class Objective:
+    """A training method. What it declares, by default what most need:
+
+    samples_per_prompt  responses drawn for each prompt of a step
+    target_log_probs    whose log-probs `prepare` reads
+    loss_log_probs      whose log-probs `loss` reads
+    takes_baseline      whether `prepare` reads a value source's baseline
+    needs_critic        whether `prepare` reads a critic's values, and `value_loss` teaches it
+    needs_first_logit   whether `loss` reads the raw logit of each response's first token
+    couples             whether a sequence's loss depends on the log-ratio, to the old policy's, of its group's others
+    unit                what `count` counts: the global count divides the gradient
+    importance_levels   at which its gradient may be weighted (importance.py): `sequence` where the loss is a sum of a
+                        term for each sequence, `token` where a token's log-prob enters by itself; none where what it
+                        learns from was not sampled
+    reinforce_scale     the loss's gradient is this many times REINFORCE's, where the two can be compared
+    """
+
+    samples_per_prompt: int = 1
+    target_log_probs: frozenset[LogProbs] = frozenset()
+    loss_log_probs: frozenset[LogProbs] = frozenset()
+    takes_baseline: ClassVar[bool] = False
+    needs_critic: ClassVar[bool] = False
+    needs_first_logit: ClassVar[bool] = False
+    couples: ClassVar[bool] = False
+    unit: Literal["sequence", "token"] = "sequence"
+    importance_levels: ClassVar[tuple[ImportanceLevel, ...]] = ("token",)
+    reinforce_scale: float = 1.0
+
+    def learns_from(self, reward_G: Sequence[float]) -> bool:
+        """Whether a group of these rewards is worth a place in the batch; another prompt is drawn for one that is
+        not."""
+        return True
+
+    def prepare(self, samples: Samples) -> Prepared:
+        """Targets from the whole global batch (baselines, group statistics, KL in the reward)."""
+        raise NotImplementedError
+
+    def loss(self, micro: Micro, prepared: Prepared) -> LossTerm:
+        """The micro-batch's loss, summed."""
+        raise NotImplementedError
+
+    def value_loss(self, micro: Micro, prepared: Prepared) -> LossTerm:
+        """The critic's loss of the micro-batch, summed over tokens."""
+        raise NotImplementedError
+
+
 def sequence_sum(value_R: Tensor, sequence_R: Tensor, num_sequences: int) -> Tensor:
     """[B]: sum of `value_R` over each sequence, in fp32."""
     return value_R.new_zeros(num_sequences, dtype=torch.float32).index_add(0, sequence_R, value_R.float())
+
+
+def advantage_metrics(advantage_K: Tensor, value_K: Tensor | None = None) -> dict[str, float]:
+    """Mean and second moment, and the baseline's mean; NaN without any."""
+    metrics = {
+        "advantage/mean": float(advantage_K.mean()),
+        "advantage/second_moment": float(advantage_K.square().mean()),
+    }
+    return metrics if value_K is None else {**metrics, "value/mean": float(value_K.mean())}
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {}

@@ -17,7 +17,7 @@ from megatron_apo.learner.optim import make_trainable
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.model.precision import Precision
-from megatron_apo.objectives import SFT, MicroTargets
+from megatron_apo.objectives import SFT, Micro, Prepared
 from megatron_apo.parallel.pipeline import forward_backward
 from megatron_apo.preflight import open_warmup
 from megatron_apo.runtime.collective import on_driver
@@ -68,12 +68,14 @@ def _step(recipe: Recipe, topology: Topology, trainable, examples: Examples, ste
         one.to(topology.device)
         for one in make_micro_batches(recipe, sequences, dp=topology.dp, replica=topology.dp_rank)
     ]
-    objective, nothing = SFT(), MicroTargets({}, {})
+    objective = SFT()
     trainable.zero_grad()
     forward_backward(
         trainable.chunks,
         micro,
-        lambda log_prob_R, k: objective.loss(log_prob_R, torch.zeros_like(log_prob_R), micro[k].sequence_R, nothing),
+        lambda log_prob_R, k: objective.loss(
+            Micro(log_prob_R, range(len(micro[k].indices)), micro[k].sequence_R), Prepared()
+        ),
     )
     if not math.isfinite(norm := trainable.step()):
         raise GradientError(f"warm start, step {step + 1}: the gradient's norm is {norm}; use a lower warmup.lr")
