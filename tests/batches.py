@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch, groups_of
-from megatron_apo.data.sequences import Sequences
+from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch
+from megatron_apo.data.sequences import Int32s, Sequences
 
 # Overrides of a recipe that learns from batches like these, whose log-probs are no sampler's.
 UNSAMPLED = ["mismatch.warn=null", "mismatch.stop=null"]
@@ -43,9 +43,15 @@ def make_batch(
     )
 
 
-def no_values(batch: RolloutBatch) -> dict[str, float]:
-    """A V* of 0 for each prompt, so that rewards are advantages."""
-    return dict.fromkeys(batch.prompt_ids, 0.0)
+def groups_of(prompt_ids: Sequence[str]) -> Int32s:
+    """[B] the number of each response's prompt, counted from 0 in the order in which prompts first come."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(prompt_id, len(numbers)) for prompt_id in prompt_ids], dtype=np.int32)
+
+
+def no_values(batch: RolloutBatch) -> list[float]:
+    """A V* of 0 for each response, so that rewards are advantages."""
+    return [0.0] * len(batch)
 
 
 def assert_same_batch(ours: RolloutBatch, theirs: RolloutBatch) -> None:

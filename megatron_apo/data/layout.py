@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_apo.config import Recipe
+from megatron_apo.config import Recipe, aligned
 from megatron_apo.data.batch import MicroBatch, make_micro_batch
 from megatron_apo.data.packing import Plan, balance, padded_lengths, plan_micro_batches
 from megatron_apo.data.sequences import Sequences
@@ -14,7 +15,7 @@ from megatron_apo.data.sequences import Sequences
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which micro-batch of which data-parallel replica each sequence is in; a function of lengths alone.
+    """Which micro-batch of which data-parallel replica each sequence is in; a function of lengths, and of groups.
 
     plans: of each minibatch, [replica][micro-batch] = rows of the batch. rules: how `make_micro_batch` lays them out.
     """
@@ -33,6 +34,11 @@ class BatchPlan:
             [make_micro_batch(members, sequences, **self.rules) for members in plan[replica]] for plan in self.plans
         ]
 
+    def splits_groups(self, minibatch: int, groups: Sequence[int]) -> bool:
+        """Whether a group has rows in several micro-batches of a minibatch. groups: each row's."""
+        parts = [{groups[row] for row in members} for rank in self.plans[minibatch] for members in rank]
+        return sum(map(len, parts)) > len(set().union(*parts))
+
     def metrics(self) -> dict[str, float]:
         """How evenly the work is spread, of the minibatch for which that is worst (see `Balance`)."""
         found = [balance(plan, self.lengths, **self.rules) for plan in self.plans]
@@ -45,8 +51,17 @@ class BatchPlan:
         }
 
 
-def plan_batch(recipe: Recipe, sequences: Sequences, *, num_minibatches: int = 1, dp: int = 1) -> BatchPlan:
+def plan_batch(
+    recipe: Recipe,
+    sequences: Sequences,
+    *,
+    num_minibatches: int = 1,
+    dp: int = 1,
+    groups: Sequence[int] | None = None,
+) -> BatchPlan:
     """Plan a batch for so many minibatches and replicas. Raises `ValueError` as `plan_micro_batches` does.
+
+    groups: of each row, where a group's rows are to share a micro-batch if they fit into one.
 
     Minibatches are equal parts of the batch, in its order. The interleaved schedule takes micro-batches of one length,
     and runs the reference on those of all minibatches at once: all are filled up to the longest one's.
@@ -55,7 +70,7 @@ def plan_batch(recipe: Recipe, sequences: Sequences, *, num_minibatches: int = 1
     size, rest = divmod(len(lengths), num_minibatches)
     assert not rest, f"{len(lengths)} sequences do not divide into {num_minibatches} minibatches"
     parts = [range(index * size, (index + 1) * size) for index in range(num_minibatches)]
-    plans = [_plan(recipe, lengths, rows, dp) for rows in parts]
+    plans = [_plan(recipe, lengths, rows, dp, groups) for rows in parts]
     rules: dict[str, Any] = {
         "packing": recipe.train.packing,
         "multiple": recipe.alignment,
@@ -73,15 +88,38 @@ def make_micro_batches(recipe: Recipe, sequences: Sequences, *, dp: int = 1, rep
     return micro_batches
 
 
-def _plan(recipe: Recipe, lengths: Sequence[int], rows: range, dp: int) -> Plan:
+def _plan(recipe: Recipe, lengths: Sequence[int], rows: range, dp: int, groups: Sequence[int] | None) -> Plan:
     """[replica][micro-batch] = rows of the batch."""
     train, multiple = recipe.train, recipe.micro_batch_alignment
-    plan = plan_micro_batches(
-        [lengths[row] for row in rows],
-        dp=dp,
-        budget_tokens=train.tokens_per_micro_batch // multiple * multiple,  # so that it holds them filled up
-        packing=train.packing,
-        multiple=recipe.alignment,
-        count_multiple_of=recipe.parallel.micro_batch_group,
-    )
-    return [[[rows[index] for index in members] for members in rank] for rank in plan]
+    budget = train.tokens_per_micro_batch // multiple * multiple  # so that it holds them filled up
+
+    def plan(items: Sequence[Sequence[int]], sizes: Sequence[int]) -> Plan:
+        found = plan_micro_batches(
+            sizes,
+            dp=dp,
+            budget_tokens=budget,
+            packing=train.packing,
+            multiple=recipe.alignment,
+            count_multiple_of=recipe.parallel.micro_batch_group,
+        )
+        return [[[row for item in members for row in items[item]] for members in rank] for rank in found]
+
+    if groups is not None and train.packing:
+        together = _fitting_groups(rows, lengths, groups, recipe.alignment, budget)
+        with suppress(ValueError):  # too few of them for all ranks
+            return plan(together, [sum(aligned(lengths[row], recipe.alignment) for row in item) for item in together])
+    return plan([[row] for row in rows], [lengths[row] for row in rows])
+
+
+def _fitting_groups(
+    rows: range, lengths: Sequence[int], groups: Sequence[int], multiple: int, budget: int
+) -> list[list[int]]:
+    """The rows, those of a group together where a micro-batch holds them."""
+    members: dict[int, list[int]] = {}
+    for row in rows:
+        members.setdefault(groups[row], []).append(row)
+    found: list[list[int]] = []
+    for group in members.values():
+        fits = sum(aligned(lengths[row], multiple) for row in group) <= budget
+        found += [group] if fits else [[row] for row in group]
+    return found

@@ -1,4 +1,4 @@
-"""Which prompts a step uses, and each sample's seed: pure functions of the run's seed; a resumed run repeats them."""
+"""Which prompts come next, and each sample's seed: functions of the run's seed and of how many prompts were drawn."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,21 +19,33 @@ def step_prompts(step: int, *, num_prompts: int, prompts_per_step: int, seed: in
     return [_shuffled(place, num_prompts, seed) for place in places]
 
 
-def mixed_step_prompts(
-    step: int, *, sizes: Sequence[int], weights: Sequence[float], prompts_per_step: int, seed: int
-) -> list[tuple[int, int]]:
-    """(source, index in it) of step `step` (from 0): a walk through each source at the pace of its weight.
+@dataclass
+class PromptWalk:
+    """The prompts that a run learns from, one after the other: a walk through each source at the pace of its weight.
 
     Prompt j of a source comes at time (j + 1/2) / weight, so that sources take turns, and of any number of prompts each
-    has its share to within one. One source alone is walked through as by `step_prompts`.
+    has its share to within one. A source is shuffled anew each epoch. drawn: how many prompts there were so far, which
+    is all its state.
     """
+
+    sizes: Sequence[int]
+    weights: Sequence[float]
+    seed: int
+    drawn: int = 0
+
+    def draw(self, count: int) -> list[tuple[int, int]]:
+        """(source, index in it) of the next prompts."""
+        first, self.drawn = self.drawn, self.drawn + count
+        return _walk(first, self.drawn, self.sizes, self.weights, self.seed)
+
+
+def _walk(first: int, last: int, sizes: Sequence[int], weights: Sequence[float], seed: int) -> list[tuple[int, int]]:
+    """(source, index in it) at the places `first` to `last` of the walk."""
     if len(sizes) == 1:
-        only = step_prompts(step, num_prompts=sizes[0], prompts_per_step=prompts_per_step, seed=seed)
-        return [(0, index) for index in only]
-    first, last = step * prompts_per_step, (step + 1) * prompts_per_step
+        return [(0, _shuffled(place, sizes[0], seed)) for place in range(first, last)]
     shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
     # Of the first n prompts a source has n * share, give or take half the number of sources: all others lie before
-    # this step or after it.
+    # `first` or after `last`.
     slack = len(sizes) // 2 + 2
     begins = [max(0, math.floor(first * share) - slack) for share in shares]
     ends = [math.ceil(last * share) + slack for share in shares]
@@ -65,11 +78,11 @@ def sample_seed(run_seed: int, purpose: str, step: int, prompt_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
 
 
-def sample_seeds(run_seed: int, purpose: str, step: int, prompt_ids: Sequence[str]) -> list[int]:
-    """A seed for each response: a prompt that is there several times gets its samples 0, 1, ..., never one twice."""
+def sample_seeds(run_seed: int, purpose: str, step: int, prompt_ids: Sequence[str], num_samples: int = 1) -> list[int]:
+    """The base seed of each prompt's samples, so many: a prompt that is there several times gets none of them twice."""
     repeats: Counter[str] = Counter()
     seeds = []
     for prompt_id in prompt_ids:
         seeds.append(sample_seed(run_seed, purpose, step, prompt_id) + repeats[prompt_id])
-        repeats[prompt_id] += 1
+        repeats[prompt_id] += num_samples
     return seeds

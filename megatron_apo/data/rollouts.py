@@ -43,7 +43,7 @@ class RolloutBatch:
     """The responses of one step, in the order of its prompts. A response ends with its stop id if one ended it."""
 
     prompt_ids: tuple[str, ...]  # [B], 32 hex digits each
-    group_B: Int32s  # number of the response's prompt within the step
+    group_B: Int32s  # of the step's prompts, which one's it is; a prompt that is drawn twice has two groups
     sequences: Sequences
     log_prob_R: NDArray[np.float32]  # of the held responses' tokens, as the engine that sampled computed them
     reward_B: NDArray[np.float64]  # NaN where a response was not graded, since it is masked
@@ -67,6 +67,14 @@ class RolloutBatch:
         """Whether it is in no loss: by the rule "mask" of reward.truncated, where the length cap ended it."""
         return self.truncated_B & (rule == "mask")
 
+    @property
+    def groups(self) -> list[list[int]]:
+        """The rows of each group, in the order of the groups."""
+        found: dict[int, list[int]] = {}
+        for row, group in enumerate(self.group_B.tolist()):
+            found.setdefault(group, []).append(row)
+        return list(found.values())
+
     def log_probs_of(self, row: int) -> NDArray[np.float32]:
         """Those of one response's tokens; the row must be held."""
         start = self._starts_B[row]
@@ -76,6 +84,30 @@ class RolloutBatch:
     def log_probs(self, rows: Sequence[int]) -> NDArray[np.float32]:
         """Those of several responses' tokens, one after the other."""
         return np.concatenate([np.empty(0, dtype=np.float32), *(self.log_probs_of(row) for row in rows)])
+
+    @classmethod
+    def of_groups(cls, batches: Sequence[RolloutBatch], chosen: Sequence[tuple[int, int]]) -> RolloutBatch:
+        """A batch of some groups, each (number of the batch, number of the group), of batches that are held whole; the
+        groups are numbered anew."""
+        parts = [(batches[batch], row) for batch, group in chosen for row in batches[batch].groups[group]]
+        sizes = [len(batches[batch].groups[group]) for batch, group in chosen]
+
+        def column(name: str) -> NDArray:
+            return np.array([getattr(batch, name)[row] for batch, row in parts], dtype=getattr(batches[0], name).dtype)
+
+        return cls(
+            prompt_ids=tuple(batch.prompt_ids[row] for batch, row in parts),
+            group_B=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+            sequences=Sequences.of(
+                [batch.sequences.prompt(row).tolist() for batch, row in parts],
+                [batch.sequences.response(row).tolist() for batch, row in parts],
+            ),
+            log_prob_R=np.concatenate([batch.log_probs_of(row) for batch, row in parts]),
+            reward_B=column("reward_B"),
+            finish_reason_B=column("finish_reason_B"),
+            weight_version_B=column("weight_version_B"),
+            seconds_B=column("seconds_B"),
+        )
 
     def select(self, rows: Sequence[int]) -> RolloutBatch:
         """The same batch with tokens and log-probs of `rows` (ascending) alone; they must be held."""
@@ -154,12 +186,6 @@ class RolloutBatch:
             weight_version_B=column["weight_version"].to_numpy(),
             seconds_B=column["seconds"].to_numpy(),
         )
-
-
-def groups_of(prompt_ids: Sequence[str]) -> Int32s:
-    """[B] the number of each response's prompt, counted from 0 in the order in which prompts first come."""
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(prompt_id, len(numbers)) for prompt_id in prompt_ids], dtype=np.int32)
 
 
 @dataclass(frozen=True)

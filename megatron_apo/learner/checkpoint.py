@@ -8,8 +8,8 @@
 
 A resumed run repeats the killed one, bit for bit in the same layout and to rounding in another. The little that goes
 from step to step beside the above is in the record (`RunState`). Nothing else has a state: training draws no random
-numbers, prompts' order and the samples' seeds are functions of the step, and every rollout is used in the step that
-makes it.
+numbers, prompts' order is a function of how many were drawn, the samples' seeds are one of the step, and every rollout
+is used in the step that makes it.
 
 A converted model (stages/convert.py) is such a folder as well, with the weights alone.
 """
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_apo.learner.learner import Learner
+    from megatron_apo.rollout.training_data import PromptSource
     from megatron_apo.runtime.topology import Topology
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -52,6 +53,7 @@ class RunState:
     vstar_sha256: str  # of the V* store's manifest, which has the hash of every shard
     skipped_in_a_row: int = 0  # see `Learner`
     first_mismatches: tuple[float, ...] = ()  # see `MismatchWatch`; JSON keeps every bit of them
+    prompts_drawn: int | None = None  # see `PromptSource`; none: as many as each step takes
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,11 @@ def check_resume(recipe: Recipe) -> None:
 
 
 class Checkpoints:
-    """The run's checkpoints, on every rank."""
+    """The run's checkpoints, on every rank. prompts: on the driver."""
 
-    def __init__(self, recipe: Recipe, topology: Topology, learner: Learner):
+    def __init__(self, recipe: Recipe, topology: Topology, learner: Learner, prompts: PromptSource | None = None):
         self._recipe = recipe
+        self._prompts = prompts
         self._topology = topology
         self._learner = learner
         self._saved = 0  # the newest there is; what no step has changed is the model
@@ -169,6 +172,9 @@ class Checkpoints:
         on_all(self._topology, lambda: self._learner.trainable.load_state(state, folder))
         self._learner.skipped_in_a_row = run.skipped_in_a_row
         self._learner.mismatch.restore(run.first_mismatches)
+        if self._prompts:
+            drawn = run.prompts_drawn
+            self._prompts.restore(run.step * self._recipe.train.prompts_per_step if drawn is None else drawn)
         self._saved = run.step
         return run.step
 
@@ -189,7 +195,8 @@ class Checkpoints:
         def describe(folder: Path) -> None:
             recipe, learner = self._recipe.model_dump(mode="json"), self._learner
             first_mismatches = tuple(learner.mismatch.first_means)
-            run = RunState(step, recipe, _store_hash(self._recipe), learner.skipped_in_a_row, first_mismatches)
+            drawn = self._prompts.drawn if self._prompts else None
+            run = RunState(step, recipe, _store_hash(self._recipe), learner.skipped_in_a_row, first_mismatches, drawn)
             record = Record(self._recipe.model.dtype, run=run)
             on_driver(self._topology, lambda: record.write(folder, self._recipe.model.path))
 

@@ -21,18 +21,17 @@ _MOST_NATS = 20.0
 def diagnose(
     term: LossTerm,
     log_prob_R: Tensor,
-    denominator_R: Tensor,
+    reference_R: Tensor | None,
     sampler_R: Tensor,
     sequence_R: Tensor,
     num_sequences: int,
 ) -> Stats:
-    """The objective's own stats and, over response tokens, also those of masked responses: the log-ratio, and the
-    distance to the sampler.
+    """The objective's own stats and, over response tokens, also those of masked responses: the log-ratio to the
+    reference, where that was asked for, and the distance to the sampler.
 
-    All [R], without gradient: log-probs by the policy, of the ratio's denominator, and by the engine that sampled; the
-    sequence, of so many, that a token belongs to.
+    All [R], without gradient: log-probs by the policy, by the reference, and by the engine that sampled; the sequence,
+    of so many, that a token belongs to.
     """
-    log_ratio_R = log_prob_R - denominator_R
     difference_R = log_prob_R - sampler_R
     mismatch_R = difference_R.abs()
     ratio_B = sequence_sum(difference_R, sequence_R, num_sequences).clamp(max=_MOST_NATS).exp()
@@ -41,17 +40,16 @@ def diagnose(
         "count": one * term.count,
         "tokens": one * len(log_prob_R),
         "sequences": one * num_sequences,
-        "log_ratio": log_ratio_R.sum(),
+        "log_prob": log_prob_R.sum(),
         "mismatch": mismatch_R.sum(),
         "mult_prob_error": mismatch_R.clamp(max=_MOST_NATS).exp().sum(),
         "sequence_ratio": ratio_B.sum(),
         "sequence_ratio_square": ratio_B.square().sum(),
     }
-    maxima = {
-        "log_ratio": log_ratio_R.abs().max(),
-        "mismatch": mismatch_R.max(),
-        "sequence_ratio": ratio_B.max(),
-    }
+    maxima = {"mismatch": mismatch_R.max(), "sequence_ratio": ratio_B.max()}
+    if reference_R is not None:
+        log_ratio_R = log_prob_R - reference_R
+        sums["log_ratio"], maxima["log_ratio"] = log_ratio_R.sum(), log_ratio_R.abs().max()
     return Stats({**term.stats.sums, **sums}, {**term.stats.maxima, **maxima})
 
 
@@ -122,8 +120,8 @@ class StepRecord:
 
     @property
     def first_log_ratio(self) -> float:
-        """Largest |log-ratio| of a token in the first minibatch, nats."""
-        return self._gathered[0].maxima["log_ratio"]
+        """Largest |log-ratio| to the reference of a token in the first minibatch, nats."""
+        return self._gathered[0].maxima.get("log_ratio", 0.0)
 
     @property
     def mismatch(self) -> float:
@@ -134,7 +132,8 @@ class StepRecord:
     @property
     def is_finite(self) -> bool:
         """Whether policy and reference computed numbers for every token of the first minibatch."""
-        return math.isfinite(self._gathered[0].sums["log_ratio"])
+        sums = self._gathered[0].sums
+        return all(math.isfinite(sums[name]) for name in ("log_prob", "log_ratio") if name in sums)
 
     def metrics(self) -> dict[str, float]:
         """By the names of metrics.jsonl.
@@ -149,8 +148,7 @@ class StepRecord:
         grad_norm = sum(finite) / len(finite) if finite else math.nan
         return {
             "loss": _ratio(sum(totals.sums["loss"] for totals in self._gathered), total_count),
-            "kl/per_token": first.sums["log_ratio"] / first.sums["tokens"],
-            "kl/per_sequence": first.sums["log_ratio"] / first.sums["sequences"],
+            **self._kl(),
             "mismatch/max": first.maxima["mismatch"],
             "mismatch/mean": self.mismatch,
             "mismatch/token_mult_prob_error": first.sums["mult_prob_error"] / first.sums["tokens"],
@@ -165,6 +163,12 @@ class StepRecord:
             **self._importance(),
             **self._told,
         }
+
+    def _kl(self) -> dict[str, float]:
+        """To the reference, where its log-probs are known."""
+        sums = self._gathered[0].sums
+        names = {"kl/per_token": "tokens", "kl/per_sequence": "sequences"}
+        return {name: sums["log_ratio"] / sums[unit] for name, unit in names.items() if "log_ratio" in sums}
 
     def _importance(self) -> dict[str, float]:
         """Mean weight and share of those that were cut, of the step's tokens or responses; nothing without weights."""

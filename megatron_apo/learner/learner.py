@@ -2,7 +2,7 @@
 
     learner = Learner.build(recipe, topology)     # policy, optimizer and reference on this rank
     batch = learner.receive(batch)                # the driver's batch in; this rank's part of it out
-    record = learner.learn(batch, values)         # log-probs the objective asks for -> targets -> minibatches -> steps
+    record = learner.learn(batch, value_B)        # log-probs the objective asks for -> targets -> minibatches -> steps
 
 The objective declares what it needs and the learner obeys; it never reads a method's name. Every method is called on
 every rank.
@@ -11,19 +11,21 @@ every rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_apo.config import Recipe
 from megatron_apo.data.batch import MicroBatch
 from megatron_apo.data.layout import BatchPlan, plan_batch
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
-from megatron_apo.data.sequences import Sequences
 from megatron_apo.learner.diagnostics import StepRecord, diagnose
+from megatron_apo.learner.known import KnownLogProbs, by_minibatch, by_sequence
 from megatron_apo.learner.masking import Learned
 from megatron_apo.learner.mismatch import MismatchWatch
 from megatron_apo.learner.optim import Trainable, make_trainable
@@ -32,7 +34,8 @@ from megatron_apo.model.build import LogProbModel, build_model
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.model.placement import Reference, place_reference
 from megatron_apo.model.precision import Precision
-from megatron_apo.objectives import LossTerm, Objective, Prepared, Samples, Stats, build_objective
+from megatron_apo.objectives import LossTerm, Micro, Objective, Prepared, Samples, Stats, build_objective
+from megatron_apo.objectives.base import LogProbs
 from megatron_apo.objectives.importance import importance_weights, weight_gradient
 from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
 from megatron_apo.parallel.scatter import scatter
@@ -103,7 +106,7 @@ class Learner:
         total_steps = recipe.train.steps * recipe.train.minibatches
         trainable = make_trainable(policy, recipe.optimizer, total_steps=total_steps)
         reference = None
-        if objective.ratio_denominator == "reference":
+        if "reference" in objective.target_log_probs | objective.loss_log_probs:
             weights = reference_weights or HFReader(recipe.model.reference_path)
             reference = place_reference(
                 recipe.model.reference_mode,
@@ -125,53 +128,49 @@ class Learner:
         """This rank's model chunks, as they were before they were wrapped for training."""
         return [chunk.module for chunk in self.trainable.chunks]
 
-    def plan(self, sequences: Sequences) -> BatchPlan:
-        """Which replica computes which of a rollout batch's sequences, and in which micro-batches."""
+    def plan(self, batch: RolloutBatch) -> BatchPlan:
+        """Which replica computes which of a rollout batch's sequences, and in which micro-batches; a function of
+        lengths, and of groups where the objective couples them."""
         minibatches, dp = self.recipe.train.minibatches, self.recipe.parallel.dp
-        return plan_batch(self.recipe, sequences, num_minibatches=minibatches, dp=dp)
+        groups = batch.group_B.tolist() if self.objective.couples else None
+        return plan_batch(self.recipe, batch.sequences, num_minibatches=minibatches, dp=dp, groups=groups)
 
     def receive(self, batch: RolloutBatch | None) -> RolloutBatch:
         """This rank's part of the driver's `batch` (None elsewhere): all scalars, and its replica's tokens."""
 
-        def rows_of(sequences: Sequences) -> list[list[int]]:
-            plan = self.plan(sequences)
+        def rows_of(whole: RolloutBatch) -> list[list[int]]:
+            plan = self.plan(whole)
             return [plan.rows_of(replica) for replica in range(self.topology.dp)]
 
         return scatter(self.topology, batch, rows_of)
 
-    def learn(self, batch: RolloutBatch, values: Mapping[str, float], step: int = 0) -> StepRecord:
+    def learn(self, batch: RolloutBatch, value_B: Sequence[float] | None = None, step: int = 0) -> StepRecord:
         """Every optimizer step on one rollout batch, as `receive` gave it: that of step `step` of the run, from 0.
 
-        values: V* by prompt id.
+        value_B: the baseline of each response, where the objective takes one.
 
         A minibatch of which every response is masked (`Learned`) takes no optimizer step, and is counted. A step whose
         gradient is not finite changes nothing and is counted; the batch is kept in RUN/rollouts/skipped. Raises
         `GradientError` after train.max_skipped_steps such steps in a row, and `MismatchError` before the first
         optimizer step where the sampler's log-probs are too far from the policy's.
         """
-        plan = self.plan(batch.sequences)
+        plan = self.plan(batch)
         minibatches = self.micro_batches(plan, batch)
         learned = Learned.of(self.recipe, batch)
-        targets = self.objective.prepare(self.samples(batch), values)
-        denominators = self._denominator_log_probs(minibatches, batch)
-        old_policy = self._old_log_probs(minibatches, denominators)
+        known = self._known_log_probs(minibatches, batch)
+        prepared = self._prepare(minibatches, known, batch, learned, value_B)
         record = StepRecord(self.objective.reinforce_scale, plan.metrics())
-        for number, (micro_batches, denominator, old) in enumerate(
-            zip(minibatches, denominators, old_policy, strict=True)
-        ):
+        record.tell(self.topology.broadcast(dict(prepared.metrics), src=self.topology.last_stage_rank))
+        for number, micro_batches in enumerate(minibatches):
+            others_K = self._others_log_ratios(plan, number, micro_batches, known, batch, learned)
+            loss = partial(self._loss, batch=batch, learned=learned, prepared=prepared, others_K=others_K)
             with self.timer.phase("train"):
                 self.trainable.zero_grad()
                 stats = forward_backward(
                     self.trainable.chunks,
                     micro_batches,
-                    lambda log_prob_R, index, micro_batches=micro_batches, denominator=denominator, old=old: self._loss(
-                        log_prob_R,
-                        micro_batches[index],
-                        denominator[index],
-                        targets,
-                        batch,
-                        learned,
-                        old and old[index],
+                    lambda log_prob_R, index, number=number, micro_batches=micro_batches, loss=loss: loss(
+                        log_prob_R, micro_batches[index], known.of(number, index, log_prob_R)
                     ),
                 )
                 record.add(stats)
@@ -188,31 +187,69 @@ class Learner:
         self,
         log_prob_R: Tensor,
         micro: MicroBatch,
-        denominator_R: Tensor,
-        targets: Prepared,
+        known: Mapping[LogProbs, Tensor],
+        *,
         batch: RolloutBatch,
         learned: Learned,
-        old_R: Tensor | None,
+        prepared: Prepared,
+        others_K: Tensor | None,
     ) -> LossTerm:
-        """The objective's loss of a micro-batch, with what is told of it.
-
-        old_R: log-probs at the weights that sampled; None: `log_prob_R` is.
-        """
-        sampler_R = self._sampler_log_probs(micro, batch)
+        """The objective's loss of a micro-batch, with what is told of it. known: its tokens' log-probs by others."""
         part = learned.part(micro)
         token_R, count = part.token_R, len(part.places)
+        fixed: dict[LogProbs, Tensor] = {name: value_R[token_R] for name, value_R in known.items()}
         weighted_R, weights = log_prob_R[token_R], Stats({})
         if self.recipe.train.importance != "none":
-            old_R = log_prob_R.detach() if old_R is None else old_R
             level, cap = self.recipe.train.importance, self.recipe.train.importance_cap
             weight_R, weights = importance_weights(
-                level, cap, old_R[token_R], sampler_R[token_R], part.sequence_R, count
+                level, cap, fixed["old_policy"], fixed["sampler"], part.sequence_R, count
             )
             weighted_R = weight_gradient(weighted_R, weight_R)
-        term = self.objective.loss(weighted_R, denominator_R[token_R], part.sequence_R, targets.select(part.places))
+        term = self.objective.loss(Micro(weighted_R, part.places, part.sequence_R, fixed, others_K=others_K), prepared)
         assert term.count == (len(weighted_R) if self.objective.unit == "token" else count)
-        stats = diagnose(term, log_prob_R.detach(), denominator_R, sampler_R, micro.sequence_R, len(micro.indices))
+        stats = diagnose(
+            term,
+            log_prob_R.detach(),
+            known.get("reference"),
+            known["sampler"],
+            micro.sequence_R,
+            len(micro.indices),
+        )
         return replace(term, stats=replace(stats, sums={**stats.sums, **weights.sums}))
+
+    def _prepare(
+        self,
+        minibatches: Minibatches,
+        known: KnownLogProbs,
+        batch: RolloutBatch,
+        learned: Learned,
+        value_B: Sequence[float] | None,
+    ) -> Prepared:
+        """The objective's targets, on the last stage, which alone has log-probs; none on the others."""
+        if not self.topology.is_last_stage:
+            return Prepared()
+        place_of = {row: place for place, row in enumerate(learned.rows)}
+        micro_batches = [micro for minibatch in minibatches for micro in minibatch]
+        rows = [row for micro in micro_batches for row in micro.indices if row in place_of]
+        own = [place_of[row] for row in rows]
+        log_probs: dict[LogProbs, Sequence[Tensor]] = {}
+        for name in self.objective.target_log_probs:
+            found = by_sequence(micro_batches, known.whole(name))
+            log_probs[name] = [found[row] for row in rows]
+        samples = replace(self.samples(batch, value_B), own=own, log_probs=log_probs, share=self._share(own, learned))
+        return self.objective.prepare(samples)
+
+    def _share(self, own: Sequence[int], learned: Learned) -> Callable[[Tensor], Tensor]:
+        """See `Samples.share`: context- and tensor-parallel ranks of a replica have the same numbers."""
+        places, count = torch.tensor(own, dtype=torch.int64, device=self.topology.device), len(learned.rows)
+
+        def share(values_O: Tensor) -> Tensor:
+            values_K = values_O.new_zeros(count).index_copy(0, places, values_O)
+            if self.topology.dp > 1:  # 0 where a replica has none: the sum is exact
+                dist.all_reduce(values_K, group=self.topology.dp_group)
+            return values_K
+
+        return share
 
     def _judge_mismatch(self, record: StepRecord, step: int) -> None:
         """By the numbers that every rank has, so that all of them raise `MismatchError` or none.
@@ -231,74 +268,97 @@ class Learner:
         found = plan.micro_batches(batch.sequences, self.topology.dp_rank)
         return [[micro.to(self.topology.device) for micro in micro_batches] for micro_batches in found]
 
-    def samples(self, batch: RolloutBatch) -> Samples:
-        """The batch as an objective sees it: without the responses that are masked."""
+    def samples(self, batch: RolloutBatch, value_B: Sequence[float] | None = None) -> Samples:
+        """What an objective sees of the batch that every rank has: numbers of the responses that are not masked."""
         device, rows = self.topology.device, Learned.of(self.recipe, batch).rows
+        reward_K = torch.tensor(batch.reward_B[rows], dtype=torch.float32, device=device)
         return Samples(
             tuple(batch.prompt_ids[row] for row in rows),
-            torch.tensor(batch.reward_B[rows], dtype=torch.float32, device=device),
+            torch.tensor(batch.group_B[rows], dtype=torch.int64, device=device),
+            reward_K,
             torch.tensor(batch.sequences.response_lengths_B[rows], dtype=torch.int64, device=device),
+            torch.tensor(batch.truncated_B[rows], device=device),
+            reward_K.new_tensor([value_B[row] for row in rows]) if value_B is not None else None,
         )
 
     def _sampler_log_probs(self, micro: MicroBatch, batch: RolloutBatch) -> Tensor:
         """[R] as the engine computed them when it sampled."""
         return torch.from_numpy(batch.log_probs(micro.indices)).to(self.topology.device)
 
-    def _denominator_log_probs(self, minibatches: Minibatches, batch: RolloutBatch) -> list[list[Tensor]]:
-        """[minibatch][micro-batch] log-probs [R] that the ratio is against, on the last stage."""
-        micro_batches = [micro for minibatch in minibatches for micro in minibatch]
-        with self.timer.phase("reference"):
-            match self.objective.ratio_denominator:
-                case "reference":
-                    assert self.reference is not None
-                    with self.reference.active() as chunks:
-                        found = forward_log_probs(chunks, micro_batches)
-                case "old_policy":
-                    found = forward_log_probs(self.trainable.chunks, micro_batches)
-                case "sampler":
-                    found = [self._sampler_log_probs(micro, batch) for micro in micro_batches]
-                case "none":
-                    found = [
-                        micro.sequence_R.new_zeros(len(micro.sequence_R), dtype=torch.float32)
-                        for micro in micro_batches
-                    ]
-        return _by_minibatch(found, minibatches)
+    def _known_log_probs(self, minibatches: Minibatches, batch: RolloutBatch) -> KnownLogProbs:
+        """Those that the objective asks for, and the sampler's; on the last stage.
 
-    def _old_log_probs(
-        self, minibatches: Minibatches, denominators: list[list[Tensor]]
-    ) -> Sequence[list[Tensor] | None]:
-        """[minibatch][micro-batch] log-probs [R] at the weights that sampled, on the last stage; None for a minibatch
-        that needs none: the first, whose own forward pass is at these weights, and all without importance weights."""
-        if self.recipe.train.importance == "none":
-            return [None] * len(minibatches)
-        if self.objective.ratio_denominator == "old_policy":
-            return denominators
-        later = [micro for minibatch in minibatches[1:] for micro in minibatch]
-        if not later:
-            return [None]
-        with self.timer.phase("old_policy"):
-            found = forward_log_probs(self.trainable.chunks, later)
-        return [None, *_by_minibatch(found, minibatches[1:])]
-
-    def step_metrics(
-        self, record: StepRecord, batch: RolloutBatch, values: Mapping[str, float], phases: Mapping[str, Phase]
-    ) -> dict[str, float]:
-        """What is known of a step, by the names of metrics.jsonl; nothing except on the driver.
-
-        values: V* by prompt id; phases: of `timer`.
+        The old policy's of the first minibatch, which only the loss asks for, are not computed: its own forward pass is
+        at the weights that sampled.
         """
+        micro_batches = [micro for minibatch in minibatches for micro in minibatch]
+        asked = self.objective.target_log_probs | self.objective.loss_log_probs
+        found: dict[LogProbs, list[list[Tensor] | None]] = {}
+        found["sampler"] = by_minibatch([self._sampler_log_probs(micro, batch) for micro in micro_batches], minibatches)
+        with self.timer.phase("reference"):
+            if "reference" in asked:
+                found["reference"] = by_minibatch(self._reference_log_probs(micro_batches), minibatches)
+        if "old_policy" in self.objective.target_log_probs:
+            found["old_policy"] = by_minibatch(self._policy_log_probs(micro_batches), minibatches)
+        elif "old_policy" in asked or self.recipe.train.importance != "none":
+            later = [micro for minibatch in minibatches[1:] for micro in minibatch]
+            found["old_policy"] = [None, *by_minibatch(self._policy_log_probs(later), minibatches[1:])]
+        return KnownLogProbs(found)
+
+    def _reference_log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        assert self.reference is not None
+        with self.reference.active() as chunks:
+            return forward_log_probs(chunks, micro_batches)
+
+    def _policy_log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """At the present weights, without gradient; nothing for nothing."""
+        if not micro_batches:
+            return []
+        with self.timer.phase("old_policy"):
+            return forward_log_probs(self.trainable.chunks, micro_batches)
+
+    def _others_log_ratios(
+        self,
+        plan: BatchPlan,
+        number: int,
+        micro_batches: Sequence[MicroBatch],
+        known: KnownLogProbs,
+        batch: RolloutBatch,
+        learned: Learned,
+    ) -> Tensor | None:
+        """[K] see `Micro.others_K`: of minibatch `number`, where the objective couples a group's sequences.
+
+        Before the first step policy and old policy are one. Where each group is in one micro-batch no other's is asked
+        for. Else it takes a forward pass of the minibatch: of all of it, since pipelines and experts keep step.
+        """
+        if not self.objective.couples:
+            return None
+        others_K = torch.zeros(len(learned.rows), device=self.topology.device)
+        if number == 0 or not plan.splits_groups(number, batch.group_B.tolist()):
+            return others_K
+        present = self._policy_log_probs(micro_batches)
+        if not self.topology.is_last_stage:
+            return others_K
+        old = known.whole("old_policy", number)
+        ratios = by_sequence(micro_batches, [now - before for now, before in zip(present, old, strict=True)])
+        place_of = {row: place for place, row in enumerate(learned.rows)}
+        own = [row for row in ratios if row in place_of]
+        sums = torch.stack([ratios[row].sum() for row in own]) if own else others_K.new_zeros(0)
+        return self._share([place_of[row] for row in own], learned)(sums)
+
+    def step_metrics(self, record: StepRecord, batch: RolloutBatch, phases: Mapping[str, Phase]) -> dict[str, float]:
+        """What is known of a step, by the names of metrics.jsonl; nothing except on the driver. phases: of `timer`."""
         if not self.topology.is_driver:
             return {}
         seconds = {name: phase.seconds for name, phase in phases.items()}
         rollouts = rollout_metrics(
             batch,
-            values,
             seconds,
             self.spec,
             masked_B=Learned.of(self.recipe, batch).masked_B,
             num_ranks=self.topology.world_size,
             peak_flops=peak_flops(self.recipe, self.topology.device),
-            denominator_computed=self.objective.ratio_denominator in ("reference", "old_policy"),
+            has_reference=self.reference is not None,
         )
         return {**rollouts, **record.metrics(), "lr": self.trainable.lr}
 
@@ -322,12 +382,6 @@ class Learner:
                 f"step {step + 1}: the gradient was not finite in {self.skipped_in_a_row} optimizer steps in a row "
                 f"(train.max_skipped_steps); the weights are those before them, the batches are in {folder.folder}"
             )
-
-
-def _by_minibatch(found: Iterable[Tensor], minibatches: Minibatches) -> list[list[Tensor]]:
-    """[minibatch][micro-batch], of one tensor after the other; there are none before the last stage."""
-    each = iter(found)
-    return [[next(each, torch.empty(0)) for _ in minibatch] for minibatch in minibatches]
 
 
 def recorded_rollouts(run_dir: Path) -> RolloutFolder:

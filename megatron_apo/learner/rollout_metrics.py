@@ -19,40 +19,33 @@ from megatron_apo.telemetry.gpu import peak_tflops
 
 def rollout_metrics(
     batch: RolloutBatch,
-    values: Mapping[str, float],
     seconds: Mapping[str, float],
     spec: ModelSpec,
     *,
     masked_B: NDArray[np.bool_],
     num_ranks: int,
     peak_flops: float | None,
-    denominator_computed: bool,
+    has_reference: bool,
 ) -> dict[str, float]:
-    """Rewards against V*, lengths, and the rates of each part of a step.
+    """Rewards, lengths, and the rates of each part of a step.
 
-    values: V* by prompt id. seconds: of the step's phases. masked_B: responses without a reward; rewards, V* and
-    advantages are of the others, NaN without any. The rest: see `training_rates`.
+    seconds: of the step's phases. masked_B: responses without a reward; rewards are of the others, NaN without any. The
+    rest: see `training_rates`.
     """
-    reward_K = batch.reward_B[~masked_B]
-    value_K = np.array([values[prompt_id] for prompt_id in batch.prompt_ids])[~masked_B]
-    advantage_K = reward_K - value_K
     prompt_lengths, response_lengths = batch.sequences.prompt_lengths_B, batch.sequences.response_lengths_B
     generate_s = seconds.get("generate")  # nothing is sampled in a replay
     return {
-        "reward/mean": _mean(reward_K),
+        "reward/mean": _mean(batch.reward_B[~masked_B]),
         **response_metrics(batch),
         "response/masked": float(masked_B.mean()),
         **(sampling_metrics(batch, seconds["step"], generate_s) if generate_s else {}),
-        "advantage/mean": _mean(advantage_K),
-        "advantage/second_moment": _mean(np.square(advantage_K)),
-        "value/mean": _mean(value_K),
         **training_rates(
             spec,
             list(zip(prompt_lengths.tolist(), response_lengths.tolist(), strict=True)),
             seconds,
             num_ranks=num_ranks,
             peak_flops=peak_flops,
-            denominator_computed=denominator_computed,
+            has_reference=has_reference,
         ),
     }
 

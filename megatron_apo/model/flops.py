@@ -46,13 +46,13 @@ def training_rates(
     *,
     num_ranks: int,
     peak_flops: float | None,
-    denominator_computed: bool,
+    has_reference: bool,
 ) -> dict[str, float]:
     """A step's tokens/s of all ranks, TFLOP/s of one rank, and MFU where `peak_flops` (of one rank, a second) is known.
 
-    By part: `reference` (the forward of the ratio's denominator, where it needs one), `forward_backward` (the phase
+    By part: `reference` (its forward, where there is one), `forward_backward` (the phase
     "train" alone) and `train`, which is both, the optimizer, and the time but not the FLOPs of the old policy's forward
-    where importance weights take one. `seconds` are those of the phases. Names as in metrics.jsonl. Under FP8 the peak
+    where it takes one. `seconds` are those of the phases. Names as in metrics.jsonl. Under FP8 the peak
     is FP8's, though attention and the output head stay bf16: MFU then is of a peak that no such step reaches.
     """
     sequences = list(sequences)
@@ -61,11 +61,11 @@ def training_rates(
     parts = {
         "forward_backward": (_TRAINING * forward, seconds["train"]),
         "train": (
-            (_TRAINING + denominator_computed) * forward,
+            (_TRAINING + has_reference) * forward,
             seconds["reference"] + seconds.get("old_policy", 0.0) + seconds["train"] + seconds["optimizer"],
         ),
     }
-    if denominator_computed:
+    if has_reference:
         parts["reference"] = forward, seconds["reference"]
     rates = {}
     for part, (flops, part_s) in parts.items():

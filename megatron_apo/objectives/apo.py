@@ -33,9 +33,12 @@ class APO(Objective):
     loss_scale: Literal["paper", "unit"] = "paper"
     samples_per_prompt: int = 1
 
-    loss_log_probs: ClassVar[frozenset[LogProbs]] = frozenset({"reference"})
     takes_baseline: ClassVar[bool] = True
     importance_levels: ClassVar[tuple[ImportanceLevel, ...]] = ("token", "sequence")
+
+    @property
+    def loss_log_probs(self) -> frozenset[LogProbs]:
+        return frozenset({"reference"})
 
     @property
     def reinforce_scale(self) -> float:

@@ -123,6 +123,7 @@ class Objective:
     """A training method. What it declares, by default what most need:
 
     samples_per_prompt  responses drawn for each prompt of a step
+    max_draws           rounds in which a step's prompts are drawn: see `learns_from`
     target_log_probs    whose log-probs `prepare` reads
     loss_log_probs      whose log-probs `loss` reads
     takes_baseline      whether `prepare` reads a value source's baseline
@@ -136,20 +137,41 @@ class Objective:
     reinforce_scale     the loss's gradient is this many times REINFORCE's, where the two can be compared
     """
 
-    samples_per_prompt: int = 1
-    target_log_probs: frozenset[LogProbs] = frozenset()
-    loss_log_probs: frozenset[LogProbs] = frozenset()
     takes_baseline: ClassVar[bool] = False
     needs_critic: ClassVar[bool] = False
     needs_first_logit: ClassVar[bool] = False
     couples: ClassVar[bool] = False
-    unit: Literal["sequence", "token"] = "sequence"
     importance_levels: ClassVar[tuple[ImportanceLevel, ...]] = ("token",)
-    reinforce_scale: float = 1.0
+
+    # What settings may change.
+
+    @property
+    def samples_per_prompt(self) -> int:
+        return 1
+
+    @property
+    def max_draws(self) -> int:
+        return 1
+
+    @property
+    def target_log_probs(self) -> frozenset[LogProbs]:
+        return frozenset()
+
+    @property
+    def loss_log_probs(self) -> frozenset[LogProbs]:
+        return frozenset()
+
+    @property
+    def unit(self) -> Literal["sequence", "token"]:
+        return "sequence"
+
+    @property
+    def reinforce_scale(self) -> float:
+        return 1.0
 
     def learns_from(self, reward_G: Sequence[float]) -> bool:
-        """Whether a group of these rewards is worth a place in the batch; another prompt is drawn for one that is
-        not."""
+        """Whether a group of these rewards is worth a place in the batch; another prompt is drawn for one that is not,
+        in at most `max_draws` rounds."""
         return True
 
     def prepare(self, samples: Samples) -> Prepared:

@@ -21,8 +21,11 @@ from megatron_apo.objectives.base import (
 class SFT(Objective):
     """Cross-entropy, averaged over the global batch's target tokens."""
 
-    unit: ClassVar[Literal["sequence", "token"]] = "token"
     importance_levels: ClassVar[tuple[ImportanceLevel, ...]] = ()
+
+    @property
+    def unit(self) -> Literal["sequence", "token"]:
+        return "token"
 
     def prepare(self, samples: Samples) -> Prepared:
         return Prepared()

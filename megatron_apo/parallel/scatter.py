@@ -22,15 +22,15 @@ from megatron_apo.runtime.topology import Topology
 
 
 def scatter(
-    topology: Topology, batch: RolloutBatch | None, rows_of: Callable[[Sequences], Sequence[Sequence[int]]]
+    topology: Topology, batch: RolloutBatch | None, rows_of: Callable[[RolloutBatch], Sequence[Sequence[int]]]
 ) -> RolloutBatch:
     """The driver's `batch` on every rank, with the tokens of its replica's rows; the driver keeps all. Collective.
 
-    rows_of(lengths): the rows that each replica computes, ascending; a function of lengths alone.
+    rows_of(batch): the rows that each replica computes, ascending; a function of what every rank has.
     """
     shared: RolloutBatch = topology.broadcast(batch.select([]) if batch is not None else None)
     leaders = [topology.replica_ranks(replica)[0] for replica in range(topology.dp)]
-    rows = rows_of(shared.sequences)
+    rows = rows_of(shared)
     own_rows = rows[topology.dp_rank]
     if batch is not None:
         sent = []

@@ -125,7 +125,7 @@ class RolloutClient:
         completions: dict[int, Completion] = {}
 
         def read(index: int, answer: dict[str, Any], seconds: float) -> None:
-            completions[index] = read_completion(answer, seconds)
+            (completions[index],) = read_completions(answer, seconds)
             if on_completion is not None:
                 on_completion(index, completions[index])
 
@@ -334,13 +334,26 @@ class RolloutClient:
         raise ServerError(f"the rollout server answered {path} with {response.status}: {message}")
 
 
-def generate_body(request: GenerateRequest, sampling: Sampling) -> Body:
+def generate_body(request: GenerateRequest, sampling: Sampling, num_samples: int = 1) -> Body:
+    """One request for several samples, which share its prefill; sample i is drawn with seed + i (vLLM's own rule)."""
     parameters = sampling.parameters() | {"seed": request.seed, "logprobs": 0}  # the sampled token's
+    if num_samples > 1:
+        parameters["n"] = num_samples
     return {"token_ids": list(request.token_ids), "sampling_params": parameters}
 
 
-def read_completion(answer: dict[str, Any], seconds: float) -> Completion:
-    choice = answer["choices"][0]
+def num_samples_of(body: Body) -> int:
+    """How many responses a request asks for."""
+    return body.get("sampling_params", {}).get("n", 1)
+
+
+def read_completions(answer: dict[str, Any], seconds: float) -> list[Completion]:
+    """A request's samples, in their order."""
+    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    return [_read_choice(choice, seconds) for choice in choices]
+
+
+def _read_choice(choice: dict[str, Any], seconds: float) -> Completion:
     if choice["finish_reason"] not in ("stop", "length"):
         raise ServerError(f"a request ended with {choice['finish_reason']!r} instead of a response")
     versions = sorted({span["version"] for span in choice["weight_versions"]})

@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from heapq import heappop, heappush
+from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from megatron_apo.config import Recipe
-from megatron_apo.rollout.client import Body, Completion, Outcome, RolloutClient, read_completion
+from megatron_apo.rollout.client import Body, Completion, Outcome, RolloutClient, num_samples_of, read_completions
 from megatron_apo.rollout.engine import Answer, Engine, State, at_once
 from megatron_apo.rollout.registry import RemoteServer
 from megatron_apo.rollout.server import ServerDied, ServerError, VLLMServer, log_file
@@ -34,12 +35,15 @@ _LOOK_EVERY_S = 0.5
 
 class RequestQueue:
     """Requests in order. Each is open, in flight at one engine, or answered, and goes back to open when its engine
-    dies: so none is lost, and none that was answered is asked again."""
+    dies: so none is lost, and none that was answered is asked again. A request is for one response or more, and
+    responses are counted in the requests' order."""
 
     def __init__(self, bodies: Sequence[Body]):
         self.bodies = bodies
-        self.answers: dict[int, Completion] = {}
-        self.answered_by: Counter[int] = Counter()  # how many each engine answered, by its number
+        self.sizes = [num_samples_of(body) for body in bodies]
+        self.answers: dict[int, list[Completion]] = {}
+        self.answered_by: Counter[int] = Counter()  # how many responses each engine gave, by its number
+        self._first = [0, *accumulate(self.sizes)]
         self.start_s = time.perf_counter()
         self._open = list(range(len(bodies)))  # a heap
 
@@ -49,8 +53,16 @@ class RequestQueue:
 
     @property
     def completions(self) -> list[Completion]:
-        """Of all requests, in their order."""
-        return [self.answers[index] for index in range(len(self.bodies))]
+        """All responses, in their order."""
+        return [one for index in range(len(self.bodies)) for one in self.answers[index]]
+
+    def answer(self, index: int, completions: list[Completion], engine: int) -> dict[int, Completion]:
+        """Keep a request's responses, from engine number `engine`; they are returned by their numbers."""
+        if len(completions) != self.sizes[index]:
+            raise ServerError(f"a request for {self.sizes[index]} responses was answered with {len(completions)}")
+        self.answers[index] = completions
+        self.answered_by[engine] += len(completions)
+        return dict(enumerate(completions, start=self._first[index]))
 
     def take(self) -> int:
         """The first open request, which is in flight from now on."""
@@ -63,7 +75,7 @@ class RequestQueue:
 class Fleet(AbstractContextManager["Fleet"]):
     """As a context manager it stops at the end what was started.
 
-    window: requests that an engine has in flight at most, where there are several engines. activity: what the run is
+    window: responses that an engine is asked for at most, where there are several engines. activity: what the run is
     at, for messages. may_start: whether an engine that is lost can be started again now, or memory must be made for it
     first (`sharing.py`).
     """
@@ -247,7 +259,7 @@ class Fleet(AbstractContextManager["Fleet"]):
         return answers
 
     def generate(self, queue: RequestQueue, on_completion: Callable[[int, Completion], None]) -> None:
-        """Have the queue's open requests answered; `on_completion(index, completion)` is called once for each.
+        """Have the queue's open requests answered; `on_completion(number, completion)` is called once a response.
 
         Requests of an engine that dies are asked of the others. Raises ServerDied when none is left; asked again, this
         goes on with what is unanswered. A request that is refused ends the call, and so does an error of the caller's.
@@ -260,7 +272,7 @@ class Fleet(AbstractContextManager["Fleet"]):
 
         def hand_out() -> None:
             shares: dict[Engine, dict[int, Body]] = {}
-            while queue.has_open and (engine := self._least_busy(in_flight)):
+            while queue.has_open and (engine := self._least_busy(in_flight, queue.sizes)):
                 index = queue.take()
                 in_flight[engine].add(index)
                 shares.setdefault(engine, {})[index] = queue.bodies[index]
@@ -287,9 +299,9 @@ class Fleet(AbstractContextManager["Fleet"]):
                 elif isinstance(outcome, BaseException):
                     raise outcome
                 else:
-                    queue.answers[index] = completion = read_completion(outcome, now - queue.start_s)
-                    queue.answered_by[engine.number] += 1
-                    on_completion(index, completion)
+                    completions = read_completions(outcome, now - queue.start_s)
+                    for number, completion in queue.answer(index, completions, engine.number).items():
+                        on_completion(number, completion)
                 hand_out()
         finally:
             self._arrived = None
@@ -312,10 +324,14 @@ class Fleet(AbstractContextManager["Fleet"]):
         """The last lines that the engines which are down have logged."""
         return "\n".join(engine.log_tail() for engine in self.in_state(State.DOWN))
 
-    def _least_busy(self, in_flight: dict[Engine, set[int]]) -> Engine | None:
-        """Who is asked next: of the engines that serve and have room, the one with the fewest requests in flight."""
-        engine = min(self.serving, key=lambda engine: len(in_flight[engine]), default=None)
-        if engine is None or (self._window is not None and len(in_flight[engine]) >= self._window):
+    def _least_busy(self, in_flight: dict[Engine, set[int]], sizes: Sequence[int]) -> Engine | None:
+        """Who is asked next: of the engines that serve and have room, the one with the fewest responses in flight."""
+
+        def responses(engine: Engine) -> int:
+            return sum(sizes[index] for index in in_flight[engine])
+
+        engine = min(self.serving, key=responses, default=None)
+        if engine is None or (self._window is not None and responses(engine) >= self._window):
             return None
         return engine
 

@@ -54,7 +54,9 @@ class Replay(AbstractContextManager["Replay"]):
     def step_metrics(self) -> dict[str, float]:
         return {}
 
-    def sample(self, prompts: Sequence[Prompt], step: int) -> RolloutBatch | None:
+    def sample(
+        self, prompts: Sequence[Prompt], step: int, *, num_samples: int = 1, draw: int = 0
+    ) -> RolloutBatch | None:
         """The batch that step `step` learned from, on the driver; its prompts are those that were recorded."""
         return driver_only(self._topology, lambda: self._folder.read(step))
 

@@ -207,10 +207,18 @@ class Rollouts:
         """
         return self._with_restart(lambda: self._prove(State.SERVING)).max
 
-    def sample(self, prompts: Sequence[Prompt], step: int) -> RolloutBatch | None:
-        """One graded response for each prompt (given on the driver), in their order; on the driver, None elsewhere."""
+    def sample(
+        self, prompts: Sequence[Prompt], step: int, *, num_samples: int = 1, draw: int = 0
+    ) -> RolloutBatch | None:
+        """So many graded responses for each prompt, in their order; prompts and batch on the driver, None elsewhere.
+
+        draw: how often the step was sampled for before.
+        """
         self._begin(f"step {step}")
-        sampling = self._sampled("generate", lambda: begin_step(self._recipe, self.inputs, self.pool, prompts, step))
+        sampling = self._sampled(
+            "generate",
+            lambda: begin_step(self._recipe, self.inputs, self.pool, prompts, step, num_samples=num_samples, draw=draw),
+        )
         return driver_only(self._topology, lambda: finished_batch(sampling, self._version, step))
 
     def evaluate(self, step: int) -> Evaluation:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from megatron_apo.config import Recipe
 from megatron_apo.data.order import sample_seeds
 from megatron_apo.data.prompts import Prompt
-from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch, groups_of
+from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch
 from megatron_apo.data.sequences import Sequences
 from megatron_apo.rewards import GradeRequest
 from megatron_apo.rewards.pool import Grade, RewardPool
@@ -22,8 +22,11 @@ from megatron_apo.rollout.weight_sync import SyncError
 
 
 class GradedSampling:
-    """Prompts that are sampled once each, and their responses graded as they arrive, over as many `advance` as it takes
-    until no engine dies any more. masks: see `RewardPool.submit`; for training, whose rewards may be NaN then."""
+    """Responses that are graded as they arrive, over as many `advance` as it takes until no engine dies any more.
+
+    prompts: each response's, in the order of the requests. masks: see `RewardPool.submit`; for training, whose rewards
+    may be NaN then.
+    """
 
     def __init__(
         self,
@@ -76,31 +79,49 @@ class GradedSampling:
 
 
 def begin_step(
-    recipe: Recipe, inputs: Inputs, pool: RewardPool, prompts: Sequence[Prompt], step: int
+    recipe: Recipe,
+    inputs: Inputs,
+    pool: RewardPool,
+    prompts: Sequence[Prompt],
+    step: int,
+    *,
+    num_samples: int = 1,
+    draw: int = 0,
 ) -> GradedSampling:
-    """A step's sampling: one response for each prompt."""
-    bodies = generate_bodies(recipe, "train", step, prompts, inputs.sampling(recipe.sampling))
-    return GradedSampling(inputs, pool, prompts, bodies, masks=True)
+    """A step's sampling: so many responses for each prompt, by one request. draw: how often the step drew before."""
+    purpose = f"train-{draw}" if draw else "train"
+    bodies = generate_bodies(recipe, purpose, step, prompts, inputs.sampling(recipe.sampling), num_samples=num_samples)
+    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+    return GradedSampling(inputs, pool, repeated, bodies, masks=True)
 
 
 def generate_bodies(
-    recipe: Recipe, purpose: str, step: int, prompts: Sequence[Prompt], sampling: Sampling
+    recipe: Recipe,
+    purpose: str,
+    step: int,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    num_samples: int = 1,
 ) -> list[Body]:
-    """Requests with seeds that are a function of run, purpose, step and prompt; a prompt's repeats have several."""
-    seeds = sample_seeds(recipe.run.seed, purpose, step, [prompt.prompt_id for prompt in prompts])
+    """Requests for so many samples each, with seeds that are a function of run, purpose, step and prompt; a prompt's
+    repeats have others."""
+    ids = [prompt.prompt_id for prompt in prompts]
+    seeds = sample_seeds(recipe.run.seed, purpose, step, ids, num_samples)
     pairs = zip(prompts, seeds, strict=True)
-    return [generate_body(GenerateRequest(prompt.token_ids, seed), sampling) for prompt, seed in pairs]
+    return [generate_body(GenerateRequest(prompt.token_ids, seed), sampling, num_samples) for prompt, seed in pairs]
 
 
 def finished_batch(sampling: GradedSampling, version: int, step: int) -> RolloutBatch:
-    """The graded responses in the order of the prompts. Raises SyncError for a response of other weights."""
+    """The graded responses in the order of the prompts, those of a request as a group. Raises SyncError for a response
+    of other weights."""
     completions = sampling.completions
     if stale := {completion.weight_version for completion in completions} - {str(version)}:
         raise SyncError(f"step {step}: responses of weight versions {sorted(stale)}, expected {version}")
     prompt_ids = tuple(prompt.prompt_id for prompt in sampling.prompts)
     return RolloutBatch(
         prompt_ids=prompt_ids,
-        group_B=groups_of(prompt_ids),
+        group_B=np.repeat(np.arange(len(sampling.queue.sizes), dtype=np.int32), sampling.queue.sizes),
         sequences=Sequences.of(
             [prompt.token_ids for prompt in sampling.prompts], [one.token_ids for one in completions]
         ),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.order import mixed_step_prompts
+from megatron_apo.data.order import PromptWalk
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.rollout.inputs import Inputs
@@ -52,18 +52,6 @@ class TrainingData:
         check_rendered(store, prompts)
         return cls(inputs, prompts, vstar)
 
-    def prompts_of(self, recipe: Recipe, step: int, samples_per_prompt: int) -> list[Prompt]:
-        """The prompts of step `step` (from 0), each as often as responses of it are wanted."""
-        sources = [self._of_source[source.name] for source in recipe.sources("train")]
-        chosen = mixed_step_prompts(
-            step,
-            sizes=[len(prompts) for prompts in sources],
-            weights=[one.weight or len(self._of_source[one.name]) for one in recipe.sources("train")],
-            prompts_per_step=recipe.train.prompts_per_step,
-            seed=recipe.run.seed,
-        )
-        return [sources[source][index] for source, index in chosen for _ in range(samples_per_prompt)]
-
     def source_names(self, batch: RolloutBatch) -> list[str]:
         """Of each of the batch's prompts; "" where there is one source alone."""
         return [self._source_of[prompt_id] for prompt_id in batch.prompt_ids]
@@ -73,13 +61,33 @@ class TrainingData:
         """Of all prompts: a replay may hold some that the filter leaves out."""
         return {prompt.prompt_id: prompt.source for prompt in self.inputs.training.prompts}
 
-    @cached_property
-    def _of_source(self) -> dict[str, list[Prompt]]:
-        found: dict[str, list[Prompt]] = {}
-        for prompt in self.prompts:
-            found.setdefault(prompt.source, []).append(prompt)
-        return found
+    def values(self, batch: RolloutBatch) -> list[float]:
+        """V* of each response's prompt."""
+        return self.vstar.lookup(list(batch.prompt_ids)).tolist()
 
-    def values(self, batch: RolloutBatch) -> dict[str, float]:
-        """V* of the batch's prompts."""
-        return dict(zip(batch.prompt_ids, self.vstar.lookup(list(batch.prompt_ids)).tolist(), strict=True))
+
+class PromptSource:
+    """The prompts that training draws, in their order. drawn: how many the steps that are done have used: its state."""
+
+    def __init__(self, recipe: Recipe, data: TrainingData):
+        of_source: dict[str, list[Prompt]] = {}
+        for prompt in data.prompts:
+            of_source.setdefault(prompt.source, []).append(prompt)
+        sources = recipe.sources("train")
+        self._prompts = [of_source[source.name] for source in sources]
+        sizes = [len(prompts) for prompts in self._prompts]
+        weights = [source.weight or size for source, size in zip(sources, sizes, strict=True)]
+        self._walk = PromptWalk(sizes, weights, recipe.run.seed)
+        self.drawn = 0
+
+    def restore(self, drawn: int) -> None:
+        """Go on after so many prompts."""
+        self.drawn = self._walk.drawn = drawn
+
+    def draw(self, count: int) -> list[Prompt]:
+        """The next prompts."""
+        return [self._prompts[source][index] for source, index in self._walk.draw(count)]
+
+    def step_is_done(self) -> None:
+        """What was drawn is used: a run that is ended before draws it again."""
+        self.drawn = self._walk.drawn

@@ -1,6 +1,6 @@
-"""Stage 2, online: one response per prompt, and the regression of its log-ratio (see objectives/apo.py).
+"""Stage 2, online: responses of the policy itself, and a step by what they say (A*-PO's: objectives/apo.py).
 
-A step: sample on the policy's own weights -> log-probs of the frozen reference -> for each minibatch, one optimizer
+A step: sample on the policy's own weights -> log-probs that the objective asks for -> for each minibatch, one optimizer
 step -> give the new weights to vLLM. The loop does what the objective declares and never reads its name; what learns
 from a batch is `learner/learner.py`.
 """
@@ -18,9 +18,10 @@ from megatron_apo.learner.learner import Learner, recorded_rollouts
 from megatron_apo.learner.masking import Learned
 from megatron_apo.learner.rollout_metrics import source_metrics
 from megatron_apo.preflight import open_training
+from megatron_apo.rollout.groups import sample_groups
 from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
-from megatron_apo.rollout.training_data import TrainingData
+from megatron_apo.rollout.training_data import PromptSource, TrainingData
 from megatron_apo.runtime.collective import driver_only, on_driver
 from megatron_apo.runtime.deadline import Deadline
 from megatron_apo.runtime.ending import EndedEarly, Interrupted, request
@@ -37,7 +38,8 @@ def train(recipe: Recipe, topology: Topology) -> None:
     if topology.is_driver:
         write_recipe("train", recipe)
     learner = Learner.build(recipe, topology)
-    checkpoints = Checkpoints(recipe, topology, learner)
+    prompts = PromptSource(recipe, data) if data else None
+    checkpoints = Checkpoints(recipe, topology, learner, prompts)
     start = checkpoints.restore()
     with (
         _rollouts(recipe, topology, learner, data) as rollouts,
@@ -59,20 +61,30 @@ def train(recipe: Recipe, topology: Topology) -> None:
             recorder.proved(rollouts.prove())
             if start == recipe.train.steps or on_driver(topology, lambda: _lacks_evaluation(recipe, recorder, start)):
                 recorder.evaluated(start, rollouts.evaluate(start))
-            task = progress.add_task("A*-PO", total=recipe.train.steps, completed=start)
+            task = progress.add_task("training", total=recipe.train.steps, completed=start)
             for step in range(start, recipe.train.steps):
                 deadline.require_time()
                 learner.timer.pop()  # an evaluation's phases are no step's
                 with learner.timer.phase("step"):
-                    prompts = data.prompts_of(recipe, step, learner.objective.samples_per_prompt) if data else []
                     with deadline.sampling():
-                        batch = learner.receive(rollouts.sample(prompts, step))
+                        groups, drawn = sample_groups(
+                            topology,
+                            rollouts,
+                            prompts,
+                            learner.objective,
+                            recipe.train.prompts_per_step,
+                            step,
+                            may_redraw=recipe.train.replay is None,
+                        )
+                        batch = learner.receive(groups)
                     with deadline.learning():
-                        values = on_driver(topology, partial(TrainingData.values, data, batch))
+                        value_B = on_driver(topology, partial(TrainingData.values, data, batch))
                         if recipe.train.record:
                             on_driver(topology, partial(recorded_rollouts(recipe.run.dir).write, step, batch))
-                        record = learner.learn(batch, values, step)
+                        record = learner.learn(batch, value_B, step)
                     done = step + 1
+                    if prompts:
+                        prompts.step_is_done()
                     with deadline.put_off(), learner.timer.phase("sync"):
                         recorder.synced(rollouts.sync(done))
                 if step == 0 and recipe.model.reference_path == recipe.model.path:
@@ -83,8 +95,8 @@ def train(recipe: Recipe, topology: Topology) -> None:
                 phases = learner.timer.pop()
                 masked_B = Learned.of(recipe, batch).masked_B
                 by_source = source_metrics(batch, data.source_names(batch), masked_B) if data else {}
-                metrics = learner.step_metrics(record, batch, values, phases)
-                recorder.log(done, {**metrics, **by_source, **rollouts.step_metrics()}, phases)
+                metrics = learner.step_metrics(record, batch, phases)
+                recorder.log(done, {**metrics, **drawn, **by_source, **rollouts.step_metrics()}, phases)
                 if checkpoints.is_due(done):
                     save()
                 progress.advance(task)

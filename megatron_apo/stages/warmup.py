@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from rich.progress import Progress
 
 from megatron_apo.config import OptimizerConfig, Recipe

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from megatron_apo.config import ParallelConfig, build_recipe
 from megatron_apo.data.layout import plan_batch
-from megatron_apo.data.rollouts import RolloutBatch, groups_of
+from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.data.sequences import Sequences
 from megatron_apo.parallel.groups import distributed
 from megatron_apo.parallel.scatter import scatter
@@ -56,8 +56,8 @@ def measure(topology: Topology, args: argparse.Namespace) -> None:
         {}, ["model.path=m", "data.train=t", "vstar.dir=v", f"train.tokens_per_micro_batch={args.tokens}"]
     )
 
-    def rows_of(sequences: Sequences) -> list[list[int]]:
-        plan = plan_batch(recipe, sequences, num_minibatches=2, dp=topology.dp)
+    def rows_of(batch: RolloutBatch) -> list[list[int]]:
+        plan = plan_batch(recipe, batch.sequences, num_minibatches=2, dp=topology.dp)
         return [plan.rows_of(replica) for replica in range(topology.dp)]
 
     whole = random_batch(args.prompts, args.tokens) if topology.is_driver else None
@@ -121,7 +121,7 @@ def random_batch(prompts: int, tokens: int) -> RolloutBatch:
     lengths = np.full(prompts, PROMPT_TOKENS, dtype=np.int32), np.full(prompts, tokens - PROMPT_TOKENS, dtype=np.int32)
     return RolloutBatch(
         prompt_ids=ids,
-        group_B=groups_of(ids),
+        group_B=np.arange(len(ids), dtype=np.int32),
         sequences=Sequences(*lengths, np.arange(prompts), draw.integers(0, 150_000, prompts * tokens, dtype=np.int32)),
         log_prob_R=-draw.random(prompts * (tokens - PROMPT_TOKENS), dtype=np.float32),
         reward_B=draw.random(prompts),

@@ -59,13 +59,13 @@ def main() -> None:
 
 def measure(recipe: Recipe, rounds: int) -> None:
     """On every rank."""
-    from megatron_apo.data.prompts import Prompt
     from megatron_apo.data.rollouts import RolloutBatch
     from megatron_apo.learner.learner import Learner
     from megatron_apo.model.hf_config import read_hf_config
     from megatron_apo.parallel.groups import distributed
     from megatron_apo.preflight import open_training
     from megatron_apo.rollout.rollouts import Rollouts
+    from megatron_apo.rollout.training_data import PromptSource
 
     with distributed(recipe.parallel) as topology:
         data = open_training(recipe) if topology.is_driver else None
@@ -80,11 +80,14 @@ def measure(recipe: Recipe, rounds: int) -> None:
             found[name].append(time.perf_counter() - start)
             return value
 
-        def values_of(batch: RolloutBatch) -> dict[str, float]:
+        source = PromptSource(recipe, data) if data else None
+
+        def values_of(batch: RolloutBatch) -> list[float]:
             return topology.broadcast(data.values(batch) if data else None)
 
-        def prompts_of(step: int) -> list[Prompt]:
-            return data.prompts_of(recipe, step, learner.objective.samples_per_prompt) if data else []
+        def sample(step: int) -> RolloutBatch | None:
+            prompts = source.draw(recipe.train.prompts_per_step) if source else []
+            return rollouts.sample(prompts, step, num_samples=learner.objective.samples_per_prompt)
 
         inputs = data.inputs if data else None
         with Rollouts(recipe, topology, learner.policy, read_hf_config(recipe.model.path), inputs) as rollouts:
@@ -92,12 +95,12 @@ def measure(recipe: Recipe, rounds: int) -> None:
             for step in range(rounds + 2):
 
                 def whole(step=step):
-                    batch = learner.receive(rollouts.sample(prompts_of(step), step))
+                    batch = learner.receive(sample(step))
                     learner.learn(batch, values_of(batch))
                     rollouts.sync(step + 1)
 
                 timed("whole step", whole)
-                sampled = timed("generation", lambda step=step: rollouts.sample(prompts_of(step), step))
+                sampled = timed("generation", lambda step=step: sample(step))
                 batch = timed("hand-out", lambda sampled=sampled: learner.receive(sampled))
                 learner.timer.pop()
                 learner.learn(batch, values_of(batch))

@@ -24,6 +24,7 @@ from megatron_apo.data.batch import MicroBatch
 from megatron_apo.data.layout import BatchPlan
 from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch
 from megatron_apo.learner import learner as learner_module
+from megatron_apo.learner.known import KnownLogProbs
 from megatron_apo.learner.learner import GradientError, Learner
 from megatron_apo.learner.masking import Learned, Part
 from megatron_apo.learner.mismatch import MismatchError
@@ -90,6 +91,11 @@ def values() -> dict[str, float]:
     return dict(zip(ids, torch.rand(len(ids), generator=torch.Generator().manual_seed(12)).tolist(), strict=True))
 
 
+def value_B() -> list[float]:
+    """V* of each response."""
+    return [values()[prompt_id] for prompt_id in batch().prompt_ids]
+
+
 def recipe_of(work: Path, layout: str, eps: float, *overrides: str) -> Recipe:
     lr, sharded = SETTINGS[eps]
     fixed = [
@@ -123,8 +129,8 @@ def rows_shifted(learner: Learner) -> None:
     """Each minibatch begins one sequence too late; the last one's last is the batch's first."""
     plan = learner.plan
 
-    def shifted(sequences: Any) -> BatchPlan:
-        found, count = plan(sequences), len(sequences)
+    def shifted(whole: RolloutBatch) -> BatchPlan:
+        found, count = plan(whole), len(whole)
         move = [[[[(row + 1) % count for row in rows] for rows in rank] for rank in one] for one in found.plans]
         return replace(found, plans=move)
 
@@ -136,8 +142,13 @@ def policy_and_reference_swapped(learner: Learner) -> None:
 
 
 def reference_of_the_other_minibatch(learner: Learner) -> None:
-    denominators = learner._denominator_log_probs
-    learner._denominator_log_probs = lambda *arguments: denominators(*arguments)[::-1]  # type: ignore[method-assign]
+    known_log_probs = learner._known_log_probs
+
+    def swapped(*arguments: Any) -> KnownLogProbs:
+        found = known_log_probs(*arguments).found
+        return KnownLogProbs({**found, "reference": found["reference"][::-1]})
+
+    learner._known_log_probs = swapped  # type: ignore[method-assign]
 
 
 def micro_batch_dropped(learner: Learner) -> None:
@@ -177,9 +188,9 @@ def sampler_of_the_neighbour(learner: Learner) -> None:
 def value_of_the_neighbour(learner: Learner) -> None:
     samples = learner.samples
 
-    def neighbours(part: RolloutBatch) -> Any:
-        found = samples(part)
-        return replace(found, prompt_ids=found.prompt_ids[1:] + found.prompt_ids[:1])
+    def neighbours(*arguments: Any) -> Any:
+        found = samples(*arguments)
+        return replace(found, value_K=found.value_K.roll(-1))
 
     learner.samples = neighbours  # type: ignore[method-assign]
 
@@ -188,8 +199,8 @@ def _scaled(factor: float) -> Callable[[Learner], None]:
     def scale(learner: Learner) -> None:
         loss = learner._loss
 
-        def wrong(*arguments: Any) -> Any:
-            term = loss(*arguments)
+        def wrong(*arguments: Any, **named: Any) -> Any:
+            term = loss(*arguments, **named)
             return replace(term, total=factor * term.total)
 
         learner._loss = wrong  # type: ignore[method-assign]
@@ -246,7 +257,13 @@ FAULTS: dict[str, tuple[Callable[[Learner], None], set[str]]] = {
 
 def of_the_policy_that_has_moved(learner: Learner) -> None:
     """Each minibatch is taken to be at the weights that sampled."""
-    learner._old_log_probs = lambda minibatches, _: [None] * len(minibatches)  # type: ignore[method-assign]
+    known_log_probs = learner._known_log_probs
+
+    def moved(minibatches: Any, *arguments: Any) -> KnownLogProbs:
+        found = known_log_probs(minibatches, *arguments).found
+        return KnownLogProbs({**found, "old_policy": [None] * len(minibatches)})
+
+    learner._known_log_probs = moved  # type: ignore[method-assign]
 
 
 def upside_down(_: Learner) -> None:
@@ -289,8 +306,8 @@ def mask_ignored(_: Learner) -> None:
 def masked_counted(learner: Learner) -> None:
     loss = learner._loss
 
-    def wrong(log_prob_R: torch.Tensor, micro: MicroBatch, *others: Any) -> Any:
-        return replace(loss(log_prob_R, micro, *others), count=len(micro.indices))
+    def wrong(log_prob_R: torch.Tensor, micro: MicroBatch, *others: Any, **named: Any) -> Any:
+        return replace(loss(log_prob_R, micro, *others, **named), count=len(micro.indices))
 
     learner._loss = wrong  # type: ignore[method-assign]
 
@@ -364,7 +381,7 @@ def measure(
         return norms[-1]
 
     trainable.step = watched  # type: ignore[method-assign]
-    metrics = learner.learn(received(learner, fault, whole or batch()), values()).metrics()
+    metrics = learner.learn(received(learner, fault, whole or batch()), value_B()).metrics()
     learner_module.importance_weights, learner_module.Learned = importance_weights, Learned
     change = {name: after - before[name] for name, after in WeightStream(learner.policy, spec, topology)}
     mismatch = {name: metrics[f"mismatch/{name}"] for name in MISMATCH}
@@ -400,7 +417,7 @@ def skip(work: Path, layout: str, topology: Topology) -> dict:
     found: dict = {}
 
     def learn(whole: RolloutBatch, step: int) -> None:
-        found["metrics"] = learner.learn(received(learner, None, whole), values(), step).metrics()
+        found["metrics"] = learner.learn(received(learner, None, whole), value_B(), step).metrics()
 
     found["one minibatch learns"] = changed(lambda: learn(with_nans([last]), 0))  # the first one does
     found["skipped"], found["in a row"] = found["metrics"]["skipped_steps"], learner.skipped_in_a_row
@@ -426,7 +443,7 @@ def stop(work: Path, layout: str, topology: Topology) -> dict:
     before = {name: tensor.clone() for name, tensor in WeightStream(learner.policy, spec, topology)}
     error = None
     try:
-        learner.learn(received(learner, None, batch()), values(), 6)
+        learner.learn(received(learner, None, batch()), value_B(), 6)
     except MismatchError as raised:
         error = str(raised)
     errors: list[str | None] = [None] * topology.world_size
@@ -445,8 +462,8 @@ def all_masked(work: Path, layout: str, topology: Topology) -> dict:
 
     def learn(rows: Iterable[int]) -> dict[str, float]:
         own = received(learner, None, masked_batch(rows))
-        record, phases = learner.learn(own, values()), learner.timer.pop()
-        return record.metrics() | learner.step_metrics(record, own, values(), {**phases, "step": phases["train"]})
+        record, phases = learner.learn(own, value_B()), learner.timer.pop()
+        return record.metrics() | learner.step_metrics(record, own, {**phases, "step": phases["train"]})
 
     def weights() -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in WeightStream(learner.policy, spec, topology)}

@@ -40,18 +40,18 @@ def batch() -> RolloutBatch:
     )
 
 
-def rows_of(sequences, dp: int) -> list[list[int]]:
+def rows_of(whole: RolloutBatch, dp: int) -> list[list[int]]:
     small = ["data.max_prompt_tokens=10", "sampling.max_response_tokens=90", "train.tokens_per_micro_batch=200"]
     recipe = build_recipe({}, ["model.path=m", "data.train=t", "vstar.dir=v", *small])
-    plan = plan_batch(recipe, sequences, num_minibatches=2, dp=dp)
+    plan = plan_batch(recipe, whole.sequences, num_minibatches=2, dp=dp)
     return [plan.rows_of(replica) for replica in range(dp)]
 
 
 def main(work: str, layout: str) -> None:
     with distributed(parallel_of(layout)) as topology:
         whole = batch() if topology.is_driver else None
-        part = scatter(topology, whole, lambda sequences: rows_of(sequences, topology.dp))
-        again = scatter(topology, whole, lambda sequences: rows_of(sequences, topology.dp))
+        part = scatter(topology, whole, lambda known: rows_of(known, topology.dp))
+        again = scatter(topology, whole, lambda known: rows_of(known, topology.dp))
         assert part.sequences.token_ids_T.tobytes() == again.sequences.token_ids_T.tobytes()
         held = part.sequences.held_H.tolist()
         told = {

@@ -19,7 +19,7 @@ MORE = ["tp1", "pp2", "dp4", "tp2-pp2-dp2"]
 def test_every_rank_holds_its_replicas_rows(layout: str, tmp_path: Path) -> None:
     start_ranks("tests.dist.scatter_worker", tmp_path, layout)
     whole, parallel = batch(), parallel_of(layout)
-    rows = rows_of(whole.sequences, parallel.dp)
+    rows = rows_of(whole, parallel.dp)
     assert sorted(row for part in rows for row in part) == list(range(len(whole))) and all(rows)
     ranks = [json.loads((tmp_path / f"{layout}.{rank}.json").read_text()) for rank in range(parallel.world_size)]
     assert [rank["replica"] for rank in ranks].count(0) == parallel.world_size // parallel.dp

@@ -154,7 +154,7 @@ def received(learner: Learner) -> RolloutBatch:
 
 
 def micro_batches_of(learner: Learner, part: RolloutBatch) -> list[MicroBatch]:
-    return [micro for each in learner.micro_batches(learner.plan(part.sequences), part) for micro in each]
+    return [micro for each in learner.micro_batches(learner.plan(part), part) for micro in each]
 
 
 def measure(folder: Path, layout: str, topology: Topology) -> dict:

@@ -128,7 +128,7 @@ def report(
     seconds = {phase: fmean(step[phase].seconds for step in steps) for phase in steps[0]}
     tflops = recipe.telemetry.peak_tflops or peak_tflops(device_name(), recipe.model.fp8 is not None)
     peak = tflops and tflops * 1e12
-    rates = training_rates(spec, lengths, seconds, num_ranks=1, peak_flops=peak, denominator_computed=True)
+    rates = training_rates(spec, lengths, seconds, num_ranks=1, peak_flops=peak, has_reference=True)
     part_of = {phase: part for part, phase in _PARTS.items()}
     print(f"{'':12}{'seconds':>9}{'peak':>11}{'tokens/s':>10}{'TFLOP/s':>9}{'MFU':>8}")
     for phase, phase_s in seconds.items():

@@ -64,7 +64,7 @@ def test_a_real_model_does_what_is_counted(tmp_path: Path) -> None:
 def test_rates_of_a_step() -> None:
     seconds = {"reference": 0.5, "train": 2.0, "optimizer": 0.25, "step": 9.0}
     found = training_rates(
-        DENSE, [(3, 2)] * 4, seconds, num_ranks=2, peak_flops=1e6, denominator_computed=True
+        DENSE, [(3, 2)] * 4, seconds, num_ranks=2, peak_flops=1e6, has_reference=True
     )  # forward: 4 x 15,104 = 60,416
     assert found == {
         "tokens_per_s/reference": 40,
@@ -81,7 +81,7 @@ def test_rates_of_a_step() -> None:
 
 def test_no_rate_is_invented() -> None:
     seconds = {"reference": 0.0, "train": 2.0, "optimizer": 0.25}
-    found = training_rates(DENSE, [(3, 2)], seconds, num_ranks=1, peak_flops=None, denominator_computed=False)
+    found = training_rates(DENSE, [(3, 2)], seconds, num_ranks=1, peak_flops=None, has_reference=False)
     assert {name.split("/")[0] for name in found} == {"tokens_per_s", "tflops_per_rank"}
     assert {name.split("/")[1] for name in found} == {"forward_backward", "train"}
     assert found["tflops_per_rank/train"] == pytest.approx(3 * 15_104e-12 / 2.25)

@@ -33,3 +33,4 @@ def test_a_repeated_prompt_gets_other_samples():
     assert seeds == [base, sample_seed(7, "train", 4, "b"), base + 1, base + 2]
     assert base != sample_seed(7, "eval", 4, "a") != sample_seed(8, "eval", 4, "a")
     assert all(0 <= seed < 2**31 + 3 for seed in seeds)
+    assert sample_seeds(7, "train", 4, ["a", "b", "a"], 4) == [base, sample_seed(7, "train", 4, "b"), base + 4]

@@ -95,7 +95,7 @@ def record(topology: Topology) -> StepRecord:
     for grad_norm in (1.0, float("nan")):
         found.add([Stats(sums, maxima)])
         found.add_step(grad_norm)
-    found.tell({"mismatch/warned": 1})
+    found.tell({"mismatch/warned": 1, "advantage/mean": 0.75})
     return found.gather(topology)
 
 
@@ -106,13 +106,12 @@ def log(
     seconds = {name: phase.seconds for name, phase in phases.items()}
     rollouts = rollout_metrics(
         batch,
-        {"p": 0.25},
         seconds,
         read_hf_config(recipe.model.path),
         masked_B=batch.truncated_B,
         num_ranks=recorder._topology.world_size,
         peak_flops=peak_flops(recipe, torch.device("cpu")),
-        denominator_computed=True,
+        has_reference=True,
     )
     recorder.log(step, {**rollouts, **learned.metrics(), "lr": lr}, phases)
 

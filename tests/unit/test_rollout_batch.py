@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder, groups_of
+from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
 from tests.batches import assert_same_batch, make_batch
 
 
@@ -65,10 +65,6 @@ def test_a_part_knows_all_lengths_and_its_own_tokens(seed: int, count: int, data
             part.sequences.row(other)
         with pytest.raises(AssertionError, match=f"row {other} is not held here"):
             part.log_probs([other])
-
-
-def test_groups_are_the_steps_prompts() -> None:
-    assert groups_of(["b", "a", "b", "c", "a"]).tolist() == [0, 1, 0, 2, 1]
 
 
 def test_columns_are_what_a_person_would_look_for(tmp_path: Path) -> None:

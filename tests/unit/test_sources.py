@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_apo.config import RecipeError, build_recipe, changed_for_resume
-from megatron_apo.data.order import mixed_step_prompts, step_prompts
+from megatron_apo.data.order import PromptWalk, step_prompts
 from megatron_apo.learner.rollout_metrics import source_metrics
 from megatron_apo.rewards.pool import RewardPool
 from megatron_apo.rollout.evaluation import _evaluation
@@ -28,17 +28,18 @@ def test_sources_of_one_size_are_shuffled_apart() -> None:
 
 
 def test_one_source_is_walked_through_as_ever() -> None:
+    walk = PromptWalk([7], [3.0], seed=2)
     for step in range(4):
-        mixed = mixed_step_prompts(step, sizes=[7], weights=[3.0], prompts_per_step=5, seed=2)
-        assert mixed == [(0, index) for index in step_prompts(step, num_prompts=7, prompts_per_step=5, seed=2)]
+        assert walk.draw(5) == [(0, index) for index in step_prompts(step, num_prompts=7, prompts_per_step=5, seed=2)]
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [1, 3], [0.2, 0.7, 0.1], [5, 1, 1, 1]])
 def test_each_source_has_its_share_of_any_number_of_prompts(weights: list[float]) -> None:
     sizes, seen = [11, 5, 3, 2][: len(weights)], Counter[int]()
     orders: list[list[int]] = [[] for _ in sizes]
+    walk = PromptWalk(sizes, weights, seed=1)
     for step in range(30):
-        for source, index in mixed_step_prompts(step, sizes=sizes, weights=weights, prompts_per_step=6, seed=1):
+        for source, index in walk.draw(6):
             seen[source] += 1
             orders[source].append(index)
             total = sum(seen.values())
@@ -65,11 +66,8 @@ def test_a_step_has_its_part_of_all_prompts_in_order_of_time(weights: list[float
     monkeypatch.setattr("megatron_apo.data.order._shuffled", lambda place, size, seed, source=0: place)
     for size in (1, 6, 64):
         expected = in_order_of_time(40 * size, weights)
-        steps = (
-            mixed_step_prompts(n, sizes=[9] * len(weights), weights=weights, prompts_per_step=size, seed=1)
-            for n in range(40)
-        )
-        assert [pair for step in steps for pair in step] == expected
+        walk = PromptWalk([9] * len(weights), weights, seed=1)
+        assert [pair for _ in range(40) for pair in walk.draw(size)] == expected
 
 
 def test_a_late_step_costs_no_more_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +76,7 @@ def test_a_late_step_costs_no_more_than_the_first(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(np, "lexsort", lambda keys: sorted_at_once.append(len(keys[0])) or lexsort(keys))
     for weights in ([1.0], [1.0, 3.0, 2.0]):
         for step in (0, 10**6):
-            mixed_step_prompts(step, sizes=[7] * len(weights), weights=weights, prompts_per_step=256, seed=1)
+            PromptWalk([7] * len(weights), weights, seed=1, drawn=256 * step).draw(256)
     assert max(sorted_at_once) < 300
 
 
