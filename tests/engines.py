@@ -205,9 +205,11 @@ class Server:
         if self.held:
             await self._gate.acquire()
         self.answered.append(seed)
-        choice = {"token_ids": [seed % 1000, 1], "finish_reason": "stop"}
-        choice |= {"weight_versions": [{"version": self.version}], "logprobs": {"content": [{"logprob": 0.0}] * 2}}
-        return web.json_response({"choices": [choice]})
+        choice = {"finish_reason": "stop", "weight_versions": [{"version": self.version}]}
+        choice |= {"logprobs": {"content": [{"logprob": 0.0}] * 2}}
+        samples = range(body["sampling_params"].get("n", 1))
+        choices = [choice | {"index": i, "token_ids": [(seed + i) % 1000, 1]} for i in samples]
+        return web.json_response({"choices": choices[::-1]})  # in no order
 
 
 def engines_of(servers: list[Server]) -> list[Engine]:

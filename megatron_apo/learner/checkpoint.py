@@ -34,8 +34,8 @@ from megatron_apo.values.store import MANIFEST
 if TYPE_CHECKING:
     import torch
 
+    from megatron_apo.data.prompt_source import PromptSource
     from megatron_apo.learner.learner import Learner
-    from megatron_apo.rollout.training_data import PromptSource
     from megatron_apo.runtime.topology import Topology
 
 Dtype = Literal["fp32", "bf16", "fp16"]

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from megatron_apo.data.prompt_source import PromptSource
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.objectives import Objective
-from megatron_apo.rollout.training_data import PromptSource
 from megatron_apo.runtime.collective import on_driver
 from megatron_apo.runtime.topology import Topology
 

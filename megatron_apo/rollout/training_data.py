@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.order import PromptWalk
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.rollout.inputs import Inputs
@@ -64,30 +63,3 @@ class TrainingData:
     def values(self, batch: RolloutBatch) -> list[float]:
         """V* of each response's prompt."""
         return self.vstar.lookup(list(batch.prompt_ids)).tolist()
-
-
-class PromptSource:
-    """The prompts that training draws, in their order. drawn: how many the steps that are done have used: its state."""
-
-    def __init__(self, recipe: Recipe, data: TrainingData):
-        of_source: dict[str, list[Prompt]] = {}
-        for prompt in data.prompts:
-            of_source.setdefault(prompt.source, []).append(prompt)
-        sources = recipe.sources("train")
-        self._prompts = [of_source[source.name] for source in sources]
-        sizes = [len(prompts) for prompts in self._prompts]
-        weights = [source.weight or size for source, size in zip(sources, sizes, strict=True)]
-        self._walk = PromptWalk(sizes, weights, recipe.run.seed)
-        self.drawn = 0
-
-    def restore(self, drawn: int) -> None:
-        """Go on after so many prompts."""
-        self.drawn = self._walk.drawn = drawn
-
-    def draw(self, count: int) -> list[Prompt]:
-        """The next prompts."""
-        return [self._prompts[source][index] for source, index in self._walk.draw(count)]
-
-    def step_is_done(self) -> None:
-        """What was drawn is used: a run that is ended before draws it again."""
-        self.drawn = self._walk.drawn

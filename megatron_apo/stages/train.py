@@ -13,6 +13,7 @@ from functools import partial
 from rich.progress import Progress
 
 from megatron_apo.config import Recipe
+from megatron_apo.data.prompt_source import PromptSource
 from megatron_apo.learner.checkpoint import Checkpoints, exported
 from megatron_apo.learner.learner import Learner, recorded_rollouts
 from megatron_apo.learner.masking import Learned
@@ -21,7 +22,7 @@ from megatron_apo.preflight import open_training
 from megatron_apo.rollout.groups import sample_groups
 from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
-from megatron_apo.rollout.training_data import PromptSource, TrainingData
+from megatron_apo.rollout.training_data import TrainingData
 from megatron_apo.runtime.collective import driver_only, on_driver
 from megatron_apo.runtime.deadline import Deadline
 from megatron_apo.runtime.ending import EndedEarly, Interrupted, request
@@ -38,7 +39,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
     if topology.is_driver:
         write_recipe("train", recipe)
     learner = Learner.build(recipe, topology)
-    prompts = PromptSource(recipe, data) if data else None
+    prompts = PromptSource(recipe, data.prompts) if data else None
     checkpoints = Checkpoints(recipe, topology, learner, prompts)
     start = checkpoints.restore()
     with (

@@ -59,13 +59,13 @@ def main() -> None:
 
 def measure(recipe: Recipe, rounds: int) -> None:
     """On every rank."""
+    from megatron_apo.data.prompt_source import PromptSource
     from megatron_apo.data.rollouts import RolloutBatch
     from megatron_apo.learner.learner import Learner
     from megatron_apo.model.hf_config import read_hf_config
     from megatron_apo.parallel.groups import distributed
     from megatron_apo.preflight import open_training
     from megatron_apo.rollout.rollouts import Rollouts
-    from megatron_apo.rollout.training_data import PromptSource
 
     with distributed(recipe.parallel) as topology:
         data = open_training(recipe) if topology.is_driver else None
@@ -80,7 +80,7 @@ def measure(recipe: Recipe, rounds: int) -> None:
             found[name].append(time.perf_counter() - start)
             return value
 
-        source = PromptSource(recipe, data) if data else None
+        source = PromptSource(recipe, data.prompts) if data else None
 
         def values_of(batch: RolloutBatch) -> list[float]:
             return topology.broadcast(data.values(batch) if data else None)

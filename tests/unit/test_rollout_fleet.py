@@ -104,6 +104,29 @@ def test_requests_go_in_order_to_who_has_least_to_do(make_fleet: MakeFleet) -> N
     assert [one.token_ids[0] for one in queue.completions] == list(range(12))
 
 
+def test_a_request_for_several_responses_takes_as_many_places(make_fleet: MakeFleet) -> None:
+    fleet, (first, second) = make_fleet(2)  # windows of three
+    hold(first, second)
+    bodies = requests(6)
+    for number, body in enumerate(bodies):
+        body["sampling_params"] |= {"n": 2, "seed": 2 * number}
+    queue = RequestQueue(bodies)
+    asking = Asking(fleet, queue)
+    until(lambda: len(first.asked + second.asked) == 4)
+    assert (first.asked, second.asked) == ([0, 4], [2, 6])  # four responses each: the window was not full with two
+    first.release(6)
+    second.release(6)
+    asking.finish()
+    assert sorted(asking.told) == list(range(12)) and sum(queue.answered_by.values()) == 12
+    assert [one.token_ids[0] for one in queue.completions] == list(range(12))
+
+
+def test_an_answer_of_too_few_responses_ends_the_call(make_fleet: MakeFleet) -> None:
+    queue = RequestQueue([{"sampling_params": {"n": 3}}])
+    with pytest.raises(ServerError, match="a request for 3 responses was answered with 1"):
+        queue.answer(0, [Completion([1], [0.0], "stop", "0", 0.0)], 0)
+
+
 def test_one_engine_has_everything_in_flight_at_once(make_fleet: MakeFleet) -> None:
     fleet, (server,) = make_fleet(1, window=3)
     hold(server)

@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path == GENERATE and "prompt_logprobs" in body["sampling_params"]:
             answer = {"prompt_logprobs": [None, *({str(token): {"logprob": 0.0}} for token in body["token_ids"][1:])]}
         elif path == GENERATE:
-            choice = {"token_ids": [7, 1], "finish_reason": "stop"}
+            choice = {"index": 0, "token_ids": [7, 1], "finish_reason": "stop"}
             choice |= {"weight_versions": [{"version": self.server.version}]}
             answer = {"choices": [choice | {"logprobs": {"content": [{"logprob": 0.0}] * 2}}]}
         text = json.dumps(answer).encode()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.config import build_recipe
+from megatron_apo.data.order import sample_seed
 from megatron_apo.data.prompts import LoadedPrompts, Prompt
 from megatron_apo.rollout import fleet as fleet_file
 from megatron_apo.rollout import rollouts as rollouts_file
@@ -115,6 +116,28 @@ def test_an_engine_that_dies_in_a_step_serves_again_after_the_next_sync_and_its_
         "rollout engine 1 serves again, with the weights of version 1; its log-probs differ from the trainer's by at "
         "most 0",
     ]
+
+
+def test_a_prompts_responses_are_a_group_of_one_request(start: Callable[..., tuple[Rollouts, Job]]) -> None:
+    """In the order of prompts and samples, with other seeds for what is drawn again; those of an engine that dies are
+    asked again whole, and each is graded once."""
+    rollouts, job = start(2)
+    prompts = [*PROMPTS[:3], PROMPTS[0]]
+    with rollouts:
+        rollouts.sync(0)
+        batch = rollouts.sample(prompts, 0, num_samples=3)
+        assert batch.prompt_ids == tuple(prompt.prompt_id for prompt in prompts for _ in range(3))
+        assert batch.groups == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]] and job.graded == 12
+        seeds = [sample_seed(0, "train", 0, prompt.prompt_id) for prompt in PROMPTS[:3]]
+        expected = [seed + i for seed in (*seeds, seeds[0] + 3) for i in range(3)]
+        first = [batch.sequences.response(row)[0] for row in range(12)]
+        assert first == [seed % 1000 for seed in expected]
+        assert rollouts.step_metrics() == {"rollout/engine0/responses": 6, "rollout/engine1/responses": 6}
+        again = rollouts.sample(prompts, 0, num_samples=3, draw=1)
+        assert not {again.sequences.response(row)[0] for row in range(12)} & {*first}
+        job.servers[1].faults[GENERATE] = "die"
+        third = rollouts.sample(prompts, 0, num_samples=3)
+        assert [third.sequences.response(row)[0] for row in range(12)] == first and job.graded == 36
 
 
 def test_a_restarted_engine_without_the_weights_ends_the_run(start: Callable[..., tuple[Rollouts, Job]]) -> None:

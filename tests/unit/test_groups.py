@@ -1,0 +1,138 @@
+"""Which groups of responses a step learns from, and which prompts were used for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from megatron_apo.config import build_recipe
+from megatron_apo.data.prompt_source import PromptSource
+from megatron_apo.data.prompts import Prompt
+from megatron_apo.data.rollouts import RolloutBatch
+from megatron_apo.objectives import Objective
+from megatron_apo.rollout.groups import sample_groups
+from megatron_apo.runtime.topology import Topology
+from tests.batches import make_batch
+from tests.unit.test_rollout_sharing import one_rank
+
+PROMPTS = [Prompt(f"{n:032x}", "", "h", (5, n), "", n) for n in range(40)]
+
+
+@dataclass(frozen=True)
+class Spread(Objective):
+    """Learns from groups whose rewards differ."""
+
+    samples_per_prompt: int = 2
+    max_draws: int = 3
+
+    def learns_from(self, reward_G: Sequence[float]) -> bool:
+        return max(reward_G) > min(reward_G)
+
+
+@dataclass
+class Sampler:
+    """Rewards that differ where `is_spread` says so of the prompt, and responses that say whose they are."""
+
+    is_spread: Sequence[bool]
+    asked: list[list[int]] = field(default_factory=list)
+
+    def sample(self, prompts: Sequence[Prompt], step: int, *, num_samples: int, draw: int) -> RolloutBatch:
+        assert draw == len(self.asked)
+        self.asked.append([prompt.row for prompt in prompts])
+        rows = [prompt.row for prompt in prompts for _ in range(num_samples)]
+        made = make_batch(
+            [PROMPTS[row].token_ids for row in rows],
+            [[row, place] for place, row in enumerate(rows)],
+            rewards=[float(place % num_samples == 0 or not self.is_spread[row]) for place, row in enumerate(rows)],
+            log_probs=[[-0.1 * row, -0.2] for row in rows],
+            prompt_ids=[PROMPTS[row].prompt_id for row in rows],
+            weight_version=step,
+        )
+        made.group_B[:] = np.repeat(np.arange(len(prompts)), num_samples)
+        return made
+
+
+def prompt_source() -> PromptSource:
+    recipe = build_recipe({}, ["model.path=m", "data.train=t", "vstar.dir=v"])
+    return PromptSource(recipe, PROMPTS)
+
+
+def order(count: int) -> list[int]:
+    """The rows that the walk gives first."""
+    return [prompt.row for prompt in prompt_source().draw(count)]
+
+
+@pytest.fixture
+def topology() -> Iterator[Topology]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield one_rank()
+    dist.destroy_process_group()
+
+
+def rows_of(batch: RolloutBatch) -> list[int]:
+    """The prompt of each group; a group's prompt, responses, log-probs and rewards belong together."""
+    found = []
+    for number, rows in enumerate(batch.groups):
+        (row,) = {int(batch.sequences.response(member)[0]) for member in rows}
+        assert len(rows) == 2 and {batch.prompt_ids[member] for member in rows} == {PROMPTS[row].prompt_id}
+        assert batch.group_B[rows].tolist() == [number] * 2
+        for member in rows:
+            assert batch.sequences.prompt(member).tolist() == [5, row]
+            assert batch.log_probs_of(member).tolist() == pytest.approx([-0.1 * row, -0.2])
+        places = [int(batch.sequences.response(member)[1]) for member in rows]
+        assert places[1] == places[0] + 1, "a group is one request's"
+        found.append(row)
+    return found
+
+
+def test_groups_that_teach_nothing_are_drawn_again(topology) -> None:
+    walk = order(20)
+    spread = [True] * 40
+    for row in (walk[1], walk[3], walk[4]):  # two of the first four, one of the next two
+        spread[row] = False
+    sampler, prompts = Sampler(spread), prompt_source()
+    batch, told = sample_groups(topology, sampler, prompts, Spread(), 4, step=7)
+    assert sampler.asked == [walk[:4], walk[4:6], walk[6:7]]
+    assert rows_of(batch) == [walk[0], walk[2], walk[5], walk[6]]
+    assert told == {"prompts/drawn": 7, "prompts/not_worth": 3}
+    assert batch.reward_B.tolist() == [1, 0] * 4 and batch.weight_version_B.tolist() == [7] * 8
+
+
+def test_after_so_many_draws_the_others_fill_up(topology) -> None:
+    walk = order(20)
+    spread = [row == walk[2] for row in range(40)]
+    sampler, prompts = Sampler(spread), prompt_source()
+    batch, told = sample_groups(topology, sampler, prompts, Spread(), 4, step=0)
+    assert sampler.asked == [walk[:4], walk[4:7], walk[7:10]]
+    assert rows_of(batch) == [walk[0], walk[1], walk[2], walk[3]]
+    assert told == {"prompts/drawn": 10, "prompts/not_worth": 9}
+
+
+def test_a_method_that_learns_from_all_draws_once(topology) -> None:
+    @dataclass(frozen=True)
+    class All(Objective):
+        samples_per_prompt: int = 2
+
+    sampler, prompts = Sampler([False] * 40), prompt_source()
+    batch, told = sample_groups(topology, sampler, prompts, All(), 4, step=0)
+    assert rows_of(batch) == order(4) and told == {"prompts/drawn": 4, "prompts/not_worth": 0}
+
+
+def test_a_recorded_batch_is_taken_as_it_is(topology) -> None:
+    sampler, prompts = Sampler([False] * 40), prompt_source()
+    batch, _ = sample_groups(topology, sampler, prompts, Spread(), 4, step=0, may_redraw=False)
+    assert rows_of(batch) == order(4) and len(sampler.asked) == 1
+
+
+def test_prompts_go_on_where_the_last_step_that_was_done_has_ended() -> None:
+    walk, prompts = order(20), prompt_source()
+    prompts.draw(5)
+    prompts.step_is_done()
+    prompts.draw(3)  # of a step that is ended before
+    resumed = prompt_source()
+    resumed.restore(prompts.drawn)
+    assert [prompt.row for prompt in resumed.draw(6)] == walk[5:11] and resumed.drawn == 5
