@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_apo.config.base import RecipeError
-from megatron_apo.config.fields import known_keys
+from megatron_apo.config.fields import as_written
 from megatron_apo.config.recipe import Recipe
 from megatron_apo.config.shipped import recipe_path
 from megatron_apo.config.text import read, read_override
@@ -93,11 +93,15 @@ _OF_YAML = {
 
 def _explain(item: Any) -> str:
     """One line for one pydantic error: key, value, allowed, fix."""
-    parts = [str(part) for part in item["loc"]]
-    key = ".".join(parts)
+    parts, known = as_written([str(part) for part in item["loc"]])
     kind = item["type"]
+    if kind == "union_tag_invalid":
+        allowed = item["ctx"]["expected_tags"]
+        return f"{'.'.join(parts)}.name: {item['ctx']['tag']!r} is not allowed; use one of {allowed}"
+    if kind == "union_tag_not_found":
+        return f"{'.'.join(parts)}: {item['input']!r} is not allowed; use a section with a name and its settings"
+    key = ".".join(parts)
     if kind == "extra_forbidden":
-        known = known_keys(parts[:-1])
         near = difflib.get_close_matches(parts[-1], known, n=1)
         hint = f"did you mean {'.'.join(parts[:-1] + near)}?" if near else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"

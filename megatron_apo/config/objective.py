@@ -1,15 +1,157 @@
-"""The training method, and its settings."""
+"""The training method, and its settings: a section for each method, told apart by `objective.name`.
+
+A section's keys are the fields of the method's class in `megatron_apo/objectives`, with the same defaults.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from megatron_apo.config.base import Section
 
 
-class ObjectiveConfig(Section):
-    name: Literal["apo"] = Field("apo", description="the method; see megatron_apo/objectives")
+class BaselineConfig(Section):
+    """What is taken off the rewards. See `megatron_apo/values/baselines.py`."""
+
+    source: Literal["vstar", "batch_mean", "group_mean", "leave_one_out", "kernel"] = Field(
+        "vstar",
+        description="vstar: of the V* store; the mean reward of the batch, of the prompt's responses, or of its "
+        "others; kernel: of the prompt's own past as well",
+    )
+    kernel: Literal["triangular", "exponential"] = Field("triangular", description="weights of the past, source kernel")
+    bandwidth: float = Field(
+        0.5,
+        gt=0,
+        description="share of the run so far over which the past counts, source kernel; exponential: from .01",
+    )
+
+
+class _Method(Section):
+    @property
+    def needs_store(self) -> bool:
+        """Whether V* is asked for."""
+        baseline: BaselineConfig | None = getattr(self, "baseline", None)
+        return baseline is not None and baseline.source == "vstar"
+
+
+def _samples(default: int, least: int = 1) -> int:
+    return Field(default, ge=least, description="responses drawn for each prompt of a step, by one request")
+
+
+_NAME = "the method; see docs/methods.md"
+_CLIP = "largest ratio to the old policy is 1 + this; null: no bound"
+_CLIP_LOW = "smallest ratio to the old policy is 1 - this; null: no bound"
+_DUAL = "the loss of a negative advantage is at most this many times it (above 1); null: no bound"
+
+
+class APOConfig(_Method):
+    name: Literal["apo"] = Field("apo", description=_NAME)
     beta2: float = Field(1e-3, gt=0, description="b2: weight of the log-ratio in the regression")
     loss_scale: Literal["paper", "unit"] = Field("paper", description="unit divides by 2*b2 (REINFORCE's units)")
+    samples_per_prompt: int = _samples(1)
+    baseline: BaselineConfig = Field(default_factory=BaselineConfig)
+
+
+class REINFORCEConfig(_Method):
+    name: Literal["reinforce"] = Field("reinforce", description=_NAME)
+    kl_coefficient: float = Field(0.0, ge=0, description="of the KL to the reference in the reward; 0: no reference")
+    samples_per_prompt: int = _samples(1)
+    baseline: BaselineConfig = Field(default_factory=BaselineConfig)
+
+
+class RLOOConfig(_Method):
+    name: Literal["rloo"] = Field("rloo", description=_NAME)
+    kl_coefficient: float = Field(0.0, ge=0, description="of the KL to the reference in the reward; 0: no reference")
+    samples_per_prompt: int = _samples(4, least=2)
+
+
+class REBELConfig(_Method):
+    name: Literal["rebel"] = Field("rebel", description=_NAME)
+    eta: float = Field(1.0, gt=0, description="the step towards pi_old exp(eta r)")
+    samples_per_prompt: int = _samples(2, least=2)
+
+
+class TBRMConfig(_Method):
+    name: Literal["tbrm"] = Field("tbrm", description=_NAME)
+    beta: float = Field(2e-3, gt=0, description="weight of the KL to the reference against the reward")
+    samples_per_prompt: int = _samples(1)
+
+
+class GRPOConfig(_Method):
+    name: Literal["grpo"] = Field("grpo", description=_NAME)
+    samples_per_prompt: int = _samples(8, least=2)
+    divide_by_std: bool = Field(True, description="advantages are divided by the group's standard deviation")
+    averaging: Literal["sequence", "constant", "token"] = Field(
+        "sequence",
+        description="of tokens' losses: by response, then over these; constant: divided by "
+        "sampling.max_response_tokens; over all tokens",
+    )
+    clip_low: float | None = Field(0.2, gt=0, le=1, description=_CLIP_LOW)
+    clip_high: float | None = Field(0.2, gt=0, description=_CLIP)
+    dual_clip: float | None = Field(None, gt=1, description=_DUAL)
+    kl_coefficient: float = Field(0.04, ge=0, description="of the KL to the reference in the loss; 0: no reference")
+    kl_estimator: Literal["k2", "k3"] = Field("k3", description="of the KL in the loss (Schulman)")
+    dynamic_sampling: bool = Field(False, description="draw other prompts for groups whose rewards are all equal")
+    max_draws: int = Field(10, ge=1, description="rounds of drawing for a step at most, with dynamic_sampling")
+    overlong_buffer: int | None = Field(
+        0,
+        ge=0,
+        description="tokens before the length cap over which a penalty grows; 0: none; null: a fifth of the cap",
+    )
+    overlong_penalty: float = Field(1.0, ge=0, description="the penalty at the length cap")
+
+
+class DrGRPOConfig(GRPOConfig):
+    name: Literal["dr_grpo"] = Field("dr_grpo", description=_NAME)  # type: ignore[assignment]
+    divide_by_std: bool = Field(False, description="advantages are divided by the group's standard deviation")
+    averaging: Literal["sequence", "constant", "token"] = Field(
+        "constant", description=GRPOConfig.model_fields["averaging"].description
+    )
+    kl_coefficient: float = Field(0.0, ge=0, description="of the KL to the reference in the loss; 0: no reference")
+
+
+class DAPOConfig(GRPOConfig):
+    name: Literal["dapo"] = Field("dapo", description=_NAME)  # type: ignore[assignment]
+    samples_per_prompt: int = _samples(16, least=2)
+    averaging: Literal["sequence", "constant", "token"] = Field(
+        "token", description=GRPOConfig.model_fields["averaging"].description
+    )
+    clip_high: float | None = Field(0.28, gt=0, description=_CLIP)
+    kl_coefficient: float = Field(0.0, ge=0, description="of the KL to the reference in the loss; 0: no reference")
+    dynamic_sampling: bool = Field(True, description="draw other prompts for groups whose rewards are all equal")
+    overlong_buffer: int | None = Field(None, ge=0, description=GRPOConfig.model_fields["overlong_buffer"].description)
+
+
+class PPOConfig(_Method):
+    name: Literal["ppo"] = Field("ppo", description=_NAME)
+    samples_per_prompt: int = _samples(1)
+    clip_low: float | None = Field(0.2, gt=0, le=1, description=_CLIP_LOW)
+    clip_high: float | None = Field(0.2, gt=0, description=_CLIP)
+    dual_clip: float | None = Field(None, gt=1, description=_DUAL)
+    value_clip: float | None = Field(0.2, gt=0, description="largest change of a value in a step; null: no bound")
+    gamma: float = Field(1.0, ge=0, le=1, description="discount of a token")
+    lam: float = Field(1.0, ge=0, le=1, description="lambda of GAE")
+    whiten: bool = Field(True, description="advantages of the batch have mean 0 and variance 1")
+    kl_coefficient: float = Field(1e-3, ge=0, description="of the KL to the reference in the reward; 0: no reference")
+
+
+def _name_of(value: object) -> str | None:
+    """The method that a section is of, A*-PO where it does not say; none of what is no section."""
+    name = value.get("name", "apo") if isinstance(value, dict) else getattr(value, "name", None)
+    return None if name is None else str(name)
+
+
+ObjectiveConfig = Annotated[
+    Annotated[APOConfig, Tag("apo")]
+    | Annotated[GRPOConfig, Tag("grpo")]
+    | Annotated[DrGRPOConfig, Tag("dr_grpo")]
+    | Annotated[DAPOConfig, Tag("dapo")]
+    | Annotated[REBELConfig, Tag("rebel")]
+    | Annotated[RLOOConfig, Tag("rloo")]
+    | Annotated[REINFORCEConfig, Tag("reinforce")]
+    | Annotated[PPOConfig, Tag("ppo")]
+    | Annotated[TBRMConfig, Tag("tbrm")],
+    Discriminator(_name_of),
+]
