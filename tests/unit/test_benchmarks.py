@@ -8,12 +8,16 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_apo.config import load_recipe
+from megatron_apo.data.rollouts import RolloutFolder
 from megatron_apo.preflight import open_training
 from megatron_apo.rollout.inputs import load_inputs
-from tests.benchmarks import logprob_head, long_step, mismatch, packing, real_model, weight_plan
+from tests.batches import make_batch
+from tests.benchmarks import baselines, logprob_head, long_step, mismatch, packing, real_model, weight_plan
 from tests.benchmarks.noise import noise
 
 ROOT = Path(__file__).parents[2]
@@ -128,3 +132,34 @@ def test_runs_of_a_real_model_are_told_by_seed(monkeypatch, capsys, tmp_path):
     assert lines[0] == "seed 0: held-out 0.100 +- 0.020 -> 0.500 +- 0.020, greedy 0.300 +- 0.050 -> 0.300 +- 0.050"
     assert lines[2] == "gained: 0.500 +- 0.100 over 2 seeds" and lines[3].startswith("a step: 23.5 s (")
     assert (tmp_path / "curve.svg").read_text().count("seed ") >= 2
+
+
+def test_baselines_are_held_against_the_truth_of_a_policy(monkeypatch, capsys):
+    sizes = ["--prompts=12", "--steps=9", "--prompts-per-step=5", "--seeds=2", "--groups", "1", "2"]
+    monkeypatch.setattr(sys, "argv", ["baselines", *sizes, "--bandwidths", "1"])
+    baselines.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert [line[:3] for line in lines if line[0] == "G"] == [["G", "=", "1,"], ["G", "=", "2,"]]
+    found = [dict(zip(("error", "moment"), line[1:3], strict=True)) for line in lines if line[0] == "truth"]
+    assert [row["error"] for row in found] == ["0.000"] * 2 and all(float(row["moment"]) < 0.25 for row in found)
+
+
+def test_baselines_are_held_against_the_truth_of_a_recorded_run(monkeypatch, capsys, tmp_path):
+    """Two prompts of rates 1/2 and 1, twice; another step has no truth, and the third samples are not looked at."""
+    ids = [f"{1:032x}"] * 3 + [f"{2:032x}"] * 3
+    for step in range(3):
+        rewards = [1.0, 0.0, 9.0, 1.0, 1.0, 9.0]
+        batch = make_batch([[1]] * 6, [[2]] * 6, rewards=rewards, prompt_ids=ids)
+        RolloutFolder(tmp_path / "rollouts").write(step, batch)
+    rows = [(step, one, value) for step in (1, 3) for one, value in ((ids[0], 0.5), (ids[3], 1.0))]
+    steps, names, values = (list(column) for column in zip(*rows, strict=True))
+    pq.write_table(pa.table({"step": steps, "prompt_id": names, "value": values}), tmp_path / "truth")
+    settings = ["--run", str(tmp_path), "--truth", str(tmp_path / "truth"), "--groups", "2", "--bandwidths", "inf"]
+    monkeypatch.setattr(sys, "argv", ["baselines", *settings])
+    baselines.main()
+    rows = {" ".join(line.split()[:-5]): line.split()[-5:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["truth"] == ["0.000", "0.125", "0.000", "0.125", "0.0%"]
+    assert rows["group mean"] == ["0.000", "0.125", "0.000", "0.125", "0.0%"]
+    assert rows["leave one out"] == ["0.354", "0.500", "0.354", "0.500", "0.0%"]
+    # After 4 rewards of the first prompt and the other of its group: (2 + 0) / 5 and (2 + 1) / 5, 0.1 from the truth.
+    assert rows["triangular inf"][2] == "0.071" == f"{(0.1**2 / 2) ** 0.5:.3f}"
