@@ -123,12 +123,14 @@ def open_sampling(recipe: Recipe) -> SamplingJob:
 
 
 def open_training(recipe: Recipe, machine: Machine | None = None) -> TrainingData:
-    """Stage 2's prompts and their V*, from a store that is proven to be this run's."""
+    """Stage 2's prompts and, where training asks for it, their V* from a store that is proven to be this run's."""
     _refuse_shapes(recipe.model.folders)
     _raise(_run_problems(recipe, machine or Machine.here()))
     inputs = load_inputs(recipe)
-    store = VStarStore.open(recipe.vstar.dir, recipe.vstar.samples_used)
-    store.check(store_fingerprint(recipe, inputs))
+    store = None
+    if recipe.needs_store:
+        store = VStarStore.open(recipe.vstar.dir, recipe.vstar.samples_used)
+        store.check(store_fingerprint(recipe, inputs))
     check_resume(recipe)
     data = TrainingData.of(recipe, inputs, store)
     check_replay(recipe, next_step(recipe.run.dir), data.vstar)
@@ -226,7 +228,7 @@ def check_job(recipe: Recipe, stages: Sequence[str], machine: Machine) -> None:
     if "evaluate" in stages:
         found += new_lines(_evaluation_problems(recipe, machine), known=found)
     _raise(found)
-    if "train" in stages and is_whole(recipe.vstar.dir):
+    if "train" in stages and (is_whole(recipe.vstar.dir) or not recipe.needs_store):
         check_resume(recipe)
 
 

@@ -372,7 +372,7 @@ def lead_s(rows: Sequence[Mapping[str, Any]]) -> float | None:
 def steps(recipe: Recipe, stage: int | None = None) -> list[Step]:
     """Those that are not complete yet."""
     complete: dict[Step, bool] = {
-        "estimate-vstar": is_whole(recipe.vstar.dir),
+        "estimate-vstar": is_whole(recipe.vstar.dir) or not recipe.needs_store,
         "train": is_trained(recipe),
         "evaluate": not recipe.sources("eval") or _is_evaluated(recipe),
     }

@@ -16,7 +16,7 @@ from megatron_apo.config.data import TASK, DataConfig, RowsConfig
 from megatron_apo.config.fields import changed_for_resume, describe_fields, fields_marked, values_marked
 from megatron_apo.config.load import build_recipe, load_recipe
 from megatron_apo.config.model import FP8Config, ModelConfig
-from megatron_apo.config.objective import ObjectiveConfig
+from megatron_apo.config.objective import APOConfig, BaselineConfig, ObjectiveConfig
 from megatron_apo.config.optimizer import OptimizerConfig
 from megatron_apo.config.parallel import ParallelConfig
 from megatron_apo.config.recipe import Recipe, aligned
@@ -40,6 +40,8 @@ __all__ = [
     "GraderConfig",
     "MismatchConfig",
     "ModelConfig",
+    "APOConfig",
+    "BaselineConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -30,10 +30,14 @@ class BaselineConfig(Section):
 
 class _Method(Section):
     @property
+    def value_source(self) -> BaselineConfig | None:
+        """What is taken off the rewards, where the method leaves that to a recipe."""
+        return None
+
+    @property
     def needs_store(self) -> bool:
         """Whether V* is asked for."""
-        baseline: BaselineConfig | None = getattr(self, "baseline", None)
-        return baseline is not None and baseline.source == "vstar"
+        return self.value_source is not None and self.value_source.source == "vstar"
 
 
 def _samples(default: int, least: int = 1) -> int:
@@ -53,12 +57,20 @@ class APOConfig(_Method):
     samples_per_prompt: int = _samples(1)
     baseline: BaselineConfig = Field(default_factory=BaselineConfig)
 
+    @property
+    def value_source(self) -> BaselineConfig:
+        return self.baseline
+
 
 class REINFORCEConfig(_Method):
     name: Literal["reinforce"] = Field("reinforce", description=_NAME)
     kl_coefficient: float = Field(0.0, ge=0, description="of the KL to the reference in the reward; 0: no reference")
     samples_per_prompt: int = _samples(1)
     baseline: BaselineConfig = Field(default_factory=BaselineConfig)
+
+    @property
+    def value_source(self) -> BaselineConfig:
+        return self.baseline
 
 
 class RLOOConfig(_Method):

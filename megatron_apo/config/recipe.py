@@ -59,6 +59,11 @@ class Recipe(Section):
         return found
 
     @property
+    def needs_store(self) -> bool:
+        """Whether training asks for a V* store, which stage 1 makes."""
+        return self.objective.needs_store or self.vstar.filter != "none"
+
+    @property
     def graders(self) -> list[GraderConfig]:
         """Those of all sources, each once."""
         found: list[GraderConfig] = []

@@ -3,6 +3,7 @@
     RUN/checkpoints/step-000050/
       .metadata  *.distcp  common.pt  metadata.json   policy, optimizer and schedule as Megatron-Core's `torch_dist`
       model/                                          config.json and tokenizer files, for the way back to Hugging Face
+      baseline.parquet                                where the baseline has a state: of each prompt
       checkpoint.json                                 a `Record`: the step, the recipe and the V* store behind it
       files.json                                      size and sha256 of all of these
 
@@ -37,10 +38,12 @@ if TYPE_CHECKING:
     from megatron_apo.data.prompt_source import PromptSource
     from megatron_apo.learner.learner import Learner
     from megatron_apo.runtime.topology import Topology
+    from megatron_apo.values.baselines import Baseline
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 MODEL = "model"
 RECORD = "checkpoint.json"
+BASELINE = "baseline.parquet"
 FORMAT = 1
 
 
@@ -146,11 +149,19 @@ def check_resume(recipe: Recipe) -> None:
 
 
 class Checkpoints:
-    """The run's checkpoints, on every rank. prompts: on the driver."""
+    """The run's checkpoints, on every rank. prompts, baseline: on the driver, where there is one."""
 
-    def __init__(self, recipe: Recipe, topology: Topology, learner: Learner, prompts: PromptSource | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        topology: Topology,
+        learner: Learner,
+        prompts: PromptSource | None = None,
+        baseline: Baseline | None = None,
+    ):
         self._recipe = recipe
         self._prompts = prompts
+        self._baseline = baseline
         self._topology = topology
         self._learner = learner
         self._saved = 0  # the newest there is; what no step has changed is the model
@@ -172,6 +183,8 @@ class Checkpoints:
         on_all(self._topology, lambda: self._learner.trainable.load_state(state, folder))
         self._learner.skipped_in_a_row = run.skipped_in_a_row
         self._learner.mismatch.restore(run.first_mismatches)
+        if self._baseline:
+            self._baseline.read(folder / BASELINE, run.step)
         if self._prompts:
             drawn = run.prompts_drawn
             self._prompts.restore(run.step * self._recipe.train.prompts_per_step if drawn is None else drawn)
@@ -198,7 +211,13 @@ class Checkpoints:
             drawn = self._prompts.drawn if self._prompts else None
             run = RunState(step, recipe, _store_hash(self._recipe), learner.skipped_in_a_row, first_mismatches, drawn)
             record = Record(self._recipe.model.dtype, run=run)
-            on_driver(self._topology, lambda: record.write(folder, self._recipe.model.path))
+
+            def write() -> None:
+                record.write(folder, self._recipe.model.path)
+                if self._baseline:
+                    self._baseline.write(folder / BASELINE)
+
+            on_driver(self._topology, write)
 
         folder = self._recipe.run.dir / "checkpoints" / f"step-{step:06d}"
         torch_dist.write(folder, self._topology, self._learner.trainable.sharded_state(), describe)
@@ -213,4 +232,7 @@ def _run_of(folder: Path) -> RunState:
 
 
 def _store_hash(recipe: Recipe) -> str:
+    """Empty where training asks for no store."""
+    if not recipe.needs_store:
+        return ""
     return hashlib.sha256((recipe.vstar.dir / MANIFEST).read_bytes()).hexdigest()

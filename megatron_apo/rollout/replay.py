@@ -61,7 +61,7 @@ class Replay(AbstractContextManager["Replay"]):
         return driver_only(self._topology, lambda: self._folder.read(step))
 
 
-def check_replay(recipe: Recipe, start: int, vstar: PromptValues) -> None:
+def check_replay(recipe: Recipe, start: int, vstar: PromptValues | None) -> None:
     """Read the batches of all steps from `start` on, and hold them against recipe, model and V* store.
 
     Raises `RecipeError`, one line a file. Does nothing where the recipe has no train.replay.
@@ -96,7 +96,7 @@ def check_replay(recipe: Recipe, start: int, vstar: PromptValues) -> None:
             raise RecipeError(problems)
 
 
-def _check_batch(recipe: Recipe, batch: RolloutBatch, vocab_size: int, vstar: PromptValues) -> None:
+def _check_batch(recipe: Recipe, batch: RolloutBatch, vocab_size: int, vstar: PromptValues | None) -> None:
     """Raise `ValueError` for a batch that this recipe, model or store cannot take."""
     ids, parts = batch.sequences.token_ids_T, recipe.train.minibatches * recipe.parallel.dp
     if not 0 <= ids.min() <= ids.max() < vocab_size:
@@ -113,7 +113,8 @@ def _check_batch(recipe: Recipe, batch: RolloutBatch, vocab_size: int, vstar: Pr
             f"responses have no reward, and reward.truncated={recipe.reward.truncated} needs them; use "
             "reward.truncated=mask, as where they were recorded"
         )
-    vstar.lookup(list(batch.prompt_ids))
+    if vstar is not None:
+        vstar.lookup(list(batch.prompt_ids))
     plan_batch(recipe, batch.sequences, num_minibatches=recipe.train.minibatches, dp=recipe.parallel.dp)
 
 

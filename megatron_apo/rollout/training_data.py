@@ -1,29 +1,34 @@
-"""What stage 2 learns from: prompts, and their V* from a store that was proven to belong to this run."""
+"""What stage 2 learns from: prompts and, where it asks for them, their V* from a store that was proven to be this
+run's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_apo.config import Recipe
+from megatron_apo.config import BaselineConfig, Recipe
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.stored_prompts import check_rendered
+from megatron_apo.values.baselines import Baseline, BatchMean, GroupMean, LeaveOneOut, Offline
+from megatron_apo.values.kernel import KernelSmoothed
 from megatron_apo.values.store import NO_VALUE, PromptValues, VStarStore
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """`prompts`: those that the recipe's filter keeps."""
+    """`prompts`: those that the recipe's filter keeps. vstar: none where training asks for no store."""
 
     inputs: Inputs
     prompts: list[Prompt]
-    vstar: PromptValues
+    vstar: PromptValues | None
 
     @classmethod
-    def of(cls, recipe: Recipe, inputs: Inputs, store: VStarStore) -> TrainingData:
+    def of(cls, recipe: Recipe, inputs: Inputs, store: VStarStore | None) -> TrainingData:
         """Filter the prompts. Raises `ValueError` if none is left, or one has no V* or was sampled as other text."""
+        if store is None:
+            return cls(inputs, inputs.training.prompts, None)
         if num := int(store.without_value().sum()):
             told = f"vstar.dir: {num} of {len(store)} prompts have no V*: {NO_VALUE}"
             if num == len(store):
@@ -60,6 +65,17 @@ class TrainingData:
         """Of all prompts: a replay may hold some that the filter leaves out."""
         return {prompt.prompt_id: prompt.source for prompt in self.inputs.training.prompts}
 
-    def values(self, batch: RolloutBatch) -> list[float]:
-        """V* of each response's prompt."""
-        return self.vstar.lookup(list(batch.prompt_ids)).tolist()
+    def baseline(self, config: BaselineConfig) -> Baseline:
+        """What a recipe wants to be taken off the rewards."""
+        match config.source:
+            case "vstar":
+                assert self.vstar is not None
+                return Offline(self.vstar.lookup)
+            case "batch_mean":
+                return BatchMean()
+            case "group_mean":
+                return GroupMean()
+            case "leave_one_out":
+                return LeaveOneOut()
+            case "kernel":
+                return KernelSmoothed(config.kernel, config.bandwidth)

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.progress import Progress
 
 from megatron_apo.config import Recipe
 from megatron_apo.data.prompt_source import PromptSource
+from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner.checkpoint import Checkpoints, exported
 from megatron_apo.learner.learner import Learner, recorded_rollouts
 from megatron_apo.learner.masking import Learned
@@ -30,6 +34,7 @@ from megatron_apo.runtime.garbage import garbage_collection_frozen
 from megatron_apo.runtime.launch import write_recipe
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.recorder import GENERATE_S, SAVE_S, STEP_S, Recorder
+from megatron_apo.values.baselines import Baseline
 from megatron_apo.weights.stream import WeightStream, export_hf
 
 
@@ -40,7 +45,9 @@ def train(recipe: Recipe, topology: Topology) -> None:
         write_recipe("train", recipe)
     learner = Learner.build(recipe, topology)
     prompts = PromptSource(recipe, data.prompts) if data else None
-    checkpoints = Checkpoints(recipe, topology, learner, prompts)
+    source = recipe.objective.value_source
+    baseline = data.baseline(source) if data and source else None
+    checkpoints = Checkpoints(recipe, topology, learner, prompts, baseline)
     start = checkpoints.restore()
     with (
         _rollouts(recipe, topology, learner, data) as rollouts,
@@ -51,6 +58,9 @@ def train(recipe: Recipe, topology: Topology) -> None:
     ):
         deadline.expect(*map(recorder.last, (STEP_S, GENERATE_S, SAVE_S)))
         done = start
+
+        def masked_of(batch: RolloutBatch) -> NDArray[np.bool_]:
+            return Learned.of(recipe, batch).masked_B
 
         def save() -> None:
             if (seconds := checkpoints.save(done)) is not None:
@@ -79,13 +89,16 @@ def train(recipe: Recipe, topology: Topology) -> None:
                         )
                         batch = learner.receive(groups)
                     with deadline.learning():
-                        value_B = on_driver(topology, partial(TrainingData.values, data, batch))
+                        seen = (step, batch.prompt_ids, batch.group_B, batch.reward_B, ~masked_of(batch))
+                        value_B = on_driver(topology, partial(_values, baseline, *seen))
                         if recipe.train.record:
                             on_driver(topology, partial(recorded_rollouts(recipe.run.dir).write, step, batch))
                         record = learner.learn(batch, value_B, step)
-                    done = step + 1
                     if prompts:
                         prompts.step_is_done()
+                    if baseline:
+                        baseline.update(*seen)
+                    done = step + 1
                     with deadline.put_off(), learner.timer.phase("sync"):
                         recorder.synced(rollouts.sync(done))
                 if step == 0 and recipe.model.reference_path == recipe.model.path:
@@ -94,8 +107,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
                     with deadline.put_off():
                         recorder.proved(rollouts.prove())
                 phases = learner.timer.pop()
-                masked_B = Learned.of(recipe, batch).masked_B
-                by_source = source_metrics(batch, data.source_names(batch), masked_B) if data else {}
+                by_source = source_metrics(batch, data.source_names(batch), masked_of(batch)) if data else {}
                 metrics = learner.step_metrics(record, batch, phases)
                 recorder.log(done, {**metrics, **drawn, **by_source, **rollouts.step_metrics()}, phases)
                 if checkpoints.is_due(done):
@@ -114,6 +126,11 @@ def train(recipe: Recipe, topology: Topology) -> None:
         recorder.finish(rollouts.grader_failures)
     stream = WeightStream(learner.policy, learner.spec, topology)
     export_hf(stream, topology, source=recipe.model.path, out=exported(recipe.run.dir))
+
+
+def _values(baseline: Baseline | None, *seen: Any) -> list[float] | None:
+    """On the driver, the baseline of each response of a step's batch, where the method takes one."""
+    return baseline.values(*seen).tolist() if baseline else None
 
 
 def _is_evaluated_after(recipe: Recipe, step: int) -> bool:

@@ -14,7 +14,7 @@ say what `fallback` says, V* where there is a store, else the mean reward of the
 are none.
 
 A response that is not learned from, or has no reward, is in no statistic and its baseline is NaN.
-Shapes: B responses of a step, P prompts of it.
+Shapes: B responses of a step, P groups of them, each of one prompt.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Lookup = Callable[[Sequence[str]], Array]  # values of prompts by id: `PromptVal
 @dataclass(frozen=True)
 class StepRewards:
     """The rewards of a step (from 0). known_B: which of them are in statistics; what is in reward_B elsewhere counts
-    for nothing. group_B: 0 to P - 1, and prompts_P their ids."""
+    for nothing. group_B: 0 to P - 1, and prompts_P the ids of these groups' prompts."""
 
     step: int
     prompt_ids: Sequence[str]
@@ -50,15 +50,13 @@ class StepRewards:
     def of(
         cls, step: int, prompt_ids: Sequence[str], group_B: ArrayLike, reward_B: ArrayLike, learned_B: ArrayLike
     ) -> StepRewards:
-        """Raises `ValueError` unless groups are prompts: one group has one id, and one id one group."""
+        """Raises `ValueError` for a group of several prompts. A prompt may have several groups in a step."""
         rewards, learned = np.asarray(reward_B, dtype=np.float64), np.asarray(learned_B, dtype=bool)
         numbers, first_P, groups = np.unique(np.asarray(group_B), return_index=True, return_inverse=True)
         lengths = {len(column) for column in (prompt_ids, groups, rewards, learned)}
         if len(lengths) > 1:
             raise ValueError(f"step {step}: ids, groups, rewards and learned are of {sorted(lengths)} responses")
         prompts = [prompt_ids[row] for row in first_P]
-        if (num := len(set(prompts))) < len(numbers):
-            raise ValueError(f"step {step}: {num} prompts in {len(numbers)} groups; a prompt's responses are one group")
         for prompt_id, group in zip(prompt_ids, groups, strict=True):
             if prompt_id != prompts[group]:
                 raise ValueError(f"step {step}: group {numbers[group]} is of {prompts[group]} and of {prompt_id}")

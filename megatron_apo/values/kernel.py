@@ -27,7 +27,7 @@ A prompt's past is looked at only when its turn comes, and then costs the same h
   and each moment sum_j x_j^k Z_j follows i exactly, times (i/i')^k. After the k where p_k is below rounding it ends:
   every weight is right to that relative error, the smallest too, since x_j <= 1. 21 moments for h = 1, 50 for 0.1.
 
-Shapes: B responses of a step, P prompts of it, M moments.
+Shapes: B responses of a step, P groups of them, M moments.
 """
 
 from __future__ import annotations
@@ -210,10 +210,14 @@ class KernelSmoothed(Baseline):
 
     def _update(self, batch: StepRewards) -> None:
         self._proceed(batch.step)
-        for prompt_id, total, num in zip(batch.prompts_P, *(sums.tolist() for sums in batch.totals), strict=True):
-            if num:
+        sums: dict[str, list[float]] = {}
+        for prompt_id, total, num in zip(batch.prompts_P, *(part.tolist() for part in batch.totals), strict=True):
+            so_far = sums.setdefault(prompt_id, [0.0, 0.0])  # it may have several groups
+            so_far[0], so_far[1] = so_far[0] + total, so_far[1] + num
+        for prompt_id, (total, weight) in sums.items():
+            if weight:
                 past = self._past.get(prompt_id) or self._past.setdefault(prompt_id, self._new_past())
-                past.add(batch.step + 1, total, float(num))
+                past.add(batch.step + 1, total, weight)
         self._next_step = batch.step + 1
 
     def _proceed(self, step: int) -> None:

@@ -83,7 +83,7 @@ def measure(recipe: Recipe, rounds: int) -> None:
         source = PromptSource(recipe, data.prompts) if data else None
 
         def values_of(batch: RolloutBatch) -> list[float]:
-            return topology.broadcast(data.values(batch) if data else None)
+            return topology.broadcast(data.vstar.lookup(list(batch.prompt_ids)).tolist() if data else None)
 
         def sample(step: int) -> RolloutBatch | None:
             prompts = source.draw(recipe.train.prompts_per_step) if source else []
