@@ -64,7 +64,7 @@ class LogProbModel(GPTModel):
         tp = self.pg_collection.tp
         first_row = tp.rank() * len(weight_VH)
         wanted_BS = labels != IGNORE
-        log_prob, entropy = vocab_parallel_log_probs(
+        log_prob, entropy, _ = vocab_parallel_log_probs(
             hidden_states.transpose(0, 1)[wanted_BS],
             weight_VH,
             labels[wanted_BS],

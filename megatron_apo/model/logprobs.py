@@ -2,6 +2,7 @@
 
     log p(y_t) = z_t[y_t] - logsumexp(z_t),   z_t = (hidden_t @ W^T) / temperature
     H_t        = logsumexp(z_t) - sum_v p_t[v] z_t[v],   the policy's entropy, when asked for
+    q_t        = temperature z_t[y_t],                   the raw logit, when asked for
 
 Logits exist a tile at a time, in fp32, and are computed again in the backward pass: the memory taken is a tile's and,
 in backward, an fp32 gradient of the hidden states, whatever the vocabulary. Sums and products of bf16 weights are fp32
@@ -36,7 +37,8 @@ class _TiledLogProbs(torch.autograd.Function):
         chunk: int,
         group: dist.ProcessGroup | None,
         entropy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        logit: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         max_T = hidden_TH.new_full(target_T.shape, float("-inf"), dtype=torch.float32)
         target_logit_T, sum_T = torch.zeros_like(max_T), torch.zeros_like(max_T)
         weighted_T = torch.zeros_like(max_T) if entropy else None
@@ -69,17 +71,19 @@ class _TiledLogProbs(torch.autograd.Function):
         ctx.main_grad = getattr(weight_VH, "main_grad", None)
         ctx.constants = (num_rows, first_row, temperature, chunk, group)
         log_prob_T = sums_KT[0] - max_T - log_sum_T
+        logit_T = sums_KT[0] * temperature if logit else None
         if weighted_T is None:
-            return log_prob_T, None
+            return log_prob_T, None, logit_T
         entropy_T = max_T - sums_KT[2] / sums_KT[1] + log_sum_T
         ctx.mark_non_differentiable(entropy_T)
-        return log_prob_T, entropy_T
+        return log_prob_T, entropy_T, logit_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, target_T, max_T, sum_T = ctx.saved_tensors
         num_rows, first_row, temperature, chunk, group = ctx.constants
         grad_T = grads[0] / temperature
+        grad_target_T = grad_T if grads[2] is None else grad_T + grads[2]
         grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         grad_weight_VH = None
         if ctx.needs_input_grad[1]:
@@ -89,11 +93,11 @@ class _TiledLogProbs(torch.autograd.Function):
             weight_SH = _operand(weight_VH[slab])
             grad_SH = None if grad_weight_VH is None else grad_weight_VH[slab].float()  # fp32 as it is, else a copy
             for rows in _slices(len(target_T), chunk):
-                # d log p / d z = onehot(y) - softmax(z)
+                # d log p / d z = onehot(y) - softmax(z), d q / d (temperature z) = onehot(y)
                 logits_CS = _logits(hidden_TH[rows], weight_SH, temperature, buffer)
                 grad_logits_CS = logits_CS.sub_(max_T[rows, None]).exp_().mul_(-(grad_T[rows] / sum_T[rows])[:, None])
                 local_C, own_C = _local_targets(target_T[rows], first_row + slab.start, len(weight_SH))
-                grad_logits_CS.scatter_add_(1, local_C[:, None], (own_C * grad_T[rows])[:, None])
+                grad_logits_CS.scatter_add_(1, local_C[:, None], (own_C * grad_target_T[rows])[:, None])
                 grad_logits_CS = grad_logits_CS.to(weight_SH.dtype)
                 if grad_hidden_TH is not None:
                     _multiply(grad_logits_CS, weight_SH, out=grad_hidden_TH[rows], beta=1)
@@ -104,7 +108,7 @@ class _TiledLogProbs(torch.autograd.Function):
         if grad_hidden_TH is not None:
             _all_reduce(grad_hidden_TH, dist.ReduceOp.SUM, group)
             grad_hidden_TH = grad_hidden_TH.to(hidden_TH.dtype)
-        return grad_hidden_TH, grad_weight_VH if ctx.main_grad is None else None, *[None] * 7
+        return grad_hidden_TH, grad_weight_VH if ctx.main_grad is None else None, *[None] * 8
 
 
 def vocab_parallel_log_probs(
@@ -118,8 +122,10 @@ def vocab_parallel_log_probs(
     group: dist.ProcessGroup | None,
     num_rows: int | None = None,
     entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """(fp32 log-probs [T] of `target_T`, entropies [T] if `entropy`), equal on every rank of `group`.
+    logit: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(fp32 log-probs [T] of `target_T`, entropies [T] if `entropy`, raw logits [T] of `target_T` if `logit`), equal on
+    every rank of `group`.
 
     `weight_VH` holds rows `first_row ...` of the output layer; those after the first `num_rows` (none: all are used)
     are vocabulary padding. `hidden_TH` is the same on every rank; its gradient is summed over the group here. Entropies
@@ -138,6 +144,7 @@ def vocab_parallel_log_probs(
         chunk_tokens,
         group,
         entropy,
+        logit,
     )
 
 

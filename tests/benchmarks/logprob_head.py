@@ -146,7 +146,7 @@ def log_probs(variant: str, hidden: Tensor, weight: Tensor, target: Tensor, chun
     if variant == "torch":
         options = torch.nn.LinearCrossEntropyOptions()
         return -functional.linear_cross_entropy(hidden, weight, target, reduction="none", options=options)
-    log_prob, _ = vocab_parallel_log_probs(
+    log_prob, _, _ = vocab_parallel_log_probs(
         hidden, weight, target, first_row=0, temperature=1.0, chunk_tokens=chunk, group=None
     )
     return log_prob

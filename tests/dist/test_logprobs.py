@@ -42,7 +42,7 @@ def inputs(num_tokens: int, vocab: int) -> tuple[torch.Tensor, ...]:
 
 def run(hidden, weight, target, upstream, first_row, num_rows, group) -> dict[str, torch.Tensor]:
     hidden.requires_grad_(), weight.requires_grad_()
-    log_prob, entropy = vocab_parallel_log_probs(
+    log_prob, entropy, _ = vocab_parallel_log_probs(
         hidden,
         weight,
         target,

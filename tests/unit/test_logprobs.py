@@ -18,7 +18,7 @@ def several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def log_probs(hidden, weight, target, temperature=1.0, chunk=7, **options):
-    log_prob, entropy = vocab_parallel_log_probs(
+    log_prob, entropy, _ = vocab_parallel_log_probs(
         hidden, weight, target, first_row=0, temperature=temperature, chunk_tokens=chunk, group=None, **options
     )
     return log_prob if entropy is None else (log_prob, entropy)
@@ -112,6 +112,24 @@ def test_entropy_is_that_of_the_distribution(temperature):
     assert torch.equal(with_entropy, without)
     gradients = [torch.autograd.grad(x.square().sum(), (hidden, weight)) for x in (with_entropy, without)]
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_raw_logits_and_their_gradients_are_before_the_temperature(temperature):
+    hidden, weight, target = inputs(5)
+    ours = [x.clone().requires_grad_() for x in (hidden, weight)]
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    log_prob, _, logit = vocab_parallel_log_probs(
+        *ours, target, first_row=0, temperature=temperature, chunk_tokens=7, group=None, logit=True
+    )
+    logits = exact[0] @ exact[1].T
+    wanted = logits.gather(1, target[:, None]).squeeze(1)
+    torch.testing.assert_close(logit.double(), wanted, rtol=1e-5, atol=2e-6)
+    of_log_prob, of_logit = torch.randn(2, T)
+    (of_log_prob @ log_prob + of_logit @ logit).backward()
+    (of_log_prob.double() @ exactly(*exact, target, temperature) + of_logit.double() @ wanted).backward()
+    for mine, theirs in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0, atol=2e-6 * float(theirs.grad.abs().max()))
 
 
 def test_padding_is_neither_read_nor_moved():
