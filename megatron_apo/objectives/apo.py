@@ -9,12 +9,10 @@ on-policy gradient is REINFORCE's with baseline V* and a KL penalty b2; the pape
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from megatron_apo.objectives.base import (
     OBJECTIVES,
-    ImportanceLevel,
-    LogProbs,
     LossTerm,
     Micro,
     Objective,
@@ -33,8 +31,10 @@ class APO(Objective):
     loss_scale: Literal["paper", "unit"] = "paper"
     samples_per_prompt: int = 1
 
-    takes_baseline: ClassVar[bool] = True
-    importance_levels: ClassVar[tuple[ImportanceLevel, ...]] = ("token", "sequence")
+    loss_log_probs = frozenset({"reference"})
+    takes_baseline = True
+    importance_levels = ("token", "sequence")
+    sequence_targets = ("advantage",)
 
     @property
     def loss_log_probs(self) -> frozenset[LogProbs]:

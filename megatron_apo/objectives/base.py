@@ -49,6 +49,10 @@ class Samples:
         sums = [value.float().sum() for value in values]
         return self.share(torch.stack(sums) if sums else self.reward_K.new_zeros(0))
 
+    def token_mean(self, values: Sequence[Tensor]) -> Tensor:
+        """fp64 scalar, over all tokens of the batch, of numbers of each token of `own`."""
+        return self.shared_sums(values).double().sum() / self.num_tokens_K.sum()
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -64,7 +68,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Micro:
-    """What is learned from of a micro-batch, at the present weights.
+    """What is learned from of a micro-batch, at the present weights; nothing, where all of it is masked.
 
     value_R: the policy's log-probs, with gradient; for `value_loss` the critic's values. places: its sequences among
     the K. sequence_R: the position in `places` of each token. fixed: [R] log-probs without gradient, of those that
@@ -94,20 +98,31 @@ class Micro:
 
     def of_tokens(self, values: Mapping[int, Tensor]) -> Tensor:
         """[R]"""
-        return torch.cat([values[place] for place in self.places])
+        return torch.cat([self.value_R.detach()[:0], *(values[place] for place in self.places)])
 
     def joined(self, log_ratio_B: Tensor) -> Tensor:
         """[K] log-ratios of the sequences that are here, with gradient, and of their groups' others, without."""
         assert self.others_K is not None
-        return self.others_K.index_put((torch.tensor(list(self.places), device=log_ratio_B.device),), log_ratio_B)
+        places_B = torch.tensor(self.places, dtype=torch.int64, device=log_ratio_B.device)
+        return self.others_K.index_put((places_B,), log_ratio_B)
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What a micro-batch says of itself, without gradient: scalars to add up, and scalars to take the maximum of."""
+    """What a micro-batch says of itself, without gradient: scalars to add up, and scalars to take the maximum of.
+
+    A sum NAME that has a sum NAME/count beside it (`averaged`) is told as NAME in metrics.jsonl, one divided by the
+    other over all micro-batches of the step.
+    """
 
     sums: Mapping[str, Tensor]
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def averaged(name: str, value: Tensor) -> dict[str, Tensor]:
+    """Entries of `Stats.sums` by which metrics.jsonl tells the mean of `value`: a number for each token or sequence."""
+    value = value.detach().float()
+    return {name: value.sum(), f"{name}/count": value.new_tensor(value.numel())}
 
 
 @dataclass(frozen=True)
@@ -117,6 +132,26 @@ class LossTerm:
     total: Tensor
     count: int
     stats: Stats
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step of a method takes, as it declares it.
+
+    samples_per_prompt: responses drawn and graded.
+    forwards: passes without gradient, by whose they are, in minibatches that they go over. `present` are those over
+    the sequences, and these alone, of groups that the micro-batches of a later minibatch split: a loss that couples
+    them reads the others' present log-ratios. At the first minibatch, all log-ratios being 0, it costs nothing.
+    forward_backwards: passes with gradient, in minibatches.
+    token_buffers, sequence_buffers: names of the numbers that are held for each response token, or each response, of
+    the batch while it is learned from: log-probs and targets.
+    """
+
+    samples_per_prompt: int
+    forwards: Mapping[str, int]
+    forward_backwards: Mapping[str, int]
+    token_buffers: tuple[str, ...]
+    sequence_buffers: tuple[str, ...]
 
 
 class Objective:
@@ -135,23 +170,20 @@ class Objective:
                         term for each sequence, `token` where a token's log-prob enters by itself; none where what it
                         learns from was not sampled
     reinforce_scale     the loss's gradient is this many times REINFORCE's, where the two can be compared
+    sequence_targets    the names in `Prepared.per_sequence`
+    token_targets       the names in `Prepared.per_token`
+
+    What a method's settings decide is a property here.
     """
 
+    samples_per_prompt: int = 1
     takes_baseline: ClassVar[bool] = False
     needs_critic: ClassVar[bool] = False
     needs_first_logit: ClassVar[bool] = False
     couples: ClassVar[bool] = False
     importance_levels: ClassVar[tuple[ImportanceLevel, ...]] = ("token",)
-
-    # What settings may change.
-
-    @property
-    def samples_per_prompt(self) -> int:
-        return 1
-
-    @property
-    def max_draws(self) -> int:
-        return 1
+    sequence_targets: ClassVar[tuple[str, ...]] = ()
+    token_targets: ClassVar[tuple[str, ...]] = ()
 
     @property
     def target_log_probs(self) -> frozenset[LogProbs]:
@@ -185,6 +217,29 @@ class Objective:
     def value_loss(self, micro: Micro, prepared: Prepared) -> LossTerm:
         """The critic's loss of the micro-batch, summed over tokens."""
         raise NotImplementedError
+
+    def cost(self, minibatches: int) -> Cost:
+        """Of a step of so many minibatches, without what importance weights take.
+
+        The old policy's log-probs of the first minibatch are those of its own training pass, unless targets need them
+        before it.
+        """
+        needed = self.target_log_probs | self.loss_log_probs
+        later = minibatches - 1
+        forwards = {
+            "reference": minibatches if "reference" in needed else 0,
+            "old_policy": minibatches if "old_policy" in self.target_log_probs else later * ("old_policy" in needed),
+            "critic": minibatches if self.needs_critic else 0,
+            "present": later if self.couples else 0,
+        }
+        critic = ("critic",) if self.needs_critic else ()
+        return Cost(
+            samples_per_prompt=self.samples_per_prompt,
+            forwards={name: number for name, number in forwards.items() if number},
+            forward_backwards={name: minibatches for name in ("policy", *critic)},
+            token_buffers=(*sorted(needed), *self.token_targets),
+            sequence_buffers=self.sequence_targets,
+        )
 
 
 def sequence_sum(value_R: Tensor, sequence_R: Tensor, num_sequences: int) -> Tensor:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
-from megatron_apo.objectives.base import (
-    OBJECTIVES,
-    ImportanceLevel,
-    LossTerm,
-    Micro,
-    Objective,
-    Prepared,
-    Samples,
-    Stats,
-)
+from megatron_apo.objectives.base import OBJECTIVES, LossTerm, Micro, Objective, Prepared, Samples, Stats
 
 
 @dataclass(frozen=True)
 class SFT(Objective):
     """Cross-entropy, averaged over the global batch's target tokens."""
 
-    importance_levels: ClassVar[tuple[ImportanceLevel, ...]] = ()
+    unit = "token"
+    importance_levels = ()
 
     @property
     def unit(self) -> Literal["sequence", "token"]:
