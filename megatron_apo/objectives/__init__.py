@@ -1,14 +1,27 @@
-"""Training methods: pure tensor maths, one file each. `build_objective(config)` makes the recipe's."""
+"""Training methods: pure tensor maths, one file each. `build_objective` makes the recipe's."""
+
+from dataclasses import fields
 
 from megatron_apo.config import ObjectiveConfig
 from megatron_apo.objectives.apo import APO
-from megatron_apo.objectives.base import OBJECTIVES, LossTerm, Micro, Objective, Prepared, Samples, Stats
+from megatron_apo.objectives.base import OBJECTIVES, Cost, LossTerm, Micro, Objective, Prepared, Samples, Stats
+from megatron_apo.objectives.grpo import DAPO, GRPO, DrGRPO
+from megatron_apo.objectives.rebel import REBEL
+from megatron_apo.objectives.reinforce import REINFORCE
+from megatron_apo.objectives.rloo import RLOO
 from megatron_apo.objectives.sft import SFT
 
 __all__ = [
     "APO",
+    "DAPO",
+    "GRPO",
     "OBJECTIVES",
+    "REBEL",
+    "REINFORCE",
+    "RLOO",
     "SFT",
+    "Cost",
+    "DrGRPO",
     "LossTerm",
     "Micro",
     "Objective",
@@ -19,6 +32,13 @@ __all__ = [
 ]
 
 
-def build_objective(config: ObjectiveConfig) -> Objective:
-    """The objective a recipe names, with its settings."""
-    return OBJECTIVES[config.name](**config.model_dump(exclude={"name"}))
+def build_objective(config: ObjectiveConfig, *, max_response_tokens: int) -> Objective:
+    """The objective a recipe names, with its settings.
+
+    max_response_tokens: the length cap of sampling, for methods that have a field of that name.
+    """
+    method = OBJECTIVES[config.name]
+    settings = config.model_dump(exclude={"name"})
+    if "max_response_tokens" in {field.name for field in fields(method)}:  # type: ignore[arg-type]
+        settings["max_response_tokens"] = max_response_tokens
+    return method(**settings)
