@@ -6,6 +6,7 @@ from megatron_apo.config import ObjectiveConfig
 from megatron_apo.objectives.apo import APO
 from megatron_apo.objectives.base import OBJECTIVES, Cost, LossTerm, Micro, Objective, Prepared, Samples, Stats
 from megatron_apo.objectives.grpo import DAPO, GRPO, DrGRPO
+from megatron_apo.objectives.ppo import PPO
 from megatron_apo.objectives.rebel import REBEL
 from megatron_apo.objectives.reinforce import REINFORCE
 from megatron_apo.objectives.rloo import RLOO
@@ -16,6 +17,7 @@ __all__ = [
     "DAPO",
     "GRPO",
     "OBJECTIVES",
+    "PPO",
     "REBEL",
     "REINFORCE",
     "RLOO",
