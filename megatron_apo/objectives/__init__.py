@@ -11,6 +11,7 @@ from megatron_apo.objectives.rebel import REBEL
 from megatron_apo.objectives.reinforce import REINFORCE
 from megatron_apo.objectives.rloo import RLOO
 from megatron_apo.objectives.sft import SFT
+from megatron_apo.objectives.tbrm import TBRM
 
 __all__ = [
     "APO",
@@ -22,6 +23,7 @@ __all__ = [
     "REINFORCE",
     "RLOO",
     "SFT",
+    "TBRM",
     "Cost",
     "DrGRPO",
     "LossTerm",
