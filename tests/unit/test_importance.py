@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_apo.config import RecipeError, build_recipe
-from megatron_apo.objectives import APO, SFT, MicroTargets
+from megatron_apo.objectives import APO, SFT, TBRM, Micro, Prepared
 from megatron_apo.objectives.importance import importance_weights, weight_gradient
 
 CAP = 1.2
@@ -64,8 +64,8 @@ def test_the_gradient_is_that_of_the_formula(level):
     reference_R = OLD_R + 0.3 * torch.arange(6)
     ours = OLD_R.clone().requires_grad_()
     weight_R, _ = weights(level)
-    targets = MicroTargets({"advantage": ADVANTAGE_B}, {})
-    term = APO(beta2=BETA2).loss(weight_gradient(ours, weight_R), reference_R, SEQUENCE_R, targets)
+    micro = Micro(weight_gradient(ours, weight_R), [0, 1, 2], SEQUENCE_R, {"reference": reference_R})
+    term = APO(beta2=BETA2).loss(micro, Prepared({"advantage": ADVANTAGE_B}))
     term.total.backward()
 
     theirs, lengths = OLD_R.clone().requires_grad_(), (3, 1, 2)
@@ -106,7 +106,7 @@ def test_token_weights_of_a_sampler_that_is_off_undo_it_in_expectation():
 
 
 def test_objectives_say_at_which_levels_they_are_weighted():
-    assert APO.importance_levels == ("token", "sequence") and SFT.importance_levels == ()
+    assert APO.importance_levels == ("token", "sequence") and SFT.importance_levels == TBRM.importance_levels == ()
 
 
 def test_a_cap_is_for_weights_and_positive():
