@@ -16,6 +16,7 @@ from megatron_apo.runtime.topology import Topology
 
 # Largest exponent of a ratio that is only told: e^20 is 5e8, and its square still an fp32 number.
 _MOST_NATS = 20.0
+_COUNT = "/count"
 
 
 def diagnose(
@@ -161,6 +162,7 @@ class StepRecord:
             "masked_steps": self._masked_steps,
             **({"entropy/per_token": first.sums["entropy"] / first.sums["tokens"]} if "entropy" in first.sums else {}),
             **self._importance(),
+            **self._averages(),
             **self._told,
         }
 
@@ -169,6 +171,13 @@ class StepRecord:
         sums = self._gathered[0].sums
         names = {"kl/per_token": "tokens", "kl/per_sequence": "sequences"}
         return {name: sums["log_ratio"] / sums[unit] for name, unit in names.items() if "log_ratio" in sums}
+
+    def _averages(self) -> dict[str, float]:
+        """What the objective tells of its losses (`averaged`), over the whole step."""
+        names = [name.removesuffix(_COUNT) for name in self._gathered[0].sums if name.endswith(_COUNT)]
+        sums = {name: sum(totals.sums[name] for totals in self._gathered) for name in names}
+        counts = {name: sum(totals.sums[name + _COUNT] for totals in self._gathered) for name in names}
+        return {name: _ratio(sums[name], counts[name]) for name in names}
 
     def _importance(self) -> dict[str, float]:
         """Mean weight and share of those that were cut, of the step's tokens or responses; nothing without weights."""

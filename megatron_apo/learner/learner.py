@@ -93,7 +93,7 @@ class Learner:
         Raises `RecipeError` for what this machine cannot do.
         """
         spec = spec or read_hf_config(recipe.model.path)
-        objective = build_objective(recipe.objective)
+        objective = build_objective(recipe.objective, max_response_tokens=recipe.sampling.max_response_tokens)
         assert not objective.needs_critic, "this learner has no critic"
         assert recipe.train.importance in ("none", *objective.importance_levels), "this objective takes no such weights"
 

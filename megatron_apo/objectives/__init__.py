@@ -39,10 +39,11 @@ __all__ = [
 def build_objective(config: ObjectiveConfig, *, max_response_tokens: int) -> Objective:
     """The objective a recipe names, with its settings.
 
-    max_response_tokens: the length cap of sampling, for methods that have a field of that name.
+    max_response_tokens: the length cap of sampling, for methods that have a field of that name. Where a baseline comes
+    from, and the critic's own settings, are not the objective's.
     """
     method = OBJECTIVES[config.name]
-    settings = config.model_dump(exclude={"name"})
+    settings = config.model_dump(exclude={"name", "baseline", "critic"})
     if "max_response_tokens" in {field.name for field in fields(method)}:  # type: ignore[arg-type]
         settings["max_response_tokens"] = max_response_tokens
     return method(**settings)

@@ -37,10 +37,6 @@ class APO(Objective):
     sequence_targets = ("advantage",)
 
     @property
-    def loss_log_probs(self) -> frozenset[LogProbs]:
-        return frozenset({"reference"})
-
-    @property
     def reinforce_scale(self) -> float:
         return 2 * self.beta2 if self.loss_scale == "paper" else 1.0
 

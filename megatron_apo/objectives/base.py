@@ -177,6 +177,7 @@ class Objective:
     """
 
     samples_per_prompt: int = 1
+    max_draws: int = 1
     takes_baseline: ClassVar[bool] = False
     needs_critic: ClassVar[bool] = False
     needs_first_logit: ClassVar[bool] = False

@@ -62,6 +62,7 @@ class GRPO(Objective):
     kl_coefficient: float = 0.04
     kl_estimator: Literal["k2", "k3"] = "k3"
     dynamic_sampling: bool = False
+    max_draws: int = 10
     overlong_buffer: int | None = 0
     overlong_penalty: float = 1.0
 

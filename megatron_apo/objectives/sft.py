@@ -14,10 +14,6 @@ class SFT(Objective):
     unit = "token"
     importance_levels = ()
 
-    @property
-    def unit(self) -> Literal["sequence", "token"]:
-        return "token"
-
     def prepare(self, samples: Samples) -> Prepared:
         return Prepared()
 

@@ -3,14 +3,11 @@ objective declares."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_apo.config import ObjectiveConfig
 from megatron_apo.objectives import (
     APO,
     DAPO,
@@ -26,7 +23,6 @@ from megatron_apo.objectives import (
     DrGRPO,
     Micro,
     Prepared,
-    build_objective,
 )
 from megatron_apo.objectives.base import averaged
 from tests.enumerated import Arms, Batch, TwoTokens, ascent, expected_gradient, log_prob_M, random_batch
@@ -126,16 +122,6 @@ def test_sft_is_the_negative_log_prob_over_tokens():
     term.total.backward()
     assert (term.total.item(), term.count, SFT.unit) == (6.5, 3, "token")
     assert log_prob_R.grad.tolist() == [-1, -1, -1]
-
-
-def test_a_recipe_names_its_objective():
-    config = ObjectiveConfig(beta2=0.02, loss_scale="unit")
-    assert build_objective(config, max_response_tokens=16) == APO(beta2=0.02, loss_scale="unit")
-    grpo = SimpleNamespace(name="grpo", model_dump=lambda exclude: {"clip_high": 0.3})
-    assert build_objective(grpo, max_response_tokens=16) == GRPO(max_response_tokens=16, clip_high=0.3)
-    assert set(OBJECTIVES) == {
-        "apo", "dapo", "dr_grpo", "grpo", "ppo", "rebel", "reinforce", "rloo", "sft", "tbrm"
-    }  # fmt: skip
 
 
 ALL = [
