@@ -131,8 +131,6 @@ def test_rows_may_come_in_any_order(name: str) -> None:
 def test_what_is_no_steps_batch_is_refused() -> None:
     for source in (GroupMean(), KernelSmoothed("triangular", 0.5)):
         for call in (source.values, source.update)[: 1 + source.has_state]:
-            with pytest.raises(ValueError, match="step 3: 1 prompts in 2 groups"):
-                call(3, ["a", "a"], [0, 1], [0.0, 1.0], [True, True])
             with pytest.raises(ValueError, match="step 3: group 7 is of a and of b"):
                 call(3, ["a", "b"], [7, 7], [0.0, 1.0], [True, True])
             with pytest.raises(ValueError, match=r"rewards and learned are of \[1, 2\] responses"):
@@ -290,6 +288,19 @@ def test_kernels_by_hand() -> None:
         assert found == pytest.approx(
             [(past + 3.75) / (weight + 2), (past + 3.25) / (weight + 2), (past + 1.0) / (weight + 2)], rel=1e-14
         )
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_prompt_that_comes_twice_in_a_step_is_two_groups_with_one_past(name: KernelName) -> None:
+    """At the end of an epoch, and again at the beginning of the next."""
+    twice = (["a", "a", "b", "a"], [0, 0, 1, 2], [1.0, 3.0, 9.0, 5.0], [True] * 4)
+    for source in (LeaveOneOut(VSTAR), KernelSmoothed(name, INFINITE, VSTAR)):
+        assert source.values(0, *twice).tolist() == [3.0, 1.0, 0.5, 0.25]
+    source.update(0, *twice)
+    assert source.values(1, *twice).tolist() == [3.0, 10 / 4, 9.0, 3.0]
+    whole = KernelSmoothed(name, INFINITE)
+    whole.update(0, ["a", "a", "b", "a"], [0, 0, 1, 0], *twice[2:])
+    assert source._past["a"].state() == whole._past["a"].state()
 
 
 @pytest.mark.parametrize("name", KERNELS)
