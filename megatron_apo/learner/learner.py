@@ -37,7 +37,7 @@ from megatron_apo.model.precision import Precision
 from megatron_apo.objectives import LossTerm, Micro, Objective, Prepared, Samples, Stats, build_objective
 from megatron_apo.objectives.base import LogProbs
 from megatron_apo.objectives.importance import importance_weights, weight_gradient
-from megatron_apo.parallel.pipeline import forward_backward, forward_log_probs
+from megatron_apo.parallel.pipeline import forward_backward, forward_only
 from megatron_apo.parallel.scatter import scatter
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.timers import Phase, PhaseTimer
@@ -308,14 +308,14 @@ class Learner:
     def _reference_log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         assert self.reference is not None
         with self.reference.active() as chunks:
-            return forward_log_probs(chunks, micro_batches)
+            return forward_only(chunks, micro_batches)
 
     def _policy_log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """At the present weights, without gradient; nothing for nothing."""
         if not micro_batches:
             return []
         with self.timer.phase("old_policy"):
-            return forward_log_probs(self.trainable.chunks, micro_batches)
+            return forward_only(self.trainable.chunks, micro_batches)
 
     def _others_log_ratios(
         self,

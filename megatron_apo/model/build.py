@@ -1,11 +1,14 @@
-"""Builds the Megatron-Core model: policy or reference, this rank's pipeline stage and tensor shard."""
+"""Builds the Megatron-Core model: policy or reference, this rank's pipeline stage and tensor shard.
+
+`build_model` gives one that returns log-probs. `build_chunks` is that for any `TokenModel`; the critic is `value.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -32,16 +35,26 @@ from megatron_apo.runtime.topology import Topology
 FP32 = Precision()
 
 
-class LogProbModel(GPTModel):
-    """A GPT whose last stage returns log-probs of `labels` and never holds all logits at once.
+class TokenModel(GPTModel):
+    """A GPT whose last stage returns a number for each token that there is a label of.
 
-    forward(input_ids, position_ids, attention_mask, labels=...) -> fp32 [B, S] log-probs of `labels` under
-    `temperature`, 0 where the label is `IGNORE`; earlier pipeline stages return hidden states as usual. `entropy_sum`
-    is then the summed entropy, nats, of the distributions that those tokens were drawn from; None without gradient, or
-    where `entropy` was not asked for.
+    forward(input_ids, position_ids, attention_mask, labels=...) -> fp32 [B, S], 0 where the label is `IGNORE`; earlier
+    pipeline stages return hidden states as usual. `sums` is what else the last pass says of those tokens, added up,
+    without gradient.
     """
 
-    entropy_sum: Tensor | None = None
+    sums: Mapping[str, Tensor] = {}
+
+
+Model = TypeVar("Model", bound=TokenModel)
+
+
+class LogProbModel(TokenModel):
+    """Returns log-probs of `labels` under `temperature`, and never holds all logits at once.
+
+    In `sums` is the `entropy`, nats, of the distributions that those tokens were drawn from; not without gradient, nor
+    where it was not asked for.
+    """
 
     def __init__(self, *, num_vocab: int, temperature: float, chunk_tokens: int, entropy: bool, **kwargs: Any):
         super().__init__(**kwargs)
@@ -75,7 +88,7 @@ class LogProbModel(GPTModel):
             group=tp,
             entropy=self.entropy and torch.is_grad_enabled(),
         )
-        self.entropy_sum = None if entropy is None else entropy.sum()
+        self.sums = {} if entropy is None else {"entropy": entropy.sum()}
         return hidden_states.new_zeros(labels.shape, dtype=torch.float32).masked_scatter(wanted_BS, log_prob)
 
 
@@ -106,18 +119,33 @@ def build_model(
     temperature: of the log-probs. train: what is recomputed, and how log-probs are made; none: the defaults.
     Under `torch.device("meta")` its parameters take no memory. Raises `ModelConfigError` where the layout does not fit.
     """
+    train = train or TrainConfig()
+    make = partial(
+        LogProbModel,
+        num_vocab=spec.vocab_size,
+        temperature=temperature,
+        chunk_tokens=train.log_prob_chunk_tokens,
+        entropy=train.entropy,
+    )
+    return build_chunks(make, spec, parallel, topology, precision, train)
+
+
+def build_chunks(
+    make: Callable[..., Model],
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    topology: Topology,
+    precision: Precision,
+    train: TrainConfig,
+) -> list[Model]:
+    """As `build_model`, of models of any kind: `make` takes the arguments of Megatron-Core's `GPTModel`."""
     check_layout(spec, parallel)
     check_precision(spec, parallel, precision.fp8)
-    train = train or TrainConfig()
     check_recompute(spec, parallel, train, precision.layers)
     config = transformer_config(spec, parallel, precision, train)
     chunks = []
     for chunk in range(parallel.vpp):
-        model = LogProbModel(
-            num_vocab=spec.vocab_size,
-            temperature=temperature,
-            chunk_tokens=train.log_prob_chunk_tokens,
-            entropy=train.entropy,
+        model = make(
             config=config,
             transformer_layer_spec=block_spec(spec, config, precision.layers),
             vocab_size=padded_vocab_size(spec, parallel.tp),

@@ -1,11 +1,12 @@
 """Forward and backward over Megatron-Core's pipeline schedules, for micro-batches that differ in length.
 
-    forward_log_probs(chunks, micro_batches)            no gradient; log-probs on the last stage
+    forward_only(chunks, micro_batches)                 no gradient; outputs on the last stage
     forward_backward(chunks, micro_batches, loss)       gradients into main_grad, divided by the global count
 
-All ranks of a replica call these together, with the same micro-batches. `chunks` are the rank's model chunks (one, or
-`parallel.vpp`), wrapped for training or not. Context-parallel ranks each compute their positions of a micro-batch; the
-log-probs that come out are whole on all of them.
+An output is a number for each response token: the policy's log-prob of it, or the critic's value of the state before it
+(`TokenModel`). All ranks of a replica call these together, with the same micro-batches. `chunks` are the rank's model
+chunks (one, or `parallel.vpp`), wrapped for training or not. Context-parallel ranks each compute their positions of a
+micro-batch; the outputs are whole on all of them.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from megatron_apo.model.attention import PackedLayout
 from megatron_apo.model.context import ContextSplit, context_split
 from megatron_apo.objectives.base import LossTerm, Stats
 
-# loss(log_prob_R with gradient, index of the micro-batch) -> LossTerm
+# loss(output_R with gradient, index of the micro-batch) -> LossTerm
 MicroLoss = Callable[[Tensor, int], LossTerm]
 
 
-def forward_log_probs(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """Log-probs [R] of each micro-batch's response tokens, on the last stage; an empty list on the others."""
+def forward_only(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """Outputs [R] of each micro-batch's response tokens, on the last stage; an empty list on the others."""
 
     def step(iterator: Iterator[tuple[int, MicroBatch]], module: torch.nn.Module):
         _, micro = next(iterator)
         part, split = _forward(module, micro)
 
-        def collect(log_prob_BL: Tensor, non_loss_data: bool) -> Tensor:
-            return _of_responses(log_prob_BL, split, micro)
+        def collect(output_BL: Tensor, non_loss_data: bool) -> Tensor:
+            return _of_responses(output_BL, split, micro)
 
         return part, collect
 
@@ -55,16 +56,14 @@ def forward_backward(
         index, micro = next(iterator)
         part, split = _forward(module, micro)
 
-        def reduce(log_prob_BL: Tensor):
-            term = loss(_of_responses(log_prob_BL, split, micro), index)
-            stats = term.stats
-            entropy = get_attr_wrapped_model(module, "entropy_sum")
-            if entropy is not None:
-                if split:
-                    dist.all_reduce(entropy, group=split.group)
-                stats = replace(stats, sums={**stats.sums, "entropy": entropy})
-            count = torch.tensor(term.count * counts_here, dtype=torch.int, device=log_prob_BL.device)
-            return term.total, count, stats
+        def reduce(output_BL: Tensor):
+            term = loss(_of_responses(output_BL, split, micro), index)
+            sums = get_attr_wrapped_model(module, "sums")
+            if split:
+                for value in sums.values():
+                    dist.all_reduce(value, group=split.group)
+            count = torch.tensor(term.count * counts_here, dtype=torch.int, device=output_BL.device)
+            return term.total, count, replace(term.stats, sums={**term.stats.sums, **sums})
 
         return part, reduce
 
@@ -82,11 +81,11 @@ def _forward(module: torch.nn.Module, micro: MicroBatch) -> tuple[Tensor, Contex
     return module(input_BL, position_BL, None, labels=label_BL, packed_seq_params=layout), split
 
 
-def _of_responses(log_prob_BL: Tensor, split: ContextSplit | None, micro: MicroBatch) -> Tensor:
+def _of_responses(output_BL: Tensor, split: ContextSplit | None, micro: MicroBatch) -> Tensor:
     """[R], from all context-parallel ranks: the square in the loss is of a whole sequence's sum."""
     if split:
-        log_prob_BL = split.whole(log_prob_BL.transpose(0, 1).contiguous(), shared_gradient=True).transpose(0, 1)
-    return log_prob_BL[micro.label_BS != IGNORE]
+        output_BL = split.whole(output_BL.transpose(0, 1).contiguous(), shared_gradient=True).transpose(0, 1)
+    return output_BL[micro.label_BS != IGNORE]
 
 
 def _schedule(

@@ -13,7 +13,7 @@ from megatron_apo.config import Difference, Recipe
 from megatron_apo.data.layout import make_micro_batches
 from megatron_apo.data.sequences import Sequences
 from megatron_apo.model.build import LogProbModel, at_temperature
-from megatron_apo.parallel.pipeline import forward_log_probs
+from megatron_apo.parallel.pipeline import forward_only
 from megatron_apo.rollout.engine import Engine, State, at_once
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.weight_sync import SyncError, WeightSync
@@ -30,7 +30,7 @@ def policy_log_probs(
     first, rest = [s[:1] for s in sequences], [s[1:] for s in sequences]
     micro_batches = [micro.to(topology.device) for micro in make_micro_batches(recipe, Sequences.of(first, rest))]
     with at_temperature(policy, 1.0):
-        found = forward_log_probs(policy, micro_batches)
+        found = forward_only(policy, micro_batches)
     ours: list[list[float]] = [[] for _ in sequences]
     for micro, log_prob_R in zip(micro_batches, found, strict=False):  # `found` is empty before the last stage
         parts = log_prob_R.split([len(rest[index]) for index in micro.indices])

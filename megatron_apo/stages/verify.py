@@ -114,7 +114,7 @@ def _log_probs(
     from megatron_apo.data.batch import make_micro_batch
     from megatron_apo.data.sequences import Sequences
     from megatron_apo.model.build import build_model
-    from megatron_apo.parallel.pipeline import forward_log_probs
+    from megatron_apo.parallel.pipeline import forward_only
     from megatron_apo.runtime.collective import on_driver
     from megatron_apo.weights.torch_dist import load_model
 
@@ -126,7 +126,7 @@ def _log_probs(
     micro_batches = [
         make_micro_batch([index], batch, packing=True).to(topology.device) for index in range(len(sequences))
     ]
-    found = [log_prob_R.tolist() for log_prob_R in forward_log_probs(chunks, micro_batches)]
+    found = [log_prob_R.tolist() for log_prob_R in forward_only(chunks, micro_batches)]
     found = topology.broadcast(found, src=topology.last_stage_rank)
     del chunks
     expected = on_driver(topology, lambda: _transformers_log_probs(hf, sequences))

@@ -20,7 +20,7 @@ from megatron_apo.learner.optim import Trainable
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.model.placement import HostCopy
 from megatron_apo.parallel.groups import distributed
-from megatron_apo.parallel.pipeline import forward_log_probs
+from megatron_apo.parallel.pipeline import forward_only
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream
@@ -108,7 +108,7 @@ def measure(work: Path, case: str, run: str, layout: str, topology: Topology) ->
             sizes["offloaded"] = device_bytes(trainable)
         sizes["after"] = device_bytes(trainable)
         with reference.active() as chunks:
-            log_probs = forward_log_probs(chunks, micro)
+            log_probs = forward_only(chunks, micro)
             sizes["active"] = storage_bytes(weights(chunks))
         sizes["inactive"] = storage_bytes(weights(chunks))
         found["bytes"].append(sizes)
@@ -135,7 +135,7 @@ def of_the_folder(work: Path, case: str, layout: str, topology: Topology) -> dic
     reader = HFReader(recipe.model.reference_path)
     learner = Learner.build(recipe, topology, policy_weights=reader)
     micro = micro_batches_of(learner, received(learner))
-    return by_sequence(forward_log_probs(learner.policy, micro), micro, topology)
+    return by_sequence(forward_only(learner.policy, micro), micro, topology)
 
 
 def weights(chunks: Iterable[torch.nn.Module]) -> list[Tensor]:

@@ -27,7 +27,7 @@ from megatron_apo.learner.learner import Learner
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.objectives.base import LossTerm, Stats
 from megatron_apo.parallel.groups import distributed
-from megatron_apo.parallel.pipeline import forward_log_probs
+from megatron_apo.parallel.pipeline import forward_only
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream
@@ -188,7 +188,7 @@ def measure(folder: Path, layout: str, topology: Topology) -> dict:
 def log_probs_of(learner: Learner, part: RolloutBatch) -> dict[int, torch.Tensor]:
     """{sequence: the policy's log-probs}, on every rank."""
     micro = micro_batches_of(learner, part)
-    return by_sequence(forward_log_probs(learner.policy, micro), micro, learner.topology)
+    return by_sequence(forward_only(learner.policy, micro), micro, learner.topology)
 
 
 def learn(learner: Learner, part: RolloutBatch, spec: ModelSpec, fault: str | None = None) -> dict:

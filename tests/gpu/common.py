@@ -25,7 +25,7 @@ from megatron_apo.data.sequences import Sequences
 from megatron_apo.learner.learner import Learner
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.parallel.groups import alone
-from megatron_apo.parallel.pipeline import forward_log_probs
+from megatron_apo.parallel.pipeline import forward_only
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.timers import Phase
 from megatron_apo.weights.families import hf_tensors
@@ -129,7 +129,7 @@ def log_probs(learner: Learner, sequences: Sequences) -> list[Tensor]:
     """The policy's log-probs of each sequence's response tokens, fp64 on the CPU."""
     parts = {}
     micro_batches = [micro.to(learner.topology.device) for micro in make_micro_batches(learner.recipe, sequences)]
-    for micro, log_prob_R in zip(micro_batches, forward_log_probs(learner.policy, micro_batches), strict=True):
+    for micro, log_prob_R in zip(micro_batches, forward_only(learner.policy, micro_batches), strict=True):
         counts = sequences.response_lengths_B[micro.indices].tolist()
         parts.update(zip(micro.indices, log_prob_R.double().cpu().split(counts), strict=True))
     return [parts[index] for index in range(len(parts))]

@@ -21,7 +21,7 @@ from megatron_apo.config import RecipeError
 from megatron_apo.data.layout import make_micro_batches
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.model.placement import Reference
-from megatron_apo.parallel.pipeline import forward_log_probs
+from megatron_apo.parallel.pipeline import forward_only
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.units import data_size
 from tests.batches import no_values
@@ -97,7 +97,7 @@ def run(spec: ModelSpec, topology: Topology, *overrides: str) -> Found:
 
     def log_probs(model: Reference) -> list[Tensor]:
         with model.active() as chunks:
-            return forward_log_probs(chunks, micro)
+            return forward_only(chunks, micro)
 
     def state() -> list[Tensor]:
         weights = [parameter.data for chunk in policy for parameter in chunk.parameters()]

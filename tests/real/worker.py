@@ -18,7 +18,7 @@ from megatron_apo.learner.checkpoint import MODEL
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.parallel.groups import distributed
-from megatron_apo.parallel.pipeline import forward_log_probs
+from megatron_apo.parallel.pipeline import forward_only
 from megatron_apo.weights import torch_dist
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.stream import WeightStream
@@ -34,7 +34,7 @@ def main(work: str, layout: str, checkpoint: str, hf: str) -> None:
         chunks = build_model(spec, parallel, topology)
         torch_dist.load_model(chunks, folder)
         micro = [make_micro_batch([index], sequences, packing=True) for index in range(len(sequences))]
-        log_probs = topology.broadcast(forward_log_probs(chunks, micro), src=topology.last_stage_rank)
+        log_probs = topology.broadcast(forward_only(chunks, micro), src=topology.last_stage_rank)
         reader, differing, names = HFReader(Path(hf)), [], []
         for name, tensor in WeightStream(chunks, spec, topology):
             names.append(name)
