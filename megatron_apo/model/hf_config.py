@@ -6,9 +6,9 @@ A setting that the Megatron model would not honour is an error, never a silent d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_apo.config import ParallelConfig, model_config_file
 from megatron_apo.model.config_types import MAX_EXPERTS_IN_ALL, ROPE, SETTINGS, wrong_types
@@ -92,19 +92,25 @@ class ModelSpec:
     expert_ffn_size: int = 0
     norm_topk_prob: bool = False  # the weights of a token's experts add up to 1
     fp8_blocks: bool = False  # the folder's linear weights are FP8 with a scale for each 128 x 128 block
+    head: Literal["vocabulary", "value"] = "vocabulary"  # what is behind the final norm: an output layer, or one row
 
     @property
     def num_weights(self) -> int:
         """Numbers in the model's matrices, to which norms and biases add next to nothing."""
         attention = 2 * (self.num_heads + self.num_query_groups) * self.head_dim * self.hidden_size
         feed_forward = self.hidden_size * (self.num_experts or 3 * self.ffn_size)  # of a mixture, the router
-        vocabulary = (1 if self.tied else 2) * self.vocab_size * self.hidden_size
-        return self.num_layers * (attention + feed_forward) + vocabulary + self.num_expert_weights
+        embedding = self.vocab_size * self.hidden_size
+        head = self.hidden_size if self.head == "value" else 0 if self.tied else embedding
+        return self.num_layers * (attention + feed_forward) + embedding + head + self.num_expert_weights
 
     @property
     def num_expert_weights(self) -> int:
         """Those of `num_weights` that expert-parallel ranks share out."""
         return self.num_layers * self.num_experts * 3 * self.expert_ffn_size * self.hidden_size
+
+    def as_critic(self) -> ModelSpec:
+        """The same layers under a value head. There is no output layer, with which an embedding could be tied."""
+        return replace(self, head="value", tied=False)
 
 
 def read_hf_config(folder: Path) -> ModelSpec:

@@ -14,6 +14,7 @@ from megatron_apo.weights.rules import QKV, Copy, GatedMLP, Rule, Vocabulary
 EMBEDDING = Vocabulary("embedding.word_embeddings.weight", ("model.embed_tokens.weight",))
 FINAL_NORM = Copy("decoder.final_layernorm.weight", ("model.norm.weight",), shape=("hidden",))
 HEAD = Vocabulary("output_layer.weight", ("lm_head.weight",))
+VALUE_HEAD = Copy("value_head", ("score.weight",), shape=("value", "hidden"))  # as transformers' classifiers have it
 
 _MEGATRON = "decoder.layers.{layer}."
 _HF = "model.layers.{layer}."
@@ -113,7 +114,7 @@ def model_entries(spec: ModelSpec, pp: int, ep: int = 1, vpp: int = 1) -> list[E
 
     Layers are split evenly over `pp` stages (in `vpp` rounds, a chunk of each stage after the other), the experts of a
     layer over `ep` ranks of its stage. A tied model has no head row: the last stage's copy of the embedding is
-    `tied_head_entry`.
+    `tied_head_entry`. A critic's is that of its values.
     """
     per_chunk = spec.num_layers // (pp * vpp)
     per_rank = spec.num_experts // ep
@@ -140,7 +141,7 @@ def model_entries(spec: ModelSpec, pp: int, ep: int = 1, vpp: int = 1) -> list[E
             ]
     entries.append(_entry(FINAL_NORM, pp_rank=pp - 1, chunk=vpp - 1))
     if not spec.tied:
-        entries.append(_entry(HEAD, pp_rank=pp - 1, chunk=vpp - 1))
+        entries.append(_entry(VALUE_HEAD if spec.head == "value" else HEAD, pp_rank=pp - 1, chunk=vpp - 1))
     return entries
 
 

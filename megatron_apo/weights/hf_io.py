@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_apo.model.hf_config import ModelConfigError, ModelSpec, read_hf_config
 from megatron_apo.runtime.files import write_whole
-from megatron_apo.weights.families import EMBEDDING, HEAD, hf_tensors
+from megatron_apo.weights.families import EMBEDDING, HEAD, VALUE_HEAD, hf_tensors
 from megatron_apo.weights.finite import is_finite, refuse_not_finite
 from megatron_apo.weights.fused_experts import ExpertSlice, expert_slice, fused_shapes
 from megatron_apo.weights.hf_files import WeightsFile, open_file, weight_files
@@ -99,10 +99,13 @@ class HFReader:
         return tensor if scale is None else dequantize(tensor, scale.get(name + _SCALE))
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise `ModelConfigError` for tensors that are missing, extra or wrongly shaped, a line for each pattern."""
+        """Raise `ModelConfigError` for tensors that are missing, extra or wrongly shaped, a line for each pattern.
+
+        A critic's folder may be a language model's: it then has an output layer and no value head.
+        """
         expected, fused = hf_tensors(spec), fused_shapes(spec)
         shapes, present = expected | fused, set(self.names())
-        missing = [(name, "missing tensor {}") for name in expected if name not in self]
+        missing = [(name, "missing tensor {}") for name in expected if name not in self and name not in VALUE_HEAD.hf]
         unknown = [(name, "unknown tensor {}") for name in sorted(present - shapes.keys()) if name not in HEAD.hf]
         of_known = [
             problem for name in sorted(present & shapes.keys()) for problem in self._problems_of(name, shapes[name])

@@ -4,7 +4,7 @@
     stage_parameters(chunks, spec, topology)        each parameter of this rank with its row
     load_weights(chunks, spec, topology, reader)    every rank reads its own shards
 
-`chunks` are the rank's model chunks, as `build_model` made them.
+`chunks` are the rank's model chunks, as `build_model` made them, or `build_critic` for a critic's spec.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.model.precision import assign
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.units import some
-from megatron_apo.weights.families import Entry, model_entries, tied_head_entry
+from megatron_apo.weights.families import VALUE_HEAD, Entry, model_entries, tied_head_entry
 from megatron_apo.weights.finite import is_finite, refuse_not_finite
 
 
 class TensorReader(Protocol):
+    def __contains__(self, name: str) -> bool: ...
+
     def get(self, name: str) -> Tensor: ...
 
 
@@ -70,10 +72,13 @@ def stage_parameters(
 def load_weights(chunks: Sequence[torch.nn.Module], spec: ModelSpec, topology: Topology, reader: TensorReader) -> None:
     """Copy this rank's shards of an HF checkpoint into `chunks`, cast to each parameter's dtype. Collective.
 
-    Raises `ModelConfigError`, on every rank, for weights that are not finite.
+    A value head that the checkpoint lacks, as a language model's does, stays what it was. Raises `ModelConfigError`, on
+    every rank, for weights that are not finite.
     """
     not_finite: set[str] = set()
     for entry, parameter in stage_parameters(chunks, spec, topology).items():
+        if entry.rule is VALUE_HEAD and entry.hf[0] not in reader:
+            continue
         tensors = [reader.get(name) for name in entry.hf]
         shard = entry.rule.split(tensors, spec, topology.tp)[topology.tp_rank]
         if shard.shape != parameter.shape:

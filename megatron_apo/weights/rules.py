@@ -29,6 +29,7 @@ def _sizes(spec: ModelSpec) -> dict[str, int]:
         "ffn": spec.ffn_size,
         "experts": spec.num_experts,
         "expert_ffn": spec.expert_ffn_size,
+        "value": 1,
     }
 
 

@@ -168,6 +168,9 @@ def load_diverged(chunks, spec, topology, reader: HFReader) -> str:
     """What a rank says of weights of which the first stage's last tensor rank alone holds one that is NaN."""
 
     class Diverged:
+        def __contains__(self, name: str) -> bool:
+            return name in reader
+
         def get(self, name: str) -> Tensor:
             tensor = reader.get(name).clone()
             if name == "model.layers.0.self_attn.o_proj.weight":

@@ -96,6 +96,9 @@ class RandomWeights:
     device: torch.device
     seed: int = 0
 
+    def __contains__(self, name: str) -> bool:
+        return name in hf_tensors(self.spec)
+
     def get(self, name: str) -> Tensor:
         """fp32 of values that bf16 has too: norms and biases near 1 and 0, matrices as the configuration draws them."""
         generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(name.encode()))
