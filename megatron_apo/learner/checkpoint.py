@@ -1,7 +1,8 @@
 """Checkpoints of a training run: saved every so often, taken up again by the next `train` of the same run folder.
 
     RUN/checkpoints/step-000050/
-      .metadata  *.distcp  common.pt  metadata.json   policy, optimizer and schedule as Megatron-Core's `torch_dist`
+      .metadata  *.distcp  common.pt  metadata.json   policy, optimizer and schedule as Megatron-Core's `torch_dist`;
+                                                      a critic's beside them, under keys that begin with `critic.`
       model/                                          config.json and tokenizer files, for the way back to Hugging Face
       baseline.parquet                                where the baseline has a state: of each prompt
       checkpoint.json                                 a `Record`: the step, the recipe and the V* store behind it
@@ -20,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
     from megatron_apo.data.prompt_source import PromptSource
     from megatron_apo.learner.learner import Learner
+    from megatron_apo.learner.optim import Trainable
     from megatron_apo.runtime.topology import Topology
     from megatron_apo.values.baselines import Baseline
 
@@ -45,6 +48,8 @@ MODEL = "model"
 RECORD = "checkpoint.json"
 BASELINE = "baseline.parquet"
 FORMAT = 1
+# What learns, by the names that checkpoints have for it.
+POLICY, CRITIC = "policy", "critic"
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,28 @@ def check_resume(recipe: Recipe) -> None:
         raise RecipeError(problems)
 
 
+def sharded_states(trainables: Mapping[str, Trainable], *, is_loading: bool = False) -> dict[str, Any]:
+    """The sharded states of all that learns, as one. Collective.
+
+    The policy's is at the top, as in a checkpoint of it alone; another's is under its name, which begins its keys.
+    """
+    states = {
+        name: trainable.sharded_state(prefix=_prefix(name), is_loading=is_loading)
+        for name, trainable in trainables.items()
+    }
+    return states.pop(POLICY) | states
+
+
+def load_states(trainables: Mapping[str, Trainable], state: dict[str, Any], folder: Path) -> None:
+    """Let each take over its part of `sharded_states`, filled from the checkpoint `folder`."""
+    for name, trainable in trainables.items():
+        trainable.load_state(state if name == POLICY else state[name], folder, prefix=_prefix(name))
+
+
+def _prefix(name: str) -> str:
+    return "" if name == POLICY else f"{name}."
+
+
 class Checkpoints:
     """The run's checkpoints, on every rank. prompts, baseline: on the driver, where there is one."""
 
@@ -179,8 +206,8 @@ class Checkpoints:
             print(f"resuming from {folder}", flush=True)
         with naming_way_out(folder):
             check_tensors(folder, self._topology)
-            state = torch_dist.read(folder, self._learner.trainable.sharded_state(is_loading=True))
-        on_all(self._topology, lambda: self._learner.trainable.load_state(state, folder))
+            state = torch_dist.read(folder, sharded_states(self._learner.trainables, is_loading=True))
+        on_all(self._topology, lambda: load_states(self._learner.trainables, state, folder))
         self._learner.skipped_in_a_row = run.skipped_in_a_row
         self._learner.mismatch.restore(run.first_mismatches)
         if self._baseline:
@@ -220,7 +247,7 @@ class Checkpoints:
             on_driver(self._topology, write)
 
         folder = self._recipe.run.dir / "checkpoints" / f"step-{step:06d}"
-        torch_dist.write(folder, self._topology, self._learner.trainable.sharded_state(), describe)
+        torch_dist.write(folder, self._topology, sharded_states(self._learner.trainables), describe)
         self._saved = step
         return time.monotonic() - start
 

@@ -24,6 +24,7 @@ from megatron_apo.config import Recipe
 from megatron_apo.data.batch import MicroBatch
 from megatron_apo.data.layout import BatchPlan, plan_batch
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
+from megatron_apo.learner.checkpoint import POLICY
 from megatron_apo.learner.diagnostics import StepRecord, diagnose
 from megatron_apo.learner.known import KnownLogProbs, by_minibatch, by_sequence
 from megatron_apo.learner.masking import Learned
@@ -122,6 +123,11 @@ class Learner:
         chosen = self.recipe.train.first_log_ratio_tolerance
         precision = Precision.of(self.recipe.model, self.recipe.parallel)
         return precision.log_ratio_tolerance if chosen is None else chosen
+
+    @property
+    def trainables(self) -> dict[str, Trainable]:
+        """All that learns, by the names that checkpoints have for it."""
+        return {POLICY: self.trainable}
 
     @property
     def policy(self) -> list[LogProbModel]:

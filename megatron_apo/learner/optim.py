@@ -1,4 +1,4 @@
-"""The policy under Megatron's DDP, its optimizer and its learning-rate schedule."""
+"""A model under Megatron's DDP, its optimizer and its learning-rate schedule: the policy, or a critic beside it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -118,21 +119,26 @@ class Trainable:
             and tensor.untyped_storage()._cdata not in storages
         ]
 
-    def sharded_state(self, *, is_loading: bool = False) -> dict[str, Any]:
+    def sharded_state(self, *, prefix: str = "", is_loading: bool = False) -> dict[str, Any]:
         """Weights, optimizer and schedule as Megatron-Core's sharded state, to be saved or (`is_loading`) filled.
-        Collective."""
+        Collective.
+
+        prefix: of all tensors' keys in the checkpoint, which tells them from another model's.
+        """
         model = self._sharded_model()
         optimizer = optimizer_state.sharded(self.optimizer, model, is_loading=is_loading)
-        return {"model": model, "optimizer": optimizer, "schedule": self.scheduler.num_steps}
+        state = {"model": model, "optimizer": optimizer, "schedule": self.scheduler.num_steps}
+        add_prefix_for_sharding(state, prefix)
+        return state
 
-    def load_state(self, state: dict[str, Any], folder: Path) -> None:
+    def load_state(self, state: dict[str, Any], folder: Path, *, prefix: str = "") -> None:
         """Take over a `sharded_state` filled from the checkpoint `folder`, and the rest of the optimizer from there.
 
         This object must be as `make_trainable` made it. Raises `CheckpointError`, on the ranks concerned.
         """
         for index, chunk in enumerate(self.chunks):
             chunk.module.load_state_dict(state["model"][index])
-        optimizer_state.load(self.optimizer, state["optimizer"], self._sharded_model(), folder)
+        optimizer_state.load(self.optimizer, state["optimizer"], self._sharded_model(), folder, prefix=prefix)
         self.scheduler.step(increment=state["schedule"])
 
     def _sharded_model(self) -> dict[int, dict[str, Any]]:

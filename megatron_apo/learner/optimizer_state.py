@@ -7,7 +7,8 @@
 The distributed optimizer of a rank holds a range of the flattened parameters. Megatron-Core would read all of them on
 every rank, 12 bytes for each of the model's parameters in main memory, and drop what is not the rank's own
 (distrib_optimizer.py, `sharded_param_state_fully_reshardable`). Here each rank reads the rows of its own range, one
-tensor after the other. `model` is `torch_dist.sharded_state` of each of the rank's model chunks.
+tensor after the other. `model` is `torch_dist.sharded_state` of each of the rank's model chunks, whose keys begin with
+`prefix` in the checkpoint.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def sharded(optimizer: Any, model: dict[int, dict[str, Any]], *, is_loading: boo
         return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=RESHARDABLE)
 
 
-def load(optimizer: Any, state: dict[Any, Any], model: dict[int, dict[str, Any]], folder: Path) -> None:
+def load(
+    optimizer: Any, state: dict[Any, Any], model: dict[int, dict[str, Any]], folder: Path, *, prefix: str = ""
+) -> None:
     """Take over the filled `state`; read what a distributed optimizer holds of its parameters from `folder`.
 
     Raises `CheckpointError` for a tensor that is missing there or of another shape.
@@ -71,7 +74,7 @@ def load(optimizer: Any, state: dict[Any, Any], model: dict[int, dict[str, Any]]
         return
     found, _ = extract_sharded_tensors_and_factories(model)
     described: dict[Tensor, Sharded] = {description.data: description for description in nested_values(found)}
-    tensors = _Tensors(folder)
+    tensors = _Tensors(folder, prefix)
     for part, own in zip(parts, _common_states(state, len(parts)), strict=True):
         part.load_state_dict(own)
         if isinstance(part.optimizer, torch.optim.Adam):
@@ -112,19 +115,24 @@ def _load_parameters(part: Any, described: dict[Tensor, Sharded], tensors: _Tens
 
 
 class _Tensors:
-    """Parts of a checkpoint's tensors, read by this process alone."""
+    """Parts of a checkpoint's tensors, read by this process alone: of those whose keys begin with `prefix`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, prefix: str):
+        self._prefix = prefix
         self._error = f"{folder}: the checkpoint could not be read"
         self._reader = FileSystemReader(folder)
 
     @cached_property
     def _saved(self) -> dict[str, tuple[str, Any]]:
-        """Every tensor's key and description, by the key without the number of the chained optimizer that it is of."""
+        """Every tensor's key and description, by the key without the prefix and the number of its chained optimizer."""
         with one_line_errors(self._error):
             metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=False)
-        return {_CHAINED.sub("", key): (key, saved) for key, saved in metadata.state_dict_metadata.items()}
+        return {
+            _CHAINED.sub("", key.removeprefix(self._prefix)): (key, saved)
+            for key, saved in metadata.state_dict_metadata.items()
+            if key.startswith(self._prefix)
+        }
 
     def read(self, prefix: str, description: Sharded, start: int, end: int) -> Tensor:
         """Elements `start` to `end` of a rank's flattened tensor, fp32 in main memory, of which no more is touched than
@@ -138,7 +146,7 @@ class _Tensors:
 
     def _fill(self, piece: ShardedTensor, rows: range) -> None:
         """Read some rows of a piece into its `data`."""
-        key, saved = self._saved.get(piece.key, (piece.key, None))
+        key, saved = self._saved.get(piece.key, (self._prefix + piece.key, None))
         if not isinstance(saved, TensorStorageMetadata):
             raise CheckpointError(f"{self._error}: {key} is missing")
         # The vocabulary is padded to the layout that saved it.

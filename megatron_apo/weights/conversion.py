@@ -10,6 +10,7 @@ a model on the meta device: no rank ever has the model in memory, only one param
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +41,9 @@ from megatron_apo.weights.tensor_names import in_lines
 from megatron_apo.weights.whole_folder import whole_folder
 
 Progress = Callable[[int], None]
+# Keys of a training checkpoint that are no weights of the policy: its optimizer's, of which experts have their own, and
+# all of a critic (learner/checkpoint.py, `sharded_states`).
+_BESIDE_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|critic\.")
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,7 @@ class CheckpointTensors:
         unknown, problems = [], []
         expected = {key for entry in conversion.entries for key in conversion.keys(entry)}
         for key, found in sorted(self._metadata.items()):
-            weights = isinstance(found, TensorStorageMetadata) and not key.startswith("optimizer.")
+            weights = isinstance(found, TensorStorageMetadata) and not _BESIDE_WEIGHTS.match(key)
             if weights and key not in expected:
                 unknown.append((key, f"{{}} is no tensor of this {conversion.spec.family}"))
         for entry in conversion.entries:
