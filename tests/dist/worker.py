@@ -295,7 +295,8 @@ def optimizer_tensors(trainable: Any) -> list[torch.Tensor]:
     """Main weights and state, as the inner optimizers know them."""
     inner = [part.optimizer for part in trainable.optimizer.chained_optimizers]
     found = [parameter for one in inner for group in one.param_groups for parameter in group["params"]]
-    return found + [value for one in inner for state in one.state.values() for value in state.values()]
+    # A state that was loaded has its names in another order than one that a step has made.
+    return found + [state[name] for one in inner for state in one.state.values() for name in sorted(state)]
 
 
 def by_sequence(log_probs: list[torch.Tensor], micro: list[MicroBatch], topology: Topology) -> dict[int, torch.Tensor]:
