@@ -5,11 +5,13 @@ A section's keys are the fields of the method's class in `megatron_apo/objective
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from megatron_apo.config.base import Section
+from megatron_apo.config.optimizer import OptimizerConfig
 
 
 class BaselineConfig(Section):
@@ -28,10 +30,22 @@ class BaselineConfig(Section):
     )
 
 
+class CriticConfig(Section):
+    path: Path | None = Field(None, description="Hugging Face folder of the critic's first weights; null: model.path")
+    optimizer: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(lr=1e-5), description="the critic's own, as `optimizer` is the policy's"
+    )
+
+
 class _Method(Section):
     @property
     def value_source(self) -> BaselineConfig | None:
         """What is taken off the rewards, where the method leaves that to a recipe."""
+        return None
+
+    @property
+    def own_critic(self) -> CriticConfig | None:
+        """What the method's critic is, where it has one."""
         return None
 
     @property
@@ -147,6 +161,11 @@ class PPOConfig(_Method):
     lam: float = Field(1.0, ge=0, le=1, description="lambda of GAE")
     whiten: bool = Field(True, description="advantages of the batch have mean 0 and variance 1")
     kl_coefficient: float = Field(1e-3, ge=0, description="of the KL to the reference in the reward; 0: no reference")
+    critic: CriticConfig = Field(default_factory=CriticConfig)
+
+    @property
+    def own_critic(self) -> CriticConfig:
+        return self.critic
 
 
 def _name_of(value: object) -> str | None:

@@ -69,17 +69,19 @@ class StepRecord:
         """`layout`: how evenly the batch's work was spread, by the names of metrics.jsonl."""
         self._reinforce_scale = reinforce_scale
         self._told = dict(layout or {})
-        self._minibatches: list[Stats] = []
-        self._gathered: list[_Totals] = []
+        self._policy, self._critic = _Minibatches(), _Minibatches()
         self._grad_norms: list[float] = []
+        self._critic_norms: list[float] = []
         self._masked_steps = 0
 
     def add(self, stats: Sequence[Stats]) -> None:
         """One minibatch, before its optimizer step: its micro-batches' stats (none before the last stage)."""
-        if stats:
-            sums = {name: torch.stack([piece.sums[name] for piece in stats]).sum() for name in stats[0].sums}
-            maxima = {name: torch.stack([piece.maxima[name] for piece in stats]).max() for name in stats[0].maxima}
-            self._minibatches.append(Stats(sums, maxima))
+        self._policy.add(stats)
+
+    def add_critic(self, stats: Sequence[Stats], grad_norm: float) -> None:
+        """The critic's part of a minibatch, and its gradient's norm."""
+        self._critic.add(stats)
+        self._critic_norms.append(grad_norm)
 
     def add_step(self, grad_norm: float | None) -> None:
         """The minibatch's optimizer step: its gradient's norm; None: none was taken, all responses being masked."""
@@ -94,16 +96,9 @@ class StepRecord:
 
     def gather(self, topology: Topology) -> StepRecord:
         """Reduce the minibatches that were added since the last call over data-parallel replicas, and tell every rank.
-        Collective; returns itself.
-
-        Context- and tensor-parallel ranks of the last stage have the same stats, and count once.
-        """
-        new = self._minibatches
-        if topology.is_last_stage and topology.dp > 1:
-            new = [_reduced(stats, topology) for stats in new]
-        plain = [_Totals(_plain(stats.sums), _plain(stats.maxima)) for stats in new]
-        self._gathered += topology.broadcast(plain, src=topology.last_stage_rank)
-        self._minibatches = []
+        Collective; returns itself."""
+        self._policy.gather(topology)
+        self._critic.gather(topology)
         return self
 
     def require_no_log_ratio(self, tolerance: float) -> None:
@@ -117,23 +112,23 @@ class StepRecord:
     @property
     def losses(self) -> list[float]:
         """Each minibatch's summed loss."""
-        return [totals.sums["loss"] for totals in self._gathered]
+        return [totals.sums["loss"] for totals in self._policy.totals]
 
     @property
     def first_log_ratio(self) -> float:
         """Largest |log-ratio| to the reference of a token in the first minibatch, nats."""
-        return self._gathered[0].maxima.get("log_ratio", 0.0)
+        return self._policy.totals[0].maxima.get("log_ratio", 0.0)
 
     @property
     def mismatch(self) -> float:
         """Mean |log-prob difference| of policy and sampler over the first minibatch's tokens, nats."""
-        first = self._gathered[0].sums
+        first = self._policy.totals[0].sums
         return first["mismatch"] / first["tokens"]
 
     @property
     def is_finite(self) -> bool:
         """Whether policy and reference computed numbers for every token of the first minibatch."""
-        sums = self._gathered[0].sums
+        sums = self._policy.totals[0].sums
         return all(math.isfinite(sums[name]) for name in ("log_prob", "log_ratio") if name in sums)
 
     def metrics(self) -> dict[str, float]:
@@ -144,11 +139,11 @@ class StepRecord:
         is only noisy. mismatch/sequence_ess: (sum w)^2 / (B sum w^2) of these ratios w, the share of the responses that
         would be left as an effective sample if they were weighted so. Exponents are cut at 20.
         """
-        first, total_count = self._gathered[0], sum(totals.sums["count"] for totals in self._gathered)
+        first, total_count = self._policy.totals[0], sum(totals.sums["count"] for totals in self._policy.totals)
         finite = [norm for norm in self._grad_norms if math.isfinite(norm)]
         grad_norm = sum(finite) / len(finite) if finite else math.nan
         return {
-            "loss": _ratio(sum(totals.sums["loss"] for totals in self._gathered), total_count),
+            "loss": _ratio(sum(totals.sums["loss"] for totals in self._policy.totals), total_count),
             **self._kl(),
             "mismatch/max": first.maxima["mismatch"],
             "mismatch/mean": self.mismatch,
@@ -162,30 +157,67 @@ class StepRecord:
             "masked_steps": self._masked_steps,
             **({"entropy/per_token": first.sums["entropy"] / first.sums["tokens"]} if "entropy" in first.sums else {}),
             **self._importance(),
-            **self._averages(),
+            **self._policy.averages(),
+            **self._of_critic(),
             **self._told,
         }
 
     def _kl(self) -> dict[str, float]:
         """To the reference, where its log-probs are known."""
-        sums = self._gathered[0].sums
+        sums = self._policy.totals[0].sums
         names = {"kl/per_token": "tokens", "kl/per_sequence": "sequences"}
         return {name: sums["log_ratio"] / sums[unit] for name, unit in names.items() if "log_ratio" in sums}
 
-    def _averages(self) -> dict[str, float]:
-        """What the objective tells of its losses (`averaged`), over the whole step."""
-        names = [name.removesuffix(_COUNT) for name in self._gathered[0].sums if name.endswith(_COUNT)]
-        sums = {name: sum(totals.sums[name] for totals in self._gathered) for name in names}
-        counts = {name: sum(totals.sums[name + _COUNT] for totals in self._gathered) for name in names}
-        return {name: _ratio(sums[name], counts[name]) for name in names}
+    def _of_critic(self) -> dict[str, float]:
+        if not self._critic_norms:
+            return {}
+        totals = self._critic.totals
+        loss, count = (sum(one.sums[name] for one in totals) for name in ("loss", "count"))
+        finite = [norm for norm in self._critic_norms if math.isfinite(norm)]
+        return {
+            "critic/loss": _ratio(loss, count),
+            "critic/grad_norm": _ratio(sum(finite), len(finite)),
+            "critic/skipped_steps": len(self._critic_norms) - len(finite),
+            **self._critic.averages(),
+        }
 
     def _importance(self) -> dict[str, float]:
         """Mean weight and share of those that were cut, of the step's tokens or responses; nothing without weights."""
         names = ("importance", "importance_capped", "importance_units")
-        if names[0] not in self._gathered[0].sums:
+        if names[0] not in self._policy.totals[0].sums:
             return {}
-        weight, capped, units = (sum(totals.sums[name] for totals in self._gathered) for name in names)
+        weight, capped, units = (sum(totals.sums[name] for totals in self._policy.totals) for name in names)
         return {"importance/mean": _ratio(weight, units), "importance/capped": _ratio(capped, units)}
+
+
+class _Minibatches:
+    """Stats of a model's minibatches; `totals`: over all ranks, of those that were gathered."""
+
+    def __init__(self) -> None:
+        self.totals: list[_Totals] = []
+        self._added: list[Stats] = []
+
+    def add(self, stats: Sequence[Stats]) -> None:
+        if stats:
+            sums = {name: torch.stack([piece.sums[name] for piece in stats]).sum() for name in stats[0].sums}
+            maxima = {name: torch.stack([piece.maxima[name] for piece in stats]).max() for name in stats[0].maxima}
+            self._added.append(Stats(sums, maxima))
+
+    def gather(self, topology: Topology) -> None:
+        """Context- and tensor-parallel ranks of the last stage have the same stats, and count once."""
+        new = self._added
+        if topology.is_last_stage and topology.dp > 1:
+            new = [_reduced(stats, topology) for stats in new]
+        plain = [_Totals(_plain(stats.sums), _plain(stats.maxima)) for stats in new]
+        self.totals += topology.broadcast(plain, src=topology.last_stage_rank)
+        self._added = []
+
+    def averages(self) -> dict[str, float]:
+        """What the objective tells of its losses (`averaged`), over all minibatches."""
+        names = [name.removesuffix(_COUNT) for name in self.totals[0].sums if name.endswith(_COUNT)]
+        sums = {name: sum(one.sums[name] for one in self.totals) for name in names}
+        counts = {name: sum(one.sums[name + _COUNT] for one in self.totals) for name in names}
+        return {name: _ratio(sums[name], counts[name]) for name in names}
 
 
 @dataclass(frozen=True)
@@ -200,8 +232,9 @@ def _reduced(stats: Stats, topology: Topology) -> Stats:
     """A minibatch's stats over all data-parallel replicas."""
     found = []
     for values, op in ((stats.sums, dist.ReduceOp.SUM), (stats.maxima, dist.ReduceOp.MAX)):
-        together = torch.stack([value.float() for value in values.values()])
-        dist.all_reduce(together, op=op, group=topology.dp_group)
+        together = torch.stack([value.float() for value in values.values()]) if values else torch.empty(0)
+        if values:
+            dist.all_reduce(together, op=op, group=topology.dp_group)
         found.append(dict(zip(values, together, strict=True)))
     return Stats(*found)
 

@@ -11,7 +11,8 @@ every rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from megatron_apo.config import Recipe
 from megatron_apo.data.batch import MicroBatch
 from megatron_apo.data.layout import BatchPlan, plan_batch
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
-from megatron_apo.learner.checkpoint import POLICY
+from megatron_apo.learner.checkpoint import CRITIC, POLICY
 from megatron_apo.learner.diagnostics import StepRecord, diagnose
 from megatron_apo.learner.known import KnownLogProbs, by_minibatch, by_sequence
 from megatron_apo.learner.masking import Learned
@@ -35,6 +36,7 @@ from megatron_apo.model.build import LogProbModel, build_model
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.model.placement import Reference, place_reference
 from megatron_apo.model.precision import Precision
+from megatron_apo.model.value import build_critic
 from megatron_apo.objectives import LossTerm, Micro, Objective, Prepared, Samples, Stats, build_objective
 from megatron_apo.objectives.base import LogProbs
 from megatron_apo.objectives.importance import importance_weights, weight_gradient
@@ -54,7 +56,8 @@ class GradientError(RuntimeError):
 
 
 class Learner:
-    """Policy, optimizer and reference of a run, on this rank.
+    """Policy and its optimizer, reference and critic of a run, on this rank; the last two where the objective asks for
+    them.
 
     skipped_in_a_row: optimizer steps that were skipped since the last one that was not.
     mismatch: what the distance between trainer and sampler is held against.
@@ -68,6 +71,7 @@ class Learner:
         objective: Objective,
         trainable: Trainable,
         reference: Reference | None,
+        critic: Trainable | None = None,
     ):
         self.recipe = recipe
         self.spec = spec
@@ -75,6 +79,7 @@ class Learner:
         self.objective = objective
         self.trainable = trainable
         self.reference = reference
+        self.critic = critic
         self.timer = PhaseTimer()
         self.skipped_in_a_row = 0
         self.mismatch = MismatchWatch(recipe.mismatch, recipe.mismatch.least_baseline(recipe.model, recipe.rollout))
@@ -95,14 +100,20 @@ class Learner:
         """
         spec = spec or read_hf_config(recipe.model.path)
         objective = build_objective(recipe.objective, max_response_tokens=recipe.sampling.max_response_tokens)
-        assert not objective.needs_critic, "this learner has no critic"
         assert recipe.train.importance in ("none", *objective.importance_levels), "this objective takes no such weights"
 
-        def build() -> list[LogProbModel]:
-            precision, temperature = Precision.of(recipe.model, recipe.parallel), recipe.sampling.temperature
-            return build_model(spec, recipe.parallel, topology, precision, temperature=temperature, train=recipe.train)
+        def build(logits: bool = False) -> list[LogProbModel]:
+            return build_model(
+                spec,
+                recipe.parallel,
+                topology,
+                Precision.of(recipe.model, recipe.parallel),
+                temperature=recipe.sampling.temperature,
+                train=recipe.train,
+                logits=logits,
+            )
 
-        policy = build()
+        policy = build(objective.needs_first_logit)
         load_weights(policy, spec, topology, policy_weights or HFReader(recipe.model.path))
         total_steps = recipe.train.steps * recipe.train.minibatches
         trainable = make_trainable(policy, recipe.optimizer, total_steps=total_steps)
@@ -115,7 +126,8 @@ class Learner:
                 build=build,
                 load=lambda chunks: load_weights(chunks, spec, topology, weights),
             )
-        return cls(recipe, spec, topology, objective, trainable, reference)
+        critic = _critic(recipe, spec, topology, total_steps) if objective.needs_critic else None
+        return cls(recipe, spec, topology, objective, trainable, reference, critic)
 
     @property
     def first_log_ratio_tolerance(self) -> float:
@@ -127,7 +139,15 @@ class Learner:
     @property
     def trainables(self) -> dict[str, Trainable]:
         """All that learns, by the names that checkpoints have for it."""
-        return {POLICY: self.trainable}
+        return {POLICY: self.trainable} | ({CRITIC: self.critic} if self.critic else {})
+
+    @contextmanager
+    def offloaded(self, wanted: bool = True) -> Iterator[None]:
+        """Within, if `wanted`: nothing but weights is on the device (`Trainable.offloaded`)."""
+        with ExitStack() as stack:
+            for trainable in self.trainables.values():
+                stack.enter_context(trainable.offloaded(wanted))
+            yield
 
     @property
     def policy(self) -> list[LogProbModel]:
@@ -175,8 +195,8 @@ class Learner:
                 stats = forward_backward(
                     self.trainable.chunks,
                     micro_batches,
-                    lambda log_prob_R, index, number=number, micro_batches=micro_batches, loss=loss: loss(
-                        log_prob_R, micro_batches[index], known.of(number, index, log_prob_R)
+                    lambda output_R, index, number=number, micro_batches=micro_batches, loss=loss: loss(
+                        output_R, micro_batches[index], partial(known.of, number, index)
                     ),
                 )
                 record.add(stats)
@@ -187,21 +207,27 @@ class Learner:
             record.add_step(grad_norm)
             if grad_norm is not None:
                 self._count_skipped(grad_norm, batch, step)
+                self._teach_critic(micro_batches, learned, prepared, record)
         return record.gather(self.topology)
 
     def _loss(
         self,
-        log_prob_R: Tensor,
+        output_R: Tensor,
         micro: MicroBatch,
-        known: Mapping[LogProbs, Tensor],
+        known_by: Callable[[Tensor], Mapping[LogProbs, Tensor]],
         *,
         batch: RolloutBatch,
         learned: Learned,
         prepared: Prepared,
         others_K: Tensor | None,
     ) -> LossTerm:
-        """The objective's loss of a micro-batch, with what is told of it. known: its tokens' log-probs by others."""
-        part = learned.part(micro)
+        """The objective's loss of a micro-batch, with what is told of it.
+
+        output_R: log-probs, and beside them [R, 2] raw logits if the objective asks for those. known_by(log-probs): the
+        tokens' log-probs by others.
+        """
+        log_prob_R, logit_R = output_R.unbind(1) if self.objective.needs_first_logit else (output_R, None)
+        known, part = known_by(log_prob_R), learned.part(micro)
         token_R, count = part.token_R, len(part.places)
         fixed: dict[LogProbs, Tensor] = {name: value_R[token_R] for name, value_R in known.items()}
         weighted_R, weights = log_prob_R[token_R], Stats({})
@@ -211,7 +237,9 @@ class Learner:
                 level, cap, fixed["old_policy"], fixed["sampler"], part.sequence_R, count
             )
             weighted_R = weight_gradient(weighted_R, weight_R)
-        term = self.objective.loss(Micro(weighted_R, part.places, part.sequence_R, fixed, others_K=others_K), prepared)
+        first_logit_B = None if logit_R is None else logit_R[token_R][_first_tokens(part.sequence_R)]
+        seen = Micro(weighted_R, part.places, part.sequence_R, fixed, first_logit_B, others_K)
+        term = self.objective.loss(seen, prepared)
         assert term.count == (len(weighted_R) if self.objective.unit == "token" else count)
         stats = diagnose(
             term,
@@ -223,6 +251,26 @@ class Learner:
         )
         return replace(term, stats=replace(stats, sums={**stats.sums, **weights.sums}))
 
+    def _teach_critic(
+        self, micro_batches: Sequence[MicroBatch], learned: Learned, prepared: Prepared, record: StepRecord
+    ) -> None:
+        """The critic's optimizer step on a minibatch, where there is one. One whose gradient is not finite is skipped,
+        and counted."""
+        if self.critic is None:
+            return
+
+        def loss(value_R: Tensor, index: int) -> LossTerm:
+            part = learned.part(micro_batches[index])
+            seen = Micro(value_R[part.token_R], part.places, part.sequence_R)
+            term = self.objective.value_loss(seen, prepared)
+            count = value_R.new_tensor(term.count)
+            return replace(term, stats=replace(term.stats, sums={**term.stats.sums, "count": count}))
+
+        with self.timer.phase("critic"):
+            self.critic.zero_grad()
+            stats = forward_backward(self.critic.chunks, micro_batches, loss)
+            record.add_critic(stats, self.critic.step())
+
     def _prepare(
         self,
         minibatches: Minibatches,
@@ -232,17 +280,24 @@ class Learner:
         value_B: Sequence[float] | None,
     ) -> Prepared:
         """The objective's targets, on the last stage, which alone has log-probs; none on the others."""
+        micro_batches = [micro for minibatch in minibatches for micro in minibatch]
+        values = self._critic_values(micro_batches)
         if not self.topology.is_last_stage:
             return Prepared()
         place_of = {row: place for place, row in enumerate(learned.rows)}
-        micro_batches = [micro for minibatch in minibatches for micro in minibatch]
         rows = [row for micro in micro_batches for row in micro.indices if row in place_of]
         own = [place_of[row] for row in rows]
         log_probs: dict[LogProbs, Sequence[Tensor]] = {}
         for name in self.objective.target_log_probs:
             found = by_sequence(micro_batches, known.whole(name))
             log_probs[name] = [found[row] for row in rows]
-        samples = replace(self.samples(batch, value_B), own=own, log_probs=log_probs, share=self._share(own, learned))
+        samples = replace(
+            self.samples(batch, value_B),
+            own=own,
+            log_probs=log_probs,
+            critic=[values[row] for row in rows] if values else (),
+            share=self._share(own, learned),
+        )
         return self.objective.prepare(samples)
 
     def _share(self, own: Sequence[int], learned: Learned) -> Callable[[Tensor], Tensor]:
@@ -323,6 +378,15 @@ class Learner:
         with self.timer.phase("old_policy"):
             return forward_only(self.trainable.chunks, micro_batches)
 
+    def _critic_values(self, micro_batches: Sequence[MicroBatch]) -> dict[int, Tensor]:
+        """Row of the batch -> the critic's value before each response token; nothing without a critic, or before the
+        last stage."""
+        if self.critic is None:
+            return {}
+        with self.timer.phase("critic"):
+            found = forward_only(self.critic.chunks, micro_batches)
+        return by_sequence(micro_batches, found) if found else {}
+
     def _others_log_ratios(
         self,
         plan: BatchPlan,
@@ -388,6 +452,21 @@ class Learner:
                 f"step {step + 1}: the gradient was not finite in {self.skipped_in_a_row} optimizer steps in a row "
                 f"(train.max_skipped_steps); the weights are those before them, the batches are in {folder.folder}"
             )
+
+
+def _critic(recipe: Recipe, spec: ModelSpec, topology: Topology, total_steps: int) -> Trainable:
+    """The objective's critic, with its own optimizer and schedule."""
+    config = recipe.objective.own_critic
+    assert config is not None
+    own, precision = spec.as_critic(), Precision.of(recipe.model, recipe.parallel)
+    chunks = build_critic(own, recipe.parallel, topology, precision, train=recipe.train)
+    load_weights(chunks, own, topology, HFReader(config.path or recipe.model.path))
+    return make_trainable(chunks, config.optimizer, total_steps=total_steps)
+
+
+def _first_tokens(sequence_R: Tensor) -> Tensor:
+    """[R] whether a token is its sequence's first. sequence_R: which sequence it is of."""
+    return sequence_R.diff(prepend=sequence_R.new_tensor([-1])) != 0
 
 
 def recorded_rollouts(run_dir: Path) -> RolloutFolder:

@@ -38,9 +38,9 @@ FP32 = Precision()
 class TokenModel(GPTModel):
     """A GPT whose last stage returns a number for each token that there is a label of.
 
-    forward(input_ids, position_ids, attention_mask, labels=...) -> fp32 [B, S], 0 where the label is `IGNORE`; earlier
-    pipeline stages return hidden states as usual. `sums` is what else the last pass says of those tokens, added up,
-    without gradient.
+    forward(input_ids, position_ids, attention_mask, labels=...) -> fp32 [B, S], or [B, S, N] of N numbers, 0 where the
+    label is `IGNORE`; earlier pipeline stages return hidden states as usual. `sums` is what else the last pass says of
+    those tokens, added up, without gradient.
     """
 
     sums: Mapping[str, Tensor] = {}
@@ -50,18 +50,22 @@ Model = TypeVar("Model", bound=TokenModel)
 
 
 class LogProbModel(TokenModel):
-    """Returns log-probs of `labels` under `temperature`, and never holds all logits at once.
+    """Returns log-probs of `labels` under `temperature`, and never holds all logits at once. With `logits`, and with
+    gradient, it returns two numbers a token: beside the log-prob its raw logit, before the temperature.
 
     In `sums` is the `entropy`, nats, of the distributions that those tokens were drawn from; not without gradient, nor
     where it was not asked for.
     """
 
-    def __init__(self, *, num_vocab: int, temperature: float, chunk_tokens: int, entropy: bool, **kwargs: Any):
+    def __init__(
+        self, *, num_vocab: int, temperature: float, chunk_tokens: int, entropy: bool, logits: bool, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.num_vocab = num_vocab  # without the padding that makes the vocabulary divisible by TP
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
         self.entropy = entropy
+        self.logits = logits
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor, **unused: Any) -> Tensor:
         if not self.post_process:
@@ -77,7 +81,7 @@ class LogProbModel(TokenModel):
         tp = self.pg_collection.tp
         first_row = tp.rank() * len(weight_VH)
         wanted_BS = labels != IGNORE
-        log_prob, entropy, _ = vocab_parallel_log_probs(
+        log_prob, entropy, logit = vocab_parallel_log_probs(
             hidden_states.transpose(0, 1)[wanted_BS],
             weight_VH,
             labels[wanted_BS],
@@ -87,9 +91,14 @@ class LogProbModel(TokenModel):
             chunk_tokens=self.chunk_tokens,
             group=tp,
             entropy=self.entropy and torch.is_grad_enabled(),
+            logit=self.logits and torch.is_grad_enabled(),
         )
         self.sums = {} if entropy is None else {"entropy": entropy.sum()}
-        return hidden_states.new_zeros(labels.shape, dtype=torch.float32).masked_scatter(wanted_BS, log_prob)
+
+        def placed(value: Tensor) -> Tensor:
+            return hidden_states.new_zeros(labels.shape, dtype=torch.float32).masked_scatter(wanted_BS, value)
+
+        return placed(log_prob) if logit is None else torch.stack([placed(log_prob), placed(logit)], dim=-1)
 
 
 @contextmanager
@@ -113,10 +122,12 @@ def build_model(
     *,
     temperature: float = 1.0,
     train: TrainConfig | None = None,
+    logits: bool = False,
 ) -> list[LogProbModel]:
     """This rank's part of the model, weights not yet loaded: its chunks in pipeline order, one unless parallel.vpp > 1.
 
-    temperature: of the log-probs. train: what is recomputed, and how log-probs are made; none: the defaults.
+    temperature: of the log-probs. train: what is recomputed, and how log-probs are made; none: the defaults. logits:
+    see `LogProbModel`.
     Under `torch.device("meta")` its parameters take no memory. Raises `ModelConfigError` where the layout does not fit.
     """
     train = train or TrainConfig()
@@ -126,6 +137,7 @@ def build_model(
         temperature=temperature,
         chunk_tokens=train.log_prob_chunk_tokens,
         entropy=train.entropy,
+        logits=logits,
     )
     return build_chunks(make, spec, parallel, topology, precision, train)
 

@@ -156,6 +156,6 @@ def _rollouts(
         learner.policy,
         learner.spec,
         data.inputs if data else None,
-        partial(learner.trainable.offloaded, recipe.train.offload_while_sampling),
+        partial(learner.offloaded, recipe.train.offload_while_sampling),
         learner.timer.phase,
     )

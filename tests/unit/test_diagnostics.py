@@ -61,6 +61,7 @@ def test_stats_of_a_micro_batch():
     sums = {name: float(value) for name, value in stats.sums.items()}
     assert sums == pytest.approx(
         {"loss": 3, "count": 2, "tokens": 3, "sequences": 2, "log_ratio": -0.5, "mismatch": 1.75}
+        | {"log_prob": -6}
         | {"mult_prob_error": math.exp(0.25) + math.exp(0.5) + math.e, "sequence_ratio": RATIOS[0] + RATIOS[1]}
         | {"sequence_ratio_square": RATIOS[0] ** 2 + RATIOS[1] ** 2}
     )

@@ -144,9 +144,9 @@ def test_grpo_by_hand():
 
 
 def test_the_papers_defaults():
-    assert GRPO(CAP) == GRPO(CAP, 8, True, "sequence", 0.2, 0.2, None, 0.04, "k3", False, 0, 1.0)
-    assert DrGRPO(CAP) == DrGRPO(CAP, 8, False, "constant", 0.2, 0.2, None, 0.0, "k3", False, 0, 1.0)
-    assert DAPO(CAP) == DAPO(CAP, 16, True, "token", 0.2, 0.28, None, 0.0, "k3", True, None, 1.0)
+    assert GRPO(CAP) == GRPO(CAP, 8, True, "sequence", 0.2, 0.2, None, 0.04, "k3", False, 10, 0, 1.0)
+    assert DrGRPO(CAP) == DrGRPO(CAP, 8, False, "constant", 0.2, 0.2, None, 0.0, "k3", False, 10, 0, 1.0)
+    assert DAPO(CAP) == DAPO(CAP, 16, True, "token", 0.2, 0.28, None, 0.0, "k3", True, 10, None, 1.0)
     assert (GRPO(CAP).unit, DrGRPO(CAP).unit, DAPO(CAP).unit) == ("sequence", "sequence", "token")
     assert GRPO(CAP).loss_log_probs == {"old_policy", "reference"} and DAPO(CAP).loss_log_probs == {"old_policy"}
 

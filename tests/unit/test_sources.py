@@ -22,7 +22,7 @@ from tests.models import make_model
 
 
 def test_sources_of_one_size_are_shuffled_apart() -> None:
-    drawn = mixed_step_prompts(0, sizes=[50, 50], weights=[1, 1], prompts_per_step=100, seed=0)
+    drawn = PromptWalk([50, 50], [1, 1], seed=0).draw(100)
     one, other = ([index for source, index in drawn if source == own] for own in range(2))
     assert sorted(one) == sorted(other) == list(range(50)) and one != other
 
