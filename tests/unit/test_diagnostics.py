@@ -139,12 +139,12 @@ def test_a_nan_is_not_lost_between_micro_batches(one_rank):
 @pytest.mark.parametrize("worst", [1e-6, math.nan])
 def test_a_first_log_ratio_is_an_error(worst):
     record = StepRecord(reinforce_scale=0.2)
-    record._gathered = [_Totals({}, {"log_ratio": worst})]
+    record._policy.totals = [_Totals({}, {"log_ratio": worst})]
     with pytest.raises(LogRatioError, match="first_log_ratio_tolerance allows 0"):
         record.require_no_log_ratio(0.0)
 
 
 def test_no_first_log_ratio_passes():
     record = StepRecord(reinforce_scale=0.2)
-    record._gathered = [_Totals({}, {"log_ratio": 0.0})]
+    record._policy.totals = [_Totals({}, {"log_ratio": 0.0})]
     record.require_no_log_ratio(0.0)

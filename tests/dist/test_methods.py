@@ -1,0 +1,316 @@
+"""Each method's steps are those of transformers and torch alone, by the formula of its paper.
+
+Real ranks run the learner on a batch of two minibatches (methods_worker.py); here the same two steps are written out on
+one model, sequence by sequence, with nothing of `megatron_apo.objectives`. Each fault that is put into the learner from
+outside must be seen. What a step computed is what the method says that it costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from megatron_apo.objectives import build_objective
+from tests.dist.methods_worker import (
+    CAP,
+    CRITIC_LR,
+    FAULTS,
+    GROUP,
+    LR,
+    METHODS,
+    NUM_MINIBATCHES,
+    RESPONSE_LENGTHS,
+    REWARDS,
+    TEMPERATURE,
+    VALUES,
+    VARIANT,
+    batch,
+    faults_of,
+    recipe_of,
+)
+from tests.dist.ranks import start_ranks
+from tests.dist.test_learner import worst
+from tests.models import make_model
+
+LAYOUTS = {"tp2-pp2": ["ppo", "tbrm", "rebel"], "dp2": list(METHODS)}
+FULL = {"cp2": list(METHODS), "tp2-pp2-dp2": ["ppo", "rebel", "dapo"]}
+CASES = [(layout, method) for layout, methods in LAYOUTS.items() for method in methods]
+FULL_CASES = [
+    pytest.param(layout, method, marks=pytest.mark.full) for layout, methods in FULL.items() for method in methods
+]
+# Of the largest tensor, in the 2-norm. In some the gradients of RLOO's two responses, whose advantages are opposite,
+# cancel for the most part: 1.1e-5 was seen there, elsewhere 6e-6.
+GRADIENTS = 2e-5
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    for seed, name in enumerate(("policy", "reference")):
+        make_model(VARIANT, folder / name, seed=seed)
+    critic = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "policy" / VARIANT, num_labels=1)
+    torch.manual_seed(3)
+    torch.nn.init.normal_(critic.score.weight, std=0.02)
+    critic.save_pretrained(folder / "critic")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(work: Path) -> Callable[[str, str], dict]:
+    @cache
+    def of(layout: str) -> dict:
+        start_ranks("tests.dist.methods_worker", work, layout, *(LAYOUTS | FULL)[layout])
+        return torch.load(work / f"{layout}.pt", weights_only=True)
+
+    return lambda layout, method: of(layout)[method]
+
+
+class Plain:
+    """Policy, reference and critic by transformers."""
+
+    def __init__(self, work: Path):
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        self.policy, self.reference = (load(work / name / VARIANT, dtype=torch.float32) for name in NAMES)
+        self.critic = transformers.AutoModelForSequenceClassification.from_pretrained(
+            work / "critic", dtype=torch.float32
+        )
+
+    def logits(self, model: torch.nn.Module, row: int) -> tuple[Tensor, Tensor]:
+        """([T, V] raw logits that a response's tokens were drawn from, [T] the tokens)."""
+        tokens, response = (torch.tensor(of(row)).long() for of in (batch().sequences.row, batch().sequences.response))
+        return model(tokens[None]).logits[0, len(tokens) - len(response) - 1 : -1], response
+
+    def log_probs(self, model: torch.nn.Module, row: int) -> Tensor:
+        logits_TV, response_T = self.logits(model, row)
+        return (logits_TV / TEMPERATURE).log_softmax(-1).gather(1, response_T[:, None])[:, 0]
+
+    def values(self, row: int) -> Tensor:
+        tokens, count = torch.tensor(batch().sequences.row(row)).long(), RESPONSE_LENGTHS[row]
+        hidden_SH = self.critic.model(tokens[None]).last_hidden_state[0]
+        return (hidden_SH @ self.critic.score.weight[0])[-count - 1 : -1]
+
+
+NAMES = ("policy", "reference")
+
+
+def setting(method: str, key: str, default: Any) -> Any:
+    """What the test sets, else `default`: the paper's."""
+    found = [text.partition("=")[2] for text in METHODS[method] if text.startswith(f"{key}=")]
+    return type(default)(found[0]) if found else default
+
+
+def group_of(row: int) -> list[int]:
+    first = row // GROUP * GROUP
+    return list(range(first, first + GROUP))
+
+
+def group_advantages(method: str) -> list[float]:
+    """Of GRPO and its variants."""
+    rewards = list(REWARDS)
+    if method == "dapo":  # a buffer of 10 tokens before the cap of 30
+        rewards = [r - min(max(n - (CAP - 10), 0) / 10, 1) for r, n in zip(REWARDS, RESPONSE_LENGTHS, strict=True)]
+    found = []
+    for row, reward in enumerate(rewards):
+        own = torch.tensor([rewards[member] for member in group_of(row)], dtype=torch.float64)
+        advantage = reward - float(own.mean())
+        found.append(advantage if method == "dr_grpo" else advantage / (float(own.std()) + 1e-6))
+    return found
+
+
+def clipped(method: str, ratio_T: Tensor, advantage_T: Tensor) -> Tensor:
+    """Minus PPO's objective of each token."""
+    low, high = setting(method, "clip_low", 0.2), setting(method, "clip_high", 0.2)
+    found = torch.minimum(ratio_T * advantage_T, ratio_T.clamp(1 - low, 1 + high) * advantage_T)
+    if dual := setting(method, "dual_clip", 0.0):
+        found = torch.where(advantage_T < 0, torch.maximum(found, dual * advantage_T), found)
+    return -found
+
+
+def advantages_and_returns(old: list[Tensor], reference: list[Tensor], values: list[Tensor]) -> list[tuple]:
+    """PPO's of each row, token by token; advantages whitened over all tokens."""
+    coefficient, gamma, lam = (setting("ppo", key, 1.0) for key in ("kl_coefficient", "gamma", "lam"))
+    found = []
+    for row, reward in enumerate(REWARDS):
+        reward_T = -coefficient * (old[row] - reference[row]).double()
+        reward_T[-1] += reward
+        value_T, after, advantage_T = values[row].double(), 0.0, torch.zeros(len(reward_T), dtype=torch.float64)
+        for t in reversed(range(len(reward_T))):
+            next_value = float(value_T[t + 1]) if t + 1 < len(value_T) else 0.0
+            after = float(reward_T[t]) + gamma * next_value - float(value_T[t]) + gamma * lam * after
+            advantage_T[t] = after
+        found.append((advantage_T, advantage_T + value_T))
+    together = torch.cat([advantage_T for advantage_T, _ in found])
+    mean, std = together.mean(), together.std(correction=0)
+    return [((advantage_T - mean) / std, return_T) for advantage_T, return_T in found]
+
+
+def plain_steps(work: Path, method: str) -> dict[str, Any]:
+    """Gradients of both minibatches, of the policy and of the critic."""
+    models, size = Plain(work), len(REWARDS) // NUM_MINIBATCHES
+    policy = models.policy
+    with torch.no_grad():
+        reference = [models.log_probs(models.reference, row) for row in range(len(REWARDS))]
+        old = [models.log_probs(policy, row) for row in range(len(REWARDS))]
+        values = [models.values(row) for row in range(len(REWARDS))]
+    targets = advantages_and_returns(old, reference, values) if method == "ppo" else []
+    adams = [
+        torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=1.0, weight_decay=0.0)
+        for model, lr in ((policy, LR), (models.critic, CRITIC_LR))
+    ]
+    found: dict[str, Any] = {"policy": [], "critic": []}
+    for first in range(0, len(REWARDS), size):
+        rows = list(range(first, first + size))
+        now = {row: models.log_probs(policy, row) for row in rows}
+        loss = LOSSES[method](method, rows, now, old, reference, targets, models)
+        steps = [("policy", policy, adams[0], loss)]
+        if method == "ppo":
+            steps.append(("critic", models.critic, adams[1], value_loss(rows, values, targets, models)))
+        for name, model, adam, total in steps:
+            adam.zero_grad()
+            total.backward()
+            found[name].append({key: one.grad.clone() for key, one in model.named_parameters()})
+            adam.step()
+    return found
+
+
+def value_loss(rows: list[int], values: list[Tensor], targets: list[tuple], models: Plain) -> Tensor:
+    bound, terms = setting("ppo", "value_clip", 0.2), []
+    for row in rows:
+        value_T, return_T = models.values(row), targets[row][1].float()
+        near_T = values[row] + (value_T - values[row]).clamp(-bound, bound)
+        terms.append(torch.maximum((value_T - return_T) ** 2, (near_T - return_T) ** 2) / 2)
+    return torch.cat(terms).mean()
+
+
+def apo(method, rows, now, old, reference, targets, models) -> Tensor:
+    beta2 = setting(method, "beta2", 1e-3)
+    errors = [beta2 * (now[r].sum() - reference[r].sum()) - (REWARDS[r] - VALUES[r]) for r in rows]
+    return torch.stack(errors).square().mean()
+
+
+def grpo(method, rows, now, old, reference, targets, models) -> Tensor:
+    advantage, coefficient = group_advantages(method), setting(method, "kl_coefficient", 0.0)
+    losses = []
+    for row in rows:
+        loss_T = clipped(method, (now[row] - old[row]).exp(), torch.full_like(now[row], advantage[row]))
+        if coefficient:
+            ratio_T = (reference[row] - now[row]).exp()
+            loss_T = loss_T + coefficient * (ratio_T - 1 - ratio_T.log())
+        losses.append(loss_T)
+    match method:
+        case "grpo":
+            return torch.stack([loss_T.mean() for loss_T in losses]).mean()
+        case "dr_grpo":
+            return torch.stack([loss_T.sum() / CAP for loss_T in losses]).mean()
+        case _:
+            return torch.cat(losses).mean()
+
+
+def rebel(method, rows, now, old, reference, targets, models) -> Tensor:
+    eta, pairs = setting(method, "eta", 1.0), []
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        ratios = [now[row].sum() - old[row].sum() for row in (one, other)]
+        pairs.append(((ratios[0] - ratios[1]) / eta - (REWARDS[one] - REWARDS[other])) ** 2)
+    return torch.stack(pairs).mean()
+
+
+def reinforce(method, rows, now, old, reference, targets, models) -> Tensor:
+    coefficient = setting(method, "kl_coefficient", 0.0)
+    rewards = [r - coefficient * float((old[k] - reference[k]).sum()) for k, r in enumerate(REWARDS)]
+    terms = []
+    for row in rows:
+        (other,) = {*group_of(row)} - {row}
+        baseline = rewards[other] if method == "rloo" else VALUES[row]
+        terms.append(-(now[row] - old[row]).sum().exp() * (rewards[row] - baseline))
+    return torch.stack(terms).mean()
+
+
+def ppo(method, rows, now, old, reference, targets, models) -> Tensor:
+    return torch.cat([clipped(method, (now[r] - old[r]).exp(), targets[r][0].float()) for r in rows]).mean()
+
+
+def tbrm(method, rows, now, old, reference, targets, models) -> Tensor:
+    beta, errors = setting(method, "beta", 1.0), []
+    for row in rows:
+        logits_TV, response_T = models.logits(models.policy, row)
+        first = logits_TV[0, response_T[0]]
+        errors.append(first + now[row][1:].sum() - reference[row].sum() - REWARDS[row] / beta)
+    return torch.stack(errors).square().mean()
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "apo": apo, "grpo": grpo, "dr_grpo": grpo, "dapo": grpo, "rebel": rebel, "rloo": reinforce,
+    "reinforce": reinforce, "ppo": ppo, "tbrm": tbrm,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(work: Path) -> Callable[[str], dict]:
+    return cache(lambda method: plain_steps(work, method))
+
+
+def seen(found: dict, theirs: dict) -> dict[str, float]:
+    """Largest relative difference of a gradient, of what learns."""
+    return {
+        name: max(worst(*pair) for pair in zip(found[name], theirs[name], strict=True))
+        for name in ("policy", "critic")
+        if theirs[name]
+    }
+
+
+@pytest.mark.parametrize(("layout", "method"), CASES + FULL_CASES)
+def test_steps_are_those_of_transformers_and_torch(layout: str, method: str, measured, expected) -> None:
+    found = seen(measured(layout, method)["none"], expected(method))
+    print(layout, method, {name: f"{value:.1e}" for name, value in found.items()})
+    assert max(found.values()) <= GRADIENTS, found
+
+
+@pytest.mark.parametrize(
+    ("layout", "method", "fault"),
+    [(layout, method, fault) for layout, method in CASES for fault in faults_of(layout, method)]
+    + [
+        pytest.param(*case.values, fault, marks=pytest.mark.full)
+        for case in FULL_CASES
+        for fault in faults_of(*case.values)
+    ],
+)
+def test_a_fault_is_seen(layout: str, method: str, fault: str, measured, expected) -> None:
+    found = seen(measured(layout, method)[fault], expected(method))
+    assert {name for name, value in found.items() if value > GRADIENTS} == FAULTS[fault][1][method], found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_costs_what_the_method_says(method: str, work: Path, measured) -> None:
+    """In responses that each model's passes go over: of one replica of one."""
+    if method not in LAYOUTS["tp2-pp2"]:
+        pytest.skip("of a layout with replicas the driver sees its own part alone")
+    recipe = recipe_of(work, "tp2-pp2", method)
+    cost = build_objective(recipe.objective, max_response_tokens=CAP).cost(NUM_MINIBATCHES)
+    size, calls = len(REWARDS) // NUM_MINIBATCHES, measured("tp2-pp2", method)["none"]["calls"]
+    of_policy = cost.forwards.get("old_policy", 0) + cost.forwards.get("present", 0)
+    said = {
+        "forward_only reference": cost.forwards.get("reference", 0),
+        "forward_only policy": of_policy,
+        "forward_only critic": cost.forwards.get("critic", 0),
+        "forward_backward policy": cost.forward_backwards["policy"],
+        "forward_backward critic": cost.forward_backwards.get("critic", 0),
+    }
+    assert calls == {name: size * number for name, number in said.items() if number}
+    assert cost.samples_per_prompt == (GROUP if method == "rebel" else 1)
+
+
+def test_the_settings_are_such_that_each_part_has_a_say(measured) -> None:
+    """Tokens are clipped on either side, and values; a group is split, and one is not."""
+    metrics = {name: measured("dp2", name)["none"]["metrics"] for name in METHODS}
+    for name in ("grpo", "dr_grpo", "dapo", "ppo"):
+        assert 0.02 < metrics[name]["clip/low"] < 0.5 and 0.02 < metrics[name]["clip/high"] < 0.5, name
+    assert metrics["dapo"]["clip/dual"] > 0 and metrics["dapo"]["reward/length_penalty"] < 0
+    assert 0.05 < metrics["ppo"]["critic/clipped"] < 0.95
