@@ -12,6 +12,8 @@ from pydantic import Discriminator, Field, Tag
 
 from megatron_apo.config.base import Section
 from megatron_apo.config.optimizer import OptimizerConfig
+from megatron_apo.config.sampling import SamplingConfig
+from megatron_apo.config.train import TrainConfig
 
 
 class BaselineConfig(Section):
@@ -43,6 +45,10 @@ class _Method(Section):
         """What is taken off the rewards, where the method leaves that to a recipe."""
         return None
 
+    def problems(self, sampling: SamplingConfig, train: TrainConfig) -> list[str]:
+        """Combinations that cannot work, one line each."""
+        return []
+
     @property
     def own_critic(self) -> CriticConfig | None:
         """What the method's critic is, where it has one."""
@@ -58,7 +64,7 @@ def _samples(default: int, least: int = 1) -> int:
     return Field(default, ge=least, description="responses drawn for each prompt of a step, by one request")
 
 
-_NAME = "the method; see docs/methods.md"
+_NAME = "the method (docs/methods)"
 _CLIP = "largest ratio to the old policy is 1 + this; null: no bound"
 _CLIP_LOW = "smallest ratio to the old policy is 1 - this; null: no bound"
 _DUAL = "the loss of a negative advantage is at most this many times it (above 1); null: no bound"
@@ -104,6 +110,20 @@ class TBRMConfig(_Method):
     beta: float = Field(2e-3, gt=0, description="weight of the KL to the reference against the reward")
     samples_per_prompt: int = _samples(1)
 
+    def problems(self, sampling: SamplingConfig, train: TrainConfig) -> list[str]:
+        found = []
+        if sampling.temperature != 1:
+            found.append(
+                f"sampling.temperature: {sampling.temperature}, but objective.name=tbrm takes raw logits for values, "
+                "which belong to log-probs at 1; use 1"
+            )
+        if train.importance != "none":
+            found.append(
+                f"train.importance: {train.importance} would not reach the raw logit in the loss of "
+                "objective.name=tbrm; use none"
+            )
+        return found
+
 
 class GRPOConfig(_Method):
     name: Literal["grpo"] = Field("grpo", description=_NAME)
@@ -127,6 +147,14 @@ class GRPOConfig(_Method):
         description="tokens before the length cap over which a penalty grows; 0: none; null: a fifth of the cap",
     )
     overlong_penalty: float = Field(1.0, ge=0, description="the penalty at the length cap")
+
+    def problems(self, sampling: SamplingConfig, train: TrainConfig) -> list[str]:
+        if self.overlong_buffer is None or self.overlong_buffer < sampling.max_response_tokens:
+            return []
+        return [
+            f"objective.overlong_buffer: {self.overlong_buffer} is not below sampling.max_response_tokens="
+            f"{sampling.max_response_tokens}; lower it"
+        ]
 
 
 class DrGRPOConfig(GRPOConfig):

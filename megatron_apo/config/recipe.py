@@ -127,6 +127,7 @@ class Recipe(Section):
             *self.vstar.problems(self.reward),
             *self.optimizer.problems(self.model),
             *self.train.problems(self.model, self.optimizer),
+            *self.objective.problems(self.sampling, self.train),
         ]
 
     def _minibatch_problems(self) -> list[str]:
@@ -161,7 +162,10 @@ class Recipe(Section):
                 "use parallel.vpp=1"
             )
         batches = {
-            "train.prompts_per_step": (train.prompts_per_step, train.minibatches * parallel.dp),
+            "train.prompts_per_step": (
+                train.prompts_per_step * self.objective.samples_per_prompt,
+                train.minibatches * parallel.dp,
+            ),
             "sync.probe_sequences": (self.sync.probe_sequences, 1),
         }
         if self.warmup.data is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner import learner as learner_module
 from megatron_apo.learner.known import KnownLogProbs
 from megatron_apo.learner.learner import Learner
-from megatron_apo.objectives import Prepared
+from megatron_apo.objectives import LossTerm, Micro, Objective, Prepared, Samples, Stats
+from megatron_apo.objectives.base import advantage_metrics, averaged
+from megatron_apo.objectives.group import group_mean
 from megatron_apo.parallel.groups import distributed
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.weights.hf_io import HFReader
@@ -52,7 +54,13 @@ METHODS: dict[str, list[str]] = {
     "reinforce": ["kl_coefficient=0.1"],
     "ppo": ["kl_coefficient=0.1", "clip_low=0.001", "clip_high=0.001", "value_clip=0.01", "gamma=0.98", "lam=0.9"],
     "tbrm": ["beta=0.7"],
+    "added": [],  # see `Added`
 }
+
+
+def temperature_of(method: str) -> float:
+    """TBRM takes no other than 1."""
+    return 1.0 if method == "tbrm" else TEMPERATURE
 
 
 def batch() -> RolloutBatch:
@@ -79,7 +87,8 @@ def recipe_of(work: Path, layout: str, method: str) -> Recipe:
     samples = [] if method in ("ppo", "tbrm") else [f"samples_per_prompt={GROUP}"]
     optimizer = ("eps=1", f"lr={CRITIC_LR}", "clip_grad=0", "distributed=false")
     critic = [f"critic.path={work / 'critic'}", *(f"critic.optimizer.{key}" for key in optimizer)]
-    own = [f"name={method}", *METHODS[method], *samples, *(critic if method == "ppo" else [])]
+    name = "reinforce" if method == ADDED else method
+    own = [f"name={name}", *METHODS[method], *samples, *(critic if method == "ppo" else [])]
     recipe = build_recipe(
         {},
         [
@@ -90,7 +99,7 @@ def recipe_of(work: Path, layout: str, method: str) -> Recipe:
             "data.train=unused.jsonl",
             "data.max_prompt_tokens=4",
             f"sampling.max_response_tokens={CAP}",
-            f"sampling.temperature={TEMPERATURE}",
+            f"sampling.temperature={temperature_of(method)}",
             "vstar.dir=unused",
             f"train.minibatches={NUM_MINIBATCHES}",
             "train.tokens_per_micro_batch=40",  # of the two long responses no micro-batch holds both
@@ -104,6 +113,29 @@ def recipe_of(work: Path, layout: str, method: str) -> Recipe:
     )
     recipe.parallel = parallel_of(layout)
     return recipe
+
+
+# ---- a method that is added, by what CONTRIBUTING.md says
+
+ADDED = "added"
+
+
+@dataclass(frozen=True)
+class Added(Objective):
+    """-A pi / pi_sampler of each token, summed, with the group's mean as the baseline."""
+
+    loss_log_probs = frozenset({"sampler"})
+    sequence_targets = ("advantage",)
+
+    def prepare(self, samples: Samples) -> Prepared:
+        advantage_K = samples.reward_K - group_mean(samples.reward_K, samples.group_K)
+        return Prepared({"advantage": advantage_K}, metrics=advantage_metrics(advantage_K))
+
+    def loss(self, micro: Micro, prepared: Prepared) -> LossTerm:
+        ratio_R = (micro.value_R - micro.fixed["sampler"]).exp()
+        total = -(ratio_R * micro.of_sequences(prepared.per_sequence["advantage"])[micro.sequence_R]).sum()
+        stats = Stats({"loss": total.detach(), **averaged("ratio/mean", ratio_R)})
+        return LossTerm(total, len(micro.places), stats)
 
 
 # ---- faults, put into a learner from outside. `patch` is undone afterwards.
@@ -161,6 +193,11 @@ def logit_of_the_last_token(learner: Learner, patch: pytest.MonkeyPatch) -> None
     )
 
 
+def sampler_of_the_neighbour(learner: Learner, patch: pytest.MonkeyPatch) -> None:
+    of_micro_batch = learner._sampler_log_probs
+    patch.setattr(learner, "_sampler_log_probs", lambda *arguments: of_micro_batch(*arguments).roll(1))
+
+
 def baseline_left_out(learner: Learner, patch: pytest.MonkeyPatch) -> None:
     samples = learner.samples
     patch.setattr(
@@ -190,6 +227,7 @@ FAULTS: dict[str, tuple[Fault, dict[str, set[str]]]] = {
     "clipping off": (clipping_off, {name: {"policy"} for name in ("grpo", "dr_grpo", "dapo", "ppo")}),
     "value target shifted": (value_target_shifted, {"ppo": {"critic"}}),
     "others left out": (others_left_out, {"rebel": {"policy"}}),
+    "sampler's log-probs of the neighbour": (sampler_of_the_neighbour, {"added": {"policy"}}),
     "logit of the last token": (logit_of_the_last_token, {"tbrm": {"policy"}}),
     "baseline left out": (baseline_left_out, {"apo": {"policy"}, "reinforce": {"policy"}}),
     # Where there is one replica, its own are everyone's.
@@ -210,6 +248,8 @@ def measure(work: Path, layout: str, method: str, fault: str | None, topology: T
     recipe = recipe_of(work, layout, method)
     readers = [HFReader(recipe.model.path), HFReader(recipe.model.reference_path)]
     learner = Learner.build(recipe, topology, policy_weights=readers[0], reference_weights=readers[1])
+    if method == ADDED:
+        learner.objective = Added()
     gradients: dict[str, list[dict[str, torch.Tensor]]] = {"policy": [], "critic": []}
     calls: Counter[str] = Counter()
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_apo.objectives import build_objective
 from tests.dist.methods_worker import (
+    ADDED,
     CAP,
     CRITIC_LR,
     FAULTS,
@@ -28,16 +29,17 @@ from tests.dist.methods_worker import (
     NUM_MINIBATCHES,
     RESPONSE_LENGTHS,
     REWARDS,
-    TEMPERATURE,
     VALUES,
     VARIANT,
     batch,
     faults_of,
     recipe_of,
+    temperature_of,
 )
 from tests.dist.ranks import start_ranks
 from tests.dist.test_learner import worst
 from tests.models import make_model
+from tests.unit.test_methods import DOCS, PAGES
 
 LAYOUTS = {"tp2-pp2": ["ppo", "tbrm", "rebel"], "dp2": list(METHODS)}
 FULL = {"cp2": list(METHODS), "tp2-pp2-dp2": ["ppo", "rebel", "dapo"]}
@@ -48,6 +50,7 @@ FULL_CASES = [
 # Of the largest tensor, in the 2-norm. In some the gradients of RLOO's two responses, whose advantages are opposite,
 # cancel for the most part: 1.1e-5 was seen there, elsewhere 6e-6.
 GRADIENTS = 2e-5
+KL = ("kl/in_loss", "kl/in_reward")
 Tensors = dict[str, Tensor]
 
 
@@ -76,7 +79,8 @@ def measured(work: Path) -> Callable[[str, str], dict]:
 class Plain:
     """Policy, reference and critic by transformers."""
 
-    def __init__(self, work: Path):
+    def __init__(self, work: Path, temperature: float):
+        self.temperature = temperature
         load = transformers.AutoModelForCausalLM.from_pretrained
         self.policy, self.reference = (load(work / name / VARIANT, dtype=torch.float32) for name in NAMES)
         self.critic = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -90,7 +94,7 @@ class Plain:
 
     def log_probs(self, model: torch.nn.Module, row: int) -> Tensor:
         logits_TV, response_T = self.logits(model, row)
-        return (logits_TV / TEMPERATURE).log_softmax(-1).gather(1, response_T[:, None])[:, 0]
+        return (logits_TV / self.temperature).log_softmax(-1).gather(1, response_T[:, None])[:, 0]
 
     def values(self, row: int) -> Tensor:
         tokens, count = torch.tensor(batch().sequences.row(row)).long(), RESPONSE_LENGTHS[row]
@@ -154,7 +158,7 @@ def advantages_and_returns(old: list[Tensor], reference: list[Tensor], values: l
 
 def plain_steps(work: Path, method: str) -> dict[str, Any]:
     """Gradients of both minibatches, of the policy and of the critic."""
-    models, size = Plain(work), len(REWARDS) // NUM_MINIBATCHES
+    models, size = Plain(work, temperature_of(method)), len(REWARDS) // NUM_MINIBATCHES
     policy = models.policy
     with torch.no_grad():
         reference = [models.log_probs(models.reference, row) for row in range(len(REWARDS))]
@@ -246,9 +250,18 @@ def tbrm(method, rows, now, old, reference, targets, models) -> Tensor:
     return torch.stack(errors).square().mean()
 
 
+def added(method, rows, now, old, reference, targets, models) -> Tensor:
+    terms = []
+    for row in rows:
+        sampled_T = torch.tensor(batch().log_probs([row]))
+        mean = sum(REWARDS[member] for member in group_of(row)) / GROUP
+        terms.append(-((now[row] - sampled_T).exp() * (REWARDS[row] - mean)).sum())
+    return torch.stack(terms).mean()
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "apo": apo, "grpo": grpo, "dr_grpo": grpo, "dapo": grpo, "rebel": rebel, "rloo": reinforce,
-    "reinforce": reinforce, "ppo": ppo, "tbrm": tbrm,
+    "reinforce": reinforce, "ppo": ppo, "tbrm": tbrm, "added": added,
 }  # fmt: skip
 
 
@@ -305,6 +318,17 @@ def test_a_step_costs_what_the_method_says(method: str, work: Path, measured) ->
     }
     assert calls == {name: size * number for name, number in said.items() if number}
     assert cost.samples_per_prompt == (GROUP if method == "rebel" else 1)
+
+
+@pytest.mark.parametrize("method", METHODS.keys() - {ADDED})
+def test_a_page_names_what_is_told_of_a_step(method: str, measured) -> None:
+    """Beside what is told of every method's."""
+    common = {"loss", "grad_norm", "grad_norm_reinforce", "skipped_steps", "masked_steps"}
+    page = (DOCS / f"{PAGES[method]}.md").read_text()
+    for name in measured("dp2", method)["none"]["metrics"]:
+        first = name.partition("/")[0]
+        if name not in common and first not in ("kl", "mismatch", "layout", "importance") or name in KL:
+            assert f"`{name}`" in page or f"`{first}/*`" in page, name
 
 
 def test_the_settings_are_such_that_each_part_has_a_say(measured) -> None:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -27,10 +28,24 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(command: Callable[..., Command], tmp_path: Path) -> None:
+# What goes from step to step beside the policy: nothing more, a critic, a baseline's past, and how many prompts a step
+# has drawn.
+METHODS = {
+    "apo": [],
+    "ppo": ["objective.name=ppo", "objective.critic.optimizer.lr=1e-3"],
+    "kernel": ["objective.baseline.source=kernel"],
+    "dapo": ["objective.name=dapo", "objective.samples_per_prompt=4", "train.prompts_per_step=4"],
+}
+
+
+@pytest.mark.parametrize("method", ["apo", *(pytest.param(m, marks=pytest.mark.full) for m in METHODS if m != "apo")])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    command: Callable[..., Command], tmp_path: Path, method: str
+) -> None:
     """It is asked to end first, then killed, and its prompts are moved. The step that was lost is sampled again, and
     again the same; nothing is twice in the metrics; the weights are those of an undisturbed run on the same batches."""
-    recipe = write_run(tmp_path, "parallel.pp=2", f"train.steps={STEPS}", "train.save_every=2", "eval.every=2")
+    settings = ["parallel.pp=2", f"train.steps={STEPS}", "train.save_every=2", "eval.every=2", *METHODS[method]]
+    recipe = write_run(tmp_path, *settings)
     run_dir, arguments = recipe.run.dir, ["train", "-r", str(tmp_path / "recipe.yaml"), "--record"]
     (tmp_path / "notice").write_text("0.1 the limit is near")  # seconds, too little for the rest of any step
     asked = command(*arguments, MEGATRON_APO_NOTICE=str(tmp_path / "notice"))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import yaml
 
-from megatron_apo.config import RecipeError, build_recipe, changed_for_resume, describe_fields
+from megatron_apo.config import BaselineConfig, RecipeError, build_recipe, changed_for_resume, describe_fields
 from megatron_apo.objectives import OBJECTIVES, Objective, build_objective
 
 PATHS = ["model.path=m", "data.train=t", "vstar.dir=v", "sampling.max_response_tokens=77"]
 METHODS = sorted(OBJECTIVES.keys() - {"sft"})  # which is the warm start's
+DOCS = Path(__file__).parents[2] / "docs" / "methods"
 OTHERS = {"name", "baseline", "critic"}  # not the objective's
 
 
@@ -84,6 +88,58 @@ def test_a_mistake_is_one_line_with_the_key_as_it_was_written(overrides: list[st
 )
 def test_who_asks_for_a_store(overrides: list[str], needs: bool) -> None:
     assert build_recipe({}, [*PATHS, *overrides]).needs_store is needs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["objective.name=tbrm", "sampling.temperature=0.7"], "sampling.temperature: 0.7, but objective.name=tbrm "),
+        (["objective.name=tbrm", "train.importance=token"], "train.importance: token would not reach the raw logit"),
+        (
+            ["objective.name=dapo", "objective.overlong_buffer=77"],
+            "objective.overlong_buffer: 77 is not below sam",
+        ),
+    ],
+)
+def test_what_cannot_work_together(overrides: list[str], line: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        build_recipe({}, [*PATHS, *overrides])
+    (problem,) = caught.value.problems
+    assert problem.startswith(line)
+
+
+# ---- the pages of docs/methods
+
+PAGES = {name: {"dr_grpo": "grpo", "dapo": "grpo"}.get(name, name) for name in METHODS}
+COLUMN = {"grpo": 1, "dr_grpo": 2, "dapo": 3}  # of the defaults; 1 in the other pages
+
+
+def table(name: str) -> dict[str, str]:
+    """Key -> default, of a page's table."""
+    found = {}
+    for line in (DOCS / f"{PAGES[name]}.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if cells and cells[0].startswith("`"):
+            found |= dict.fromkeys(re.findall(r"`([\w.]+)`", cells[0]), cells[COLUMN.get(name, 1)])
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_page_has_the_methods_keys_and_defaults(name: str) -> None:
+    section, listed = build_recipe({}, [*PATHS, f"objective.name={name}"]).objective, table(name)
+    values = {key: value for key, value in section.model_dump().items() if key not in OTHERS}
+    assert listed.keys() - {"baseline", "critic.path", "critic.optimizer"} == values.keys()
+    assert ("baseline" in listed) == hasattr(section, "baseline") and ("critic.path" in listed) == (name == "ppo")
+    for key, value in values.items():
+        assert yaml.safe_load(listed[key].strip("`")) == value, key
+
+
+def test_the_overview_lists_every_method_and_source() -> None:
+    text = (DOCS / "README.md").read_text()
+    for name in METHODS:
+        assert f"[`{name}`]({PAGES[name]}.md)" in text and (DOCS / f"{PAGES[name]}.md").is_file()
+    sources = BaselineConfig.model_fields["source"].annotation
+    assert all(f"| `{source}` |" in text for source in get_args(sources))
 
 
 def test_another_method_is_another_run() -> None:
