@@ -19,7 +19,7 @@ from megatron_apo.model.attention import PackedLayout
 from megatron_apo.model.build import build_model
 from megatron_apo.model.context import ContextSplit, context_split
 from megatron_apo.model.hf_config import read_hf_config
-from megatron_apo.objectives import APO, Samples
+from megatron_apo.objectives import APO, Micro, Prepared
 from megatron_apo.parallel.groups import alone
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.parameters import load_weights
@@ -99,9 +99,7 @@ def put_together(values_BS: torch.Tensor, splits: list[ContextSplit]) -> torch.T
 
 def run(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], responses: list[list[int]], cp: int = 1):
     """(log-probs of each response, sum and count of the loss, gradients by name), over all micro-batches."""
-    ids = [str(index) for index in range(len(responses))]
-    rewards = torch.tensor([index % 3 - 1.0 for index in range(len(responses))])
-    targets = OBJECTIVE.prepare(Samples(ids, rewards, None), dict.fromkeys(ids, 0.5))
+    prepared = Prepared({"advantage": torch.tensor([index % 3 - 1.5 for index in range(len(responses))])})
     denominator = [[-4.0 + 0.01 * token for token in response] for response in responses]
     model.zero_grad()
     log_probs, total, count = {}, 0.0, 0
@@ -111,7 +109,8 @@ def run(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], responses: 
         )
         found_R = put_together(found_BS, splits_of(micro, cp))[micro.label_BS != IGNORE]
         denominator_R = torch.tensor([value for index in micro.indices for value in denominator[index]])
-        term = OBJECTIVE.loss(found_R, denominator_R, micro.sequence_R, targets.select(micro.indices))
+        fixed = {"reference": denominator_R}
+        term = OBJECTIVE.loss(Micro(found_R, micro.indices, micro.sequence_R, fixed), prepared)
         term.total.backward()
         parts = found_R.detach().split([len(responses[index]) for index in micro.indices])
         log_probs |= dict(zip(micro.indices, parts, strict=True))
