@@ -254,9 +254,9 @@ def faulty(loss: Callable[..., LossTerm], fault: str | None) -> Callable[..., Lo
     """The learner's loss of a micro-batch with `fault` in its gradient, or in what it says of itself."""
     calls = 0
 
-    def wrapped(*arguments: Any) -> LossTerm:
+    def wrapped(*arguments: Any, **named: Any) -> LossTerm:
         nonlocal calls
-        term, first, calls = loss(*arguments), calls == 0, calls + 1
+        term, first, calls = loss(*arguments, **named), calls == 0, calls + 1
         factor = {"doubled": 2.0, "negated": -1.0, "dropped": 0.0 if first else 1.0}.get(fault or "", 1.0)
         stats = term.stats
         if fault == "misreported":
