@@ -203,8 +203,8 @@ class Objective:
         return 1.0
 
     def learns_from(self, reward_G: Sequence[float]) -> bool:
-        """Whether a group of these rewards is worth a place in the batch; another prompt is drawn for one that is not,
-        in at most `max_draws` rounds."""
+        """Whether a group of these rewards, those of masked responses left out, is worth a place in the batch; another
+        prompt is drawn for one that is not, in at most `max_draws` rounds."""
         return True
 
     def prepare(self, samples: Samples) -> Prepared:

@@ -84,7 +84,7 @@ class GRPO(Objective):
         return 1 / self.max_response_tokens if is_scaled else 1.0
 
     def learns_from(self, reward_G: Sequence[float]) -> bool:
-        return not self.dynamic_sampling or min(reward_G) < max(reward_G)
+        return not self.dynamic_sampling or len(set(reward_G)) > 1
 
     def prepare(self, samples: Samples) -> Prepared:
         penalty_K = self._length_penalty(samples.num_tokens_K)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from megatron_apo.data.prompt_source import PromptSource
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch
@@ -66,7 +68,8 @@ class _Chosen:
 
     def add(self, batch: RolloutBatch) -> None:
         for number, rows in enumerate(batch.groups):
-            is_worth = self._objective.learns_from(batch.reward_B[rows].tolist())
+            reward_G = batch.reward_B[rows]
+            is_worth = self._objective.learns_from(reward_G[~np.isnan(reward_G)].tolist())  # masked ones have none
             (self._worth if is_worth else self._others).append((len(self._batches), number))
         self._batches.append(batch)
 

@@ -13,7 +13,7 @@ from megatron_apo.config import build_recipe
 from megatron_apo.data.prompt_source import PromptSource
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch
-from megatron_apo.objectives import Objective
+from megatron_apo.objectives import DAPO, Objective
 from megatron_apo.rollout.groups import sample_groups
 from megatron_apo.runtime.topology import Topology
 from tests.batches import make_batch
@@ -110,6 +110,22 @@ def test_after_so_many_draws_the_others_fill_up(topology) -> None:
     assert sampler.asked == [walk[:4], walk[4:7], walk[7:10]]
     assert rows_of(batch) == [walk[0], walk[1], walk[2], walk[3]]
     assert told == {"prompts/drawn": 10, "prompts/not_worth": 9}
+
+
+def test_a_masked_response_is_no_reward_of_its_group(topology) -> None:
+    """Of two responses one is cut: what is left cannot differ. DAPO draws another prompt."""
+    walk, sampler, prompts = order(20), Sampler([True] * 40), prompt_source()
+    sample = sampler.sample
+
+    def with_masked(drawn: Sequence[Prompt], step: int, **options: int) -> RolloutBatch:
+        made = sample(drawn, step, **options)
+        cut = [row for row in range(0, len(made), 2) if made.prompt_ids[row] == PROMPTS[walk[1]].prompt_id]
+        made.reward_B[cut] = np.nan
+        return made
+
+    sampler.sample = with_masked  # type: ignore[method-assign]
+    batch, told = sample_groups(topology, sampler, prompts, DAPO(9, samples_per_prompt=2), 4, step=0)
+    assert rows_of(batch) == [walk[0], walk[2], walk[3], walk[4]] and told["prompts/not_worth"] == 1
 
 
 def test_a_method_that_learns_from_all_draws_once(topology) -> None:
