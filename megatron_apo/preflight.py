@@ -124,7 +124,7 @@ def open_sampling(recipe: Recipe) -> SamplingJob:
 
 def open_training(recipe: Recipe, machine: Machine | None = None) -> TrainingData:
     """Stage 2's prompts and, where training asks for it, their V* from a store that is proven to be this run's."""
-    _refuse_shapes(recipe.model.folders)
+    _refuse_shapes(recipe.folders)
     _raise(_run_problems(recipe, machine or Machine.here()))
     inputs = load_inputs(recipe)
     store = None
@@ -261,7 +261,7 @@ def shape_problems(recipe: Recipe, stage: Stage | None = None, machine: Machine 
     found: list[str] = []
     if stage in (None, "warmup", "train"):
         found += training_problems(recipe, recipe.model.folders, machine)
-    if stage in (None, "estimate-vstar"):
+    if stage == "estimate-vstar" or (stage is None and recipe.needs_store):
         found += new_lines(_stage_1_problems(recipe, machine), known=found)
     if stage == "evaluate":
         found += _evaluation_problems(recipe, machine)
@@ -285,7 +285,7 @@ def next_stage(recipe: Recipe) -> Stage:
     """The first stage whose outcome is not there yet."""
     if recipe.warmup.data is not None and not recipe.model.path.exists():
         return "warmup"
-    return "train" if (recipe.vstar.dir / MANIFEST).exists() else "estimate-vstar"
+    return "train" if (recipe.vstar.dir / MANIFEST).exists() or not recipe.needs_store else "estimate-vstar"
 
 
 def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machine) -> list[str]:
@@ -299,7 +299,9 @@ def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
         layers = layer_kind(recipe.model, parallel, machine.capability, elsewhere=machine.is_described)
     except RecipeError as error:
         found += error.problems
-    found += optimizer_problems(recipe.optimizer, machine.capability, elsewhere=machine.is_described)
+    for prefix, optimizer in recipe.optimizers.items():
+        lines = optimizer_problems(optimizer, machine.capability, elsewhere=machine.is_described)
+        found += [f"{prefix}{line}" for line in lines]
     if machine.is_described:
         found += _nodes_problems(recipe, machine)
     if gpus and parallel.world_size > len(gpus) and machine.ranks_here is None:
@@ -421,12 +423,30 @@ def _run_problems(recipe: Recipe, machine: Machine) -> list[str]:
             for name, value in policy.items()
             if reference[name] != value
         ]
+    found += lines_of([partial(_check_critic, recipe)], known=found)
     out = exported(recipe.run.dir)
     if out.exists():
         found.append(f"run.dir: {out} is there already; give another run.dir, or remove it")
     if not recipe.sources("eval") and recipe.train.replay is None:
         found.append("data.eval: missing; training reports on held-out prompts")
     return found
+
+
+def _check_critic(recipe: Recipe) -> None:
+    """A critic has the policy's layers; its embedding is its own, and its head may be there or not."""
+    config = recipe.objective.own_critic
+    if config is None or config.path is None:
+        return
+    policy, own = (asdict(read_hf_config(folder).as_critic()) for folder in (recipe.model.path, config.path))
+    lines = [
+        f"objective.critic.path: {name} is {own[name]!r}, but {value!r} in model.path; the critic must be the same "
+        "model with other weights"
+        for name, value in policy.items()
+        if own[name] != value
+    ]
+    if lines:
+        raise ValueError("\n".join(lines))
+    HFReader(config.path).check(read_hf_config(config.path).as_critic())
 
 
 def _raise(found: Sequence[str], *checks: Callable[[], object]) -> None:

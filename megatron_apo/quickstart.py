@@ -96,10 +96,8 @@ def _closing_table(summary: dict) -> Table:
     table.add_row("largest trainer-vLLM log-prob difference", f"{summary['max_log_prob_difference']:.2g}")
     if warned := summary["mismatch"]["warned_steps"]:
         table.add_row("steps whose trainer-vLLM difference was warned of", str(warned))
-    table.add_row(
-        "KL to the reference",
-        f"{summary['kl']['per_token']:.4f} a token, {summary['kl']['per_sequence']:.3f} a response",
-    )
+    if kl := summary.get("kl"):
+        table.add_row("KL to the reference", f"{kl['per_token']:.4f} a token, {kl['per_sequence']:.3f} a response")
     rates = summary["tokens_per_s"]
     table.add_row("tokens/s", f"generation {rates['generation']:,.0f}, training {rates['training']:,.0f}")
     peaks = summary["peak_memory_bytes"]

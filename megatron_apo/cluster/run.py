@@ -181,7 +181,7 @@ class _Run:
         """
         token = secrets.token_hex(8)
         sources = [*self._recipe.sources("train"), *self._recipe.sources("eval")]
-        own = [self._recipe.model.path, self._recipe.model.reference, *(source.path for source in sources)]
+        own: list[Path | str | None] = [*self._recipe.folders.values(), *(source.path for source in sources)]
         must_see = [str(path) for path in own if path is not None and Path(path).exists()]
         found: dict[str, check.Found] = {}
         with (

@@ -59,7 +59,7 @@ def values_marked(recipe: Recipe, name: str) -> dict[str, Any]:
 def changed_for_resume(recipe: Recipe, saved: Recipe) -> list[tuple[str, Any, Any]]:
     """(key, value now, value then) of every field that differs and that a resumed run must have the same."""
     allowed = [MAY_CHANGE["resume"]]
-    if recipe.optimizer.schedule == "constant":
+    if all(optimizer.schedule == "constant" for optimizer in recipe.optimizers.values()):
         allowed.append(MAY_CHANGE_AT_CONSTANT_RATE["resume"])
     free = {key for key, value in fields_marked("resume").items() if value in allowed}
     free_of_source = {key for key, field in SourceConfig.model_fields.items() if _mark(field, "resume") in allowed}

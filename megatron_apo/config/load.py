@@ -17,6 +17,8 @@ from megatron_apo.config.recipe import Recipe
 from megatron_apo.config.shipped import recipe_path
 from megatron_apo.config.text import read, read_override
 
+_METHOD = "objective.name="
+
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     """Read a YAML recipe (a path, or a name for `recipe_path`) and apply `section.key=value` overrides (YAML values).
@@ -36,7 +38,10 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def build_recipe(tree: Any, overrides: Iterable[str] = ()) -> Recipe:
-    """Make a validated `Recipe` of a nested dict and overrides. Raises `RecipeError`."""
+    """Make a validated `Recipe` of a nested dict and overrides. Raises `RecipeError`.
+
+    An override that names another method than the dict leaves that method's settings out, which are none of its own.
+    """
     if not isinstance(tree, dict):
         raise RecipeError([f"recipe: the top level is a {type(tree).__name__}; it must map sections to their keys"])
     # An absent section counts as an empty one, so that what is missing is named by its full key.
@@ -44,13 +49,16 @@ def build_recipe(tree: Any, overrides: Iterable[str] = ()) -> Recipe:
         name: {} if section is None else section for name, section in copy.deepcopy(tree).items()
     }
     problems = []
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: not text.startswith(_METHOD)):  # before its settings
         key, equals, text = override.partition("=")
         if not equals or not key:
             problems.append(f"override {override!r}: not of the form section.key=value")
             continue
         value, misread = read_override(key.strip(), text)
         problems += misread
+        own = tree["objective"]
+        if override.startswith(_METHOD) and isinstance(own, dict) and value != own.get("name", "apo"):
+            own.clear()
         problem = _set_dotted(tree, key.strip(), value)
         if problem:
             problems.append(problem)

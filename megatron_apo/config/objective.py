@@ -6,7 +6,7 @@ A section's keys are the fields of the method's class in `megatron_apo/objective
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -25,11 +25,26 @@ class BaselineConfig(Section):
         "others; kernel: of the prompt's own past as well",
     )
     kernel: Literal["triangular", "exponential"] = Field("triangular", description="weights of the past, source kernel")
-    bandwidth: float = Field(
+    bandwidth: float | None = Field(
         0.5,
         gt=0,
-        description="share of the run so far over which the past counts, source kernel; exponential: from .01",
+        description="share of the run so far over which the past counts, source kernel; exponential: from 0.01; null: "
+        "all of it alike, the running mean",
     )
+
+    def problems(self, samples_per_prompt: int) -> list[str]:
+        """Combinations that cannot work, one line each."""
+        if self.source == "group_mean" and samples_per_prompt == 1:
+            return [
+                "objective.baseline.source: group_mean of objective.samples_per_prompt=1 is the reward itself, which "
+                "leaves nothing to learn; use at least 2, or another source"
+            ]
+        if self.source == "kernel" and self.kernel == "exponential" and (self.bandwidth or 1) < 0.01:
+            return [
+                f"objective.baseline.bandwidth: {self.bandwidth} is too small for objective.baseline.kernel="
+                "exponential; use at least 0.01"
+            ]
+        return []
 
 
 class CriticConfig(Section):
@@ -40,6 +55,9 @@ class CriticConfig(Section):
 
 
 class _Method(Section):
+    if TYPE_CHECKING:  # each has its own default
+        samples_per_prompt: int
+
     @property
     def value_source(self) -> BaselineConfig | None:
         """What is taken off the rewards, where the method leaves that to a recipe."""
@@ -47,7 +65,7 @@ class _Method(Section):
 
     def problems(self, sampling: SamplingConfig, train: TrainConfig) -> list[str]:
         """Combinations that cannot work, one line each."""
-        return []
+        return self.value_source.problems(self.samples_per_prompt) if self.value_source else []
 
     @property
     def own_critic(self) -> CriticConfig | None:

@@ -59,6 +59,19 @@ class Recipe(Section):
         return found
 
     @property
+    def optimizers(self) -> dict[str, OptimizerConfig]:
+        """The policy's, and the critic's where there is one, by what their keys have before `optimizer`."""
+        critic = self.objective.own_critic
+        return {"": self.optimizer} | ({"objective.critic.": critic.optimizer} if critic else {})
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """All Hugging Face folders that training reads, by their keys."""
+        critic = self.objective.own_critic
+        own = {"objective.critic.path": critic.path} if critic and critic.path else {}
+        return self.model.folders | own
+
+    @property
     def needs_store(self) -> bool:
         """Whether training asks for a V* store, which stage 1 makes."""
         return self.objective.needs_store or self.vstar.filter != "none"
@@ -99,8 +112,9 @@ class Recipe(Section):
     @property
     def why_unsaved(self) -> str:
         """What keeps a checkpoint of this training from being read back; empty if one can be."""
-        if self.optimizer.cpu_offload:
-            return f"optimizer.cpu_offload={self.optimizer.cpu_offload}"
+        for prefix, optimizer in self.optimizers.items():
+            if optimizer.cpu_offload:
+                return f"{prefix}optimizer.cpu_offload={optimizer.cpu_offload}"
         return "model.fp8.param_gather" if self.model.has_fp8_weights else ""
 
     def save(self, path: Path) -> None:
@@ -125,10 +139,23 @@ class Recipe(Section):
             *self.sync.problems(self.rollout),
             *self.mismatch.problems(),
             *self.vstar.problems(self.reward),
-            *self.optimizer.problems(self.model),
+            *self._optimizer_problems(),
             *self.train.problems(self.model, self.optimizer),
             *self.objective.problems(self.sampling, self.train),
         ]
+
+    def _optimizer_problems(self) -> list[str]:
+        found = [
+            f"{prefix}{line}"
+            for prefix, optimizer in self.optimizers.items()
+            for line in optimizer.problems(self.model)
+        ]
+        critic = self.objective.own_critic
+        if critic and critic.optimizer.cpu_offload:
+            found.append(
+                f"objective.critic.optimizer.cpu_offload: {critic.optimizer.cpu_offload} was never tried; use 0"
+            )
+        return found
 
     def _minibatch_problems(self) -> list[str]:
         train, dp = self.train, self.parallel.dp

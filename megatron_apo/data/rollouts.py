@@ -89,8 +89,9 @@ class RolloutBatch:
     def of_groups(cls, batches: Sequence[RolloutBatch], chosen: Sequence[tuple[int, int]]) -> RolloutBatch:
         """A batch of some groups, each (number of the batch, number of the group), of batches that are held whole; the
         groups are numbered anew."""
-        parts = [(batches[batch], row) for batch, group in chosen for row in batches[batch].groups[group]]
-        sizes = [len(batches[batch].groups[group]) for batch, group in chosen]
+        groups = [batch.groups for batch in batches]
+        parts = [(batches[batch], row) for batch, group in chosen for row in groups[batch][group]]
+        sizes = [len(groups[batch][group]) for batch, group in chosen]
 
         def column(name: str) -> NDArray:
             return np.array([getattr(batch, name)[row] for batch, row in parts], dtype=getattr(batches[0], name).dtype)

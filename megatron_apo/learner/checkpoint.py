@@ -195,7 +195,7 @@ class Checkpoints:
 
     def restore(self) -> int:
         """Load the newest checkpoint, if there is one. Returns the number of steps already taken. Collective."""
-        from megatron_apo.runtime.collective import on_all
+        from megatron_apo.runtime.collective import on_all, on_driver
         from megatron_apo.weights import torch_dist
 
         folder = self._topology.broadcast(latest(self._recipe.run.dir))
@@ -210,11 +210,15 @@ class Checkpoints:
         on_all(self._topology, lambda: load_states(self._learner.trainables, state, folder))
         self._learner.skipped_in_a_row = run.skipped_in_a_row
         self._learner.mismatch.restore(run.first_mismatches)
-        if self._baseline:
-            self._baseline.read(folder / BASELINE, run.step)
-        if self._prompts:
-            drawn = run.prompts_drawn
-            self._prompts.restore(run.step * self._recipe.train.prompts_per_step if drawn is None else drawn)
+
+        def restore_rest() -> None:
+            if self._baseline:
+                self._baseline.read(folder / BASELINE, run.step)
+            if self._prompts:
+                drawn = run.prompts_drawn
+                self._prompts.restore(run.step * self._recipe.train.prompts_per_step if drawn is None else drawn)
+
+        on_driver(self._topology, restore_rest)
         self._saved = run.step
         return run.step
 

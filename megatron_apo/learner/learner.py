@@ -38,7 +38,7 @@ from megatron_apo.model.placement import Reference, place_reference
 from megatron_apo.model.precision import Precision
 from megatron_apo.model.value import build_critic
 from megatron_apo.objectives import LossTerm, Micro, Objective, Prepared, Samples, Stats, build_objective
-from megatron_apo.objectives.base import LogProbs
+from megatron_apo.objectives.base import LogProbs, first_tokens
 from megatron_apo.objectives.importance import importance_weights, weight_gradient
 from megatron_apo.parallel.pipeline import forward_backward, forward_only
 from megatron_apo.parallel.scatter import scatter
@@ -206,8 +206,8 @@ class Learner:
                 grad_norm = self.trainable.step() if learned.has_any(plan.plans[number]) else None
             record.add_step(grad_norm)
             if grad_norm is not None:
-                self._count_skipped(grad_norm, batch, step)
-                self._teach_critic(micro_batches, learned, prepared, record)
+                norms = [grad_norm, *self._teach_critic(micro_batches, learned, prepared, record)]
+                self._count_skipped(next((norm for norm in norms if not math.isfinite(norm)), grad_norm), batch, step)
         return record.gather(self.topology)
 
     def _loss(
@@ -237,7 +237,7 @@ class Learner:
                 level, cap, fixed["old_policy"], fixed["sampler"], part.sequence_R, count
             )
             weighted_R = weight_gradient(weighted_R, weight_R)
-        first_logit_B = None if logit_R is None else logit_R[token_R][_first_tokens(part.sequence_R)]
+        first_logit_B = None if logit_R is None else logit_R[token_R][first_tokens(part.sequence_R)]
         seen = Micro(weighted_R, part.places, part.sequence_R, fixed, first_logit_B, others_K)
         term = self.objective.loss(seen, prepared)
         assert term.count == (len(weighted_R) if self.objective.unit == "token" else count)
@@ -253,11 +253,11 @@ class Learner:
 
     def _teach_critic(
         self, micro_batches: Sequence[MicroBatch], learned: Learned, prepared: Prepared, record: StepRecord
-    ) -> None:
-        """The critic's optimizer step on a minibatch, where there is one. One whose gradient is not finite is skipped,
-        and counted."""
+    ) -> list[float]:
+        """The critic's optimizer step on a minibatch, where there is one: its gradient's norm. A step whose gradient is
+        not finite changes nothing, and is counted."""
         if self.critic is None:
-            return
+            return []
 
         def loss(value_R: Tensor, index: int) -> LossTerm:
             part = learned.part(micro_batches[index])
@@ -269,7 +269,9 @@ class Learner:
         with self.timer.phase("critic"):
             self.critic.zero_grad()
             stats = forward_backward(self.critic.chunks, micro_batches, loss)
-            record.add_critic(stats, self.critic.step())
+            norm = self.critic.step()
+        record.add_critic(stats, norm)
+        return [norm]
 
     def _prepare(
         self,
@@ -462,11 +464,6 @@ def _critic(recipe: Recipe, spec: ModelSpec, topology: Topology, total_steps: in
     chunks = build_critic(own, recipe.parallel, topology, precision, train=recipe.train)
     load_weights(chunks, own, topology, HFReader(config.path or recipe.model.path))
     return make_trainable(chunks, config.optimizer, total_steps=total_steps)
-
-
-def _first_tokens(sequence_R: Tensor) -> Tensor:
-    """[R] whether a token is its sequence's first. sequence_R: which sequence it is of."""
-    return sequence_R.diff(prepend=sequence_R.new_tensor([-1])) != 0
 
 
 def recorded_rollouts(run_dir: Path) -> RolloutFolder:

@@ -248,6 +248,11 @@ def sequence_sum(value_R: Tensor, sequence_R: Tensor, num_sequences: int) -> Ten
     return value_R.new_zeros(num_sequences, dtype=torch.float32).index_add(0, sequence_R, value_R.float())
 
 
+def first_tokens(sequence_R: Tensor) -> Tensor:
+    """[R] whether a token is its sequence's first. sequence_R: which sequence it is of."""
+    return sequence_R.diff(prepend=sequence_R.new_tensor([-1])) != 0
+
+
 def advantage_metrics(advantage_K: Tensor, value_K: Tensor | None = None) -> dict[str, float]:
     """Mean and second moment, and the baseline's mean; NaN without any."""
     metrics = {

@@ -30,6 +30,7 @@ from megatron_apo.objectives.base import (
     Samples,
     Stats,
     averaged,
+    first_tokens,
 )
 
 
@@ -56,8 +57,7 @@ class TBRM(Objective):
 
     def loss(self, micro: Micro, prepared: Prepared) -> LossTerm:
         assert micro.first_logit_B is not None
-        is_first_R = micro.sequence_R.diff(prepend=micro.sequence_R.new_tensor([-1])) != 0
-        others_R = torch.where(is_first_R, 0, micro.value_R)
+        others_R = torch.where(first_tokens(micro.sequence_R), 0, micro.value_R)
         log_ratio_B = micro.first_logit_B.float() + micro.sums(others_R - micro.fixed["reference"])
         residual_B = log_ratio_B - micro.of_sequences(prepared.per_sequence["reward"])
         total = residual_B.square().sum()

@@ -268,13 +268,15 @@ class Fleet(AbstractContextManager["Fleet"]):
         arrived: SimpleQueue[tuple[Engine, int, Outcome, float] | None] = SimpleQueue()
         self._arrived = arrived
         in_flight: dict[Engine, set[int]] = {engine: set() for engine in self.engines}
+        load = dict.fromkeys(self.engines, 0)  # responses in flight
         given_up: Counter[Engine] = Counter()
 
         def hand_out() -> None:
             shares: dict[Engine, dict[int, Body]] = {}
-            while queue.has_open and (engine := self._least_busy(in_flight, queue.sizes)):
+            while queue.has_open and (engine := self._least_busy(load)):
                 index = queue.take()
                 in_flight[engine].add(index)
+                load[engine] += queue.sizes[index]
                 shares.setdefault(engine, {})[index] = queue.bodies[index]
             for engine, bodies in shares.items():
                 engine.client.send(
@@ -289,6 +291,7 @@ class Fleet(AbstractContextManager["Fleet"]):
                     raise Interrupted("the run was asked to end")
                 engine, index, outcome, now = found
                 in_flight[engine].discard(index)
+                load[engine] -= queue.sizes[index]
                 if isinstance(outcome, ServerDied):
                     queue.put_back(index)
                     given_up[engine] += 1
@@ -324,14 +327,10 @@ class Fleet(AbstractContextManager["Fleet"]):
         """The last lines that the engines which are down have logged."""
         return "\n".join(engine.log_tail() for engine in self.in_state(State.DOWN))
 
-    def _least_busy(self, in_flight: dict[Engine, set[int]], sizes: Sequence[int]) -> Engine | None:
+    def _least_busy(self, load: dict[Engine, int]) -> Engine | None:
         """Who is asked next: of the engines that serve and have room, the one with the fewest responses in flight."""
-
-        def responses(engine: Engine) -> int:
-            return sum(sizes[index] for index in in_flight[engine])
-
-        engine = min(self.serving, key=responses, default=None)
-        if engine is None or (self._window is not None and responses(engine) >= self._window):
+        engine = min(self.serving, key=load.__getitem__, default=None)
+        if engine is None or (self._window is not None and load[engine] >= self._window):
             return None
         return engine
 

@@ -8,6 +8,7 @@ section 3.2).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -39,10 +40,12 @@ def sample_groups(
 ) -> tuple[RolloutBatch | None, dict[str, float]]:
     """(`count` groups of step `step`, how many were drawn and left out), on the driver; (None, {}) elsewhere.
 
-    prompts: on the driver. may_redraw: not where batches are recorded ones. Collective.
+    prompts: on the driver. may_redraw: not where batches are recorded ones, which are taken as they are. Collective.
     """
+    if not may_redraw:
+        return sampler.sample([], step, num_samples=objective.samples_per_prompt, draw=0), {}
     chosen = _Chosen(objective, count)
-    for draw in range(objective.max_draws if may_redraw else 1):
+    for draw in range(objective.max_draws):
         missing = on_driver(topology, lambda: chosen.missing)
         if not missing:
             break
@@ -76,6 +79,8 @@ class _Chosen:
     def result(self) -> tuple[RolloutBatch, dict[str, float]]:
         """The batch, in the order in which it was drawn, and what is told of it."""
         told = {"prompts/drawn": len(self._worth) + len(self._others), "prompts/not_worth": len(self._others)}
+        known = np.concatenate([batch.reward_B[~np.isnan(batch.reward_B)] for batch in self._batches])
+        told["reward/drawn"] = float(known.mean()) if len(known) else math.nan
         if not self._others:
             (batch,) = self._batches
             return batch, told

@@ -106,6 +106,8 @@ def _check_batch(recipe: Recipe, batch: RolloutBatch, vocab_size: int, vstar: Pr
             f"{len(batch)} responses do not divide into train.minibatches={recipe.train.minibatches} x "
             f"parallel.dp={recipe.parallel.dp}; change these"
         )
+    if problem := _group_problem(batch, recipe.objective.samples_per_prompt, len(batch) // recipe.train.minibatches):
+        raise ValueError(problem)
     if unhashed := [prompt_id for prompt_id in batch.prompt_ids if not _is_id(prompt_id)]:
         raise ValueError(f"{unhashed[0]!r} is not the id of a prompt; give a file of train --record")
     if np.isnan(batch.reward_B[~batch.masked_B(recipe.reward.truncated)]).any():
@@ -116,6 +118,20 @@ def _check_batch(recipe: Recipe, batch: RolloutBatch, vocab_size: int, vstar: Pr
     if vstar is not None:
         vstar.lookup(list(batch.prompt_ids))
     plan_batch(recipe, batch.sequences, num_minibatches=recipe.train.minibatches, dp=recipe.parallel.dp)
+
+
+def _group_problem(batch: RolloutBatch, samples_per_prompt: int, minibatch: int) -> str | None:
+    """Why a method cannot learn from the batch's groups. minibatch: responses of one."""
+    if samples_per_prompt == 1:
+        return None
+    if sizes := {len(rows) for rows in batch.groups} - {samples_per_prompt}:
+        return (
+            f"groups of {min(sizes)} responses, and objective.samples_per_prompt is {samples_per_prompt}; set that to "
+            "what was recorded"
+        )
+    if any(rows[0] // minibatch != rows[-1] // minibatch for rows in batch.groups):
+        return "a group lies in two minibatches; use another train.minibatches"
+    return None
 
 
 def _is_id(text: str) -> bool:

@@ -3,6 +3,7 @@ run's."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -78,4 +79,4 @@ class TrainingData:
             case "leave_one_out":
                 return LeaveOneOut()
             case "kernel":
-                return KernelSmoothed(config.kernel, config.bandwidth)
+                return KernelSmoothed(config.kernel, math.inf if config.bandwidth is None else config.bandwidth)

@@ -109,6 +109,8 @@ def train(recipe: Recipe, topology: Topology) -> None:
                 phases = learner.timer.pop()
                 by_source = source_metrics(batch, data.source_names(batch), masked_of(batch)) if data else {}
                 metrics = learner.step_metrics(record, batch, phases)
+                if baseline:
+                    metrics["value/fallbacks"] = baseline.num_fallbacks / len(batch)
                 recorder.log(done, {**metrics, **drawn, **by_source, **rollouts.step_metrics()}, phases)
                 if checkpoints.is_due(done):
                     save()

@@ -183,10 +183,6 @@ class Recorder:
                 "mean": self._mean("mismatch/mean"),
                 "warned_steps": int(sum(self._history["mismatch/warned"])),
             },
-            "kl": {
-                "per_token": self._history["kl/per_token"][-1],
-                "per_sequence": self._history["kl/per_sequence"][-1],
-            },
             "tokens_per_s": {"training": self._mean("tokens_per_s/train")},
             "tflops_per_rank": self._means("tflops_per_rank/"),
             "mfu": self._means("mfu/"),
@@ -200,6 +196,8 @@ class Recorder:
                 if name.startswith("memory/")
             },
         }
+        if self._history["kl/per_token"]:  # there is a reference
+            found["kl"] = {name: self._history[f"kl/{name}"][-1] for name in ("per_token", "per_sequence")}
         if self._evaluated:
             found["pass_at_1"] = {"after": asdict(self._evaluated)}
         if self._history["tokens_per_s/generate"]:

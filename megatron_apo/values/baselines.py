@@ -10,8 +10,7 @@ A mean of n rewards, the response's own among them, makes the expected gradient 
 nowhere: the other rewards do not depend on what this response was. That is how BatchMean and GroupMean are defined, so
 that a batch's or a group's advantages add up to 0; in a group of one nothing is left to learn. The others leave the
 expected gradient as it is. Where LeaveOneOut and KernelSmoothed have nothing to go by (a group of one, no past) they
-say what `fallback` says, V* where there is a store, else the mean reward of the batch's other responses; 0, if there
-are none.
+say what `fallback` says, if one is given, else the mean reward of the batch's other responses; 0, if there are none.
 
 A response that is not learned from, or has no reward, is in no statistic and its baseline is NaN.
 Shapes: B responses of a step, P groups of them, each of one prompt.

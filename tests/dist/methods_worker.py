@@ -189,7 +189,7 @@ def others_left_out(learner: Learner, patch: pytest.MonkeyPatch) -> None:
 
 def logit_of_the_last_token(learner: Learner, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        learner_module, "_first_tokens", lambda sequence_R: sequence_R.diff(append=sequence_R.new_tensor([-1])) != 0
+        learner_module, "first_tokens", lambda sequence_R: sequence_R.diff(append=sequence_R.new_tensor([-1])) != 0
     )
 
 

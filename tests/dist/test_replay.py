@@ -68,6 +68,34 @@ def test_another_layout_replays_to_rounding(replayed) -> None:
         assert row["reward/mean"] == other["reward/mean"]
 
 
+# Overrides, and what metrics.jsonl tells beside what it tells of A*-PO's steps.
+METHODS = {
+    "reinforce": (["objective.name=reinforce", "objective.baseline.source=batch_mean"], {"ratio/mean"}),
+    "kernel": (["objective.name=reinforce", "objective.baseline.source=kernel"], {"ratio/mean", "value/fallbacks"}),
+    "ppo": (["objective.name=ppo", "objective.kl_coefficient=0"], {"critic/loss", "critic/grad_norm", "clip/low"}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_without_reference_and_store_ends_with_its_model(method: str, work: Path) -> None:
+    """It is ended after the first of its steps, and goes on."""
+    settings, told = METHODS[method]
+    own = [f"run.dir={work / method}", f"vstar.dir={work / 'nowhere'}", "train.save_every=1", *settings]
+    for steps in (1, STEPS):
+        shutil.rmtree(work / method / "checkpoints" / "hf", ignore_errors=True)
+        start_ranks("tests.dist.replay_worker", work, "dp2", *own, f"train.steps={steps}")
+    start, learned = load_file(work / "model" / "model.safetensors"), weights(work / method)
+    assert not any(torch.equal(learned[name], tensor) for name, tensor in start.items())
+    found = [row for row in rows(work / method) if "loss" in row]
+    assert [row["step"] for row in found] == [1, 2, 3]
+    assert all(told <= row.keys() and not any(name.startswith("kl/") for name in row) for row in found)
+    assert "kl" not in json.loads((work / method / "summary.json").read_text())
+    start_ranks("tests.dist.replay_worker", work, "dp2", *own, f"run.dir={work / 'whole'}", f"train.steps={STEPS}")
+    whole = weights(work / "whole")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in learned.items())
+    shutil.rmtree(work / "whole")
+
+
 def test_a_replay_is_the_same_bits_again(replayed, work: Path) -> None:
     first = replayed("pp2")
     start_ranks("tests.dist.replay_worker", work, "pp2", f"run.dir={work / 'again'}")

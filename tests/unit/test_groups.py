@@ -98,7 +98,7 @@ def test_groups_that_teach_nothing_are_drawn_again(topology) -> None:
     batch, told = sample_groups(topology, sampler, prompts, Spread(), 4, step=7)
     assert sampler.asked == [walk[:4], walk[4:6], walk[6:7]]
     assert rows_of(batch) == [walk[0], walk[2], walk[5], walk[6]]
-    assert told == {"prompts/drawn": 7, "prompts/not_worth": 3}
+    assert told == {"prompts/drawn": 7, "prompts/not_worth": 3, "reward/drawn": 10 / 14}
     assert batch.reward_B.tolist() == [1, 0] * 4 and batch.weight_version_B.tolist() == [7] * 8
 
 
@@ -109,7 +109,7 @@ def test_after_so_many_draws_the_others_fill_up(topology) -> None:
     batch, told = sample_groups(topology, sampler, prompts, Spread(), 4, step=0)
     assert sampler.asked == [walk[:4], walk[4:7], walk[7:10]]
     assert rows_of(batch) == [walk[0], walk[1], walk[2], walk[3]]
-    assert told == {"prompts/drawn": 10, "prompts/not_worth": 9}
+    assert told == {"prompts/drawn": 10, "prompts/not_worth": 9, "reward/drawn": 19 / 20}
 
 
 def test_a_masked_response_is_no_reward_of_its_group(topology) -> None:
@@ -135,13 +135,17 @@ def test_a_method_that_learns_from_all_draws_once(topology) -> None:
 
     sampler, prompts = Sampler([False] * 40), prompt_source()
     batch, told = sample_groups(topology, sampler, prompts, All(), 4, step=0)
-    assert rows_of(batch) == order(4) and told == {"prompts/drawn": 4, "prompts/not_worth": 0}
+    assert rows_of(batch) == order(4)
+    assert told == {"prompts/drawn": 4, "prompts/not_worth": 0, "reward/drawn": 1}
 
 
 def test_a_recorded_batch_is_taken_as_it_is(topology) -> None:
+    """Also of more groups than a step of this recipe draws, none of which teaches anything."""
     sampler, prompts = Sampler([False] * 40), prompt_source()
-    batch, _ = sample_groups(topology, sampler, prompts, Spread(), 4, step=0, may_redraw=False)
-    assert rows_of(batch) == order(4) and len(sampler.asked) == 1
+    recorded = sampler.sample(PROMPTS[:6], 0, num_samples=2, draw=0)
+    sampler.sample = lambda *_, **__: recorded  # type: ignore[method-assign]
+    batch, told = sample_groups(topology, sampler, prompts, Spread(), 4, step=0, may_redraw=False)
+    assert batch is recorded and told == {}
 
 
 def test_prompts_go_on_where_the_last_step_that_was_done_has_ended() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -10,8 +11,12 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from megatron_apo import preflight
 from megatron_apo.config import BaselineConfig, RecipeError, build_recipe, changed_for_resume, describe_fields
 from megatron_apo.objectives import OBJECTIVES, Objective, build_objective
+from megatron_apo.rollout import replay
+from tests.batches import make_batch
+from tests.models import make_model
 
 PATHS = ["model.path=m", "data.train=t", "vstar.dir=v", "sampling.max_response_tokens=77"]
 METHODS = sorted(OBJECTIVES.keys() - {"sft"})  # which is the warm start's
@@ -75,6 +80,15 @@ def test_a_mistake_is_one_line_with_the_key_as_it_was_written(overrides: list[st
     assert problem.startswith(line) and "\n" not in problem
 
 
+def test_another_method_by_an_override_has_none_of_the_recipes_own_settings() -> None:
+    whole = build_recipe({}, [*PATHS, "objective.beta2=0.02"]).model_dump(mode="json")
+    other = build_recipe(whole, ["objective.clip_low=0.1", "objective.name=grpo"]).objective
+    assert (other.name, other.clip_low, other.clip_high) == ("grpo", 0.1, 0.2)  # type: ignore[union-attr]
+    assert build_recipe(whole, ["objective.name=apo"]).objective.beta2 == 0.02  # type: ignore[union-attr]
+    with pytest.raises(RecipeError, match="objective.beta2: unknown key"):
+        build_recipe(whole, ["objective.name=grpo", "objective.beta2=0.1"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "needs"),
     [
@@ -96,6 +110,18 @@ def test_who_asks_for_a_store(overrides: list[str], needs: bool) -> None:
         (["objective.name=tbrm", "sampling.temperature=0.7"], "sampling.temperature: 0.7, but objective.name=tbrm "),
         (["objective.name=tbrm", "train.importance=token"], "train.importance: token would not reach the raw logit"),
         (
+            ["objective.baseline.source=group_mean"],
+            "objective.baseline.source: group_mean of objective.samp",
+        ),
+        (
+            ["objective.baseline={source: kernel, kernel: exponential, bandwidth: 0.001}"],
+            "objective.baseline.bandwidth: 0.001 is too small",
+        ),
+        (
+            ["objective.name=ppo", "objective.critic.optimizer.min_lr=1"],
+            "objective.critic.optimizer.min_lr: 1.0",
+        ),
+        (
             ["objective.name=dapo", "objective.overlong_buffer=77"],
             "objective.overlong_buffer: 77 is not below sam",
         ),
@@ -106,6 +132,47 @@ def test_what_cannot_work_together(overrides: list[str], line: str) -> None:
         build_recipe({}, [*PATHS, *overrides])
     (problem,) = caught.value.problems
     assert problem.startswith(line)
+
+
+# ---- before work
+
+
+def test_a_critic_that_is_another_model_is_refused(tmp_path: Path) -> None:
+    policy, deeper = make_model("qwen3-tied", tmp_path / "policy"), make_model("qwen3", tmp_path / "other")
+    config = json.loads((deeper / "config.json").read_text())
+    (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+
+    def check(path: Path | None) -> None:
+        recipe = build_recipe({}, [*PATHS, f"model.path={policy}", "objective.name=ppo"])
+        recipe.objective.critic.path = path  # type: ignore[union-attr]
+        preflight._check_critic(recipe)
+
+    check(None)
+    check(policy)
+    with pytest.raises(ValueError, match="objective.critic.path: num_layers is 5, but 4 in model.path; "):
+        check(deeper)
+    with pytest.raises(ValueError, match=str(tmp_path / "nowhere")):
+        check(tmp_path / "nowhere")
+
+
+def test_a_recorded_batch_must_have_the_methods_groups() -> None:
+    def problem(group_B: list[int], samples: int, minibatch: int) -> str | None:
+        made = make_batch([[1]] * len(group_B), [[2]] * len(group_B))
+        made.group_B[:] = group_B
+        return replay._group_problem(made, samples, minibatch)
+
+    assert problem([0, 0, 1, 1], 2, 2) is None and problem([0, 1, 2, 3], 1, 2) is None
+    assert problem([0, 1, 2, 3], 2, 4) == (
+        "groups of 1 responses, and objective.samples_per_prompt is 2; set that to what was recorded"
+    )
+    assert problem([0, 0, 1, 1, 2, 2], 2, 3) == "a group lies in two minibatches; use another train.minibatches"
+
+
+def test_the_next_stage_of_a_method_without_a_store_is_training(tmp_path: Path) -> None:
+    recipes = {name: build_recipe({}, [*PATHS, f"objective.name={name}"]) for name in ("apo", "grpo")}
+    assert {name: preflight.next_stage(recipe) for name, recipe in recipes.items()} == {
+        "apo": "estimate-vstar", "grpo": "train"
+    }  # fmt: skip
 
 
 # ---- the pages of docs/methods
@@ -140,6 +207,17 @@ def test_the_overview_lists_every_method_and_source() -> None:
         assert f"[`{name}`]({PAGES[name]}.md)" in text and (DOCS / f"{PAGES[name]}.md").is_file()
     sources = BaselineConfig.model_fields["source"].annotation
     assert all(f"| `{source}` |" in text for source in get_args(sources))
+
+
+def test_a_critics_schedule_is_kept_in_a_resumed_run() -> None:
+    settings = [*PATHS, "objective.name=ppo", "objective.critic.optimizer.schedule=linear"]
+    pair = (build_recipe({}, [*settings, f"train.steps={steps}"]) for steps in (300, 200))
+    assert changed_for_resume(*pair) == [("train.steps", 300, 200)]
+
+
+def test_the_running_mean_is_a_baseline() -> None:
+    recipe = build_recipe({}, [*PATHS, "objective.baseline={source: kernel, bandwidth: null}"])
+    assert recipe.objective.value_source is not None and recipe.objective.value_source.bandwidth is None
 
 
 def test_another_method_is_another_run() -> None:

@@ -91,7 +91,9 @@ def batch_of(
 def record(topology: Topology) -> StepRecord:
     found = StepRecord(2e-3)
     sums = {name: torch.tensor(1.0) for name in SUMS}
-    maxima = {name: torch.tensor(1.0) for name in ("log_ratio", "mismatch", "sequence_ratio")}
+    maxima = {
+        name: torch.tensor(1.0) for name in ("log_ratio", "mismatch", "sequence_ratio") if name in ("mismatch", *sums)
+    }
     for grad_norm in (1.0, float("nan")):
         found.add([Stats(sums, maxima)])
         found.add_step(grad_norm)
@@ -129,6 +131,14 @@ def write_run(recipe: Recipe, topology: Topology, steps: int) -> tuple[list[dict
         recorder.finish({})
     rows = [json.loads(line) for line in (recipe.run.dir / "metrics.jsonl").read_text().splitlines()]
     return rows, json.loads((recipe.run.dir / "summary.json").read_text())
+
+
+def test_a_run_without_a_reference_ends_as_any_other(tmp_path: Path, topology: Topology, monkeypatch) -> None:
+    """Nothing is told of the KL, and the summary is written."""
+    monkeypatch.setitem(globals(), "SUMS", [name for name in SUMS if name != "log_ratio"])
+    rows, summary = write_run(make_recipe(tmp_path), topology, 2)
+    assert "kl" not in summary and not any(name.startswith("kl/") for row in rows for name in row)
+    assert summary["skipped_steps"] == 2 and rows[0]["loss"] == 1
 
 
 def test_step_and_summary_have_rates_and_memory(tmp_path: Path, topology: Topology) -> None:
