@@ -3,8 +3,8 @@ it. See test_methods.py.
 
     main(WORK, LAYOUT, METHOD ..)
 
-Rank 0 writes WORK/LAYOUT.pt: {method: {fault ("none" for none): {"gradients", "norms", "change", "critic", "metrics",
-"calls"}}}.
+Rank 0 writes WORK/LAYOUT.pt: {method: {fault ("none" for none): {"policy" and "critic": gradients of each minibatch,
+"metrics", "calls": responses that each model's passes went over, "held": names of the numbers that were kept}}}.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner import learner as learner_module
 from megatron_apo.learner.known import KnownLogProbs
 from megatron_apo.learner.learner import Learner
-from megatron_apo.objectives import LossTerm, Micro, Objective, Prepared, Samples, Stats
+from megatron_apo.objectives import LossTerm, Micro, Objective, Prepared, Samples, Stats, build_objective
 from megatron_apo.objectives.base import advantage_metrics, averaged
 from megatron_apo.objectives.group import group_mean
 from megatron_apo.parallel.groups import distributed
@@ -248,8 +249,7 @@ def measure(work: Path, layout: str, method: str, fault: str | None, topology: T
     recipe = recipe_of(work, layout, method)
     readers = [HFReader(recipe.model.path), HFReader(recipe.model.reference_path)]
     learner = Learner.build(recipe, topology, policy_weights=readers[0], reference_weights=readers[1])
-    if method == ADDED:
-        learner.objective = Added()
+    learner.objective = objective_of(recipe, method)
     gradients: dict[str, list[dict[str, torch.Tensor]]] = {"policy": [], "critic": []}
     calls: Counter[str] = Counter()
 
@@ -272,10 +272,42 @@ def measure(work: Path, layout: str, method: str, fault: str | None, topology: T
             watch("critic", learner.critic, learner.spec.as_critic())
         if fault:
             FAULTS[fault][0](learner, patch)
+        held: dict[str, list[str]] = {"tokens": [], "sequences": []}
+        note_what_is_held(learner, held, patch)
         own = learner.receive(batch() if topology.is_driver else None)
         record = learner.learn(own, VALUES if learner.objective.takes_baseline else None)
-    metrics = record.metrics()
-    return {**gradients, "metrics": metrics, "calls": dict(calls)}
+    told: list[Any] = [None] * topology.world_size
+    last_stage = topology.is_last_stage and topology.tp_rank == topology.cp_rank == 0
+    dist.all_gather_object(told, (calls, held) if last_stage else (Counter(), {}))  # one rank of each replica
+    return {
+        **gradients,
+        "metrics": record.metrics(),
+        "calls": dict(sum((one for one, _ in told), Counter())),
+        "held": next(one for _, one in told if one),
+    }
+
+
+def objective_of(recipe: Recipe, method: str) -> Objective:
+    return Added() if method == ADDED else build_objective(recipe.objective, max_response_tokens=CAP)
+
+
+def note_what_is_held(learner: Learner, held: dict[str, list[str]], patch: pytest.MonkeyPatch) -> None:
+    """Names of the numbers of each token, and of each response, that the learner has for a step's losses."""
+    known, prepare = learner._known_log_probs, learner._prepare
+
+    def noted_known(*arguments: Any) -> KnownLogProbs:
+        found = known(*arguments)
+        held["tokens"] += list(found.found)
+        return found
+
+    def noted_targets(*arguments: Any) -> Prepared:
+        found = prepare(*arguments)
+        held["tokens"] += list(found.per_token)
+        held["sequences"] += list(found.per_sequence)
+        return found
+
+    patch.setattr(learner, "_known_log_probs", noted_known)
+    patch.setattr(learner, "_prepare", noted_targets)
 
 
 def counted(learner: Learner, name: str, work: Callable, calls: Counter[str]) -> Callable:

@@ -17,7 +17,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_apo.objectives import build_objective
 from tests.dist.methods_worker import (
     ADDED,
     CAP,
@@ -33,6 +32,7 @@ from tests.dist.methods_worker import (
     VARIANT,
     batch,
     faults_of,
+    objective_of,
     recipe_of,
     temperature_of,
 )
@@ -300,24 +300,20 @@ def test_a_fault_is_seen(layout: str, method: str, fault: str, measured, expecte
     assert {name for name, value in found.items() if value > GRADIENTS} == FAULTS[fault][1][method], found
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_step_costs_what_the_method_says(method: str, work: Path, measured) -> None:
-    """In responses that each model's passes go over: of one replica of one."""
-    if method not in LAYOUTS["tp2-pp2"]:
-        pytest.skip("of a layout with replicas the driver sees its own part alone")
-    recipe = recipe_of(work, "tp2-pp2", method)
-    cost = build_objective(recipe.objective, max_response_tokens=CAP).cost(NUM_MINIBATCHES)
-    size, calls = len(REWARDS) // NUM_MINIBATCHES, measured("tp2-pp2", method)["none"]["calls"]
-    of_policy = cost.forwards.get("old_policy", 0) + cost.forwards.get("present", 0)
-    said = {
-        "forward_only reference": cost.forwards.get("reference", 0),
-        "forward_only policy": of_policy,
-        "forward_only critic": cost.forwards.get("critic", 0),
-        "forward_backward policy": cost.forward_backwards["policy"],
-        "forward_backward critic": cost.forward_backwards.get("critic", 0),
-    }
-    assert calls == {name: size * number for name, number in said.items() if number}
-    assert cost.samples_per_prompt == (GROUP if method == "rebel" else 1)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_costs_what_the_method_says(layout: str, work: Path, measured) -> None:
+    """In responses that each model's passes go over, and in what is held of each token and response."""
+    for method in LAYOUTS[layout]:
+        cost = objective_of(recipe_of(work, layout, method), method).cost(NUM_MINIBATCHES)
+        found = measured(layout, method)["none"]
+        said = {f"forward_only {model}": number for model, number in cost.forwards.items()}
+        present = said.pop("forward_only present", 0)  # of the policy as well
+        said["forward_only policy"] = said.pop("forward_only old_policy", 0) + present
+        said |= {f"forward_backward {model}": number for model, number in cost.forward_backwards.items()}
+        size = len(REWARDS) // NUM_MINIBATCHES
+        assert found["calls"] == {name: size * number for name, number in said.items() if number}, method
+        assert {*found["held"]["tokens"]} == {*cost.token_buffers} | {"sampler"}, method
+        assert {*found["held"]["sequences"]} == {*cost.sequence_buffers}, method
 
 
 @pytest.mark.parametrize("method", METHODS.keys() - {ADDED})
