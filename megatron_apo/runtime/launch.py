@@ -42,6 +42,7 @@ from megatron_apo.runtime.signals import (
     block_ask,
     end_with_parent,
     on_ask,
+    put_off,
 )
 
 _STOP_LIMIT_S = 10.0
@@ -220,7 +221,7 @@ def _start(
     arguments: Sequence[str], environment: Mapping[str, str], log_path: Path | None, watch: Sequence[str] = ()
 ) -> subprocess.Popen[bytes]:
     """`log_path` None: write to this process's terminal. watch: the command that starts this one."""
-    with open(log_path, "wb") if log_path else nullcontext() as log:
+    with put_off(), open(log_path, "wb") if log_path else nullcontext() as log:
         return subprocess.Popen(
             [*watch, sys.executable, "-m", "megatron_apo.cli", *arguments],
             env=environment,

@@ -9,8 +9,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 RANK_LOST = 76  # exit code of a rank that ended only because another did, or fell silent
 ENDED_EARLY = 75  # of a run that was asked to end, and has saved: started again it goes on (sysexits' EX_TEMPFAIL)
@@ -43,6 +45,27 @@ def leave_sigterm_to_node() -> None:
     """Below a node's process of a SLURM job: SIGTERM comes to all processes of a step when the job is preempted or
     cancelled, and is that one's to act upon. To be called before there are threads; children inherit it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+@contextmanager
+def put_off() -> Iterator[None]:
+    """Within, in the main thread, Ctrl-C and SIGTERM wait until the end. For starting a process: Python runs hooks of
+    its own after a fork, and what a signal's handler raises in one of them is printed and lost."""
+    came: list[int] = []
+    usual: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if callable(handler) and threading.current_thread() is threading.main_thread():  # an ignored one stays so
+            usual[number] = handler
+    for number in usual:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def on_ask(heard: Callable[[], None]) -> None:

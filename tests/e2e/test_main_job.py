@@ -155,9 +155,10 @@ def test_store_of_another_run_is_refused(quickstart: Path, in_process, tmp_path:
     run = in_process(*train_arguments(quickstart, tmp_path / "run", *changes))
     assert (run.returncode, run.stdout) == (1, "")
     lines = run.stderr.splitlines()
-    assert lines[0].startswith("error: ") and "not the V* store of this run" in lines[0], run.stderr
+    assert "not the V* store of this run" in lines[0] and all(line.startswith("error: ") for line in lines), run.stderr
     for field in ("model_hash", "max_response_tokens"):
-        assert any(line.startswith(f"{field}: store has ") and "this run has" in line for line in lines), run.stderr
+        told = f"error: {field}: store has "
+        assert any(line.startswith(told) and "this run has" in line for line in lines), run.stderr
     assert len(lines) == 3, run.stderr
 
 

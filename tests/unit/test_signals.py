@@ -43,6 +43,26 @@ def started(code: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
+INTERRUPTED_FORK = """
+import os, signal
+from megatron_apo.runtime import launch
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
+try:
+    launch._start(["--help"], dict(os.environ), None)
+except KeyboardInterrupt:
+    print("heard", flush=True)
+"""
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_ctrl_c_as_a_process_is_started_is_heard(is_ignored: bool) -> None:
+    """Python prints and drops what is raised in a hook of its fork, such as logging's."""
+    ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" if is_ignored else ""
+    run = subprocess.run([sys.executable, "-c", ignore + INTERRUPTED_FORK], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and ("heard" in run.stdout) is not is_ignored, run.stderr
+    assert "Exception ignored" not in run.stderr
+
+
 def test_a_second_sigterm_does_not_break_into_the_first() -> None:
     process = started(UNWIND)
     assert process.stdout.readline() == "ready\n"
