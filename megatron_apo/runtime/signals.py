@@ -52,7 +52,7 @@ def put_off() -> Iterator[None]:
     """Within, in the main thread, Ctrl-C and SIGTERM wait until the end. For starting a process: Python runs hooks of
     its own after a fork, and what a signal's handler raises in one of them is printed and lost."""
     came: list[int] = []
-    usual: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    usual: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         handler = signal.getsignal(number)
         if callable(handler) and threading.current_thread() is threading.main_thread():  # an ignored one stays so
@@ -64,8 +64,8 @@ def put_off() -> Iterator[None]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+        for each in came:
+            signal.raise_signal(each)
 
 
 def on_ask(heard: Callable[[], None]) -> None:
