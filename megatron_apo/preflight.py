@@ -18,7 +18,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib import util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -407,22 +407,16 @@ def _interpreter_problems(rollout: RolloutConfig) -> list[str]:
 def _run_problems(recipe: Recipe, machine: Machine) -> list[str]:
     """Policy, reference, the run's folder and what is written there."""
     found = training_problems(recipe, recipe.model.folders, machine)
-    specs: list[dict[str, Any]] = []
+    specs: list[ModelSpec] = []
 
     def check_weights(folder: Path) -> None:
         spec = read_hf_config(folder)
-        specs.append(asdict(spec))
+        specs.append(spec)
         HFReader(folder).check(spec)
 
     found += lines_of((partial(check_weights, folder) for folder in recipe.model.folders.values()), known=found)
     if len(specs) == 2:
-        policy, reference = specs
-        found += [
-            f"model.reference: {name} is {reference[name]!r}, but {value!r} in model.path; the reference must be the "
-            "same model with other weights"
-            for name, value in policy.items()
-            if reference[name] != value
-        ]
+        found += _differences("model.reference", "the reference", *reversed(specs))
     found += lines_of([partial(_check_critic, recipe)], known=found)
     out = exported(recipe.run.dir)
     if out.exists():
@@ -437,16 +431,21 @@ def _check_critic(recipe: Recipe) -> None:
     config = recipe.objective.own_critic
     if config is None or config.path is None:
         return
-    policy, own = (asdict(read_hf_config(folder).as_critic()) for folder in (recipe.model.path, config.path))
-    lines = [
-        f"objective.critic.path: {name} is {own[name]!r}, but {value!r} in model.path; the critic must be the same "
-        "model with other weights"
-        for name, value in policy.items()
-        if own[name] != value
-    ]
-    if lines:
+    own, policy = (read_hf_config(folder).as_critic() for folder in (config.path, recipe.model.path))
+    if lines := _differences("objective.critic.path", "the critic", own, policy):
         raise ValueError("\n".join(lines))
-    HFReader(config.path).check(read_hf_config(config.path).as_critic())
+    HFReader(config.path).check(own)
+
+
+def _differences(key: str, which: str, own: ModelSpec, policy: ModelSpec) -> list[str]:
+    """What keeps the model of a key from being the policy's with other weights, one line each."""
+    theirs = asdict(policy)
+    return [
+        f"{key}: {name} is {value!r}, but {theirs[name]!r} in model.path; {which} must be the same model with other "
+        "weights"
+        for name, value in asdict(own).items()
+        if theirs[name] != value
+    ]
 
 
 def _raise(found: Sequence[str], *checks: Callable[[], object]) -> None:

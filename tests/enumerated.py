@@ -38,11 +38,9 @@ class Batch:
     def samples(self, objective: Objective, own: Sequence[int] | None = None, share=lambda values: values) -> Samples:
         own = range(len(self.leaves)) if own is None else own
         return Samples(
-            prompt_ids=[f"p{group}" for group in self.group_K.tolist()],
             group_K=self.group_K,
             reward_K=self.reward_K.float(),
             num_tokens_K=torch.tensor([len(one) for one in self.leaves]),
-            truncated_K=torch.zeros(len(self.leaves), dtype=torch.bool),
             value_K=self.value_K.float() if objective.takes_baseline else None,
             own=own,
             log_probs={

@@ -61,7 +61,7 @@ class _Method(Section):
     @property
     def value_source(self) -> BaselineConfig | None:
         """What is taken off the rewards, where the method leaves that to a recipe."""
-        return None
+        return getattr(self, "baseline", None)
 
     def problems(self, sampling: SamplingConfig, train: TrainConfig) -> list[str]:
         """Combinations that cannot work, one line each."""
@@ -70,7 +70,7 @@ class _Method(Section):
     @property
     def own_critic(self) -> CriticConfig | None:
         """What the method's critic is, where it has one."""
-        return None
+        return getattr(self, "critic", None)
 
     @property
     def needs_store(self) -> bool:
@@ -85,6 +85,15 @@ def _samples(default: int, least: int = 1) -> int:
 _NAME = "the method (docs/methods)"
 _CLIP = "largest ratio to the old policy is 1 + this; null: no bound"
 _CLIP_LOW = "smallest ratio to the old policy is 1 - this; null: no bound"
+_KL_IN_REWARD = "of the KL to the reference in the reward; 0: no reference"
+_KL_IN_LOSS = "of the KL to the reference in the loss; 0: no reference"
+_STD = "advantages are divided by the group's standard deviation"
+_DYNAMIC = "draw other prompts for groups whose rewards are all equal"
+_AVERAGING = (
+    "of tokens' losses: by response, then over these; constant: divided by sampling.max_response_tokens; over all "
+    "tokens"
+)
+_BUFFER = "tokens before the length cap over which a penalty grows; 0: none; null: a fifth of the cap"
 _DUAL = "the loss of a negative advantage is at most this many times it (above 1); null: no bound"
 
 
@@ -95,25 +104,17 @@ class APOConfig(_Method):
     samples_per_prompt: int = _samples(1)
     baseline: BaselineConfig = Field(default_factory=BaselineConfig)
 
-    @property
-    def value_source(self) -> BaselineConfig:
-        return self.baseline
-
 
 class REINFORCEConfig(_Method):
     name: Literal["reinforce"] = Field("reinforce", description=_NAME)
-    kl_coefficient: float = Field(0.0, ge=0, description="of the KL to the reference in the reward; 0: no reference")
+    kl_coefficient: float = Field(0.0, ge=0, description=_KL_IN_REWARD)
     samples_per_prompt: int = _samples(1)
     baseline: BaselineConfig = Field(default_factory=BaselineConfig)
-
-    @property
-    def value_source(self) -> BaselineConfig:
-        return self.baseline
 
 
 class RLOOConfig(_Method):
     name: Literal["rloo"] = Field("rloo", description=_NAME)
-    kl_coefficient: float = Field(0.0, ge=0, description="of the KL to the reference in the reward; 0: no reference")
+    kl_coefficient: float = Field(0.0, ge=0, description=_KL_IN_REWARD)
     samples_per_prompt: int = _samples(4, least=2)
 
 
@@ -146,24 +147,16 @@ class TBRMConfig(_Method):
 class GRPOConfig(_Method):
     name: Literal["grpo"] = Field("grpo", description=_NAME)
     samples_per_prompt: int = _samples(8, least=2)
-    divide_by_std: bool = Field(True, description="advantages are divided by the group's standard deviation")
-    averaging: Literal["sequence", "constant", "token"] = Field(
-        "sequence",
-        description="of tokens' losses: by response, then over these; constant: divided by "
-        "sampling.max_response_tokens; over all tokens",
-    )
+    divide_by_std: bool = Field(True, description=_STD)
+    averaging: Literal["sequence", "constant", "token"] = Field("sequence", description=_AVERAGING)
     clip_low: float | None = Field(0.2, gt=0, le=1, description=_CLIP_LOW)
     clip_high: float | None = Field(0.2, gt=0, description=_CLIP)
     dual_clip: float | None = Field(None, gt=1, description=_DUAL)
-    kl_coefficient: float = Field(0.04, ge=0, description="of the KL to the reference in the loss; 0: no reference")
+    kl_coefficient: float = Field(0.04, ge=0, description=_KL_IN_LOSS)
     kl_estimator: Literal["k2", "k3"] = Field("k3", description="of the KL in the loss (Schulman)")
-    dynamic_sampling: bool = Field(False, description="draw other prompts for groups whose rewards are all equal")
+    dynamic_sampling: bool = Field(False, description=_DYNAMIC)
     max_draws: int = Field(10, ge=1, description="rounds of drawing for a step at most, with dynamic_sampling")
-    overlong_buffer: int | None = Field(
-        0,
-        ge=0,
-        description="tokens before the length cap over which a penalty grows; 0: none; null: a fifth of the cap",
-    )
+    overlong_buffer: int | None = Field(0, ge=0, description=_BUFFER)
     overlong_penalty: float = Field(1.0, ge=0, description="the penalty at the length cap")
 
     def problems(self, sampling: SamplingConfig, train: TrainConfig) -> list[str]:
@@ -177,23 +170,19 @@ class GRPOConfig(_Method):
 
 class DrGRPOConfig(GRPOConfig):
     name: Literal["dr_grpo"] = Field("dr_grpo", description=_NAME)  # type: ignore[assignment]
-    divide_by_std: bool = Field(False, description="advantages are divided by the group's standard deviation")
-    averaging: Literal["sequence", "constant", "token"] = Field(
-        "constant", description=GRPOConfig.model_fields["averaging"].description
-    )
-    kl_coefficient: float = Field(0.0, ge=0, description="of the KL to the reference in the loss; 0: no reference")
+    divide_by_std: bool = Field(False, description=_STD)
+    averaging: Literal["sequence", "constant", "token"] = Field("constant", description=_AVERAGING)
+    kl_coefficient: float = Field(0.0, ge=0, description=_KL_IN_LOSS)
 
 
 class DAPOConfig(GRPOConfig):
     name: Literal["dapo"] = Field("dapo", description=_NAME)  # type: ignore[assignment]
     samples_per_prompt: int = _samples(16, least=2)
-    averaging: Literal["sequence", "constant", "token"] = Field(
-        "token", description=GRPOConfig.model_fields["averaging"].description
-    )
+    averaging: Literal["sequence", "constant", "token"] = Field("token", description=_AVERAGING)
     clip_high: float | None = Field(0.28, gt=0, description=_CLIP)
-    kl_coefficient: float = Field(0.0, ge=0, description="of the KL to the reference in the loss; 0: no reference")
-    dynamic_sampling: bool = Field(True, description="draw other prompts for groups whose rewards are all equal")
-    overlong_buffer: int | None = Field(None, ge=0, description=GRPOConfig.model_fields["overlong_buffer"].description)
+    kl_coefficient: float = Field(0.0, ge=0, description=_KL_IN_LOSS)
+    dynamic_sampling: bool = Field(True, description=_DYNAMIC)
+    overlong_buffer: int | None = Field(None, ge=0, description=_BUFFER)
 
 
 class PPOConfig(_Method):
@@ -206,12 +195,8 @@ class PPOConfig(_Method):
     gamma: float = Field(1.0, ge=0, le=1, description="discount of a token")
     lam: float = Field(1.0, ge=0, le=1, description="lambda of GAE")
     whiten: bool = Field(True, description="advantages of the batch have mean 0 and variance 1")
-    kl_coefficient: float = Field(1e-3, ge=0, description="of the KL to the reference in the reward; 0: no reference")
+    kl_coefficient: float = Field(1e-3, ge=0, description=_KL_IN_REWARD)
     critic: CriticConfig = Field(default_factory=CriticConfig)
-
-    @property
-    def own_critic(self) -> CriticConfig:
-        return self.critic
 
 
 def _name_of(value: object) -> str | None:

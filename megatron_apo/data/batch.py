@@ -6,6 +6,7 @@ Shapes: B sequences, S padded length, T tokens of a packed micro-batch, R respon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -79,3 +80,13 @@ def make_micro_batch(
         lengths=tuple(widths if packing else widths[:1]),
         packed=packing,
     )
+
+
+def by_sequence(micro_batches: Sequence[MicroBatch], found: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Row of the batch -> a number for each of its response tokens. found: [R] of each micro-batch; nothing before the
+    last pipeline stage, and then of no row."""
+    rows: dict[int, Tensor] = {}
+    for micro, value_R in zip(micro_batches, found, strict=bool(found)):
+        lengths = torch.bincount(micro.sequence_R, minlength=len(micro.indices)).tolist()
+        rows |= dict(zip(micro.indices, value_R.split(lengths), strict=True))
+    return rows

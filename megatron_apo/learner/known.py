@@ -41,12 +41,3 @@ def by_minibatch(found: Iterable[Tensor], minibatches: Sequence[Sequence[MicroBa
     """[minibatch][micro-batch], of one tensor after the other; there are none before the last stage."""
     each = iter(found)
     return [[next(each, torch.empty(0)) for _ in minibatch] for minibatch in minibatches]
-
-
-def by_sequence(micro_batches: Sequence[MicroBatch], found: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Row of the batch -> a number for each of its response tokens. found: [R] of each micro-batch."""
-    rows = {}
-    for micro, value_R in zip(micro_batches, found, strict=True):
-        lengths = torch.bincount(micro.sequence_R, minlength=len(micro.indices)).tolist()
-        rows |= dict(zip(micro.indices, value_R.split(lengths), strict=True))
-    return rows

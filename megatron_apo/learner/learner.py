@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_apo.config import Recipe
-from megatron_apo.data.batch import MicroBatch
+from megatron_apo.data.batch import MicroBatch, by_sequence
 from megatron_apo.data.layout import BatchPlan, plan_batch
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
 from megatron_apo.learner.checkpoint import CRITIC, POLICY
 from megatron_apo.learner.diagnostics import StepRecord, diagnose
-from megatron_apo.learner.known import KnownLogProbs, by_minibatch, by_sequence
+from megatron_apo.learner.known import KnownLogProbs, by_minibatch
 from megatron_apo.learner.masking import Learned
 from megatron_apo.learner.mismatch import MismatchWatch
 from megatron_apo.learner.optim import Trainable, make_trainable
@@ -286,21 +286,27 @@ class Learner:
         values = self._critic_values(micro_batches)
         if not self.topology.is_last_stage:
             return Prepared()
-        place_of = {row: place for place, row in enumerate(learned.rows)}
-        rows = [row for micro in micro_batches for row in micro.indices if row in place_of]
-        own = [place_of[row] for row in rows]
-        log_probs: dict[LogProbs, Sequence[Tensor]] = {}
-        for name in self.objective.target_log_probs:
-            found = by_sequence(micro_batches, known.whole(name))
-            log_probs[name] = [found[row] for row in rows]
-        samples = replace(
-            self.samples(batch, value_B),
-            own=own,
-            log_probs=log_probs,
-            critic=[values[row] for row in rows] if values else (),
-            share=self._share(own, learned),
-        )
-        return self.objective.prepare(samples)
+        samples = self._own_samples(micro_batches, batch, learned, value_B)
+
+        def of_own(found: Sequence[Tensor]) -> list[Tensor]:
+            return _of_own(micro_batches, learned, found)
+
+        log_probs: dict[LogProbs, Sequence[Tensor]] = {
+            name: of_own(known.whole(name)) for name in self.objective.target_log_probs
+        }
+        critic = of_own(values) if self.critic else ()
+        return self.objective.prepare(replace(samples, log_probs=log_probs, critic=critic))
+
+    def _own_samples(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        batch: RolloutBatch,
+        learned: Learned,
+        value_B: Sequence[float] | None = None,
+    ) -> Samples:
+        """`samples`, of which those of these micro-batches are this replica's own, in the order of `_of_own`."""
+        own = [learned.place_of[row] for row in _own_rows(micro_batches, learned)]
+        return replace(self.samples(batch, value_B), own=own, share=self._share(own, learned))
 
     def _share(self, own: Sequence[int], learned: Learned) -> Callable[[Tensor], Tensor]:
         """See `Samples.share`: context- and tensor-parallel ranks of a replica have the same numbers."""
@@ -336,11 +342,9 @@ class Learner:
         device, rows = self.topology.device, Learned.of(self.recipe, batch).rows
         reward_K = torch.tensor(batch.reward_B[rows], dtype=torch.float32, device=device)
         return Samples(
-            tuple(batch.prompt_ids[row] for row in rows),
             torch.tensor(batch.group_B[rows], dtype=torch.int64, device=device),
             reward_K,
             torch.tensor(batch.sequences.response_lengths_B[rows], dtype=torch.int64, device=device),
-            torch.tensor(batch.truncated_B[rows], device=device),
             reward_K.new_tensor([value_B[row] for row in rows]) if value_B is not None else None,
         )
 
@@ -380,14 +384,13 @@ class Learner:
         with self.timer.phase("old_policy"):
             return forward_only(self.trainable.chunks, micro_batches)
 
-    def _critic_values(self, micro_batches: Sequence[MicroBatch]) -> dict[int, Tensor]:
-        """Row of the batch -> the critic's value before each response token; nothing without a critic, or before the
-        last stage."""
+    def _critic_values(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """[R] of each micro-batch, the critic's value before each response token; nothing without a critic, or before
+        the last stage."""
         if self.critic is None:
-            return {}
+            return []
         with self.timer.phase("critic"):
-            found = forward_only(self.critic.chunks, micro_batches)
-        return by_sequence(micro_batches, found) if found else {}
+            return forward_only(self.critic.chunks, micro_batches)
 
     def _others_log_ratios(
         self,
@@ -405,18 +408,15 @@ class Learner:
         """
         if not self.objective.couples:
             return None
-        others_K = torch.zeros(len(learned.rows), device=self.topology.device)
+        at_start_K = torch.zeros(len(learned.rows), device=self.topology.device)
         if number == 0 or not plan.splits_groups(number, batch.group_B.tolist()):
-            return others_K
+            return at_start_K
         present = self._policy_log_probs(micro_batches)
         if not self.topology.is_last_stage:
-            return others_K
+            return at_start_K
         old = known.whole("old_policy", number)
-        ratios = by_sequence(micro_batches, [now - before for now, before in zip(present, old, strict=True)])
-        place_of = {row: place for place, row in enumerate(learned.rows)}
-        own = [row for row in ratios if row in place_of]
-        sums = torch.stack([ratios[row].sum() for row in own]) if own else others_K.new_zeros(0)
-        return self._share([place_of[row] for row in own], learned)(sums)
+        ratios = [now - before for now, before in zip(present, old, strict=True)]
+        return self._own_samples(micro_batches, batch, learned).shared_sums(_of_own(micro_batches, learned, ratios))
 
     def step_metrics(self, record: StepRecord, batch: RolloutBatch, phases: Mapping[str, Phase]) -> dict[str, float]:
         """What is known of a step, by the names of metrics.jsonl; nothing except on the driver. phases: of `timer`."""
@@ -454,6 +454,17 @@ class Learner:
                 f"step {step + 1}: the gradient was not finite in {self.skipped_in_a_row} optimizer steps in a row "
                 f"(train.max_skipped_steps); the weights are those before them, the batches are in {folder.folder}"
             )
+
+
+def _own_rows(micro_batches: Sequence[MicroBatch], learned: Learned) -> list[int]:
+    """The rows of the batch that are learned from and in these micro-batches."""
+    return [row for micro in micro_batches for row in micro.indices if row in learned.place_of]
+
+
+def _of_own(micro_batches: Sequence[MicroBatch], learned: Learned, found: Sequence[Tensor]) -> list[Tensor]:
+    """[O] numbers a token, of [R] of each micro-batch."""
+    rows = by_sequence(micro_batches, found)
+    return [rows[row] for row in _own_rows(micro_batches, learned)]
 
 
 def _critic(recipe: Recipe, spec: ModelSpec, topology: Topology, total_steps: int) -> Trainable:

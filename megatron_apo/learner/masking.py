@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -48,14 +49,18 @@ class Learned:
         """[K] of the batch."""
         return np.flatnonzero(~self.masked_B).tolist()
 
+    @cached_property
+    def place_of(self) -> dict[int, int]:
+        """Row of the batch -> its place among the K, of those that are learned from."""
+        return {row: place for place, row in enumerate(self.rows)}
+
     def has_any(self, minibatch: Sequence[Sequence[Iterable[int]]]) -> bool:
         """Of the rows [replica][micro-batch] of a minibatch."""
         return any(not self.masked_B[row] for rank in minibatch for rows in rank for row in rows)
 
     def part(self, micro: MicroBatch) -> Part:
         masked = self.masked_B[micro.indices]
-        place_B = np.cumsum(~self.masked_B) - 1
-        places = place_B[np.array(micro.indices)[~masked]].tolist()
+        places = [self.place_of[row] for row in micro.indices if row in self.place_of]
         if len(places) == len(micro.indices):
             return Part(places, slice(None), micro.sequence_R)
         known = torch.from_numpy(~masked).to(micro.sequence_R.device)

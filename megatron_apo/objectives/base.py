@@ -33,11 +33,9 @@ class Samples:
     it equally often.
     """
 
-    prompt_ids: Sequence[str]
     group_K: Tensor  # which of the step's prompts
     reward_K: Tensor
     num_tokens_K: Tensor  # response tokens, stop id included
-    truncated_K: Tensor  # whether the length cap ended it
     value_K: Tensor | None = None  # of the value source, where the method takes a baseline
     own: Sequence[int] = ()  # [O]
     log_probs: Mapping[LogProbs, Sequence[Tensor]] = field(default_factory=dict)  # of `own`, a number a token

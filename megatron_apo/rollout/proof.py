@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from megatron_apo.config import Difference, Recipe
+from megatron_apo.data.batch import by_sequence
 from megatron_apo.data.layout import make_micro_batches
 from megatron_apo.data.sequences import Sequences
 from megatron_apo.model.build import LogProbModel, at_temperature
@@ -31,12 +32,8 @@ def policy_log_probs(
     micro_batches = [micro.to(topology.device) for micro in make_micro_batches(recipe, Sequences.of(first, rest))]
     with at_temperature(policy, 1.0):
         found = forward_only(policy, micro_batches)
-    ours: list[list[float]] = [[] for _ in sequences]
-    for micro, log_prob_R in zip(micro_batches, found, strict=False):  # `found` is empty before the last stage
-        parts = log_prob_R.split([len(rest[index]) for index in micro.indices])
-        for index, values in zip(micro.indices, parts, strict=True):
-            ours[index] = values.tolist()
-    return topology.broadcast(ours, src=topology.last_stage_rank)
+    ours = by_sequence(micro_batches, found)
+    return topology.broadcast([ours[index].tolist() for index in sorted(ours)], src=topology.last_stage_rank)
 
 
 def prove(

@@ -11,13 +11,10 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.progress import Progress
 
 from megatron_apo.config import Recipe
 from megatron_apo.data.prompt_source import PromptSource
-from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner.checkpoint import Checkpoints, exported
 from megatron_apo.learner.learner import Learner, recorded_rollouts
 from megatron_apo.learner.masking import Learned
@@ -59,9 +56,6 @@ def train(recipe: Recipe, topology: Topology) -> None:
         deadline.expect(*map(recorder.last, (STEP_S, GENERATE_S, SAVE_S)))
         done = start
 
-        def masked_of(batch: RolloutBatch) -> NDArray[np.bool_]:
-            return Learned.of(recipe, batch).masked_B
-
         def save() -> None:
             if (seconds := checkpoints.save(done)) is not None:
                 recorder.saved(done, seconds)
@@ -88,8 +82,9 @@ def train(recipe: Recipe, topology: Topology) -> None:
                             may_redraw=recipe.train.replay is None,
                         )
                         batch = learner.receive(groups)
+                    masked_B = Learned.of(recipe, batch).masked_B
                     with deadline.learning():
-                        seen = (step, batch.prompt_ids, batch.group_B, batch.reward_B, ~masked_of(batch))
+                        seen = (step, batch.prompt_ids, batch.group_B, batch.reward_B, ~masked_B)
                         value_B = on_driver(topology, partial(_values, baseline, *seen))
                         if recipe.train.record:
                             on_driver(topology, partial(recorded_rollouts(recipe.run.dir).write, step, batch))
@@ -107,7 +102,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
                     with deadline.put_off():
                         recorder.proved(rollouts.prove())
                 phases = learner.timer.pop()
-                by_source = source_metrics(batch, data.source_names(batch), masked_of(batch)) if data else {}
+                by_source = source_metrics(batch, data.source_names(batch), masked_B) if data else {}
                 metrics = learner.step_metrics(record, batch, phases)
                 if baseline:
                     metrics["value/fallbacks"] = baseline.num_fallbacks / len(batch)

@@ -25,7 +25,7 @@ def members(batch, place):
 def samples(rewards, groups, lengths=None):
     count = len(rewards)
     lengths_K = torch.tensor([1] * count if lengths is None else lengths)
-    return Samples([""] * count, torch.tensor(groups), torch.tensor(rewards), lengths_K, torch.zeros(count))
+    return Samples(torch.tensor(groups), torch.tensor(rewards), lengths_K)
 
 
 def test_group_statistics_by_hand():
