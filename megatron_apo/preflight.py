@@ -31,6 +31,7 @@ from megatron_apo.model.hf_config import ModelSpec, check_layout, check_served, 
 from megatron_apo.model.precision import Layers, check_precision, layer_kind, optimizer_problems
 from megatron_apo.model.recompute import check_recompute
 from megatron_apo.model.tokenizer import StopIds, load_tokenizer
+from megatron_apo.objectives import objective_of
 from megatron_apo.rollout.evaluation import evaluation_job
 from megatron_apo.rollout.filling import Filling, SamplingJob
 from megatron_apo.rollout.inputs import load_inputs, store_fingerprint
@@ -406,7 +407,8 @@ def _interpreter_problems(rollout: RolloutConfig) -> list[str]:
 
 def _run_problems(recipe: Recipe, machine: Machine) -> list[str]:
     """Policy, reference, the run's folder and what is written there."""
-    found = training_problems(recipe, recipe.model.folders, machine)
+    models = _training_models(recipe)
+    found = training_problems(recipe, models, machine)
     specs: list[ModelSpec] = []
 
     def check_weights(folder: Path) -> None:
@@ -414,7 +416,7 @@ def _run_problems(recipe: Recipe, machine: Machine) -> list[str]:
         specs.append(spec)
         HFReader(folder).check(spec)
 
-    found += lines_of((partial(check_weights, folder) for folder in recipe.model.folders.values()), known=found)
+    found += lines_of((partial(check_weights, folder) for folder in models.values()), known=found)
     if len(specs) == 2:
         found += _differences("model.reference", "the reference", *reversed(specs))
     found += lines_of([partial(_check_critic, recipe)], known=found)
@@ -424,6 +426,13 @@ def _run_problems(recipe: Recipe, machine: Machine) -> list[str]:
     if not recipe.sources("eval") and recipe.train.replay is None:
         found.append("data.eval: missing; training reports on held-out prompts")
     return found
+
+
+def _training_models(recipe: Recipe) -> dict[str, Path]:
+    """Policy and reference by their keys; the policy alone where neither the method nor a V* store has to do with the
+    reference."""
+    is_read = recipe.needs_store or objective_of(recipe).needs_reference
+    return recipe.model.folders if is_read else {"model.path": recipe.model.path}
 
 
 def _check_critic(recipe: Recipe) -> None:
@@ -530,17 +539,22 @@ def _check_host_memory(spec: ModelSpec, recipe: Recipe, machine: Machine) -> Non
     """What leaves this machine's GPUs has to go somewhere; on a CPU nothing leaves."""
     if not machine.gpus:
         return
-    model, parallel, optimizer = recipe.model, recipe.parallel, recipe.optimizer
+    model, parallel = recipe.model, recipe.parallel
     replicas = parallel.dp * parallel.cp
     held = (spec.num_weights - spec.num_expert_weights) * replicas + spec.num_expert_weights * replicas // parallel.ep
     ranks_here = machine.ranks_here or min(parallel.world_size, len(machine.gpus))
     here = ranks_here / parallel.world_size
     needs = {}
     if recipe.train.offload_while_sampling:
-        each = (2 * _BYTES[optimizer.moments] + (4 if model.dtype == "bf16" else 0)) * (1 - optimizer.cpu_offload)
-        state = spec.num_weights if optimizer.distributed else held
-        needs["train.offload_while_sampling: true"] = state * each * here
-    if model.reference_mode != "resident":  # in swap the policy's weights wait as well
+        needs["train.offload_while_sampling: true"] = sum(
+            (2 * _BYTES[optimizer.moments] + (4 if model.dtype == "bf16" else 0))
+            * (1 - optimizer.cpu_offload)
+            * (spec.num_weights if optimizer.distributed else held)
+            * here
+            for optimizer in recipe.optimizers.values()  # a critic is as large as the policy, but for its head
+        )
+    if model.reference_mode != "resident" and objective_of(recipe).needs_reference:
+        # In swap the policy's weights wait as well.
         copies = 2 if model.reference_mode == "swap" else 1
         needs[f"model.reference_mode: {model.reference_mode}"] = copies * held * _BYTES[model.dtype] * here
     if recipe.rollout.sleep_while_training and recipe.train.replay is None:

@@ -39,7 +39,15 @@ class BaselineConfig(Section):
                 "objective.baseline.source: group_mean of objective.samples_per_prompt=1 is the reward itself, which "
                 "leaves nothing to learn; use at least 2, or another source"
             ]
-        if self.source == "kernel" and self.kernel == "exponential" and (self.bandwidth or 1) < 0.01:
+        if self.source != "kernel":
+            defaults = BaselineConfig.model_fields
+            return [
+                f"objective.baseline.{key}: {value} is for objective.baseline.source=kernel, and it is {self.source}; "
+                "set that, or leave it out"
+                for key in ("kernel", "bandwidth")
+                if (value := getattr(self, key)) != defaults[key].default
+            ]
+        if self.kernel == "exponential" and (self.bandwidth or 1) < 0.01:
             return [
                 f"objective.baseline.bandwidth: {self.bandwidth} is too small for objective.baseline.kernel="
                 "exponential; use at least 0.01"

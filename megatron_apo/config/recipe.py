@@ -158,12 +158,15 @@ class Recipe(Section):
         return found
 
     def _minibatch_problems(self) -> list[str]:
-        train, dp = self.train, self.parallel.dp
-        if train.prompts_per_step % (train.minibatches * dp) == 0:
+        """A minibatch has whole groups, and as many responses of each replica as of any other."""
+        train, dp, samples = self.train, self.parallel.dp, self.objective.samples_per_prompt
+        multiple = train.minibatches * (dp // math.gcd(dp, samples))
+        if train.prompts_per_step % multiple == 0:
             return []
+        group = f" x objective.samples_per_prompt={samples}" if samples > 1 else ""
         return [
-            f"train.prompts_per_step: {train.prompts_per_step} does not divide into train.minibatches="
-            f"{train.minibatches} x parallel.dp={dp}; use a multiple of {train.minibatches * dp}"
+            f"train.prompts_per_step: {train.prompts_per_step}{group} does not divide into train.minibatches="
+            f"{train.minibatches} x parallel.dp={dp}; use a multiple of {multiple}"
         ]
 
     def _idle_problems(self) -> list[str]:

@@ -38,6 +38,8 @@ class KnownLogProbs:
 
 
 def by_minibatch(found: Iterable[Tensor], minibatches: Sequence[Sequence[MicroBatch]]) -> list[list[Tensor] | None]:
-    """[minibatch][micro-batch], of one tensor after the other; there are none before the last stage."""
-    each = iter(found)
-    return [[next(each, torch.empty(0)) for _ in minibatch] for minibatch in minibatches]
+    """[minibatch][micro-batch], of one tensor after the other; all empty before the last stage, which has none."""
+    found, count = list(found), sum(map(len, minibatches))
+    assert len(found) in (0, count), f"{len(found)} micro-batches were computed, of {count}"
+    each = iter(found or [torch.empty(0)] * count)
+    return [[next(each) for _ in minibatch] for minibatch in minibatches]

@@ -37,7 +37,7 @@ from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.model.placement import Reference, place_reference
 from megatron_apo.model.precision import Precision
 from megatron_apo.model.value import build_critic
-from megatron_apo.objectives import LossTerm, Micro, Objective, Prepared, Samples, Stats, build_objective
+from megatron_apo.objectives import LossTerm, Micro, Objective, Prepared, Samples, Stats, objective_of
 from megatron_apo.objectives.base import LogProbs, first_tokens
 from megatron_apo.objectives.importance import importance_weights, weight_gradient
 from megatron_apo.parallel.pipeline import forward_backward, forward_only
@@ -99,7 +99,7 @@ class Learner:
         Raises `RecipeError` for what this machine cannot do.
         """
         spec = spec or read_hf_config(recipe.model.path)
-        objective = build_objective(recipe.objective, max_response_tokens=recipe.sampling.max_response_tokens)
+        objective = objective_of(recipe)
         assert recipe.train.importance in ("none", *objective.importance_levels), "this objective takes no such weights"
 
         def build(logits: bool = False) -> list[LogProbModel]:
@@ -118,7 +118,7 @@ class Learner:
         total_steps = recipe.train.steps * recipe.train.minibatches
         trainable = make_trainable(policy, recipe.optimizer, total_steps=total_steps)
         reference = None
-        if "reference" in objective.target_log_probs | objective.loss_log_probs:
+        if objective.needs_reference:
             weights = reference_weights or HFReader(recipe.model.reference_path)
             reference = place_reference(
                 recipe.model.reference_mode,
@@ -363,7 +363,7 @@ class Learner:
         found: dict[LogProbs, list[list[Tensor] | None]] = {}
         found["sampler"] = by_minibatch([self._sampler_log_probs(micro, batch) for micro in micro_batches], minibatches)
         with self.timer.phase("reference"):
-            if "reference" in asked:
+            if self.reference:
                 found["reference"] = by_minibatch(self._reference_log_probs(micro_batches), minibatches)
         if "old_policy" in self.objective.target_log_probs:
             found["old_policy"] = by_minibatch(self._policy_log_probs(micro_batches), minibatches)
@@ -431,6 +431,7 @@ class Learner:
             num_ranks=self.topology.world_size,
             peak_flops=peak_flops(self.recipe, self.topology.device),
             has_reference=self.reference is not None,
+            critic=self.spec.as_critic() if self.critic else None,
         )
         return {**rollouts, **record.metrics(), "lr": self.trainable.lr}
 

@@ -26,6 +26,7 @@ def rollout_metrics(
     num_ranks: int,
     peak_flops: float | None,
     has_reference: bool,
+    critic: ModelSpec | None = None,
 ) -> dict[str, float]:
     """Rewards, lengths, and the rates of each part of a step.
 
@@ -33,12 +34,10 @@ def rollout_metrics(
     rest: see `training_rates`.
     """
     prompt_lengths, response_lengths = batch.sequences.prompt_lengths_B, batch.sequences.response_lengths_B
-    generate_s = seconds.get("generate")  # nothing is sampled in a replay
     return {
         "reward/mean": _mean(batch.reward_B[~masked_B]),
         **response_metrics(batch),
         "response/masked": float(masked_B.mean()),
-        **(sampling_metrics(batch, seconds["step"], generate_s) if generate_s else {}),
         **training_rates(
             spec,
             list(zip(prompt_lengths.tolist(), response_lengths.tolist(), strict=True)),
@@ -46,6 +45,7 @@ def rollout_metrics(
             num_ranks=num_ranks,
             peak_flops=peak_flops,
             has_reference=has_reference,
+            critic=critic,
         ),
     }
 
@@ -83,25 +83,6 @@ def response_metrics(batch: RolloutBatch) -> dict[str, float]:
         "response/p95_tokens": float(np.percentile(lengths, 95)),
         "response/max_tokens": max(lengths),
         "response/truncated": float(batch.truncated_B.mean()),
-    }
-
-
-def sampling_metrics(batch: RolloutBatch, step_s: float, generate_s: float) -> dict[str, float]:
-    """What the sampling of the batch was like, in a step of so many seconds of which vLLM took `generate_s`.
-
-    `rollout/slowest_share` is the share of the step in which only the slowest response was still running,
-    `rollout/slowest_1pct_share` that in which only the slowest 1 % (at least one) were.
-    """
-    arrivals = sorted(batch.seconds_B.tolist())
-
-    def share(num_slowest: int) -> float:
-        before = arrivals[-1 - num_slowest] if len(arrivals) > num_slowest else 0.0
-        return (arrivals[-1] - before) / step_s
-
-    return {
-        "tokens_per_s/generate": int(batch.sequences.response_lengths_B.sum()) / generate_s,
-        "rollout/slowest_share": share(1),
-        "rollout/slowest_1pct_share": share(math.ceil(len(batch) / 100)),
     }
 
 

@@ -2,7 +2,7 @@
 
 Of a sequence of P prompt and R response tokens, T = P + R - 1 positions are computed (the last token is only a label)
 and the output head sees R of them. With L layers, hidden size H, Q = heads x head_dim, K = query groups x head_dim,
-V vocabulary rows, and an MLP of inner size F, or E experts of inner size M of which k are active:
+V rows of the head (1 for values), and an MLP of inner size F, or E experts of inner size M of which k are active:
 
     forward  = L (T (2 H (2 Q + 2 K) + mlp) + 4 Q T (T + 1) / 2) + 2 H V R
     mlp      = 6 H F    or    6 H M k + 2 H E
@@ -23,7 +23,7 @@ _TRAINING = 3  # forward, and a backward with two products (for inputs and for w
 
 
 def forward_flops(spec: ModelSpec, sequences: Iterable[tuple[int, int]]) -> int:
-    """FLOPs of log-probs of the responses; `sequences`: (prompt tokens, response tokens), neither 0."""
+    """FLOPs of the responses' log-probs or values; `sequences`: (prompt tokens, response tokens), neither 0."""
     hidden, query = spec.hidden_size, spec.num_heads * spec.head_dim
     key = spec.num_query_groups * spec.head_dim
     if spec.num_experts:
@@ -31,11 +31,12 @@ def forward_flops(spec: ModelSpec, sequences: Iterable[tuple[int, int]]) -> int:
     else:
         mlp = 6 * hidden * spec.ffn_size
     linear = 2 * hidden * (2 * query + 2 * key) + mlp
+    outputs = 1 if spec.head == "value" else spec.vocab_size
     total = 0
     for prompt_tokens, response_tokens in sequences:
         positions = prompt_tokens + response_tokens - 1
         total += spec.num_layers * (positions * linear + 2 * query * positions * (positions + 1))
-        total += 2 * hidden * spec.vocab_size * response_tokens
+        total += 2 * hidden * outputs * response_tokens
     return total
 
 
@@ -47,26 +48,26 @@ def training_rates(
     num_ranks: int,
     peak_flops: float | None,
     has_reference: bool,
+    critic: ModelSpec | None = None,
 ) -> dict[str, float]:
     """A step's tokens/s of all ranks, TFLOP/s of one rank, and MFU where `peak_flops` (of one rank, a second) is known.
 
-    By part: `reference` (its forward, where there is one), `forward_backward` (the phase
-    "train" alone) and `train`, which is both, the optimizer, and the time but not the FLOPs of the old policy's forward
-    where it takes one. `seconds` are those of the phases. Names as in metrics.jsonl. Under FP8 the peak
-    is FP8's, though attention and the output head stay bf16: MFU then is of a peak that no such step reaches.
+    By part: `reference` (its forward, where there is one), `forward_backward` (the phase "train" alone), `critic` (its
+    values and its training, where there is one) and `train`, which is all of these, the optimizer, and the time but not
+    the FLOPs of the old policy's forward where it takes one. `seconds` are those of the phases. Names as in
+    metrics.jsonl. Under FP8 the peak is FP8's, though attention and the output head stay bf16: MFU then is of a peak
+    that no such step reaches.
     """
     sequences = list(sequences)
     tokens = sum(prompt + response for prompt, response in sequences)
     forward = forward_flops(spec, sequences)
-    parts = {
-        "forward_backward": (_TRAINING * forward, seconds["train"]),
-        "train": (
-            (_TRAINING + has_reference) * forward,
-            seconds["reference"] + seconds.get("old_policy", 0.0) + seconds["train"] + seconds["optimizer"],
-        ),
-    }
+    parts = {"forward_backward": (_TRAINING * forward, seconds["train"])}
     if has_reference:
         parts["reference"] = forward, seconds["reference"]
+    if critic:
+        parts["critic"] = (1 + _TRAINING) * forward_flops(critic, sequences), seconds["critic"]
+    others_s = seconds.get("old_policy", 0.0) + seconds["optimizer"]
+    parts["train"] = sum(flops for flops, _ in parts.values()), sum(part_s for _, part_s in parts.values()) + others_s
     rates = {}
     for part, (flops, part_s) in parts.items():
         rates[f"tokens_per_s/{part}"] = tokens / part_s

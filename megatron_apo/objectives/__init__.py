@@ -1,8 +1,8 @@
-"""Training methods: pure tensor maths, one file each. `build_objective` makes the recipe's."""
+"""Training methods: pure tensor maths, one file each. `objective_of` makes a recipe's."""
 
 from dataclasses import fields
 
-from megatron_apo.config import ObjectiveConfig
+from megatron_apo.config import ObjectiveConfig, Recipe
 from megatron_apo.objectives.apo import APO
 from megatron_apo.objectives.base import OBJECTIVES, Cost, LossTerm, Micro, Objective, Prepared, Samples, Stats
 from megatron_apo.objectives.grpo import DAPO, GRPO, DrGRPO
@@ -33,11 +33,17 @@ __all__ = [
     "Samples",
     "Stats",
     "build_objective",
+    "objective_of",
 ]
 
 
+def objective_of(recipe: Recipe) -> Objective:
+    """A recipe's."""
+    return build_objective(recipe.objective, max_response_tokens=recipe.sampling.max_response_tokens)
+
+
 def build_objective(config: ObjectiveConfig, *, max_response_tokens: int) -> Objective:
-    """The objective a recipe names, with its settings.
+    """The objective that a recipe's section names, with its settings.
 
     max_response_tokens: the length cap of sampling, for methods that have a field of that name. Where a baseline comes
     from, and the critic's own settings, are not the objective's.

@@ -193,6 +193,11 @@ class Objective:
         return frozenset()
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether there is a reference model in training."""
+        return "reference" in self.target_log_probs | self.loss_log_probs
+
+    @property
     def unit(self) -> Literal["sequence", "token"]:
         return "sequence"
 

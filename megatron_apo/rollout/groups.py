@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,39 @@ from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.objectives import Objective
 from megatron_apo.runtime.collective import on_driver
 from megatron_apo.runtime.topology import Topology
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A step's groups, on the driver.
+
+    batch: what is learned from; None elsewhere. draws: all that was sampled for it, a batch a draw; of recorded
+    batches, nothing. num_not_worth: groups that taught nothing.
+    """
+
+    batch: RolloutBatch | None
+    draws: Sequence[RolloutBatch] = ()
+    num_not_worth: int = 0
+
+    def metrics(self, step_s: float, generate_s: float) -> dict[str, float]:
+        """What the sampling was like, by the names of metrics.jsonl, in a step of so many seconds of which vLLM took
+        `generate_s`; of recorded batches nothing.
+
+        `rollout/slowest_share` is the share of the step in which only the slowest response of a draw was still running,
+        `rollout/slowest_1pct_share` that in which only the slowest 1 % (at least one) were.
+        """
+        if not self.draws:
+            return {}
+        known = np.concatenate([batch.reward_B[~np.isnan(batch.reward_B)] for batch in self.draws])
+        tokens = sum(int(batch.sequences.response_lengths_B.sum()) for batch in self.draws)
+        return {
+            "prompts/drawn": sum(len(batch.groups) for batch in self.draws),
+            "prompts/not_worth": self.num_not_worth,
+            "reward/drawn": float(known.mean()) if len(known) else math.nan,
+            "tokens_per_s/generate": tokens / generate_s,
+            "rollout/slowest_share": sum(_tail_s(batch, 1 / len(batch)) for batch in self.draws) / step_s,
+            "rollout/slowest_1pct_share": sum(_tail_s(batch, 0.01) for batch in self.draws) / step_s,
+        }
 
 
 class Sampler(Protocol):
@@ -37,13 +71,13 @@ def sample_groups(
     step: int,
     *,
     may_redraw: bool = True,
-) -> tuple[RolloutBatch | None, dict[str, float]]:
-    """(`count` groups of step `step`, how many were drawn and left out), on the driver; (None, {}) elsewhere.
+) -> Drawn:
+    """`count` groups of step `step`.
 
     prompts: on the driver. may_redraw: not where batches are recorded ones, which are taken as they are. Collective.
     """
     if not may_redraw:
-        return sampler.sample([], step, num_samples=objective.samples_per_prompt, draw=0), {}
+        return Drawn(sampler.sample([], step, num_samples=objective.samples_per_prompt, draw=0))
     chosen = _Chosen(objective, count)
     for draw in range(objective.max_draws):
         missing = on_driver(topology, lambda: chosen.missing)
@@ -53,7 +87,7 @@ def sample_groups(
         batch = sampler.sample(drawn, step, num_samples=objective.samples_per_prompt, draw=draw)
         if batch is not None:
             chosen.add(batch)
-    return chosen.result() if topology.is_driver else (None, {})
+    return chosen.result() if topology.is_driver else Drawn(None)
 
 
 class _Chosen:
@@ -76,12 +110,16 @@ class _Chosen:
             (self._worth if is_worth else self._others).append((len(self._batches), number))
         self._batches.append(batch)
 
-    def result(self) -> tuple[RolloutBatch, dict[str, float]]:
-        """The batch, in the order in which it was drawn, and what is told of it."""
-        told = {"prompts/drawn": len(self._worth) + len(self._others), "prompts/not_worth": len(self._others)}
-        known = np.concatenate([batch.reward_B[~np.isnan(batch.reward_B)] for batch in self._batches])
-        told["reward/drawn"] = float(known.mean()) if len(known) else math.nan
+    def result(self) -> Drawn:
+        """The groups, in the order in which they were drawn."""
         if not self._others:
             (batch,) = self._batches
-            return batch, told
-        return RolloutBatch.of_groups(self._batches, sorted([*self._worth, *self._others[: self.missing]])), told
+        else:
+            batch = RolloutBatch.of_groups(self._batches, sorted([*self._worth, *self._others[: self.missing]]))
+        return Drawn(batch, self._batches, len(self._others))
+
+
+def _tail_s(batch: RolloutBatch, share: float) -> float:
+    """Seconds in which no more than this share of a draw's responses, at least one, were still running."""
+    arrivals, num_slowest = sorted(batch.seconds_B.tolist()), math.ceil(len(batch) * share)
+    return arrivals[-1] - (arrivals[-1 - num_slowest] if len(arrivals) > num_slowest else 0.0)

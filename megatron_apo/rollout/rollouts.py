@@ -20,6 +20,7 @@ of its own (`node.py`), when the driver says so (`registry.py`). What happens wh
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from itertools import chain, cycle, islice
@@ -136,7 +137,7 @@ class Rollouts:
         self._version = 0
         self._report: SyncReport | None = None  # of the last sync
         self._probes: list[list[int]] = []
-        self._answered_by: dict[int, int] = {}
+        self._answered_by: Counter[int] = Counter()  # of the last step's draws
         self._activity = "the start"
         self._all_lost_in: str | None = None
         self._update_failed_in: str | None = None
@@ -219,6 +220,8 @@ class Rollouts:
             "generate",
             lambda: begin_step(self._recipe, self.inputs, self.pool, prompts, step, num_samples=num_samples, draw=draw),
         )
+        if sampling:
+            self._answered_by = sampling.queue.answered_by + (self._answered_by if draw else Counter())
         return driver_only(self._topology, lambda: finished_batch(sampling, self._version, step))
 
     def evaluate(self, step: int) -> Evaluation:
@@ -288,7 +291,6 @@ class Rollouts:
         def advance() -> None:
             assert sampling
             sampling.advance(self.fleet)
-            self._answered_by = sampling.queue.answered_by
 
         def work() -> None:
             with self._memory.for_engines(), self._phase(phase):

@@ -72,7 +72,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
                 learner.timer.pop()  # an evaluation's phases are no step's
                 with learner.timer.phase("step"):
                     with deadline.sampling():
-                        groups, drawn = sample_groups(
+                        drawn = sample_groups(
                             topology,
                             rollouts,
                             prompts,
@@ -81,7 +81,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
                             step,
                             may_redraw=recipe.train.replay is None,
                         )
-                        batch = learner.receive(groups)
+                        batch = learner.receive(drawn.batch)
                     masked_B = Learned.of(recipe, batch).masked_B
                     with deadline.learning():
                         seen = (step, batch.prompt_ids, batch.group_B, batch.reward_B, ~masked_B)
@@ -106,7 +106,9 @@ def train(recipe: Recipe, topology: Topology) -> None:
                 metrics = learner.step_metrics(record, batch, phases)
                 if baseline:
                     metrics["value/fallbacks"] = baseline.num_fallbacks / len(batch)
-                recorder.log(done, {**metrics, **drawn, **by_source, **rollouts.step_metrics()}, phases)
+                if drawn.draws:
+                    metrics |= drawn.metrics(phases["step"].seconds, phases["generate"].seconds)
+                recorder.log(done, {**metrics, **by_source, **rollouts.step_metrics()}, phases)
                 if checkpoints.is_due(done):
                     save()
                 progress.advance(task)

@@ -10,7 +10,7 @@ A mean of n rewards, the response's own among them, makes the expected gradient 
 nowhere: the other rewards do not depend on what this response was. That is how BatchMean and GroupMean are defined, so
 that a batch's or a group's advantages add up to 0; in a group of one nothing is left to learn. The others leave the
 expected gradient as it is. Where LeaveOneOut and KernelSmoothed have nothing to go by (a group of one, no past) they
-say what `fallback` says, if one is given, else the mean reward of the batch's other responses; 0, if there are none.
+say the mean reward of the batch's other responses; 0, if there are none.
 
 A response that is not learned from, or has no reward, is in no statistic and its baseline is NaN.
 Shapes: B responses of a step, P groups of them, each of one prompt.
@@ -87,8 +87,7 @@ class Baseline(ABC):
 
     has_state: ClassVar[bool] = False  # goes from step to step: saved with the run
 
-    def __init__(self, fallback: Offline | None = None):
-        self._fallback = fallback
+    def __init__(self) -> None:
         self.num_fallbacks = 0
 
     def values(
@@ -100,8 +99,7 @@ class Baseline(ABC):
         without_B = batch.known_B & np.isnan(value_B)
         self.num_fallbacks = int(without_B.sum())
         if self.num_fallbacks:
-            other_B = self._fallback._values(batch) if self._fallback else batch.mean_of_others()
-            value_B[without_B] = other_B[without_B]
+            value_B[without_B] = batch.mean_of_others()[without_B]
         return value_B
 
     def update(

@@ -45,7 +45,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_apo.telemetry.units import one_line
-from megatron_apo.values.baselines import Baseline, Offline, StepRewards, ratio
+from megatron_apo.values.baselines import Baseline, StepRewards, ratio
 from megatron_apo.values.samples import Array
 
 KernelName = Literal["triangular", "exponential"]
@@ -185,13 +185,13 @@ def poisson(mean: float) -> Array:
 
 
 class KernelSmoothed(Baseline):
-    """bandwidth: h, above 0 (exponential: at least 0.01), or infinite. fallback: see `baselines.py`. Steps come in
-    order: `values` and `update` raise `ValueError` for one that has been taken, or that is before one asked for."""
+    """bandwidth: h, above 0 (exponential: at least 0.01), or infinite. Steps come in order: `values` and
+    `update` raise `ValueError` for one that has been taken, or that is before one asked for."""
 
     has_state: ClassVar[bool] = True
 
-    def __init__(self, kernel: KernelName, bandwidth: float, fallback: Offline | None = None):
-        super().__init__(fallback)
+    def __init__(self, kernel: KernelName, bandwidth: float):
+        super().__init__()
         if not bandwidth > 0 or bandwidth < _SMALLEST[kernel]:
             least = f"at least {_SMALLEST[kernel]:g}" if _SMALLEST[kernel] else "above 0"
             raise ValueError(f"a bandwidth of {bandwidth:g} is not {least}, as the {kernel} kernel needs it")

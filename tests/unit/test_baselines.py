@@ -78,8 +78,9 @@ def test_what_a_group_of_one_falls_back_on() -> None:
     assert take(source, 0, a=[1.0], b=[2.0], c=[3.0, 5.0]) == [10 / 3, 3.0, 5.0, 3.0] and source.num_fallbacks == 2
     assert take(source, 1, a=[1.0]) == [0.0] and source.num_fallbacks == 1
     assert take(source, 2, a=[1.0, 2.0]) == [2.0, 1.0] and source.num_fallbacks == 0
-    for kind in (LeaveOneOut(VSTAR), *(KernelSmoothed(name, 0.5, VSTAR) for name in KERNELS)):
-        assert take(kind, 0, b=[1.0], c=[3.0, 5.0]) == [0.5, 5.0, 3.0] and kind.num_fallbacks == 1
+    for past in (KernelSmoothed(name, 1.0) for name in KERNELS):
+        assert take(past, 0, b=[1.0], c=[3.0, 5.0]) == [4.0, 5.0, 3.0] and past.num_fallbacks == 1
+        assert take(past, 1, b=[2.0], c=[3.0, 5.0])[0] == 1.0 and past.num_fallbacks == 0
 
 
 def test_ones_own_reward_is_not_taken_off_again() -> None:
@@ -294,8 +295,8 @@ def test_kernels_by_hand() -> None:
 def test_a_prompt_that_comes_twice_in_a_step_is_two_groups_with_one_past(name: KernelName) -> None:
     """At the end of an epoch, and again at the beginning of the next."""
     twice = (["a", "a", "b", "a"], [0, 0, 1, 2], [1.0, 3.0, 9.0, 5.0], [True] * 4)
-    for source in (LeaveOneOut(VSTAR), KernelSmoothed(name, INFINITE, VSTAR)):
-        assert source.values(0, *twice).tolist() == [3.0, 1.0, 0.5, 0.25]
+    for source in (LeaveOneOut(), KernelSmoothed(name, INFINITE)):
+        assert source.values(0, *twice).tolist() == [3.0, 1.0, 3.0, 13 / 3]
     source.update(0, *twice)
     assert source.values(1, *twice).tolist() == [3.0, 10 / 4, 9.0, 3.0]
     whole = KernelSmoothed(name, INFINITE)
@@ -318,12 +319,12 @@ def test_infinite_bandwidth_is_the_running_mean(name: KernelName) -> None:
 def test_the_windows_edge(percent: int) -> None:
     """A visit counts as long as i - I < i h, for h that no float is: 100 x 0.07 is 7.000000000000001."""
     for then in (1, 22, 44, 93):
-        source = KernelSmoothed("triangular", percent / 100, VSTAR)
+        source = KernelSmoothed("triangular", percent / 100)
         source.update(then - 1, *batch(c=[9.0]))
         for now in range(then + 1, 111):
             is_in = 100 * (now - then) < now * percent
             (found,) = source.values(now - 1, *batch(c=[1.0]))
-            assert found == pytest.approx(9.0 if is_in else 0.75, rel=1e-14), (then, now)
+            assert found == pytest.approx(9.0 if is_in else 0.0, rel=1e-14), (then, now)
 
 
 def test_a_step_costs_the_same_however_long_the_past(monkeypatch: pytest.MonkeyPatch) -> None:

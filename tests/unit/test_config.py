@@ -85,6 +85,12 @@ def test_a_problem_names_key_value_allowed_and_fix() -> None:
     ("overrides", "key", "fix"),
     [
         (["train.prompts_per_step=6", "train.minibatches=2", "parallel.dp=2"], "train.prompts_per_step", "8"),
+        # A group's responses may go to several replicas; a minibatch takes whole groups.
+        (
+            ["train.prompts_per_step=6", "parallel.dp=8", "objective.name=rloo", "train.minibatches=2"],
+            "train.prompts_per_step",
+            "4",
+        ),
         (["data.max_prompt_tokens=5000"], "train.tokens_per_micro_batch", "6024"),  # 5000 + 1024
         (["rollout.port=65535", "rollout.replicas=3"], "rollout.port", "65533"),
         (

@@ -79,6 +79,18 @@ def test_rates_of_a_step() -> None:
     }
 
 
+def test_a_critic_is_trained_as_well() -> None:
+    """Its head has one row in the place of 10: 2 x 8 x 9 x 2 less than the policy's forward, of 15,104."""
+    seconds = {"reference": 0.5, "train": 2.0, "critic": 3.0, "old_policy": 0.25, "optimizer": 0.25}
+    found = training_rates(
+        DENSE, [(3, 2)], seconds, num_ranks=1, peak_flops=None, has_reference=True, critic=DENSE.as_critic()
+    )
+    flops = 4 * (15_104 - 288)  # values and, with gradients, their training
+    assert found["tflops_per_rank/critic"] == pytest.approx(flops / 3.0 / 1e12)
+    assert found["tflops_per_rank/train"] == pytest.approx((4 * 15_104 + flops) / 6.0 / 1e12)
+    assert found["tokens_per_s/train"] == pytest.approx(5 / 6.0)
+
+
 def test_no_rate_is_invented() -> None:
     seconds = {"reference": 0.0, "train": 2.0, "optimizer": 0.25}
     found = training_rates(DENSE, [(3, 2)], seconds, num_ranks=1, peak_flops=None, has_reference=False)

@@ -14,7 +14,7 @@ from megatron_apo.data.prompt_source import PromptSource
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.objectives import DAPO, Objective
-from megatron_apo.rollout.groups import sample_groups
+from megatron_apo.rollout.groups import Drawn, sample_groups
 from megatron_apo.runtime.topology import Topology
 from tests.batches import make_batch
 from tests.unit.test_rollout_sharing import one_rank
@@ -89,27 +89,33 @@ def rows_of(batch: RolloutBatch) -> list[int]:
     return found
 
 
+def told(drawn: Drawn) -> dict[str, float]:
+    """Of prompts and rewards."""
+    found = drawn.metrics(step_s=2.0, generate_s=1.0)
+    return {name: value for name, value in found.items() if name.startswith(("prompts/", "reward/"))}
+
+
 def test_groups_that_teach_nothing_are_drawn_again(topology) -> None:
     walk = order(20)
     spread = [True] * 40
     for row in (walk[1], walk[3], walk[4]):  # two of the first four, one of the next two
         spread[row] = False
     sampler, prompts = Sampler(spread), prompt_source()
-    batch, told = sample_groups(topology, sampler, prompts, Spread(), 4, step=7)
+    drawn = sample_groups(topology, sampler, prompts, Spread(), 4, step=7)
     assert sampler.asked == [walk[:4], walk[4:6], walk[6:7]]
-    assert rows_of(batch) == [walk[0], walk[2], walk[5], walk[6]]
-    assert told == {"prompts/drawn": 7, "prompts/not_worth": 3, "reward/drawn": 10 / 14}
-    assert batch.reward_B.tolist() == [1, 0] * 4 and batch.weight_version_B.tolist() == [7] * 8
+    assert rows_of(drawn.batch) == [walk[0], walk[2], walk[5], walk[6]]
+    assert told(drawn) == {"prompts/drawn": 7, "prompts/not_worth": 3, "reward/drawn": 10 / 14}
+    assert drawn.batch.reward_B.tolist() == [1, 0] * 4 and drawn.batch.weight_version_B.tolist() == [7] * 8
 
 
 def test_after_so_many_draws_the_others_fill_up(topology) -> None:
     walk = order(20)
     spread = [row == walk[2] for row in range(40)]
     sampler, prompts = Sampler(spread), prompt_source()
-    batch, told = sample_groups(topology, sampler, prompts, Spread(), 4, step=0)
+    drawn = sample_groups(topology, sampler, prompts, Spread(), 4, step=0)
     assert sampler.asked == [walk[:4], walk[4:7], walk[7:10]]
-    assert rows_of(batch) == [walk[0], walk[1], walk[2], walk[3]]
-    assert told == {"prompts/drawn": 10, "prompts/not_worth": 9, "reward/drawn": 19 / 20}
+    assert rows_of(drawn.batch) == [walk[0], walk[1], walk[2], walk[3]]
+    assert told(drawn) == {"prompts/drawn": 10, "prompts/not_worth": 9, "reward/drawn": 19 / 20}
 
 
 def test_a_masked_response_is_no_reward_of_its_group(topology) -> None:
@@ -124,8 +130,8 @@ def test_a_masked_response_is_no_reward_of_its_group(topology) -> None:
         return made
 
     sampler.sample = with_masked  # type: ignore[method-assign]
-    batch, told = sample_groups(topology, sampler, prompts, DAPO(9, samples_per_prompt=2), 4, step=0)
-    assert rows_of(batch) == [walk[0], walk[2], walk[3], walk[4]] and told["prompts/not_worth"] == 1
+    drawn = sample_groups(topology, sampler, prompts, DAPO(9, samples_per_prompt=2), 4, step=0)
+    assert rows_of(drawn.batch) == [walk[0], walk[2], walk[3], walk[4]] and told(drawn)["prompts/not_worth"] == 1
 
 
 def test_a_method_that_learns_from_all_draws_once(topology) -> None:
@@ -134,9 +140,9 @@ def test_a_method_that_learns_from_all_draws_once(topology) -> None:
         samples_per_prompt: int = 2
 
     sampler, prompts = Sampler([False] * 40), prompt_source()
-    batch, told = sample_groups(topology, sampler, prompts, All(), 4, step=0)
-    assert rows_of(batch) == order(4)
-    assert told == {"prompts/drawn": 4, "prompts/not_worth": 0, "reward/drawn": 1}
+    drawn = sample_groups(topology, sampler, prompts, All(), 4, step=0)
+    assert rows_of(drawn.batch) == order(4)
+    assert told(drawn) == {"prompts/drawn": 4, "prompts/not_worth": 0, "reward/drawn": 1}
 
 
 def test_a_recorded_batch_is_taken_as_it_is(topology) -> None:
@@ -144,8 +150,8 @@ def test_a_recorded_batch_is_taken_as_it_is(topology) -> None:
     sampler, prompts = Sampler([False] * 40), prompt_source()
     recorded = sampler.sample(PROMPTS[:6], 0, num_samples=2, draw=0)
     sampler.sample = lambda *_, **__: recorded  # type: ignore[method-assign]
-    batch, told = sample_groups(topology, sampler, prompts, Spread(), 4, step=0, may_redraw=False)
-    assert batch is recorded and told == {}
+    drawn = sample_groups(topology, sampler, prompts, Spread(), 4, step=0, may_redraw=False)
+    assert drawn.batch is recorded and drawn.metrics(1.0, 1.0) == {}
 
 
 def test_prompts_go_on_where_the_last_step_that_was_done_has_ended() -> None:
@@ -156,3 +162,27 @@ def test_prompts_go_on_where_the_last_step_that_was_done_has_ended() -> None:
     resumed = prompt_source()
     resumed.restore(prompts.drawn)
     assert [prompt.row for prompt in resumed.draw(6)] == walk[5:11] and resumed.drawn == 5
+
+
+def batch_of(lengths: Sequence[int], seconds: Sequence[float]) -> RolloutBatch:
+    """Responses of so many tokens, each there after so many seconds."""
+    return make_batch([[5]] * len(lengths), [[7] * length for length in lengths], seconds=seconds)
+
+
+def test_how_long_the_slowest_took() -> None:
+    lengths = list(range(1, 201))
+    # The last to arrive is the shortest; before it that of 20.0 s.
+    found = Drawn(None, [batch_of(lengths, [24.0, *(n / 10 for n in lengths[1:])])]).metrics(50.0, 10.0)
+    assert found["tokens_per_s/generate"] == 20100 / 10
+    assert found["rollout/slowest_share"] == pytest.approx((24.0 - 20.0) / 50)
+    # The slowest 1 % are two of 200: from the arrival at 19.9 s to that at 24.0 s.
+    assert found["rollout/slowest_1pct_share"] == pytest.approx(4.1 / 50)
+    assert Drawn(None, [batch_of([2], [3.0])]).metrics(4.0, 3.0)["rollout/slowest_share"] == 0.75
+
+
+def test_every_draw_of_a_step_counts() -> None:
+    """A second draw waits for its own slowest, and its tokens were generated, whether or not they are learned from."""
+    draws = [batch_of([1, 2], [24.0, 0.2]), batch_of([3, 5, 4], [1.0, 2.0, 5.0])]
+    found = Drawn(draws[0], draws, 3).metrics(step_s=100.0, generate_s=30.0)
+    assert found["tokens_per_s/generate"] == 15 / 30
+    assert found["rollout/slowest_share"] == pytest.approx((23.8 + 3.0) / 100)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 
 from megatron_apo import preflight
 from megatron_apo.config import BaselineConfig, RecipeError, build_recipe, changed_for_resume, describe_fields
+from megatron_apo.learner.known import by_minibatch
 from megatron_apo.objectives import OBJECTIVES, Objective, build_objective
 from megatron_apo.rollout import replay
 from tests.batches import make_batch
@@ -109,6 +111,14 @@ def test_who_asks_for_a_store(overrides: list[str], needs: bool) -> None:
     [
         (["objective.name=tbrm", "sampling.temperature=0.7"], "sampling.temperature: 0.7, but objective.name=tbrm "),
         (["objective.name=tbrm", "train.importance=token"], "train.importance: token would not reach the raw logit"),
+        (
+            ["objective.baseline.bandwidth=0.3"],
+            "objective.baseline.bandwidth: 0.3 is for objective.baseline.source=kernel, and it is vstar; set that, or ",
+        ),
+        (
+            ["objective.baseline={source: batch_mean, kernel: exponential}"],
+            "objective.baseline.kernel: exponential is for objective.baseline.source=kernel, and it is batch_mean; ",
+        ),
         (
             ["objective.baseline.source=group_mean"],
             "objective.baseline.source: group_mean of objective.samp",
@@ -233,3 +243,13 @@ def test_another_method_is_another_run() -> None:
 def test_a_recipe_reads_back_what_it_wrote(name: str) -> None:
     recipe = build_recipe({}, [*PATHS, f"objective.name={name}"])
     assert build_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+def test_log_probs_of_too_few_micro_batches_are_refused() -> None:
+    """None at all are those of an earlier pipeline stage."""
+    micro: Any = object()
+    assert [len(part) for part in by_minibatch([torch.ones(1)] * 3, [[micro], [micro, micro]])] == [1, 2]
+    assert by_minibatch([], [[micro, micro]])[0][1].numel() == 0
+    for count in (1, 2, 4):
+        with pytest.raises(AssertionError, match=f"{count} micro-batches were computed, of 3"):
+            by_minibatch([torch.ones(1)] * count, [[micro], [micro, micro]])

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner.diagnostics import StepRecord
-from megatron_apo.learner.rollout_metrics import peak_flops, response_metrics, rollout_metrics, sampling_metrics
+from megatron_apo.learner.rollout_metrics import peak_flops, response_metrics, rollout_metrics
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.objectives import Stats
+from megatron_apo.rollout.groups import Drawn
 from megatron_apo.rollout.weight_sync import SyncReport
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.recorder import Evaluation, Recorder, machine_metrics
@@ -73,9 +74,7 @@ def make_recipe(folder: Path, *overrides: str) -> Recipe:
     return build_recipe(tree, overrides)
 
 
-def batch_of(
-    lengths: Sequence[int], seconds: Sequence[float] | None = None, finish_reasons: Sequence[str] | None = None
-) -> RolloutBatch:
+def batch_of(lengths: Sequence[int], finish_reasons: Sequence[str] | None = None) -> RolloutBatch:
     """Responses of so many tokens to one prompt of three, all rewarded with 1."""
     return make_batch(
         [(1, 1, 1)] * len(lengths),
@@ -84,7 +83,6 @@ def batch_of(
         log_probs=[(-1.0,) * length for length in lengths],
         prompt_ids=["p"] * len(lengths),
         finish_reasons=finish_reasons,
-        seconds=seconds or [1.0] * len(lengths),
     )
 
 
@@ -115,6 +113,8 @@ def log(
         peak_flops=peak_flops(recipe, torch.device("cpu")),
         has_reference=True,
     )
+    if "generate" in seconds:
+        rollouts |= Drawn(batch, [batch]).metrics(seconds["step"], seconds["generate"])
     recorder.log(step, {**rollouts, **learned.metrics(), "lr": lr}, phases)
 
 
@@ -205,25 +205,15 @@ def test_the_driver_alone_writes_and_has_what_every_rank_sent(
     assert {"trainer rank 0", "trainer rank 1"} <= summary["peak_memory_bytes"].keys()
 
 
-def test_lengths_truncation_and_the_slowest() -> None:
-    lengths = list(range(1, 201))
-    # The last to arrive is the shortest; before it that of 20.0 s.
-    batch = batch_of(lengths, [24.0, *(n / 10 for n in lengths[1:])], ["length", *["stop"] * 199])
-    found = response_metrics(batch) | sampling_metrics(batch, step_s=50.0, generate_s=10.0)
-    assert found == {
+def test_lengths_and_truncation() -> None:
+    batch = batch_of(list(range(1, 201)), finish_reasons=["length", *["stop"] * 199])
+    assert response_metrics(batch) == {
         "response/mean_tokens": 100.5,
         "response/p50_tokens": 100.5,
         "response/p95_tokens": pytest.approx(190.05),
         "response/max_tokens": 200,
         "response/truncated": 1 / 200,
-        "tokens_per_s/generate": 20100 / 10,
-        "rollout/slowest_share": pytest.approx((24.0 - 20.0) / 50),
-        # The slowest 1 % are two of 200: from the arrival at 19.9 s to that at 24.0 s.
-        "rollout/slowest_1pct_share": pytest.approx(4.1 / 50),
     }
-    two = sampling_metrics(batch_of([1, 2], [24.0, 0.2]), 48.0, 10.0)
-    assert two["rollout/slowest_share"] == pytest.approx((24.0 - 0.2) / 48)
-    assert sampling_metrics(batch_of([2], [3.0]), 4.0, 3.0)["rollout/slowest_share"] == 0.75
 
 
 def test_a_resumed_run_has_no_step_twice_and_counts_all_of_them(tmp_path: Path, topology: Topology) -> None:
