@@ -23,7 +23,9 @@ def describe_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> list[t
     for name, field in model.model_fields.items():
         forms = _sections(field.annotation)
         if not forms or field.description:
-            default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+            default = str(field.get_default(call_default_factory=True))
+            if field.is_required():
+                default = _mark(field, "default") or "required"
             rows.append((prefix + name, default, field.description or ""))
         if len(forms) > 1:
             tag = forms[0].model_fields["name"]

@@ -14,10 +14,12 @@ from pydantic import ValidationError
 from megatron_apo.config.base import RecipeError
 from megatron_apo.config.fields import as_written
 from megatron_apo.config.recipe import Recipe
+from megatron_apo.config.run import RunConfig
 from megatron_apo.config.shipped import recipe_path
 from megatron_apo.config.text import read, read_override
 
 _METHOD = "objective.name="
+_RUN = RunConfig.model_fields["dir"].default
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
@@ -62,6 +64,9 @@ def build_recipe(tree: Any, overrides: Iterable[str] = ()) -> Recipe:
         problem = _set_dotted(tree, key.strip(), value)
         if problem:
             problems.append(problem)
+    run, vstar = tree["run"], tree["vstar"]
+    if isinstance(run, dict) and isinstance(vstar, dict) and isinstance(where := run.get("dir", _RUN), str | Path):
+        vstar.setdefault("dir", Path(where) / "vstar")
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:

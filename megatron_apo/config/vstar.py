@@ -44,7 +44,7 @@ class AdaptiveConfig(Section):
 
 
 class VStarConfig(Section):
-    dir: Path = Field(json_schema_extra=MAY_CHANGE, description="folder of the V* store")
+    dir: Path = Field(json_schema_extra=MAY_CHANGE | {"default": "RUN/vstar"}, description="folder of the V* store")
     samples_per_prompt: int = Field(
         8,
         ge=1,

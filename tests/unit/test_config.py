@@ -57,10 +57,21 @@ def test_overrides_are_yaml_values(override: str, section: str, key: str, value:
     assert getattr(getattr(build_recipe({}, [*PATHS, override]), section), key) == value
 
 
+def test_a_store_is_in_its_run_where_a_recipe_does_not_say() -> None:
+    tree = {"model": {"path": "m"}, "data": {"train": "t"}}
+    assert build_recipe(tree).vstar.dir == Path("runs/apo/vstar")
+    assert build_recipe(tree | {"run": {"dir": "here"}}).vstar.dir == Path("here/vstar")
+    assert build_recipe(tree, ["run.dir=there"]).vstar.dir == Path("there/vstar")
+    assert build_recipe(tree, ["run.dir=there", "vstar.dir=elsewhere"]).vstar.dir == Path("elsewhere")
+    for wrong in ({"run": {"dir": 3}}, {"run": 3}, {"vstar": []}):
+        (name,) = wrong
+        assert any(line.startswith(name) for line in problems_of(tree | wrong)), wrong
+
+
 def test_all_problems_are_said_at_once() -> None:
     problems = problems_of({"trian": {}, "train": {"stps": 3}}, "optimizer.lr=-1", "parallel.tp=two", "nonsense")
     starts = ["override 'nonsense'", "trian:", "train.stps:", "optimizer.lr:", "parallel.tp:"]
-    starts += ["model.path:", "data.train:", "vstar.dir:"]
+    starts += ["model.path:", "data.train:"]
     for start in starts:
         assert sum(problem.startswith(start) for problem in problems) == 1, (start, problems)
     assert len(problems) == len(starts)

@@ -48,7 +48,7 @@ def test_it_runs_from_there(installed: Path, tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     # The recipe was found: what it leaves to its user is all that is missing.
     keys = [line.split(": ")[1] for line in result.stderr.splitlines()]
-    assert (result.returncode, keys) == (2, ["model.path", "data.train", "vstar.dir"])
+    assert (result.returncode, keys) == (2, ["model.path", "data.train"])
 
 
 def test_it_declares_the_command_and_the_vllm_plugin(installed: Path) -> None:
