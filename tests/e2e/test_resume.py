@@ -38,7 +38,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", ["apo", *(pytest.param(m, marks=pytest.mark.full) for m in METHODS if m != "apo")])
+FULL = [pytest.param(method, marks=pytest.mark.full) for method in ("kernel", "dapo")]
+
+
+@pytest.mark.parametrize("method", ["apo", "ppo", *FULL])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     command: Callable[..., Command], tmp_path: Path, method: str
 ) -> None:
