@@ -28,7 +28,7 @@ RESPONSES = 256
 COMMON = (
     "train.steps=20",
     "train.minibatches=2",
-    "optimizer.lr=5e-4",
+    "optimizer.lr=2e-4",
     "optimizer.warmup_steps=4",
     "eval.samples=8",
     "eval.max_prompts=512",
@@ -42,7 +42,7 @@ METHODS: dict[str, tuple[int, tuple[str, ...]]] = {  # responses a prompt, overr
     "dr_grpo": (8, ("objective.name=dr_grpo",)),
     "dapo": (8, ("objective.name=dapo",)),
     "rebel": (2, ("objective.name=rebel",)),
-    "ppo": (1, ("objective.name=ppo", "objective.critic.optimizer.lr=5e-4")),
+    "ppo": (1, ("objective.name=ppo", "objective.critic.optimizer.lr=2e-4")),
     "tbrm": (1, ("objective.name=tbrm",)),
 }
 
