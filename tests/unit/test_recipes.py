@@ -19,6 +19,7 @@ from megatron_apo.weights.families import hf_tensors
 PARAMETERS = {
     "llama-3.1-8b": 8.03,
     "qwen2.5-1.5b": 1.54,
+    "qwen2.5-3b": 3.09,
     "qwen2.5-7b": 7.61,
     "qwen2.5-math-1.5b": 1.54,
     "qwen2.5-math-7b": 7.61,
@@ -29,11 +30,12 @@ PARAMETERS = {
     "r1-distill-qwen-1.5b": 1.78,
     "r1-distill-qwen-7b": 7.62,
 }
-WITHOUT_EMBEDDINGS = {"qwen2.5-1.5b": 1.31, "qwen2.5-7b": 6.53, "qwen3-8b": 6.95, "qwen3-32b": 31.2}
+WITHOUT_EMBEDDINGS = {"qwen2.5-1.5b": 1.31, "qwen2.5-3b": 2.77, "qwen2.5-7b": 6.53, "qwen3-8b": 6.95, "qwen3-32b": 31.2}
 # What a config.json without a tokenizer's help must tell: (longest sequence, base of the rotary embedding, EOS id).
 POSITIONS = {
     "llama-3.1-8b": (131072, 5e5, 128001),
     "qwen2.5-1.5b": (131072, 1e6, 151643),
+    "qwen2.5-3b": (32768, 1e6, 151643),
     "qwen2.5-7b": (131072, 1e6, 151643),
     "qwen2.5-math-1.5b": (4096, 1e4, 151643),
     "qwen2.5-math-7b": (4096, 1e4, 151643),
