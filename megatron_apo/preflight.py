@@ -440,10 +440,13 @@ def _check_critic(recipe: Recipe) -> None:
     config = recipe.objective.own_critic
     if config is None or config.path is None:
         return
-    own, policy = (read_hf_config(folder).as_critic() for folder in (config.path, recipe.model.path))
+    path = config.path
+    if lines := [f"{line} (objective.critic.path)" for line in lines_of([lambda: read_hf_config(path)])]:
+        raise ValueError("\n".join(lines))
+    own, policy = (read_hf_config(folder).as_critic() for folder in (path, recipe.model.path))
     if lines := _differences("objective.critic.path", "the critic", own, policy):
         raise ValueError("\n".join(lines))
-    HFReader(config.path).check(own)
+    HFReader(path).check(own)
 
 
 def _differences(key: str, which: str, own: ModelSpec, policy: ModelSpec) -> list[str]:

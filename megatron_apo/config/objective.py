@@ -168,11 +168,24 @@ class GRPOConfig(_Method):
     overlong_penalty: float = Field(1.0, ge=0, description="the penalty at the length cap")
 
     def problems(self, sampling: SamplingConfig, train: TrainConfig) -> list[str]:
-        if self.overlong_buffer is None or self.overlong_buffer < sampling.max_response_tokens:
-            return []
+        found = self._idle_problems()
+        if self.overlong_buffer is not None and self.overlong_buffer >= sampling.max_response_tokens:
+            found.append(
+                f"objective.overlong_buffer: {self.overlong_buffer} is not below sampling.max_response_tokens="
+                f"{sampling.max_response_tokens}; lower it"
+            )
+        return found
+
+    def _idle_problems(self) -> list[str]:
+        """What is set for a part of the method that is switched off."""
         return [
-            f"objective.overlong_buffer: {self.overlong_buffer} is not below sampling.max_response_tokens="
-            f"{sampling.max_response_tokens}; lower it"
+            f"objective.{key}: {value} is for {wanted}, and it is {str(switch).lower()}; set that, or leave it out"
+            for key, switch, wanted in (
+                ("max_draws", self.dynamic_sampling, "objective.dynamic_sampling=true"),
+                ("overlong_penalty", self.overlong_buffer, "an objective.overlong_buffer above 0"),
+                ("kl_estimator", self.kl_coefficient, "an objective.kl_coefficient above 0"),
+            )
+            if switch in (0, False) and (value := getattr(self, key)) != type(self).model_fields[key].default
         ]
 
 

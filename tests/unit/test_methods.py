@@ -135,6 +135,18 @@ def test_who_asks_for_a_store(overrides: list[str], needs: bool) -> None:
             ["objective.name=dapo", "objective.overlong_buffer=77"],
             "objective.overlong_buffer: 77 is not below sam",
         ),
+        (
+            ["objective.name=grpo", "objective.max_draws=5"],
+            "objective.max_draws: 5 is for objective.dynamic_sampling=true, and it is false; set that, or leave it out",
+        ),
+        (
+            ["objective.name=dapo", "objective.overlong_buffer=0", "objective.overlong_penalty=2"],
+            "objective.overlong_penalty: 2.0 is for an objective.overlong_buffer above 0, and it is 0; set that, or ",
+        ),
+        (
+            ["objective.name=dr_grpo", "objective.kl_estimator=k2"],
+            "objective.kl_estimator: k2 is for an objective.kl_coefficient above 0, and it is 0.0; set that, or leave ",
+        ),
     ],
 )
 def test_what_cannot_work_together(overrides: list[str], line: str) -> None:
@@ -161,8 +173,13 @@ def test_a_critic_that_is_another_model_is_refused(tmp_path: Path) -> None:
     check(policy)
     with pytest.raises(ValueError, match="objective.critic.path: num_layers is 5, but 4 in model.path; "):
         check(deeper)
-    with pytest.raises(ValueError, match=str(tmp_path / "nowhere")):
-        check(tmp_path / "nowhere")
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(ValueError, match=f"^model path {nowhere}: no config.json .*objective.critic.path.$"):
+        check(nowhere)
+    (unwritten := tmp_path / "unwritten").mkdir()
+    (unwritten / "config.json").write_text((policy / "config.json").read_text())
+    with pytest.raises(ValueError, match=f"model path {unwritten}: no model.safetensors"):
+        check(unwritten)
 
 
 def test_a_recorded_batch_must_have_the_methods_groups() -> None:
