@@ -3,14 +3,15 @@ it. See test_methods.py.
 
     main(WORK, LAYOUT, METHOD ..)
 
-Rank 0 writes WORK/LAYOUT.pt: {method: {fault ("none" for none): {"policy" and "critic": gradients of each minibatch,
-"metrics", "calls": responses that each model's passes went over, "held": names of the numbers that were kept}}}.
+Rank 0 writes WORK/LAYOUT.pt: {method: {fault ("none" for none; "masked": none either, but some responses are masked):
+{"policy" and "critic": gradients of each minibatch, "metrics", "calls": responses that each model's passes went over,
+"held": names of the numbers that were kept}}}.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_apo.config import Recipe, build_recipe
-from megatron_apo.data.rollouts import RolloutBatch
+from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch
 from megatron_apo.learner import learner as learner_module
 from megatron_apo.learner.known import KnownLogProbs
 from megatron_apo.learner.learner import Learner
@@ -43,6 +44,8 @@ RESPONSE_LENGTHS = (30, 24, 7, 6, 28, 25, 4, 9)
 PROMPT_LENGTHS = (2, 3, 4, 2)
 REWARDS = (1.0, 0.25, 0.0, 0.5, 2.0, -1.0, 0.75, 0.0)  # dense, and of no two alike in a group
 VALUES = (0.5, 0.5, 0.25, 0.25, 0.75, 0.75, 0.1, 0.1)
+# One of the first minibatch, so that the second's places are not its rows, and one of the second.
+MASKED = (2, 6)
 
 # The method's settings, which are such that each part of it has a say.
 METHODS: dict[str, list[str]] = {
@@ -64,8 +67,8 @@ def temperature_of(method: str) -> float:
     return 1.0 if method == "tbrm" else TEMPERATURE
 
 
-def batch() -> RolloutBatch:
-    """The same everywhere, two responses to each prompt."""
+def batch(masked: Collection[int] = ()) -> RolloutBatch:
+    """The same everywhere, two responses to each prompt. masked: those that were cut, and have no reward."""
     generator = torch.Generator().manual_seed(5)
 
     def tokens(count: int) -> list[int]:
@@ -81,6 +84,8 @@ def batch() -> RolloutBatch:
         prompt_ids=[f"{row // GROUP}" for row in range(len(responses))],
     )
     made.group_B[:] = np.arange(len(responses)) // GROUP
+    made.finish_reason_B[list(masked)] = FINISH_REASONS.index("length")
+    made.reward_B[list(masked)] = np.nan
     return made
 
 
@@ -244,9 +249,12 @@ def faults_of(layout: str, method: str) -> list[str]:
 # ---- what is measured
 
 
-def measure(work: Path, layout: str, method: str, fault: str | None, topology: Topology) -> dict[str, Any]:
+def measure(
+    work: Path, layout: str, method: str, fault: str | None, topology: Topology, masked: Collection[int] = ()
+) -> dict[str, Any]:
     """Two optimizer steps of the learner on the batch, with `fault` in it."""
     recipe = recipe_of(work, layout, method)
+    recipe.reward.truncated = "mask" if masked else "reward"
     readers = [HFReader(recipe.model.path), HFReader(recipe.model.reference_path)]
     learner = Learner.build(recipe, topology, policy_weights=readers[0], reference_weights=readers[1])
     learner.objective = objective_of(recipe, method)
@@ -274,7 +282,7 @@ def measure(work: Path, layout: str, method: str, fault: str | None, topology: T
             FAULTS[fault][0](learner, patch)
         held: dict[str, list[str]] = {"tokens": [], "sequences": []}
         note_what_is_held(learner, held, patch)
-        own = learner.receive(batch() if topology.is_driver else None)
+        own = learner.receive(batch(masked) if topology.is_driver else None)
         record = learner.learn(own, VALUES if learner.objective.takes_baseline else None)
     told: list[Any] = [None] * topology.world_size
     last_stage = topology.is_last_stage and topology.tp_rank == topology.cp_rank == 0
@@ -331,6 +339,7 @@ def main(folder: str, layout: str, *methods: str) -> None:
                 fault or "none": measure(work, layout, method, fault, topology)
                 for fault in [None, *faults_of(layout, method)]
             }
+            | {"masked": measure(work, layout, method, None, topology, MASKED)}
             for method in methods
         }
         if topology.is_driver:

@@ -7,7 +7,7 @@ outside must be seen. What a step computed is what the method says that it costs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tests.dist.methods_worker import (
     FAULTS,
     GROUP,
     LR,
+    MASKED,
     METHODS,
     NUM_MINIBATCHES,
     RESPONSE_LENGTHS,
@@ -77,10 +78,11 @@ def measured(work: Path) -> Callable[[str, str], dict]:
 
 
 class Plain:
-    """Policy, reference and critic by transformers."""
+    """Policy, reference and critic by transformers. rows: those that are learned from."""
 
-    def __init__(self, work: Path, temperature: float):
+    def __init__(self, work: Path, temperature: float, masked: Collection[int]):
         self.temperature = temperature
+        self.rows = [row for row in range(len(REWARDS)) if row not in masked]
         load = transformers.AutoModelForCausalLM.from_pretrained
         self.policy, self.reference = (load(work / name / VARIANT, dtype=torch.float32) for name in NAMES)
         self.critic = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -101,6 +103,9 @@ class Plain:
         hidden_SH = self.critic.model(tokens[None]).last_hidden_state[0]
         return (hidden_SH @ self.critic.score.weight[0])[-count - 1 : -1]
 
+    def group_of(self, row: int) -> list[int]:
+        return [other for other in self.rows if other // GROUP == row // GROUP]
+
 
 NAMES = ("policy", "reference")
 
@@ -111,21 +116,16 @@ def setting(method: str, key: str, default: Any) -> Any:
     return type(default)(found[0]) if found else default
 
 
-def group_of(row: int) -> list[int]:
-    first = row // GROUP * GROUP
-    return list(range(first, first + GROUP))
-
-
-def group_advantages(method: str) -> list[float]:
+def group_advantages(method: str, models: Plain) -> dict[int, float]:
     """Of GRPO and its variants."""
     rewards = list(REWARDS)
     if method == "dapo":  # a buffer of 10 tokens before the cap of 30
         rewards = [r - min(max(n - (CAP - 10), 0) / 10, 1) for r, n in zip(REWARDS, RESPONSE_LENGTHS, strict=True)]
-    found = []
-    for row, reward in enumerate(rewards):
-        own = torch.tensor([rewards[member] for member in group_of(row)], dtype=torch.float64)
-        advantage = reward - float(own.mean())
-        found.append(advantage if method == "dr_grpo" else advantage / (float(own.std()) + 1e-6))
+    found = {}
+    for row in models.rows:
+        own = torch.tensor([rewards[member] for member in models.group_of(row)], dtype=torch.float64)
+        advantage, std = rewards[row] - float(own.mean()), float(own.std()) if len(own) > 1 else 0.0
+        found[row] = advantage if method == "dr_grpo" else advantage / (std + 1e-6)
     return found
 
 
@@ -138,40 +138,42 @@ def clipped(method: str, ratio_T: Tensor, advantage_T: Tensor) -> Tensor:
     return -found
 
 
-def advantages_and_returns(old: list[Tensor], reference: list[Tensor], values: list[Tensor]) -> list[tuple]:
-    """PPO's of each row, token by token; advantages whitened over all tokens."""
+def advantages_and_returns(
+    old: list[Tensor], reference: list[Tensor], values: list[Tensor], rows: list[int]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """PPO's of each of these rows, token by token; advantages whitened over all their tokens."""
     coefficient, gamma, lam = (setting("ppo", key, 1.0) for key in ("kl_coefficient", "gamma", "lam"))
-    found = []
-    for row, reward in enumerate(REWARDS):
+    found = {}
+    for row in rows:
         reward_T = -coefficient * (old[row] - reference[row]).double()
-        reward_T[-1] += reward
+        reward_T[-1] += REWARDS[row]
         value_T, after, advantage_T = values[row].double(), 0.0, torch.zeros(len(reward_T), dtype=torch.float64)
         for t in reversed(range(len(reward_T))):
             next_value = float(value_T[t + 1]) if t + 1 < len(value_T) else 0.0
             after = float(reward_T[t]) + gamma * next_value - float(value_T[t]) + gamma * lam * after
             advantage_T[t] = after
-        found.append((advantage_T, advantage_T + value_T))
-    together = torch.cat([advantage_T for advantage_T, _ in found])
+        found[row] = (advantage_T, advantage_T + value_T)
+    together = torch.cat([advantage_T for advantage_T, _ in found.values()])
     mean, std = together.mean(), together.std(correction=0)
-    return [((advantage_T - mean) / std, return_T) for advantage_T, return_T in found]
+    return {row: ((advantage_T - mean) / std, return_T) for row, (advantage_T, return_T) in found.items()}
 
 
-def plain_steps(work: Path, method: str) -> dict[str, Any]:
+def plain_steps(work: Path, method: str, masked: Collection[int] = ()) -> dict[str, Any]:
     """Gradients of both minibatches, of the policy and of the critic."""
-    models, size = Plain(work, temperature_of(method)), len(REWARDS) // NUM_MINIBATCHES
+    models, size = Plain(work, temperature_of(method), masked), len(REWARDS) // NUM_MINIBATCHES
     policy = models.policy
     with torch.no_grad():
         reference = [models.log_probs(models.reference, row) for row in range(len(REWARDS))]
         old = [models.log_probs(policy, row) for row in range(len(REWARDS))]
         values = [models.values(row) for row in range(len(REWARDS))]
-    targets = advantages_and_returns(old, reference, values) if method == "ppo" else []
+    targets = advantages_and_returns(old, reference, values, models.rows) if method == "ppo" else {}
     adams = [
         torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=1.0, weight_decay=0.0)
         for model, lr in ((policy, LR), (models.critic, CRITIC_LR))
     ]
     found: dict[str, Any] = {"policy": [], "critic": []}
     for first in range(0, len(REWARDS), size):
-        rows = list(range(first, first + size))
+        rows = [row for row in models.rows if first <= row < first + size]
         now = {row: models.log_probs(policy, row) for row in rows}
         loss = LOSSES[method](method, rows, now, old, reference, targets, models)
         steps = [("policy", policy, adams[0], loss)]
@@ -185,7 +187,9 @@ def plain_steps(work: Path, method: str) -> dict[str, Any]:
     return found
 
 
-def value_loss(rows: list[int], values: list[Tensor], targets: list[tuple], models: Plain) -> Tensor:
+def value_loss(
+    rows: list[int], values: list[Tensor], targets: dict[int, tuple[Tensor, Tensor]], models: Plain
+) -> Tensor:
     bound, terms = setting("ppo", "value_clip", 0.2), []
     for row in rows:
         value_T, return_T = models.values(row), targets[row][1].float()
@@ -201,7 +205,7 @@ def apo(method, rows, now, old, reference, targets, models) -> Tensor:
 
 
 def grpo(method, rows, now, old, reference, targets, models) -> Tensor:
-    advantage, coefficient = group_advantages(method), setting(method, "kl_coefficient", 0.0)
+    advantage, coefficient = group_advantages(method, models), setting(method, "kl_coefficient", 0.0)
     losses = []
     for row in rows:
         loss_T = clipped(method, (now[row] - old[row]).exp(), torch.full_like(now[row], advantage[row]))
@@ -219,11 +223,13 @@ def grpo(method, rows, now, old, reference, targets, models) -> Tensor:
 
 
 def rebel(method, rows, now, old, reference, targets, models) -> Tensor:
+    """The mean over groups, each by its size; nothing of a group of one."""
     eta, pairs = setting(method, "eta", 1.0), []
-    for one, other in zip(rows[::2], rows[1::2], strict=True):
-        ratios = [now[row].sum() - old[row].sum() for row in (one, other)]
-        pairs.append(((ratios[0] - ratios[1]) / eta - (REWARDS[one] - REWARDS[other])) ** 2)
-    return torch.stack(pairs).mean()
+    for one in rows:
+        for other in models.group_of(one)[:-1] if models.group_of(one)[-1] == one else []:
+            ratios = [now[row].sum() - old[row].sum() for row in (one, other)]
+            pairs.append(((ratios[0] - ratios[1]) / eta - (REWARDS[one] - REWARDS[other])) ** 2)
+    return GROUP * torch.stack(pairs).sum() / len(rows)
 
 
 def reinforce(method, rows, now, old, reference, targets, models) -> Tensor:
@@ -231,8 +237,10 @@ def reinforce(method, rows, now, old, reference, targets, models) -> Tensor:
     rewards = [r - coefficient * float((old[k] - reference[k]).sum()) for k, r in enumerate(REWARDS)]
     terms = []
     for row in rows:
-        (other,) = {*group_of(row)} - {row}
-        baseline = rewards[other] if method == "rloo" else VALUES[row]
+        baseline = VALUES[row]
+        if method == "rloo":
+            (other,) = {*models.group_of(row)} - {row} or {row}
+            baseline = rewards[other]
         terms.append(-(now[row] - old[row]).sum().exp() * (rewards[row] - baseline))
     return torch.stack(terms).mean()
 
@@ -254,7 +262,8 @@ def added(method, rows, now, old, reference, targets, models) -> Tensor:
     terms = []
     for row in rows:
         sampled_T = torch.tensor(batch().log_probs([row]))
-        mean = sum(REWARDS[member] for member in group_of(row)) / GROUP
+        group = models.group_of(row)
+        mean = sum(REWARDS[member] for member in group) / len(group)
         terms.append(-((now[row] - sampled_T).exp() * (REWARDS[row] - mean)).sum())
     return torch.stack(terms).mean()
 
@@ -266,8 +275,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 @pytest.fixture(scope="module")
-def expected(work: Path) -> Callable[[str], dict]:
-    return cache(lambda method: plain_steps(work, method))
+def expected(work: Path) -> Callable[..., dict]:
+    return cache(lambda method, masked=(): plain_steps(work, method, masked))
 
 
 def seen(found: dict, theirs: dict) -> dict[str, float]:
@@ -283,6 +292,13 @@ def seen(found: dict, theirs: dict) -> dict[str, float]:
 def test_steps_are_those_of_transformers_and_torch(layout: str, method: str, measured, expected) -> None:
     found = seen(measured(layout, method)["none"], expected(method))
     print(layout, method, {name: f"{value:.1e}" for name, value in found.items()})
+    assert max(found.values()) <= GRADIENTS, found
+
+
+@pytest.mark.parametrize(("layout", "method"), CASES + FULL_CASES)
+def test_a_masked_response_is_in_nothing(layout: str, method: str, measured, expected) -> None:
+    """Neither in its group nor in a mean of the batch, in no loss and in no count, of policy and critic."""
+    found = seen(measured(layout, method)["masked"], expected(method, MASKED))
     assert max(found.values()) <= GRADIENTS, found
 
 
