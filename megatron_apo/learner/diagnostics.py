@@ -65,8 +65,8 @@ class StepRecord:
     KL and mismatch are those of the first minibatch, which alone is evaluated at the weights that sampled it.
     """
 
-    def __init__(self, reinforce_scale: float, layout: Mapping[str, float] | None = None):
-        """`layout`: how evenly the batch's work was spread, by the names of metrics.jsonl."""
+    def __init__(self, reinforce_scale: float | None, layout: Mapping[str, float] | None = None):
+        """reinforce_scale: the objective's. layout: how evenly the work was spread, by the names of metrics.jsonl."""
         self._reinforce_scale = reinforce_scale
         self._told = dict(layout or {})
         self._policy, self._critic = _Minibatches(), _Minibatches()
@@ -152,7 +152,7 @@ class StepRecord:
             "mismatch/sequence_ratio_max": first.maxima["sequence_ratio"],
             "mismatch/sequence_ess": _effective_share(first.sums),
             "grad_norm": grad_norm,
-            "grad_norm_reinforce": grad_norm / self._reinforce_scale,
+            **({"grad_norm_reinforce": grad_norm / self._reinforce_scale} if self._reinforce_scale else {}),
             "skipped_steps": len(self._grad_norms) - len(finite),
             "masked_steps": self._masked_steps,
             **({"entropy/per_token": first.sums["entropy"] / first.sums["tokens"]} if "entropy" in first.sums else {}),

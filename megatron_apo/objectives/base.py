@@ -167,7 +167,8 @@ class Objective:
     importance_levels   at which its gradient may be weighted (importance.py): `sequence` where the loss is a sum of a
                         term for each sequence, `token` where a token's log-prob enters by itself; none where what it
                         learns from was not sampled
-    reinforce_scale     the loss's gradient is this many times REINFORCE's, where the two can be compared
+    reinforce_scale     the loss's gradient, as a step begins, is this many times REINFORCE's; None where the two differ
+                        by more than a factor
     sequence_targets    the names in `Prepared.per_sequence`
     token_targets       the names in `Prepared.per_token`
 
@@ -202,8 +203,8 @@ class Objective:
         return "sequence"
 
     @property
-    def reinforce_scale(self) -> float:
-        return 1.0
+    def reinforce_scale(self) -> float | None:
+        return None
 
     def learns_from(self, reward_G: Sequence[float]) -> bool:
         """Whether a group of these rewards, those of masked responses left out, is worth a place in the batch; another

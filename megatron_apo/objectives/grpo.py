@@ -78,10 +78,10 @@ class GRPO(Objective):
         return "token" if self.averaging == "token" else "sequence"
 
     @property
-    def reinforce_scale(self) -> float:
+    def reinforce_scale(self) -> float | None:
         """Only the sum over tokens, without std, is REINFORCE's gradient at another scale."""
         is_scaled = self.averaging == "constant" and not self.divide_by_std
-        return 1 / self.max_response_tokens if is_scaled else 1.0
+        return 1 / self.max_response_tokens if is_scaled else None
 
     def learns_from(self, reward_G: Sequence[float]) -> bool:
         return not self.dynamic_sampling or len(set(reward_G)) > 1

@@ -43,6 +43,7 @@ class REINFORCE(Objective):
     takes_baseline = True
     importance_levels = ("token", "sequence")
     sequence_targets = ("advantage",)
+    reinforce_scale = 1.0
 
     @property
     def target_log_probs(self) -> frozenset[LogProbs]:

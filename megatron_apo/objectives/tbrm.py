@@ -12,7 +12,8 @@ The first logit is the model's own, before any temperature; log-probs are at the
 here. The paper samples at 1, where these belong together. At T they do not: Q would be logit / T, and where the
 residual is 0 the first token alone is drawn from the optimal policy to the power 1 / T.
 
-A first logit is no log-prob, so that importance weights would reach but a part of the gradient.
+A first logit is no log-prob, so that importance weights would reach but a part of the gradient, which is REINFORCE's at
+no scale.
 """
 
 from __future__ import annotations
@@ -45,11 +46,6 @@ class TBRM(Objective):
     needs_first_logit = True
     importance_levels = ()
     sequence_targets = ("reward",)
-
-    @property
-    def reinforce_scale(self) -> float:
-        """By what multiplies -r grad log pi."""
-        return 2 / self.beta
 
     def prepare(self, samples: Samples) -> Prepared:
         """reward = r / beta."""

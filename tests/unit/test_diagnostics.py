@@ -110,6 +110,14 @@ def test_metrics_of_a_step(one_rank):
     assert record.first_log_ratio == 1.0  # the largest magnitude, though it is negative
 
 
+def test_a_norm_is_in_reinforce_units_where_there_is_a_scale(one_rank):
+    record = StepRecord(reinforce_scale=None)
+    record.add([micro_batch(*FIRST)])
+    record.add_step(0.5)
+    metrics = record.gather(one_rank).metrics()
+    assert metrics["grad_norm"] == 0.5 and "grad_norm_reinforce" not in metrics
+
+
 def test_a_skipped_step_is_counted_and_in_no_mean(one_rank):
     record = two_minibatches()
     record.add([micro_batch(1.0, 1, [-4.0], [-1.0], [0.0])])

@@ -162,6 +162,14 @@ def test_a_micro_batch_of_masked_responses_alone_has_no_loss(objective):
         assert (float(term.total.detach()), term.count) == (0, 0) and term.total.requires_grad
 
 
+def test_a_gradient_has_a_scale_where_it_is_reinforces_but_for_a_factor():
+    """Neither standard deviations, nor means over tokens, nor values of tokens, nor logits are a factor."""
+    scaled = [APO(beta2=0.1), APO(loss_scale="unit"), REINFORCE(), RLOO(), REBEL(eta=0.5), DrGRPO(9)]
+    assert [one.reinforce_scale for one in scaled] == pytest.approx([0.2, 1, 1, 1, 8, 1 / 9])
+    others = [GRPO(9), GRPO(9, averaging="constant"), GRPO(9, divide_by_std=False), DAPO(9), PPO(), TBRM(), SFT()]
+    assert all(one.reinforce_scale is None for one in others)
+
+
 # Of 3 minibatches: forwards (without gradient) and forward-backwards, in minibatches.
 @pytest.mark.parametrize(
     ("objective", "cost"),

@@ -31,7 +31,7 @@ def test_by_hand():
             "bellman/residual/count": 2,
         }
     )
-    assert TBRM() == TBRM(2e-3, 1) and TBRM().reinforce_scale == 1e3
+    assert TBRM() == TBRM(2e-3, 1)
 
 
 def test_gradient_by_hand():
