@@ -43,7 +43,7 @@ def run(seed: int, out: Path | None, overrides: Sequence[str]) -> None:
         launch.run_command([stage, "--recipe", str(path)])
     RunSummary(recipe.run.dir).add({"phases_s": {"total": round(time.monotonic() - start, 2)}})
     report = write_report(recipe.run.dir)
-    console.print(_closing_table(read_summary(recipe.run.dir)))
+    console.print(_closing_table(recipe.objective.title, read_summary(recipe.run.dir)))
     console.print(f"report: {report}\ntrained model: {recipe.run.dir / 'checkpoints' / 'hf'}", soft_wrap=True)
 
 
@@ -79,8 +79,8 @@ def _free_folder(folder: Path) -> Path:
     return candidate
 
 
-def _closing_table(summary: dict) -> Table:
-    table = Table(title="A*-PO on arithmetic", show_header=False)
+def _closing_table(method: str, summary: dict) -> Table:
+    table = Table(title=f"{method} on arithmetic", show_header=False)
     before, after = summary["pass_at_1"]["before"], summary["pass_at_1"]["after"]
     for name, key in ((f"avg@{before['samples_per_prompt']}", "mean"), ("greedy", "greedy")):
         error = "stderr" if key == "mean" else "greedy_stderr"

@@ -6,7 +6,7 @@ A section's keys are the fields of the method's class in `megatron_apo/objective
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -14,6 +14,14 @@ from megatron_apo.config.base import Section
 from megatron_apo.config.optimizer import OptimizerConfig
 from megatron_apo.config.sampling import SamplingConfig
 from megatron_apo.config.train import TrainConfig
+
+_TITLES = {
+    "vstar": "V*",
+    "batch_mean": "mean of the batch",
+    "group_mean": "mean of the group",
+    "leave_one_out": "mean of the group's others",
+    "kernel": "kernel of the past",
+}
 
 
 class BaselineConfig(Section):
@@ -31,6 +39,10 @@ class BaselineConfig(Section):
         description="share of the run so far over which the past counts, source kernel; exponential: from 0.01; null: "
         "all of it alike, the running mean",
     )
+
+    @property
+    def title(self) -> str:
+        return _TITLES[self.source]
 
     def problems(self, samples_per_prompt: int) -> list[str]:
         """Combinations that cannot work, one line each."""
@@ -63,6 +75,7 @@ class CriticConfig(Section):
 
 
 class _Method(Section):
+    title: ClassVar[str]  # for people
     if TYPE_CHECKING:  # each has its own default
         samples_per_prompt: int
 
@@ -74,6 +87,11 @@ class _Method(Section):
     def problems(self, sampling: SamplingConfig, train: TrainConfig) -> list[str]:
         """Combinations that cannot work, one line each."""
         return self.value_source.problems(self.samples_per_prompt) if self.value_source else []
+
+    @property
+    def taken_off(self) -> str | None:
+        """What is taken off the rewards to make advantages, for people; None without advantages."""
+        return self.value_source.title if self.value_source else None
 
     @property
     def own_critic(self) -> CriticConfig | None:
@@ -106,6 +124,7 @@ _DUAL = "the loss of a negative advantage is at most this many times it (above 1
 
 
 class APOConfig(_Method):
+    title = "A*-PO"
     name: Literal["apo"] = Field("apo", description=_NAME)
     beta2: float = Field(1e-3, gt=0, description="b2: weight of the log-ratio in the regression")
     loss_scale: Literal["paper", "unit"] = Field("paper", description="unit divides by 2*b2 (REINFORCE's units)")
@@ -114,6 +133,7 @@ class APOConfig(_Method):
 
 
 class REINFORCEConfig(_Method):
+    title = "REINFORCE"
     name: Literal["reinforce"] = Field("reinforce", description=_NAME)
     kl_coefficient: float = Field(0.0, ge=0, description=_KL_IN_REWARD)
     samples_per_prompt: int = _samples(1)
@@ -121,18 +141,29 @@ class REINFORCEConfig(_Method):
 
 
 class RLOOConfig(_Method):
+    title = "RLOO"
     name: Literal["rloo"] = Field("rloo", description=_NAME)
     kl_coefficient: float = Field(0.0, ge=0, description=_KL_IN_REWARD)
     samples_per_prompt: int = _samples(4, least=2)
 
+    @property
+    def taken_off(self) -> str:
+        return _TITLES["leave_one_out"]
+
 
 class REBELConfig(_Method):
+    title = "REBEL"
     name: Literal["rebel"] = Field("rebel", description=_NAME)
     eta: float = Field(1.0, gt=0, description="the step towards pi_old exp(eta r)")
     samples_per_prompt: int = _samples(2, least=2)
 
+    @property
+    def taken_off(self) -> str:
+        return _TITLES["group_mean"]
+
 
 class TBRMConfig(_Method):
+    title = "TBRM"
     name: Literal["tbrm"] = Field("tbrm", description=_NAME)
     beta: float = Field(2e-3, gt=0, description="weight of the KL to the reference against the reward")
     samples_per_prompt: int = _samples(1)
@@ -153,6 +184,7 @@ class TBRMConfig(_Method):
 
 
 class GRPOConfig(_Method):
+    title = "GRPO"
     name: Literal["grpo"] = Field("grpo", description=_NAME)
     samples_per_prompt: int = _samples(8, least=2)
     divide_by_std: bool = Field(True, description=_STD)
@@ -166,6 +198,10 @@ class GRPOConfig(_Method):
     max_draws: int = Field(10, ge=1, description="rounds of drawing for a step at most, with dynamic_sampling")
     overlong_buffer: int | None = Field(0, ge=0, description=_BUFFER)
     overlong_penalty: float = Field(1.0, ge=0, description="the penalty at the length cap")
+
+    @property
+    def taken_off(self) -> str:
+        return _TITLES["group_mean"] + (", in standard deviations" if self.divide_by_std else "")
 
     def problems(self, sampling: SamplingConfig, train: TrainConfig) -> list[str]:
         found = self._idle_problems()
@@ -190,6 +226,7 @@ class GRPOConfig(_Method):
 
 
 class DrGRPOConfig(GRPOConfig):
+    title = "Dr. GRPO"
     name: Literal["dr_grpo"] = Field("dr_grpo", description=_NAME)  # type: ignore[assignment]
     divide_by_std: bool = Field(False, description=_STD)
     averaging: Literal["sequence", "constant", "token"] = Field("constant", description=_AVERAGING)
@@ -197,6 +234,7 @@ class DrGRPOConfig(GRPOConfig):
 
 
 class DAPOConfig(GRPOConfig):
+    title = "DAPO"
     name: Literal["dapo"] = Field("dapo", description=_NAME)  # type: ignore[assignment]
     samples_per_prompt: int = _samples(16, least=2)
     averaging: Literal["sequence", "constant", "token"] = Field("token", description=_AVERAGING)
@@ -207,6 +245,7 @@ class DAPOConfig(GRPOConfig):
 
 
 class PPOConfig(_Method):
+    title = "PPO"
     name: Literal["ppo"] = Field("ppo", description=_NAME)
     samples_per_prompt: int = _samples(1)
     clip_low: float | None = Field(0.2, gt=0, le=1, description=_CLIP_LOW)
@@ -218,6 +257,10 @@ class PPOConfig(_Method):
     whiten: bool = Field(True, description="advantages of the batch have mean 0 and variance 1")
     kl_coefficient: float = Field(1e-3, ge=0, description=_KL_IN_REWARD)
     critic: CriticConfig = Field(default_factory=CriticConfig)
+
+    @property
+    def taken_off(self) -> str:
+        return "critic's value"
 
 
 def _name_of(value: object) -> str | None:

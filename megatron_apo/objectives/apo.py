@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_apo.objectives.base import (
+    ADVANTAGE,
     OBJECTIVES,
     LossTerm,
     Micro,
@@ -35,6 +36,7 @@ class APO(Objective):
     takes_baseline = True
     importance_levels = ("token", "sequence")
     sequence_targets = ("advantage",)
+    told = ADVANTAGE | {"value/mean"}
 
     @property
     def reinforce_scale(self) -> float:

@@ -171,6 +171,7 @@ class Objective:
                         by more than a factor
     sequence_targets    the names in `Prepared.per_sequence`
     token_targets       the names in `Prepared.per_token`
+    told                the names in `Prepared.metrics`, and those that the losses tell as `averaged`
 
     What a method's settings decide is a property here.
     """
@@ -184,6 +185,10 @@ class Objective:
     importance_levels: ClassVar[tuple[ImportanceLevel, ...]] = ("token",)
     sequence_targets: ClassVar[tuple[str, ...]] = ()
     token_targets: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def told(self) -> frozenset[str]:
+        return frozenset()
 
     @property
     def target_log_probs(self) -> frozenset[LogProbs]:
@@ -255,6 +260,9 @@ def sequence_sum(value_R: Tensor, sequence_R: Tensor, num_sequences: int) -> Ten
 def first_tokens(sequence_R: Tensor) -> Tensor:
     """[R] whether a token is its sequence's first. sequence_R: which sequence it is of."""
     return sequence_R.diff(prepend=sequence_R.new_tensor([-1])) != 0
+
+
+ADVANTAGE = frozenset({"advantage/mean", "advantage/second_moment"})
 
 
 def advantage_metrics(advantage_K: Tensor, value_K: Tensor | None = None) -> dict[str, float]:

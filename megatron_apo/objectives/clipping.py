@@ -19,6 +19,8 @@ from torch import Tensor
 
 from megatron_apo.objectives.base import averaged
 
+CLIPPED = frozenset({"clip/low", "clip/high", "clip/dual"})
+
 
 def clipped_surrogate(
     log_ratio_R: Tensor, advantage_R: Tensor, low: float | None, high: float | None, dual: float | None = None

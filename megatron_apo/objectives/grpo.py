@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_apo.objectives.base import (
+    ADVANTAGE,
     OBJECTIVES,
     LogProbs,
     LossTerm,
@@ -36,7 +37,7 @@ from megatron_apo.objectives.base import (
     advantage_metrics,
     averaged,
 )
-from megatron_apo.objectives.clipping import clipped_surrogate
+from megatron_apo.objectives.clipping import CLIPPED, clipped_surrogate
 from megatron_apo.objectives.group import group_mean, group_std
 from megatron_apo.objectives.kl import KL_IN_LOSS
 
@@ -82,6 +83,11 @@ class GRPO(Objective):
         """Only the sum over tokens, without std, is REINFORCE's gradient at another scale."""
         is_scaled = self.averaging == "constant" and not self.divide_by_std
         return 1 / self.max_response_tokens if is_scaled else None
+
+    @property
+    def told(self) -> frozenset[str]:
+        kl = {"kl/in_loss"} if self.kl_coefficient else ()
+        return ADVANTAGE.union(CLIPPED, {"group/std", "group/equal", "reward/length_penalty"}, kl)
 
     def learns_from(self, reward_G: Sequence[float]) -> bool:
         return not self.dynamic_sampling or len(set(reward_G)) > 1

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_apo.objectives.base import (
+    ADVANTAGE,
     OBJECTIVES,
     LogProbs,
     LossTerm,
@@ -29,7 +30,7 @@ from megatron_apo.objectives.base import (
     Stats,
     averaged,
 )
-from megatron_apo.objectives.clipping import clipped_surrogate
+from megatron_apo.objectives.clipping import CLIPPED, clipped_surrogate
 from megatron_apo.objectives.gae import gae
 from megatron_apo.objectives.kl import token_kl
 
@@ -61,6 +62,11 @@ class PPO(Objective):
     @property
     def target_log_probs(self) -> frozenset[LogProbs]:
         return frozenset({"old_policy", "reference"} if self.kl_coefficient else ())
+
+    @property
+    def told(self) -> frozenset[str]:
+        kl = {"kl/in_reward"} if self.kl_coefficient else ()
+        return ADVANTAGE.union(CLIPPED, {"value/mean", "critic/explained_variance", "critic/clipped"}, kl)
 
     def prepare(self, samples: Samples) -> Prepared:
         """advantage, return, and value = V_old, each token's."""

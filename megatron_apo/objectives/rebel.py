@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_apo.objectives.base import (
+    ADVANTAGE,
     OBJECTIVES,
     LossTerm,
     Micro,
@@ -46,6 +47,7 @@ class REBEL(Objective):
     couples = True
     importance_levels = ("token", "sequence")
     sequence_targets = ("advantage", "group", "weight")
+    told = ADVANTAGE
 
     @property
     def reinforce_scale(self) -> float:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_apo.objectives.base import (
+    ADVANTAGE,
     OBJECTIVES,
     LogProbs,
     LossTerm,
@@ -48,6 +49,11 @@ class REINFORCE(Objective):
     @property
     def target_log_probs(self) -> frozenset[LogProbs]:
         return frozenset({"old_policy", "reference"} if self.kl_coefficient else ())
+
+    @property
+    def told(self) -> frozenset[str]:
+        kl = {"kl/in_reward"} if self.kl_coefficient else ()
+        return ADVANTAGE.union({"value/mean", "ratio/mean"}, kl)
 
     def baseline(self, samples: Samples, reward_K: Tensor) -> Tensor:
         """[K] for these rewards, KL included."""

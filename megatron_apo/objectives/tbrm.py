@@ -46,6 +46,7 @@ class TBRM(Objective):
     needs_first_logit = True
     importance_levels = ()
     sequence_targets = ("reward",)
+    told = frozenset({"bellman/first_logit", "bellman/residual"})
 
     def prepare(self, samples: Samples) -> Prepared:
         """reward = r / beta."""

@@ -27,7 +27,7 @@ from megatron_apo.learner import learner as learner_module
 from megatron_apo.learner.known import KnownLogProbs
 from megatron_apo.learner.learner import Learner
 from megatron_apo.objectives import LossTerm, Micro, Objective, Prepared, Samples, Stats, build_objective
-from megatron_apo.objectives.base import advantage_metrics, averaged
+from megatron_apo.objectives.base import ADVANTAGE, advantage_metrics, averaged
 from megatron_apo.objectives.group import group_mean
 from megatron_apo.parallel.groups import distributed
 from megatron_apo.runtime.topology import Topology
@@ -132,6 +132,7 @@ class Added(Objective):
 
     loss_log_probs = frozenset({"sampler"})
     sequence_targets = ("advantage",)
+    told = ADVANTAGE | {"ratio/mean"}
 
     def prepare(self, samples: Samples) -> Prepared:
         advantage_K = samples.reward_K - group_mean(samples.reward_K, samples.group_K)

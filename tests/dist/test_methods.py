@@ -332,15 +332,26 @@ def test_a_step_costs_what_the_method_says(layout: str, work: Path, measured) ->
         assert {*found["held"]["sequences"]} == {*cost.sequence_buffers}, method
 
 
+def told_of_the_method(metrics: dict[str, float]) -> set[str]:
+    """Of a step's, what is not told of every method's."""
+    common = {"loss", "grad_norm", "grad_norm_reinforce", "skipped_steps", "masked_steps"}
+    rooms = ("kl", "mismatch", "layout", "importance")
+    return {name for name in metrics.keys() - common if name in KL or name.partition("/")[0] not in rooms}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_tells_what_the_method_says(layout: str, work: Path, measured) -> None:
+    for method in LAYOUTS[layout]:
+        objective = objective_of(recipe_of(work, layout, method), method)
+        critic = {"critic/loss", "critic/grad_norm", "critic/skipped_steps"} if objective.needs_critic else set()
+        assert told_of_the_method(measured(layout, method)["none"]["metrics"]) == objective.told | critic, method
+
+
 @pytest.mark.parametrize("method", METHODS.keys() - {ADDED})
 def test_a_page_names_what_is_told_of_a_step(method: str, measured) -> None:
-    """Beside what is told of every method's."""
-    common = {"loss", "grad_norm", "grad_norm_reinforce", "skipped_steps", "masked_steps"}
     page = (DOCS / f"{PAGES[method]}.md").read_text()
-    for name in measured("dp2", method)["none"]["metrics"]:
-        first = name.partition("/")[0]
-        if name not in common and first not in ("kl", "mismatch", "layout", "importance") or name in KL:
-            assert f"`{name}`" in page or f"`{first}/*`" in page, name
+    for name in told_of_the_method(measured("dp2", method)["none"]["metrics"]):
+        assert f"`{name}`" in page or f"`{name.partition('/')[0]}/*`" in page, name
 
 
 def test_the_settings_are_such_that_each_part_has_a_say(measured) -> None:

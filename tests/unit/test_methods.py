@@ -91,6 +91,17 @@ def test_another_method_by_an_override_has_none_of_the_recipes_own_settings() ->
         build_recipe(whole, ["objective.name=grpo", "objective.beta2=0.1"])
 
 
+def test_people_read_a_methods_name_and_what_it_takes_off_the_rewards() -> None:
+    sections = [build_recipe({}, [*PATHS, f"objective.name={name}"]).objective for name in METHODS]
+    assert len({section.title for section in sections}) == len(METHODS)
+    told = {section.name for section in sections if section.taken_off}
+    assert told == {name for name in METHODS if "advantage/mean" in built(f"objective.name={name}").told}
+    own = [*PATHS, "objective.samples_per_prompt=2"]
+    sources = get_args(BaselineConfig.model_fields["source"].annotation)
+    titles = [build_recipe({}, [*own, f"objective.baseline.source={one}"]).objective.taken_off for one in sources]
+    assert titles[0] == "V*" and len(set(titles)) == len(sources) and None not in titles
+
+
 @pytest.mark.parametrize(
     ("overrides", "needs"),
     [

@@ -137,6 +137,9 @@ def test_an_objective_reads_what_it_declares_and_makes_the_targets_that_it_names
     assert set(prepared.per_sequence) == set(objective.sequence_targets)
     assert set(prepared.per_token) == set(objective.token_targets)
     term = found.term(objective)
+    losses = [term, *([objective.value_loss(found.micro(objective), prepared)] if objective.needs_critic else [])]
+    averages = {name.removesuffix("/count") for loss in losses for name in loss.stats.sums if name.endswith("/count")}
+    assert averages | prepared.metrics.keys() == objective.told
     assert term.count == (sum(map(len, found.leaves)) if objective.unit == "token" else 6)
     assert float(term.stats.sums["loss"]) == pytest.approx(float(term.total)) and term.total.requires_grad
     assert not any(value.requires_grad for value in term.stats.sums.values())
