@@ -4,12 +4,14 @@ it. See test_methods.py.
     main(WORK, LAYOUT, METHOD ..)
 
 Rank 0 writes WORK/LAYOUT.pt: {method: {fault ("none" for none; "masked": none either, but some responses are masked):
-{"policy" and "critic": gradients of each minibatch, "metrics", "calls": responses that each model's passes went over,
-"held": names of the numbers that were kept}}}.
+{"policy" and "critic": gradients of each minibatch, "metrics", "rates": what `Learner.step_metrics` has beside them,
+"skipped in a row", "calls": responses that each model's passes went over, "held": names of the numbers that were
+kept}}}.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -188,6 +190,12 @@ def value_target_shifted(learner: Learner, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(learner, "_prepare", wrong)
 
 
+def critic_not_stepped(learner: Learner, patch: pytest.MonkeyPatch) -> None:
+    """Its gradients have no finite norm."""
+    assert learner.critic
+    patch.setattr(learner.critic.optimizer, "get_grad_norm", lambda: math.inf)
+
+
 def others_left_out(learner: Learner, patch: pytest.MonkeyPatch) -> None:
     """A group's others are taken to be where they were at the step's start."""
     others = learner._others_log_ratios
@@ -233,6 +241,7 @@ FAULTS: dict[str, tuple[Fault, dict[str, set[str]]]] = {
     ),
     "clipping off": (clipping_off, {name: {"policy"} for name in ("grpo", "dr_grpo", "dapo", "ppo")}),
     "value target shifted": (value_target_shifted, {"ppo": {"critic"}}),
+    "critic not stepped": (critic_not_stepped, {"ppo": {"critic"}}),
     "others left out": (others_left_out, {"rebel": {"policy"}}),
     "sampler's log-probs of the neighbour": (sampler_of_the_neighbour, {"added": {"policy"}}),
     "logit of the last token": (logit_of_the_last_token, {"tbrm": {"policy"}}),
@@ -285,12 +294,15 @@ def measure(
         note_what_is_held(learner, held, patch)
         own = learner.receive(batch(masked) if topology.is_driver else None)
         record = learner.learn(own, VALUES if learner.objective.takes_baseline else None)
+    phases = learner.timer.pop()
     told: list[Any] = [None] * topology.world_size
     last_stage = topology.is_last_stage and topology.tp_rank == topology.cp_rank == 0
     dist.all_gather_object(told, (calls, held) if last_stage else (Counter(), {}))  # one rank of each replica
     return {
         **gradients,
         "metrics": record.metrics(),
+        "rates": [*learner.step_metrics(record, own, {**phases, "step": phases["train"]})],
+        "skipped in a row": learner.skipped_in_a_row,
         "calls": dict(sum((one for one, _ in told), Counter())),
         "held": next(one for _, one in told if one),
     }

@@ -347,6 +347,29 @@ def test_a_step_tells_what_the_method_says(layout: str, work: Path, measured) ->
         assert told_of_the_method(measured(layout, method)["none"]["metrics"]) == objective.told | critic, method
 
 
+def test_what_is_told_of_a_step_is_of_all_ranks(measured) -> None:
+    """The same in every layout, but how it was laid out, to rounding at a log-prob's size."""
+    for method in LAYOUTS["tp2-pp2"]:
+        ours, theirs = (measured(layout, method)["none"]["metrics"] for layout in ("tp2-pp2", "dp2"))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            if not name.startswith("layout/"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (method, name)
+
+
+def test_a_critics_gradient_that_is_not_finite_is_a_skipped_step(measured) -> None:
+    found = measured("dp2", "ppo")["critic not stepped"]
+    assert found["skipped in a row"] == NUM_MINIBATCHES == found["metrics"]["critic/skipped_steps"]
+    assert found["metrics"]["skipped_steps"] == 0
+
+
+def test_rates_are_of_what_a_step_has(measured) -> None:
+    parts = {"forward_backward", "train"}
+    rates = {name: measured("dp2", name)["none"]["rates"] for name in ("ppo", "apo", "rebel")}
+    found = {method: {name.partition("/")[2] for name in names if "tflops" in name} for method, names in rates.items()}
+    assert found == {"ppo": parts | {"reference", "critic"}, "apo": parts | {"reference"}, "rebel": parts}
+
+
 @pytest.mark.parametrize("method", METHODS.keys() - {ADDED})
 def test_a_page_names_what_is_told_of_a_step(method: str, measured) -> None:
     page = (DOCS / f"{PAGES[method]}.md").read_text()
