@@ -118,6 +118,34 @@ def test_interleaved_micro_batches_are_as_long_as_the_longest_of_all_minibatches
     assert {micro.lengths for micro in alone} == {(7,), (5, 2)}
 
 
+def grouped(lengths: list[int], groups: list[int], budget: int, dp: int = 1, minibatches: int = 1, tp: int = 1):
+    """The plan where groups are to be together, and whether each minibatch splits one."""
+    recipe = recipe_of(ParallelConfig(tp=tp, sequence_parallel=tp > 1))
+    recipe.train.tokens_per_micro_batch = budget
+    plan = plan_batch(recipe, batch_of(lengths), num_minibatches=minibatches, dp=dp, groups=groups)
+    rows = [sorted(sorted(members) for rank in one for members in rank) for one in plan.plans]
+    return rows, [plan.splits_groups(number, groups) for number in range(minibatches)]
+
+
+def test_a_group_is_together_where_a_micro_batch_holds_it():
+    assert grouped([6, 3, 4, 3], [0, 0, 1, 1], 9) == ([[[0, 1], [2, 3]]], [False])
+    # By length alone 6 + 4 and 3 + 3 would fit as well. Of 10 and 3 no micro-batch of 12 holds both.
+    assert grouped([6, 3, 4, 3], [0, 0, 1, 1], 10) == ([[[0, 1], [2, 3]]], [False])
+    rows, is_split = grouped([10, 3, 4, 3, 6, 3, 4, 3], [0, 0, 1, 1, 2, 2, 3, 3], 12, minibatches=2)
+    assert is_split == [True, False] and rows[1] == [[4, 5], [6, 7]]
+    assert [2, 3] in [[row for row in members if row > 1] for members in rows[0]]
+
+
+def test_a_group_fits_with_its_padding():
+    """On two sequence-parallel ranks 5 + 5 tokens take 6 + 6."""
+    assert grouped([5, 5], [0, 0], 12, tp=2) == ([[[0, 1]]], [False])
+    assert grouped([5, 5], [0, 0], 10, tp=2) == ([[[0], [1]]], [True])
+
+
+def test_too_few_groups_for_all_replicas_are_split():
+    assert grouped([5, 5], [0, 0], 12, dp=2) == ([[[0], [1]]], [True])
+
+
 def test_no_sequences_and_unequal_minibatches_are_refused():
     recipe = recipe_of(ParallelConfig())
     with pytest.raises(ValueError, match="0 sequences"):
