@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_apo.learner.diagnostics import LogRatioError, StepRecord, _Totals, diagnose
 from megatron_apo.objectives import LossTerm, Stats
+from megatron_apo.objectives.base import averaged
 from megatron_apo.runtime.topology import Topology
 
 
@@ -124,6 +125,23 @@ def test_a_skipped_step_is_counted_and_in_no_mean(one_rank):
     record.add_step(math.inf)
     metrics = record.gather(one_rank).metrics()
     assert metrics["skipped_steps"] == 1 and metrics["grad_norm"] == pytest.approx(0.3)
+
+
+def test_a_critics_part_of_a_step(one_rank):
+    """Over the tokens of all minibatches: 3 in one of two micro-batches, 1 in the other, 4 in the second minibatch."""
+
+    def stats(loss: float, clipped: list[bool]) -> Stats:
+        told = averaged("critic/clipped", torch.tensor(clipped))
+        return Stats({"loss": torch.tensor(loss), "count": torch.tensor(float(len(clipped))), **told})
+
+    record = two_minibatches()
+    record.add_critic([stats(3.0, [True, False, False]), stats(2.0, [True])], 0.6)
+    record.add_critic([stats(1.0, [True, True, True, False])], 0.2)
+    record.add_critic([stats(2.0, [False])], math.nan)
+    found = {name: value for name, value in record.gather(one_rank).metrics().items() if "critic" in name}
+    assert found == pytest.approx(
+        {"critic/loss": 8 / 9, "critic/grad_norm": 0.4, "critic/skipped_steps": 1, "critic/clipped": 5 / 9}
+    )
 
 
 def test_a_step_of_masked_responses_alone_has_no_loss_and_all_else(one_rank):
