@@ -14,11 +14,14 @@ import yaml
 
 from megatron_apo import preflight
 from megatron_apo.config import BaselineConfig, RecipeError, build_recipe, changed_for_resume, describe_fields
+from megatron_apo.learner import learner as learner_module
 from megatron_apo.learner.known import by_minibatch
+from megatron_apo.learner.learner import Learner
 from megatron_apo.objectives import OBJECTIVES, Objective, build_objective
 from megatron_apo.rollout import replay
 from tests.batches import make_batch
 from tests.models import make_model
+from tests.specs import model_spec
 
 PATHS = ["model.path=m", "data.train=t", "vstar.dir=v", "sampling.max_response_tokens=77"]
 METHODS = sorted(OBJECTIVES.keys() - {"sft"})  # which is the warm start's
@@ -191,6 +194,33 @@ def test_a_critic_that_is_another_model_is_refused(tmp_path: Path) -> None:
     (unwritten / "config.json").write_text((policy / "config.json").read_text())
     with pytest.raises(ValueError, match=f"model path {unwritten}: no model.safetensors"):
         check(unwritten)
+
+
+@pytest.mark.parametrize("path", [None, "c"])
+def test_a_critic_has_weights_an_optimizer_and_a_schedule_of_its_own(
+    path: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The schedules are over all optimizer steps of the run: 7 of 3 minibatches."""
+    settings = ["train.steps=7", "train.minibatches=3", "train.prompts_per_step=3", "model.reference=r"]
+    own = ["objective.name=ppo", f"objective.critic.path={path or 'null'}", "objective.critic.optimizer.lr=0.5"]
+    recipe = build_recipe({}, [*PATHS, *settings, *own])
+    loaded, made = [], []
+    sizes = {"num_layers": 1, "hidden_size": 8, "ffn_size": 8, "num_heads": 2, "num_query_groups": 1, "head_dim": 4}
+    spec = model_spec(family="llama", vocab_size=10, **sizes)
+    monkeypatch.setattr(learner_module, "build_model", lambda *_, **__: "policy")
+    monkeypatch.setattr(learner_module, "build_critic", lambda own, *_, **__: f"critic of {own.head}s")
+    monkeypatch.setattr(learner_module, "place_reference", lambda mode, policy, build, load: load("reference"))
+    monkeypatch.setattr(learner_module, "HFReader", str)
+    monkeypatch.setattr(learner_module, "load_weights", lambda chunks, spec, _, reader: loaded.append((chunks, reader)))
+    monkeypatch.setattr(
+        learner_module, "make_trainable", lambda chunks, config, total_steps: made.append((chunks, config, total_steps))
+    )
+    Learner.build(recipe, None, spec=spec)  # type: ignore[arg-type]
+    assert loaded == [("policy", "m"), ("reference", "r"), ("critic of values", path or "m")]
+    assert made == [
+        ("policy", recipe.optimizer, 21),
+        ("critic of values", recipe.objective.critic.optimizer, 21),  # type: ignore[union-attr]
+    ]
 
 
 def test_a_recorded_batch_must_have_the_methods_groups() -> None:

@@ -195,6 +195,15 @@ def test_an_engine_that_a_gpu_cannot_hold(problems, monkeypatch, overrides, most
         (["train.offload_while_sampling=true", "parallel.dp=2", "optimizer.distributed=false"], 2 * STATE),
         (["train.offload_while_sampling=true", "model.dtype=fp32"], 8 / 2 * WEIGHTS),
         (["train.offload_while_sampling=true", "objective.name=ppo"], 2 * STATE),
+        (
+            [
+                "train.offload_while_sampling=true",
+                "parallel.dp=2",
+                "objective.name=ppo",
+                "objective.critic.optimizer.distributed=false",  # whole on either replica
+            ],
+            (1 + 2) * STATE,
+        ),
         (["train.offload_while_sampling=true", "model.reference_mode=swap", "objective.name=rloo"], STATE),
         (["model.reference_mode=offload", "parallel.dp=2", "parallel.tp=2"], 2 * WEIGHTS),
         (["model.reference_mode=swap"], 2 * WEIGHTS),

@@ -135,9 +135,11 @@ def test_a_prompts_responses_are_a_group_of_one_request(start: Callable[..., tup
         assert rollouts.step_metrics() == {"rollout/engine0/responses": 6, "rollout/engine1/responses": 6}
         again = rollouts.sample(prompts, 0, num_samples=3, draw=1)
         assert not {again.sequences.response(row)[0] for row in range(12)} & {*first}
+        assert rollouts.step_metrics() == {"rollout/engine0/responses": 12, "rollout/engine1/responses": 12}
         job.servers[1].faults[GENERATE] = "die"
         third = rollouts.sample(prompts, 0, num_samples=3)
         assert [third.sequences.response(row)[0] for row in range(12)] == first and job.graded == 36
+        assert sum(rollouts.step_metrics().values()) == 12
 
 
 def test_a_restarted_engine_without_the_weights_ends_the_run(start: Callable[..., tuple[Rollouts, Job]]) -> None:
