@@ -10,11 +10,9 @@ every rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +30,7 @@ from megatron_apo.learner.masking import Learned
 from megatron_apo.learner.mismatch import MismatchWatch
 from megatron_apo.learner.optim import Trainable, make_trainable
 from megatron_apo.learner.rollout_metrics import peak_flops, rollout_metrics
+from megatron_apo.learner.step import Minibatches, Part, Step
 from megatron_apo.model.build import LogProbModel, build_model
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
 from megatron_apo.model.placement import Reference, place_reference
@@ -40,19 +39,12 @@ from megatron_apo.model.value import build_critic
 from megatron_apo.objectives import LossTerm, Micro, Objective, Prepared, Samples, Stats, objective_of
 from megatron_apo.objectives.base import LogProbs, first_tokens
 from megatron_apo.objectives.importance import importance_weights, weight_gradient
-from megatron_apo.parallel.pipeline import forward_backward, forward_only
+from megatron_apo.parallel.pipeline import forward_only
 from megatron_apo.parallel.scatter import scatter
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.timers import Phase, PhaseTimer
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.parameters import TensorReader, load_weights
-
-# [minibatch][micro-batch]
-Minibatches = list[list[MicroBatch]]
-
-
-class GradientError(RuntimeError):
-    """Gradients that were not finite, in so many optimizer steps in a row that the run cannot go on."""
 
 
 class Learner:
@@ -173,42 +165,19 @@ class Learner:
     def learn(self, batch: RolloutBatch, value_B: Sequence[float] | None = None, step: int = 0) -> StepRecord:
         """Every optimizer step on one rollout batch, as `receive` gave it: that of step `step` of the run, from 0.
 
-        value_B: the baseline of each response, where the objective takes one.
-
-        A minibatch of which every response is masked (`Learned`) takes no optimizer step, and is counted. A step whose
-        gradient is not finite changes nothing and is counted; the batch is kept in RUN/rollouts/skipped. Raises
-        `GradientError` after train.max_skipped_steps such steps in a row, and `MismatchError` before the first
-        optimizer step where the sampler's log-probs are too far from the policy's.
+        value_B: the baseline of each response, where the objective takes one. Raises what `Step.finish` does.
         """
-        plan = self.plan(batch)
+        plan, learning = self.plan(batch), Step(self, step)
+        learning.add(self.part(plan, batch, value_B))
+        return learning.finish(plan, batch)
+
+    def part(self, plan: BatchPlan, batch: RolloutBatch, value_B: Sequence[float] | None = None) -> Part:
+        """A batch, or some whole groups of one, with all that is known of it before the first optimizer step."""
         minibatches = self.micro_batches(plan, batch)
         learned = Learned.of(self.recipe, batch)
         known = self._known_log_probs(minibatches, batch)
         prepared = self._prepare(minibatches, known, batch, learned, value_B)
-        record = StepRecord(self.objective.reinforce_scale, plan.metrics())
-        record.tell(self.topology.broadcast(dict(prepared.metrics), src=self.topology.last_stage_rank))
-        for number, micro_batches in enumerate(minibatches):
-            others_K = self._others_log_ratios(plan, number, micro_batches, known, batch, learned)
-            loss = partial(self._loss, batch=batch, learned=learned, prepared=prepared, others_K=others_K)
-            with self.timer.phase("train"):
-                self.trainable.zero_grad()
-                stats = forward_backward(
-                    self.trainable.chunks,
-                    micro_batches,
-                    lambda output_R, index, number=number, micro_batches=micro_batches, loss=loss: loss(
-                        output_R, micro_batches[index], partial(known.of, number, index)
-                    ),
-                )
-                record.add(stats)
-            if number == 0:  # the weights are still those that sampled
-                self._judge_mismatch(record.gather(self.topology), step)
-            with self.timer.phase("optimizer"):  # by a gradient of 0 Adam would move weights too
-                grad_norm = self.trainable.step() if learned.has_any(plan.plans[number]) else None
-            record.add_step(grad_norm)
-            if grad_norm is not None:
-                norms = [grad_norm, *self._teach_critic(micro_batches, learned, prepared, record)]
-                self._count_skipped(next((norm for norm in norms if not math.isfinite(norm)), grad_norm), batch, step)
-        return record.gather(self.topology)
+        return Part(batch, plan, minibatches, learned, known, prepared)
 
     def _loss(
         self,
@@ -250,28 +219,6 @@ class Learner:
             len(micro.indices),
         )
         return replace(term, stats=replace(stats, sums={**stats.sums, **weights.sums}))
-
-    def _teach_critic(
-        self, micro_batches: Sequence[MicroBatch], learned: Learned, prepared: Prepared, record: StepRecord
-    ) -> list[float]:
-        """The critic's optimizer step on a minibatch, where there is one: its gradient's norm. A step whose gradient is
-        not finite changes nothing, and is counted."""
-        if self.critic is None:
-            return []
-
-        def loss(value_R: Tensor, index: int) -> LossTerm:
-            part = learned.part(micro_batches[index])
-            seen = Micro(value_R[part.token_R], part.places, part.sequence_R)
-            term = self.objective.value_loss(seen, prepared)
-            count = value_R.new_tensor(term.count)
-            return replace(term, stats=replace(term.stats, sums={**term.stats.sums, "count": count}))
-
-        with self.timer.phase("critic"):
-            self.critic.zero_grad()
-            stats = forward_backward(self.critic.chunks, micro_batches, loss)
-            norm = self.critic.step()
-        record.add_critic(stats, norm)
-        return [norm]
 
     def _prepare(
         self,
@@ -320,18 +267,6 @@ class Learner:
 
         return share
 
-    def _judge_mismatch(self, record: StepRecord, step: int) -> None:
-        """By the numbers that every rank has, so that all of them raise `MismatchError` or none.
-
-        Where policy or reference computed no number, so will the gradient: that step is skipped (`_count_skipped`).
-        """
-        if not record.is_finite:
-            return
-        told, warning = self.mismatch.judge(record.mismatch, step)
-        record.tell(told)
-        if warning and self.topology.is_driver:
-            print(f"warning: {warning}", flush=True)
-
     def micro_batches(self, plan: BatchPlan, batch: RolloutBatch) -> Minibatches:
         """This replica's micro-batches of each minibatch, on this rank's device."""
         found = plan.micro_batches(batch.sequences, self.topology.dp_rank)
@@ -373,7 +308,10 @@ class Learner:
         return KnownLogProbs(found)
 
     def _reference_log_probs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Nothing for nothing."""
         assert self.reference is not None
+        if not micro_batches:
+            return []
         with self.reference.active() as chunks:
             return forward_only(chunks, micro_batches)
 
@@ -435,27 +373,6 @@ class Learner:
         )
         return {**rollouts, **record.metrics(), "lr": self.trainable.lr}
 
-    def _count_skipped(self, grad_norm: float, batch: RolloutBatch, step: int) -> None:
-        if math.isfinite(grad_norm):
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        folder = skipped_rollouts(self.recipe.run.dir)
-        if self.topology.is_driver:
-            try:
-                where = f"the batch is in {folder.write(step, batch)}"
-            except OSError as error:  # it is not worth the run
-                where = f"the batch could not be kept: {error}"
-            print(
-                f"step {step + 1}: the gradient's norm is {grad_norm}; the optimizer step is skipped, {where}",
-                flush=True,
-            )
-        if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
-            raise GradientError(
-                f"step {step + 1}: the gradient was not finite in {self.skipped_in_a_row} optimizer steps in a row "
-                f"(train.max_skipped_steps); the weights are those before them, the batches are in {folder.folder}"
-            )
-
 
 def _own_rows(micro_batches: Sequence[MicroBatch], learned: Learned) -> list[int]:
     """The rows of the batch that are learned from and in these micro-batches."""
@@ -481,8 +398,3 @@ def _critic(recipe: Recipe, spec: ModelSpec, topology: Topology, total_steps: in
 def recorded_rollouts(run_dir: Path) -> RolloutFolder:
     """Where train.record keeps each step's batch."""
     return RolloutFolder(run_dir / "rollouts")
-
-
-def skipped_rollouts(run_dir: Path) -> RolloutFolder:
-    """Where the batches of skipped optimizer steps are kept."""
-    return RolloutFolder(run_dir / "rollouts" / "skipped")

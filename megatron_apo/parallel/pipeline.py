@@ -3,6 +3,10 @@
     forward_only(chunks, micro_batches)                 no gradient; outputs on the last stage
     forward_backward(chunks, micro_batches, loss)       gradients into main_grad, divided by the global count
 
+    gradient = OpenGradient(chunks)                     the same in several calls
+    forward_backward(chunks, micro_batches, loss, gradient) ..
+    gradient.close()
+
 An output is a number for each response token: the policy's log-prob of it, or the critic's value of the state before it
 (`TokenModel`). All ranks of a replica call these together, with the same micro-batches. `chunks` are the rank's model
 chunks (one, or `parallel.vpp`), wrapped for training or not. Context-parallel ranks each compute their positions of a
@@ -12,13 +16,14 @@ micro-batch; the outputs are whole on all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from megatron_apo.data.batch import IGNORE, MicroBatch
@@ -28,6 +33,39 @@ from megatron_apo.objectives.base import LossTerm, Stats
 
 # loss(output_R with gradient, index of the micro-batch) -> LossTerm
 MicroLoss = Callable[[Tensor, int], LossTerm]
+
+
+class OpenGradient:
+    """The gradient of several `forward_backward` calls: bit for bit that of one with their micro-batches in that order.
+
+    Calls with it only add to main_grad and to the count; `close` reduces over the ranks and divides by the global
+    count, once. Replicas may call any number of times, also never, and between calls anything may happen that leaves
+    main_grad alone. Several calls take one chunk a rank, and no expert ranks, which have to call equally often; and
+    any number takes gradients that are not reduced as they come (overlap_grad_reduce).
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]):
+        self._chunks = list(chunks)
+        self._count = torch.zeros([], dtype=torch.int, device=next(chunks[0].parameters()).device)
+
+    @contextmanager
+    def added_to(self) -> Iterator[None]:
+        """Within: Megatron-Core's schedules leave their gradients open and add their counts to this one's."""
+        config = get_model_config(self._chunks[0])
+        finalize = config.finalize_model_grads_func
+
+        def count(_: object, num_tokens: Tensor, **__: object) -> None:
+            self._count += num_tokens
+
+        config.finalize_model_grads_func = count
+        try:
+            yield
+        finally:
+            config.finalize_model_grads_func = finalize
+
+    def close(self) -> None:
+        """Collective."""
+        get_model_config(self._chunks[0]).finalize_model_grads_func(self._chunks, self._count)
 
 
 def forward_only(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -47,9 +85,15 @@ def forward_only(chunks: Sequence[torch.nn.Module], micro_batches: Sequence[Micr
 
 
 def forward_backward(
-    chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], loss: MicroLoss
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    loss: MicroLoss,
+    gradient: OpenGradient | None = None,
 ) -> list[Stats]:
-    """Accumulate gradients of sum(total) / global sum(count). Returns the `Stats` of each micro-batch (last stage)."""
+    """Accumulate gradients of sum(total) / global sum(count). Returns the `Stats` of each micro-batch (last stage).
+
+    gradient: to which they are added, in place of being reduced and divided.
+    """
     counts_here = parallel_state.get_context_parallel_rank() == 0  # the ranks of one context have the same loss
 
     def step(iterator: Iterator[tuple[int, MicroBatch]], module: torch.nn.Module):
@@ -67,7 +111,8 @@ def forward_backward(
 
         return part, reduce
 
-    return _schedule(step, chunks, micro_batches, forward_only=False)
+    with gradient.added_to() if gradient else nullcontext():
+        return _schedule(step, chunks, micro_batches, forward_only=False)
 
 
 def _forward(module: torch.nn.Module, micro: MicroBatch) -> tuple[Tensor, ContextSplit | None]:
@@ -91,6 +136,8 @@ def _of_responses(output_BL: Tensor, split: ContextSplit | None, micro: MicroBat
 def _schedule(
     step: Callable, chunks: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], **options: bool
 ) -> list:
+    if not micro_batches:
+        return []
     iterators = [iter(enumerate(micro_batches)) for _ in chunks]
     if len(chunks) > 1:  # stages take what the first says for the shape of all, and would wait for the rest for good
         assert len({micro.input_BS.shape for micro in micro_batches}) == 1, "interleaved micro-batches differ in shape"

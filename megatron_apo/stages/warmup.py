@@ -11,8 +11,8 @@ from megatron_apo.data.layout import make_micro_batches
 from megatron_apo.data.order import step_prompts
 from megatron_apo.data.sequences import Sequences
 from megatron_apo.data.sft import Examples
-from megatron_apo.learner.learner import GradientError
 from megatron_apo.learner.optim import make_trainable
+from megatron_apo.learner.step import GradientError
 from megatron_apo.model.build import build_model
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.model.precision import Precision

@@ -25,9 +25,10 @@ from megatron_apo.data.layout import BatchPlan
 from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch
 from megatron_apo.learner import learner as learner_module
 from megatron_apo.learner.known import KnownLogProbs
-from megatron_apo.learner.learner import GradientError, Learner
+from megatron_apo.learner.learner import Learner
 from megatron_apo.learner.masking import Learned, Part
 from megatron_apo.learner.mismatch import MismatchError
+from megatron_apo.learner.step import GradientError
 from megatron_apo.model.cpu_compat import cuda_type_names
 from megatron_apo.model.hf_config import read_hf_config
 from megatron_apo.objectives.importance import importance_weights

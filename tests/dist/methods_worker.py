@@ -26,6 +26,7 @@ import torch.distributed as dist
 from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.data.rollouts import FINISH_REASONS, RolloutBatch
 from megatron_apo.learner import learner as learner_module
+from megatron_apo.learner import step as step_module
 from megatron_apo.learner.known import KnownLogProbs
 from megatron_apo.learner.learner import Learner
 from megatron_apo.objectives import LossTerm, Micro, Objective, Prepared, Samples, Stats, build_objective
@@ -282,9 +283,8 @@ def measure(
         trainable.step = watched
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("forward_only", "forward_backward"):
-            work_of = getattr(learner_module, name)
-            patch.setattr(learner_module, name, counted(learner, name, work_of, calls))
+        for module, name in ((learner_module, "forward_only"), (step_module, "forward_backward")):
+            patch.setattr(module, name, counted(learner, name, getattr(module, name), calls))
         watch("policy", learner.trainable, learner.spec)
         if learner.critic:
             watch("critic", learner.critic, learner.spec.as_critic())

@@ -7,8 +7,8 @@ import torch
 
 from megatron_apo.config import OptimizerConfig, ParallelConfig, build_recipe
 from megatron_apo.data.sft import Examples
-from megatron_apo.learner.learner import GradientError
 from megatron_apo.learner.optim import make_trainable
+from megatron_apo.learner.step import GradientError
 from megatron_apo.model.build import build_model
 from megatron_apo.parallel.groups import alone
 from megatron_apo.stages import warmup
