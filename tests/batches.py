@@ -40,6 +40,7 @@ def make_batch(
         ),
         weight_version_B=np.full(count, weight_version, dtype=np.int64),
         seconds_B=np.array(seconds if seconds is not None else [0.0] * count, dtype=np.float64),
+        wave_B=np.zeros(count, dtype=np.int32),
     )
 
 
@@ -57,7 +58,7 @@ def no_values(batch: RolloutBatch) -> list[float]:
 def assert_same_batch(ours: RolloutBatch, theirs: RolloutBatch) -> None:
     """Bit for bit, what is held and what is everyone's; seconds apart."""
     assert ours.prompt_ids == theirs.prompt_ids
-    names = ("group_B", "log_prob_R", "reward_B", "finish_reason_B", "weight_version_B")
+    names = ("group_B", "log_prob_R", "reward_B", "finish_reason_B", "weight_version_B", "wave_B")
     pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
     names = ("prompt_lengths_B", "response_lengths_B", "held_H", "token_ids_T")
     pairs |= {name: (getattr(ours.sequences, name), getattr(theirs.sequences, name)) for name in names}

@@ -1,4 +1,11 @@
-"""A batch of sequences as micro-batches, by the recipe's rules: packing, token budget, alignment, their number."""
+"""A batch of sequences as micro-batches, by the recipe's rules: packing, token budget, alignment, their number.
+
+plan = plan_batch(recipe, sequences, num_minibatches=2, dp=4)
+
+waves = WavePlanner(recipe, num_rows, num_minibatches=2, dp=4)     # of a batch that comes in waves
+plan = waves.plan(rows, sequences) ..
+plan = waves.whole
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,7 @@ from typing import Any
 
 from megatron_apo.config import Recipe, aligned
 from megatron_apo.data.batch import MicroBatch, make_micro_batch
-from megatron_apo.data.packing import Plan, balance, padded_lengths, plan_micro_batches
+from megatron_apo.data.packing import Plan, balance, padded_lengths, plan_micro_batches, plan_wave
 from megatron_apo.data.sequences import Sequences
 
 
@@ -71,11 +78,7 @@ def plan_batch(
     assert not rest, f"{len(lengths)} sequences do not divide into {num_minibatches} minibatches"
     parts = [range(index * size, (index + 1) * size) for index in range(num_minibatches)]
     plans = [_plan(recipe, lengths, rows, dp, groups) for rows in parts]
-    rules: dict[str, Any] = {
-        "packing": recipe.train.packing,
-        "multiple": recipe.alignment,
-        "fill_multiple": recipe.micro_batch_alignment,
-    }
+    rules = _rules(recipe)
     if recipe.parallel.vpp > 1:
         micro = [members for plan in plans for rank in plan for members in rank]
         rules["fill_to"] = max(sum(padded_lengths([lengths[row] for row in members], **rules)) for members in micro)
@@ -88,31 +91,103 @@ def make_micro_batches(recipe: Recipe, sequences: Sequences, *, dp: int = 1, rep
     return micro_batches
 
 
+class WavePlanner:
+    """Plans a batch of `num_rows` sequences that comes in waves, which need not hold some of each minibatch.
+
+    A row's minibatch is the one that `plan_batch` gives it, however long it is and whenever it comes. Its replica
+    is the one that has the fewest tokens of the minibatch so far. Replicas may have different numbers of micro-batches.
+    """
+
+    def __init__(self, recipe: Recipe, num_rows: int, *, num_minibatches: int, dp: int):
+        assert num_rows % num_minibatches == 0, f"{num_rows} rows do not divide into {num_minibatches} minibatches"
+        self._recipe = recipe
+        self._size = num_rows // num_minibatches
+        self._lengths = [0] * num_rows
+        self._plans: list[Plan] = [[[] for _ in range(dp)] for _ in range(num_minibatches)]  # of the batch's rows
+        self._tokens = [[0] * dp for _ in range(num_minibatches)]  # of each replica's sequences, aligned
+
+    def plan(self, rows: Sequence[int], sequences: Sequences, *, groups: Sequence[int] | None = None) -> BatchPlan:
+        """Of a wave: `sequences` are the batch's `rows`, by whose place here its plan names them. groups: as above."""
+        lengths, plans = sequences.positions_B.tolist(), []
+        for row, length in zip(rows, lengths, strict=True):
+            assert not self._lengths[row], f"row {row} came before"
+            self._lengths[row] = length
+        for minibatch, (whole, tokens) in enumerate(zip(self._plans, self._tokens, strict=True)):
+            own = [place for place, row in enumerate(rows) if row // self._size == minibatch]
+            plan = _plan_wave(self._recipe, lengths, own, tokens, groups)
+            for replica, micro_batches in enumerate(plan):
+                whole[replica] += [[rows[place] for place in members] for members in micro_batches]
+                tokens[replica] += sum(aligned(lengths[p], self._recipe.alignment) for m in micro_batches for p in m)
+            plans.append(plan)
+        return BatchPlan(lengths, plans, _rules(self._recipe))
+
+    @property
+    def whole(self) -> BatchPlan:
+        """Of the batch, all of whose rows have come."""
+        assert all(self._lengths), f"{self._lengths.count(0)} rows did not come"
+        return BatchPlan(self._lengths, self._plans, _rules(self._recipe))
+
+
+def _rules(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "packing": recipe.train.packing,
+        "multiple": recipe.alignment,
+        "fill_multiple": recipe.micro_batch_alignment,
+    }
+
+
+def _budget(recipe: Recipe) -> int:
+    """Tokens of a micro-batch, so that it holds them filled up."""
+    return recipe.train.tokens_per_micro_batch // recipe.micro_batch_alignment * recipe.micro_batch_alignment
+
+
 def _plan(recipe: Recipe, lengths: Sequence[int], rows: range, dp: int, groups: Sequence[int] | None) -> Plan:
     """[replica][micro-batch] = rows of the batch."""
-    train, multiple = recipe.train, recipe.micro_batch_alignment
-    budget = train.tokens_per_micro_batch // multiple * multiple  # so that it holds them filled up
 
     def plan(items: Sequence[Sequence[int]], sizes: Sequence[int]) -> Plan:
         found = plan_micro_batches(
             sizes,
             dp=dp,
-            budget_tokens=budget,
-            packing=train.packing,
+            budget_tokens=_budget(recipe),
+            packing=recipe.train.packing,
             multiple=recipe.alignment,
             count_multiple_of=recipe.parallel.micro_batch_group,
         )
-        return [[[row for item in members for row in items[item]] for members in rank] for rank in found]
+        return _rows_of(found, items)
 
-    if groups is not None and train.packing:
-        together = _fitting_groups(rows, lengths, groups, recipe.alignment, budget)
+    if groups is not None and recipe.train.packing:
+        together = _fitting_groups(rows, lengths, groups, recipe.alignment, _budget(recipe))
         with suppress(ValueError):  # too few of them for all ranks
-            return plan(together, [sum(aligned(lengths[row], recipe.alignment) for row in item) for item in together])
+            return plan(together, _sizes(together, lengths, recipe.alignment))
     return plan([[row] for row in rows], [lengths[row] for row in rows])
 
 
+def _plan_wave(
+    recipe: Recipe, lengths: Sequence[int], rows: Sequence[int], tokens: Sequence[int], groups: Sequence[int] | None
+) -> Plan:
+    """[replica][micro-batch] = rows of the wave, of which these are in one minibatch."""
+    items, sizes = [[row] for row in rows], [lengths[row] for row in rows]
+    if groups is not None and recipe.train.packing:
+        items = _fitting_groups(rows, lengths, groups, recipe.alignment, _budget(recipe))
+        sizes = _sizes(items, lengths, recipe.alignment)
+    found = plan_wave(
+        sizes, tokens, budget_tokens=_budget(recipe), packing=recipe.train.packing, multiple=recipe.alignment
+    )
+    return _rows_of(found, items)
+
+
+def _rows_of(plan: Plan, items: Sequence[Sequence[int]]) -> Plan:
+    """A plan of items, as one of their rows."""
+    return [[[row for item in members for row in items[item]] for members in rank] for rank in plan]
+
+
+def _sizes(items: Sequence[Sequence[int]], lengths: Sequence[int], multiple: int) -> list[int]:
+    """Tokens that items of several sequences take."""
+    return [sum(aligned(lengths[row], multiple) for row in item) for item in items]
+
+
 def _fitting_groups(
-    rows: range, lengths: Sequence[int], groups: Sequence[int], multiple: int, budget: int
+    rows: Sequence[int], lengths: Sequence[int], groups: Sequence[int], multiple: int, budget: int
 ) -> list[list[int]]:
     """The rows, those of a group together where a micro-batch holds them."""
     members: dict[int, list[int]] = {}

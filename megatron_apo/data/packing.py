@@ -6,7 +6,7 @@ of positions that a sequence takes in the model; laid out, it is rounded up to `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ def plan_micro_batches(
         )
     # By true lengths: sequences that differ only within the alignment must not be told apart by their index.
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    per_rank = _spread(order, sizes, dp)
+    per_rank = _spread(order, sizes, [0] * dp)
     split = _pack if packing else _pad
     fewest = aligned(-(-sum(sizes) // (dp * budget_tokens)), count_multiple_of)
     for num_bins in range(fewest, len(lengths) // dp + 1, count_multiple_of):
@@ -75,16 +75,40 @@ def plan_micro_batches(
     )
 
 
-def _spread(order: Sequence[int], sizes: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Longest first, each to the bin with the fewest tokens (then the fewest sequences).
+def plan_wave(
+    lengths: Sequence[int], tokens: Sequence[int], *, budget_tokens: int, packing: bool, multiple: int = 1
+) -> Plan:
+    """As `plan_micro_batches`, of sequences that are a part of a minibatch, the rest of which is computed apart.
+
+    tokens: what each rank has of the minibatch already, which is evened out. A rank gets the fewest micro-batches that
+    hold its own, which may be none. Each sequence must fit into one.
+    """
+    sizes = [aligned(length, multiple) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    split = _pack if packing else _pad
+    return [_fewest(own, sizes, budget_tokens, split) for own in _spread(order, sizes, tokens)]
+
+
+_Split = Callable[[list[int], Sequence[int], int, int], list[list[int]] | None]
+
+
+def _fewest(order: list[int], sizes: Sequence[int], budget: int, split: _Split) -> list[list[int]]:
+    """One rank's micro-batches."""
+    least = -(-sum(sizes[index] for index in order) // budget)
+    plans = (split(order, sizes, number, budget) for number in range(least, len(order) + 1))
+    return next(plan for plan in plans if plan is not None)
+
+
+def _spread(order: Sequence[int], sizes: Sequence[int], begun: Sequence[int]) -> list[list[int]]:
+    """Longest first, each to the bin with the fewest tokens (then the fewest sequences). begun: what bins have already.
 
     Largest differencing (Karmarkar and Karp, 1982) evens out tokens that are even already, and attention, which grows
     with the square of a length, less: it does not deal out the longest ones first (tests/benchmarks/packing.py).
     """
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    tokens = [0] * num_bins
+    bins: list[list[int]] = [[] for _ in begun]
+    tokens = list(begun)
     for index in order:
-        target = min(range(num_bins), key=lambda b: (tokens[b], len(bins[b]), b))
+        target = min(range(len(bins)), key=lambda b: (tokens[b], len(bins[b]), b))
         bins[target].append(index)
         tokens[target] += sizes[index]
     return bins
@@ -98,7 +122,7 @@ def _give_each_at_least(count: int, per_rank: Sequence[list[int]], lengths: Sequ
 
 
 def _pack(order: list[int], sizes: Sequence[int], num_bins: int, budget: int) -> list[list[int]] | None:
-    bins = _spread(order, sizes, num_bins)
+    bins = _spread(order, sizes, [0] * num_bins)
     return bins if all(sum(sizes[i] for i in members) <= budget for members in bins) else None
 
 
@@ -125,7 +149,7 @@ def _pad(order: list[int], sizes: Sequence[int], num_bins: int, budget: int) -> 
 class Balance:
     """How evenly a plan spreads its work. An imbalance is the largest share over the mean share, minus 1."""
 
-    micro_batches: int  # of each DP rank
+    micro_batches: int  # of a DP rank, at most
     padding: float  # part of the tokens laid out that is padding
     tokens: float  # imbalance over DP ranks of the tokens laid out
     attention: float  # imbalance over DP ranks of attention's FLOPs, which grow with the square of a length
@@ -160,7 +184,7 @@ def balance(
     attention = [sum(size**2 for micro in rank for size in micro) for rank in per_rank]
     real = sum(lengths[index] for rank in plan for members in rank for index in members)
     return Balance(
-        micro_batches=len(plan[0]),
+        micro_batches=max(map(len, plan)),
         padding=1 - real / sum(tokens),
         tokens=_imbalance(tokens),
         attention=_imbalance(attention),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from megatron_apo.data.sequences import Int32s, Sequences, starts_of
 
 FINISH_REASONS = ("stop", "length")
-FORMAT = 1
+FORMAT = 2
 _METADATA = b"megatron_apo.rollouts"
 _SCHEMA = pa.schema(
     {
@@ -34,6 +34,7 @@ _SCHEMA = pa.schema(
         "finish_reason": pa.string(),
         "weight_version": pa.int64(),
         "seconds": pa.float64(),
+        "wave": pa.int32(),
     }
 )
 
@@ -50,6 +51,7 @@ class RolloutBatch:
     finish_reason_B: NDArray[np.uint8]  # index of FINISH_REASONS
     weight_version_B: NDArray[np.int64]  # of the weights that sampled the response
     seconds_B: NDArray[np.float64]  # from the step's requests to this response
+    wave_B: Int32s  # with which others it was learned from while more was sampled; 0 where all were waited for
 
     def __post_init__(self) -> None:
         num_tokens = int(self.sequences.response_lengths_B[self.sequences.held_H].sum())
@@ -108,7 +110,32 @@ class RolloutBatch:
             finish_reason_B=column("finish_reason_B"),
             weight_version_B=column("weight_version_B"),
             seconds_B=column("seconds_B"),
+            wave_B=column("wave_B"),
         )
+
+    @classmethod
+    def of_waves(cls, waves: Sequence[Wave]) -> RolloutBatch:
+        """The batch that came in these, which are held whole; each wave is numbered in it."""
+        firsts = {
+            wave.rows[members[0]]: (number, group)
+            for number, wave in enumerate(waves)
+            for group, members in enumerate(wave.batch.groups)
+        }
+        whole = cls.of_groups([wave.batch for wave in waves], [firsts[row] for row in sorted(firsts)])
+        wave_B = np.empty(len(whole), dtype=np.int32)
+        for number, wave in enumerate(waves):
+            wave_B[wave.rows] = number
+        return replace(whole, wave_B=wave_B)
+
+    @property
+    def waves(self) -> list[Wave]:
+        """What the batch, which is held whole, came in."""
+        groups, found = self.groups, []
+        for number in sorted({*self.wave_B.tolist()}):
+            own = [group for group, rows in enumerate(groups) if self.wave_B[rows[0]] == number]
+            rows = [row for group in own for row in groups[group]]
+            found.append(Wave(rows, RolloutBatch.of_groups([self], [(0, group) for group in own])))
+        return found
 
     def select(self, rows: Sequence[int]) -> RolloutBatch:
         """The same batch with tokens and log-probs of `rows` (ascending) alone; they must be held."""
@@ -134,6 +161,7 @@ class RolloutBatch:
             "finish_reason": pa.array([FINISH_REASONS[code] for code in self.finish_reason_B], pa.string()),
             "weight_version": pa.array(self.weight_version_B),
             "seconds": pa.array(self.seconds_B),
+            "wave": pa.array(self.wave_B),
         }
         table = pa.table(columns, schema=_SCHEMA.with_metadata({_METADATA: json.dumps({"format": FORMAT})}))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +214,17 @@ class RolloutBatch:
             finish_reason_B=np.array([FINISH_REASONS.index(reason) for reason in reasons], dtype=np.uint8),
             weight_version_B=column["weight_version"].to_numpy(),
             seconds_B=column["seconds"].to_numpy(),
+            wave_B=column["wave"].to_numpy(),
         )
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Whole groups of a step's batch that came together: `rows` of it, ascending within a group, and these alone as a
+    batch, whose groups are numbered by themselves."""
+
+    rows: list[int]
+    batch: RolloutBatch
 
 
 @dataclass(frozen=True)

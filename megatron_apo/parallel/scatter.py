@@ -26,7 +26,7 @@ def scatter(
 ) -> RolloutBatch:
     """The driver's `batch` on every rank, with the tokens of its replica's rows; the driver keeps all. Collective.
 
-    rows_of(batch): the rows that each replica computes, ascending; a function of what every rank has.
+    rows_of(batch): the rows that each replica computes, if any, ascending; a function of what every rank has.
     """
     shared: RolloutBatch = topology.broadcast(batch.select([]) if batch is not None else None)
     leaders = [topology.replica_ranks(replica)[0] for replica in range(topology.dp)]
@@ -35,18 +35,19 @@ def scatter(
     if batch is not None:
         sent = []
         for leader, part in zip(leaders[1:], rows[1:], strict=True):
-            data = _packed(batch, part)
-            sent.append((dist.isend(data, dst=leader, group=topology.host_group), data))
-        if len(topology.replica_ranks(0)) > 1:
+            if part:
+                data = _packed(batch, part)
+                sent.append((dist.isend(data, dst=leader, group=topology.host_group), data))
+        if own_rows and len(topology.replica_ranks(0)) > 1:
             dist.broadcast(_packed(batch, own_rows), src=topology.rank, group=topology.replica_group)
         for work, _ in sent:
             work.wait()
         return batch
     data = torch.empty(_num_bytes(shared, own_rows), dtype=torch.uint8)
     leader = leaders[topology.dp_rank]
-    if topology.rank == leader:
+    if own_rows and topology.rank == leader:
         dist.recv(data, src=0, group=topology.host_group)
-    if len(topology.replica_ranks(topology.dp_rank)) > 1:
+    if own_rows and len(topology.replica_ranks(topology.dp_rank)) > 1:
         dist.broadcast(data, src=leader, group=topology.replica_group)
     return _unpacked(shared, own_rows, data.numpy())
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -56,13 +57,21 @@ class RequestQueue:
         """All responses, in their order."""
         return [one for index in range(len(self.bodies)) for one in self.answers[index]]
 
+    def rows_of(self, index: int) -> range:
+        """The numbers of a request's responses."""
+        return range(self._first[index], self._first[index + 1])
+
+    def request_of(self, row: int) -> int:
+        """The request that a response answers."""
+        return bisect_right(self._first, row) - 1
+
     def answer(self, index: int, completions: list[Completion], engine: int) -> dict[int, Completion]:
         """Keep a request's responses, from engine number `engine`; they are returned by their numbers."""
         if len(completions) != self.sizes[index]:
             raise ServerError(f"a request for {self.sizes[index]} responses was answered with {len(completions)}")
         self.answers[index] = completions
         self.answered_by[engine] += len(completions)
-        return dict(enumerate(completions, start=self._first[index]))
+        return dict(zip(self.rows_of(index), completions, strict=True))
 
     def take(self) -> int:
         """The first open request, which is in flight from now on."""

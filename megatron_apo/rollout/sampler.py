@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,8 @@ from megatron_apo.rollout.weight_sync import SyncError
 class GradedSampling:
     """Responses that are graded as they arrive, over as many `advance` as it takes until no engine dies any more.
 
-    prompts: each response's, in the order of the requests. masks: see `RewardPool.submit`; for training, whose rewards
-    may be NaN then.
+    prompts: each response's, in the order of the requests. graded: the number of each response, once it is graded.
+    masks: see `RewardPool.submit`; for training, whose rewards may be NaN then.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class GradedSampling:
         self._pool = pool
         self._masks = masks
         self._grading: dict[int, Future[Grade]] = {}
+        self.graded: SimpleQueue[int | None] = SimpleQueue()  # None is for who reads it
 
     def advance(self, fleet: Fleet) -> None:
         """Returns when all responses are there and graded. Raises ServerDied when no engine is left."""
@@ -76,6 +78,7 @@ class GradedSampling:
         if index >= self._first_explained:
             self._requests[index] = request
         self._grading[index] = self._pool.submit(request, masks=self._masks)
+        self._grading[index].add_done_callback(lambda _: self.graded.put(index))
 
 
 def begin_step(
@@ -112,22 +115,27 @@ def generate_bodies(
     return [generate_body(GenerateRequest(prompt.token_ids, seed), sampling, num_samples) for prompt, seed in pairs]
 
 
-def finished_batch(sampling: GradedSampling, version: int, step: int) -> RolloutBatch:
-    """The graded responses in the order of the prompts, those of a request as a group. Raises SyncError for a response
-    of other weights."""
-    completions = sampling.completions
+def finished_batch(
+    sampling: GradedSampling, version: int, step: int, requests: Sequence[int] | None = None
+) -> RolloutBatch:
+    """The graded responses in the order of the prompts, those of a request as a group; requests: of these alone. Raises
+    SyncError for a response of other weights."""
+    queue = sampling.queue
+    numbers = range(len(queue.sizes)) if requests is None else requests
+    rows = [row for number in numbers for row in queue.rows_of(number)]
+    completions = [one for number in numbers for one in queue.answers[number]]
+    prompts = [sampling.prompts[row] for row in rows]
     if stale := {completion.weight_version for completion in completions} - {str(version)}:
         raise SyncError(f"step {step}: responses of weight versions {sorted(stale)}, expected {version}")
-    prompt_ids = tuple(prompt.prompt_id for prompt in sampling.prompts)
+    sizes = [queue.sizes[number] for number in numbers]
     return RolloutBatch(
-        prompt_ids=prompt_ids,
-        group_B=np.repeat(np.arange(len(sampling.queue.sizes), dtype=np.int32), sampling.queue.sizes),
-        sequences=Sequences.of(
-            [prompt.token_ids for prompt in sampling.prompts], [one.token_ids for one in completions]
-        ),
+        prompt_ids=tuple(prompt.prompt_id for prompt in prompts),
+        group_B=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+        sequences=Sequences.of([prompt.token_ids for prompt in prompts], [one.token_ids for one in completions]),
         log_prob_R=np.array([value for one in completions for value in one.log_probs], dtype=np.float32),
-        reward_B=sampling.reward_B,
+        reward_B=np.array([sampling.grade(row).reward for row in rows], dtype=np.float64),
         finish_reason_B=np.array([FINISH_REASONS.index(one.finish_reason) for one in completions], dtype=np.uint8),
         weight_version_B=np.array([int(one.weight_version) for one in completions], dtype=np.int64),
         seconds_B=np.array([one.seconds for one in completions], dtype=np.float64),
+        wave_B=np.zeros(len(rows), dtype=np.int32),
     )

@@ -128,12 +128,13 @@ def random_batch(prompts: int, tokens: int) -> RolloutBatch:
         finish_reason_B=np.zeros(prompts, dtype=np.uint8),
         weight_version_B=np.zeros(prompts, dtype=np.int64),
         seconds_B=draw.random(prompts),
+        wave_B=np.zeros(prompts, dtype=np.int32),
     )
 
 
 def everyones(part: RolloutBatch) -> int:
     """Bytes of what every rank has of all rows."""
-    arrays = [part.group_B, part.reward_B, part.finish_reason_B, part.weight_version_B, part.seconds_B]
+    arrays = [part.group_B, part.reward_B, part.finish_reason_B, part.weight_version_B, part.seconds_B, part.wave_B]
     arrays += [part.sequences.prompt_lengths_B, part.sequences.response_lengths_B, part.sequences.held_H]
     return sum(array.nbytes for array in arrays) + sum(map(len, part.prompt_ids))
 

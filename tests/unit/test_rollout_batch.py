@@ -84,6 +84,7 @@ def test_columns_are_what_a_person_would_look_for(tmp_path: Path) -> None:
             "finish_reason": "stop",
             "weight_version": 3,
             "seconds": 0.0,
+            "wave": 0,
         }
     ]
 
@@ -120,8 +121,8 @@ def damaged(path: Path) -> dict[str, str]:
         pq.write_table(content, path.parent / name)
     return {
         **dict.fromkeys(writes, "the file is damaged"),
-        "other columns": "not a rollout batch of format 1",
-        "other format": "not a rollout batch of format 1",
+        "other columns": "not a rollout batch of format 2",
+        "other format": "not a rollout batch of format 2",
         "unknown reason": r"finish reasons \['abort'\] are not known",
         "nulls": "reward has nulls",
         "fewer log-probs": "not as many log-probs as tokens",
