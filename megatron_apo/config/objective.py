@@ -44,6 +44,21 @@ class BaselineConfig(Section):
     def title(self) -> str:
         return _TITLES[self.source]
 
+    def whole_batch(self, samples_per_prompt: int, masks: bool) -> str:
+        """Why a response's baseline may need the whole batch; empty where its own group is enough.
+
+        masks: whether responses may have no reward.
+        """
+        if self.source == "batch_mean":
+            return "objective.baseline.source=batch_mean is the mean of the whole batch"
+        if self.source in ("kernel", "leave_one_out") and (samples_per_prompt == 1 or masks):
+            alone = "reward.truncated=mask" if masks else "objective.samples_per_prompt=1"
+            return (
+                f"objective.baseline.source={self.source} is the mean of the whole batch where it has nothing else, as "
+                f"it may with {alone}"
+            )
+        return ""
+
     def problems(self, samples_per_prompt: int) -> list[str]:
         """Combinations that cannot work, one line each."""
         if self.source == "group_mean" and samples_per_prompt == 1:
@@ -87,6 +102,11 @@ class _Method(Section):
     def problems(self, sampling: SamplingConfig, train: TrainConfig) -> list[str]:
         """Combinations that cannot work, one line each."""
         return self.value_source.problems(self.samples_per_prompt) if self.value_source else []
+
+    def whole_batch(self, masks: bool) -> str:
+        """Why the targets of a response may need the whole batch; empty where those of its group are enough. masks:
+        whether responses may have no reward."""
+        return self.value_source.whole_batch(self.samples_per_prompt, masks) if self.value_source else ""
 
     @property
     def taken_off(self) -> str | None:
@@ -203,6 +223,11 @@ class GRPOConfig(_Method):
     def taken_off(self) -> str:
         return _TITLES["group_mean"] + (", in standard deviations" if self.divide_by_std else "")
 
+    def whole_batch(self, masks: bool) -> str:
+        if self.dynamic_sampling:
+            return "objective.dynamic_sampling=true draws anew for groups of the whole batch"
+        return super().whole_batch(masks)
+
     def problems(self, sampling: SamplingConfig, train: TrainConfig) -> list[str]:
         found = self._idle_problems()
         if self.overlong_buffer is not None and self.overlong_buffer >= sampling.max_response_tokens:
@@ -261,6 +286,9 @@ class PPOConfig(_Method):
     @property
     def taken_off(self) -> str:
         return "critic's value"
+
+    def whole_batch(self, masks: bool) -> str:
+        return "objective.name=ppo tells and whitens advantages by the whole batch"
 
 
 def _name_of(value: object) -> str | None:

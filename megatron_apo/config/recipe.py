@@ -142,7 +142,23 @@ class Recipe(Section):
             *self._optimizer_problems(),
             *self.train.problems(self.model, self.optimizer),
             *self.objective.problems(self.sampling, self.train),
+            *self._streaming_problems(),
         ]
+
+    def _streaming_problems(self) -> list[str]:
+        """Of a step that computes while its responses are generated."""
+        if not self.train.streamed:
+            return []
+        parallel, whole = self.parallel, self.objective.whole_batch(self.reward.truncated == "mask")
+        reasons = {
+            f"parallel.vpp={parallel.vpp} takes micro-batches of one length, known before the first": parallel.vpp > 1,
+            f"parallel.ep={parallel.ep} takes as many micro-batches on every replica": parallel.ep > 1,
+            "train.offload_while_sampling=true takes away what gradients go into": self.train.offload_while_sampling,
+            "rollout.sleep_while_training=true has one of the two at work at a time": self.rollout.sleep_while_training,
+            whole: bool(whole),
+        }
+        found = [why for why, is_so in reasons.items() if is_so]
+        return [f"train.streamed: true, but {why}; use false, or change that" for why in found]
 
     def _optimizer_problems(self) -> list[str]:
         found = [

@@ -19,6 +19,11 @@ class TrainConfig(Section):
     steps: int = Field(200, ge=1, json_schema_extra=MAY_CHANGE_AT_CONSTANT_RATE, description="rollout batches")
     prompts_per_step: int = Field(256, ge=1, description="prompts of one rollout batch")
     minibatches: int = Field(2, ge=1, description="optimizer steps per rollout batch; divides prompts_per_step")
+    streamed: bool = Field(
+        False,
+        json_schema_extra=MAY_CHANGE,
+        description="compute responses as they come, in waves, while the rest of the step is still generated",
+    )
     packing: bool = Field(
         True, json_schema_extra=MAY_CHANGE, description="pack sequences; false: pad to the longest of a micro-batch"
     )

@@ -35,6 +35,7 @@ class APO(Objective):
     loss_log_probs = frozenset({"reference"})
     takes_baseline = True
     importance_levels = ("token", "sequence")
+    targets_by = "sequence"
     sequence_targets = ("advantage",)
     told = ADVANTAGE | {"value/mean"}
 

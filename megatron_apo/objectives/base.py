@@ -23,6 +23,7 @@ LogProbs = Literal["reference", "old_policy", "sampler"]
 policy's at the weights that sampled, as the trainer computes it; the engine's that sampled."""
 
 ImportanceLevel = Literal["token", "sequence"]
+TargetsBy = Literal["sequence", "group", "batch"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,9 @@ class Objective:
                         learns from was not sampled
     reinforce_scale     the loss's gradient, as a step begins, is this many times REINFORCE's; None where the two differ
                         by more than a factor
+    targets_by          what has to be there before a sequence's targets are known: it, its group, or the whole batch.
+                        Unless it is the batch, `prepare` may be given some whole groups at a time, and its metrics are
+                        means over the sequences
     sequence_targets    the names in `Prepared.per_sequence`
     token_targets       the names in `Prepared.per_token`
     told                the names in `Prepared.metrics`, and those that the losses tell as `averaged`
@@ -183,6 +187,7 @@ class Objective:
     needs_first_logit: ClassVar[bool] = False
     couples: ClassVar[bool] = False
     importance_levels: ClassVar[tuple[ImportanceLevel, ...]] = ("token",)
+    targets_by: ClassVar[TargetsBy] = "batch"
     sequence_targets: ClassVar[tuple[str, ...]] = ()
     token_targets: ClassVar[tuple[str, ...]] = ()
 
@@ -217,7 +222,8 @@ class Objective:
         return True
 
     def prepare(self, samples: Samples) -> Prepared:
-        """Targets from the whole global batch (baselines, group statistics, KL in the reward)."""
+        """Targets from the whole global batch, or from what `targets_by` says (baselines, group statistics, KL in the
+        reward)."""
         raise NotImplementedError
 
     def loss(self, micro: Micro, prepared: Prepared) -> LossTerm:

@@ -68,6 +68,7 @@ class GRPO(Objective):
     overlong_penalty: float = 1.0
 
     importance_levels = ("token", "sequence")
+    targets_by = "group"
     sequence_targets = ("advantage",)
 
     @property

@@ -46,6 +46,7 @@ class REBEL(Objective):
     loss_log_probs = frozenset({"old_policy"})
     couples = True
     importance_levels = ("token", "sequence")
+    targets_by = "group"
     sequence_targets = ("advantage", "group", "weight")
     told = ADVANTAGE
 

@@ -14,6 +14,7 @@ w, whose variance grows with the response's length: minibatches: 1 is the method
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from megatron_apo.objectives.base import (
     Prepared,
     Samples,
     Stats,
+    TargetsBy,
     advantage_metrics,
     averaged,
 )
@@ -43,6 +45,7 @@ class REINFORCE(Objective):
     loss_log_probs = frozenset({"old_policy"})
     takes_baseline = True
     importance_levels = ("token", "sequence")
+    targets_by: ClassVar[TargetsBy] = "sequence"
     sequence_targets = ("advantage",)
     reinforce_scale = 1.0
 

@@ -22,6 +22,7 @@ class RLOO(REINFORCE):
     samples_per_prompt: int = 4
 
     takes_baseline = False
+    targets_by = "group"
 
     def baseline(self, samples: Samples, reward_K: Tensor) -> Tensor:
         return leave_one_out_mean(reward_K, samples.group_K)

@@ -45,6 +45,7 @@ class TBRM(Objective):
     loss_log_probs = frozenset({"reference"})
     needs_first_logit = True
     importance_levels = ()
+    targets_by = "sequence"
     sequence_targets = ("reward",)
     told = frozenset({"bellman/first_logit", "bellman/residual"})
 

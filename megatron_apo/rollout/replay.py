@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
@@ -60,6 +60,15 @@ class Replay(AbstractContextManager["Replay"]):
         """The batch that step `step` learned from, on the driver; its prompts are those that were recorded."""
         return driver_only(self._topology, lambda: self._folder.read(step))
 
+    def stream(
+        self, prompts: Sequence[Prompt], step: int, *, num_samples: int = 1, enough: int
+    ) -> Iterator[tuple[list[int], RolloutBatch | None]]:
+        """The same in the waves in which the recorded step took it."""
+        waves = driver_only(self._topology, lambda: self._folder.read(step).waves)
+        all_rows: list[list[int]] = self._topology.broadcast([wave.rows for wave in waves or ()])
+        for number, rows in enumerate(all_rows):
+            yield rows, waves[number].batch if waves else None
+
 
 def check_replay(recipe: Recipe, start: int, vstar: PromptValues | None) -> None:
     """Read the batches of all steps from `start` on, and hold them against recipe, model and V* store.
@@ -105,6 +114,12 @@ def _check_batch(recipe: Recipe, batch: RolloutBatch, vocab_size: int, vstar: Pr
         raise ValueError(
             f"{len(batch)} responses do not divide into train.minibatches={recipe.train.minibatches} x "
             f"parallel.dp={recipe.parallel.dp}; change these"
+        )
+    expected = recipe.train.prompts_per_step * recipe.objective.samples_per_prompt
+    if recipe.train.streamed and len(batch) != expected:
+        raise ValueError(
+            f"{len(batch)} responses, and train.streamed=true takes the {expected} of train.prompts_per_step="
+            f"{recipe.train.prompts_per_step}; set that to what was recorded"
         )
     if problem := _group_problem(batch, recipe.objective.samples_per_prompt, len(batch) // recipe.train.minibatches):
         raise ValueError(problem)

@@ -3,6 +3,7 @@
     with Rollouts(recipe, topology, policy, spec, inputs, offloaded=...) as rollouts:
         rollouts.sync(0)                          # the engines serve the trainer's weights
         batch = rollouts.sample(prompts, step)    # a RolloutBatch on the driver, None elsewhere
+        for rows, wave in rollouts.stream(prompts, step, enough=4096): ...     # the same as it comes
 
 Every method is called on every rank; graders, tokenizer and the fleet live on the driver (global rank 0). Engines are
 where `placement.py` says: those of another host than the driver's are started there, by the first rank or by a command
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from itertools import chain, cycle, islice
 from types import TracebackType
@@ -32,6 +33,7 @@ from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.model.build import LogProbModel
 from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.rewards.pool import RewardPool
+from megatron_apo.rollout.arrivals import Arrivals
 from megatron_apo.rollout.engine import State
 from megatron_apo.rollout.evaluation import begin_evaluation, evaluated_prompts, finished_evaluation
 from megatron_apo.rollout.fleet import Fleet
@@ -86,7 +88,8 @@ def _is_ending() -> bool:
 class Rollouts:
     """Use as a context manager. `policy`: this rank's model chunks; `inputs` is None except on the driver;
     `offloaded()`: a context within which this rank's device has room for vLLM; `phase(name)`: measures "generate" and
-    "evaluate", which are vLLM's work alone, and "offload", in which the two change places."""
+    "evaluate", which are vLLM's work alone, "wait", which is that of a streamed step, and "offload", in which the two
+    change places."""
 
     def __init__(
         self,
@@ -125,7 +128,12 @@ class Rollouts:
             )
         self._pool: RewardPool | None = None
         self._memory = MemorySharing(
-            topology, self._fleet, offloaded, phase, sleeps=recipe.rollout.sleep_while_training
+            topology,
+            self._fleet,
+            offloaded,
+            phase,
+            sleeps=recipe.rollout.sleep_while_training,
+            is_colocated=recipe.rollout.placement == "colocated",
         )
         self._sync = WeightSync(
             Gather(policy, spec, topology, bucket_bytes=recipe.sync.bucket_mib * 2**20),
@@ -223,6 +231,42 @@ class Rollouts:
         if sampling:
             self._answered_by = sampling.queue.answered_by + (self._answered_by if draw else Counter())
         return driver_only(self._topology, lambda: finished_batch(sampling, self._version, step))
+
+    def stream(
+        self, prompts: Sequence[Prompt], step: int, *, num_samples: int = 1, enough: int
+    ) -> Iterator[tuple[list[int], RolloutBatch | None]]:
+        """What `sample` gives, in waves while the rest is still generated: rows of its batch, on every rank, and these
+        alone as a batch, on the driver.
+
+        enough: see `Arrivals`. To be closed. Who computes between waves must leave the engines' memory alone, and the
+        policy's weights as they are: all engines may die, and those that are started again are given them.
+        """
+        self._begin(f"step {step}")
+
+        def begin() -> Arrivals:
+            sampling = begin_step(self._recipe, self.inputs, self.pool, prompts, step, num_samples=num_samples)
+            return Arrivals(sampling, self.fleet, enough)
+
+        arrivals = driver_only(self._topology, begin)
+        with arrivals or nullcontext():
+
+            def take() -> tuple[list[int], RolloutBatch | None]:
+                """This wave's requests and rows."""
+                requests = driver_only(self._topology, lambda: arrivals.take())
+                wave = driver_only(
+                    self._topology,
+                    lambda: finished_batch(arrivals.sampling, self._version, step, requests) if requests else None,
+                )
+                rows = [row for request in requests or () for row in arrivals.sampling.queue.rows_of(request)]
+                return self._topology.broadcast(rows), wave
+
+            while True:
+                with self._phase("wait"):
+                    rows, wave = self._with_restart(take)
+                if not rows:
+                    break
+                yield rows, wave
+            self._answered_by = arrivals.sampling.queue.answered_by if arrivals else Counter()
 
     def evaluate(self, step: int) -> Evaluation:
         """avg@k and greedy of the weights that the engines hold, on the recipe's held-out prompts."""

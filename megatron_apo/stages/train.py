@@ -1,26 +1,30 @@
 """Stage 2, online: responses of the policy itself, and a step by what they say (A*-PO's: objectives/apo.py).
 
 A step: sample on the policy's own weights -> log-probs that the objective asks for -> for each minibatch, one optimizer
-step -> give the new weights to vLLM. The loop does what the objective declares and never reads its name; what learns
+step -> give the new weights to vLLM. With train.streamed, what comes first is computed while the rest is still sampled
+(`learner/streamed.py`). The loop does what the objective declares and never reads its name; what learns
 from a batch is `learner/learner.py`.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from functools import partial
-from typing import Any
 
 from rich.progress import Progress
 
 from megatron_apo.config import Recipe
 from megatron_apo.data.prompt_source import PromptSource
+from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner.checkpoint import Checkpoints, exported
+from megatron_apo.learner.diagnostics import StepRecord
 from megatron_apo.learner.learner import Learner, recorded_rollouts
 from megatron_apo.learner.masking import Learned
 from megatron_apo.learner.rollout_metrics import source_metrics
+from megatron_apo.learner.streamed import StreamedStep
 from megatron_apo.preflight import open_training
-from megatron_apo.rollout.groups import sample_groups
+from megatron_apo.rollout.groups import Drawn, sample_groups
 from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.training_data import TrainingData
@@ -55,6 +59,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
     ):
         deadline.expect(*map(recorder.last, (STEP_S, GENERATE_S, SAVE_S)))
         done = start
+        begin = _streamed if recipe.train.streamed else _sampled
 
         def save() -> None:
             if (seconds := checkpoints.save(done)) is not None:
@@ -72,27 +77,16 @@ def train(recipe: Recipe, topology: Topology) -> None:
                 learner.timer.pop()  # an evaluation's phases are no step's
                 with learner.timer.phase("step"):
                     with deadline.sampling():
-                        drawn = sample_groups(
-                            topology,
-                            rollouts,
-                            prompts,
-                            learner.objective,
-                            recipe.train.prompts_per_step,
-                            step,
-                            may_redraw=recipe.train.replay is None,
-                        )
-                        batch = learner.receive(drawn.batch)
+                        batch, drawn, learn = begin(recipe, topology, learner, rollouts, prompts, baseline, step)
                     masked_B = Learned.of(recipe, batch).masked_B
                     with deadline.learning():
-                        seen = (step, batch.prompt_ids, batch.group_B, batch.reward_B, ~masked_B)
-                        value_B = on_driver(topology, partial(_values, baseline, *seen))
                         if recipe.train.record:
                             on_driver(topology, partial(recorded_rollouts(recipe.run.dir).write, step, batch))
-                        record = learner.learn(batch, value_B, step)
+                        record = learn()
                     if prompts:
                         prompts.step_is_done()
                     if baseline:
-                        baseline.update(*seen)
+                        baseline.update(step, batch.prompt_ids, batch.group_B, batch.reward_B, ~masked_B)
                     done = step + 1
                     with deadline.put_off(), learner.timer.phase("sync"):
                         recorder.synced(rollouts.sync(done))
@@ -127,9 +121,68 @@ def train(recipe: Recipe, topology: Topology) -> None:
     export_hf(stream, topology, source=recipe.model.path, out=exported(recipe.run.dir))
 
 
-def _values(baseline: Baseline | None, *seen: Any) -> list[float] | None:
-    """On the driver, the baseline of each response of a step's batch, where the method takes one."""
-    return baseline.values(*seen).tolist() if baseline else None
+# (A step's batch, how it was drawn, and what learns from it.)
+Begun = tuple[RolloutBatch, Drawn, Callable[[], StepRecord]]
+
+
+def _sampled(
+    recipe: Recipe,
+    topology: Topology,
+    learner: Learner,
+    rollouts: Rollouts | Replay,
+    prompts: PromptSource | None,
+    baseline: Baseline | None,
+    step: int,
+) -> Begun:
+    """A step that has been sampled."""
+    drawn = sample_groups(
+        topology,
+        rollouts,
+        prompts,
+        learner.objective,
+        recipe.train.prompts_per_step,
+        step,
+        may_redraw=recipe.train.replay is None,
+    )
+    batch = learner.receive(drawn.batch)
+    return batch, drawn, lambda: learner.learn(batch, _values(recipe, topology, baseline, step, batch), step)
+
+
+def _streamed(
+    recipe: Recipe,
+    topology: Topology,
+    learner: Learner,
+    rollouts: Rollouts | Replay,
+    prompts: PromptSource | None,
+    baseline: Baseline | None,
+    step: int,
+) -> Begun:
+    """The same, of which all is computed that could be before its first optimizer step."""
+    streamed, train = StreamedStep(learner, step), recipe.train
+    samples, is_sampled = learner.objective.samples_per_prompt, train.replay is None
+    asked = prompts.draw(train.prompts_per_step) if prompts and is_sampled else []
+    enough = train.tokens_per_micro_batch * topology.dp
+    with closing(rollouts.stream(asked, step, num_samples=samples, enough=enough)) as waves:
+        for rows, wave in waves:
+            own = streamed.receive(rows, wave)
+            streamed.add(own, _values(recipe, topology, baseline, step, own))
+    batch = streamed.batch()
+    if is_sampled:
+        learner.timer.add("generate", float(batch.seconds_B.max()))
+    return batch, Drawn(batch, [batch] if asked else []), lambda: streamed.finish(batch)
+
+
+def _values(
+    recipe: Recipe, topology: Topology, baseline: Baseline | None, step: int, batch: RolloutBatch
+) -> list[float] | None:
+    """The baseline of each response of a step's batch, or of some whole groups of it, where the method takes one."""
+
+    def work() -> list[float] | None:
+        learned_B = ~Learned.of(recipe, batch).masked_B
+        seen = (step, batch.prompt_ids, batch.group_B, batch.reward_B, learned_B)
+        return baseline.values(*seen).tolist() if baseline else None
+
+    return on_driver(topology, work)
 
 
 def _is_evaluated_after(recipe: Recipe, step: int) -> bool:

@@ -165,7 +165,7 @@ class Recorder:
 
     def log(self, step: int, values: Mapping[str, float], phases: Mapping[str, Phase]) -> None:
         """One training step (`step` counts from 1): `values` by the names of metrics.jsonl. Collective."""
-        peaks = {name: phase.peak_bytes for name, phase in phases.items()}
+        peaks = {name: phase.peak_bytes for name, phase in phases.items() if phase.peak_bytes}
         ranks = self._gathered((peaks, self._gpu.pop() if self._gpu else {}))
         if self._topology.is_driver:
             times = {f"time/{name}_s": phase.seconds for name, phase in phases.items()}

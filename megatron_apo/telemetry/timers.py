@@ -17,7 +17,7 @@ from megatron_apo.telemetry.memory import pop_private_peak_bytes
 class Phase:
     """What a phase took: wall-clock seconds, added up, and this process's peak memory in it.
 
-    Memory is what tensors take of the GPU, or without one the process's private memory.
+    Memory is what tensors take of the GPU, or without one the process's private memory; 0 where it was not measured.
     """
 
     seconds: float
@@ -52,6 +52,10 @@ class PhaseTimer:
             self._close_interval()
             self._running.remove(name)
             self._seconds[name] += time.perf_counter() - start
+
+    def add(self, name: str, seconds: float) -> None:
+        """A phase that ran beside others and was measured elsewhere; nobody knows its memory."""
+        self._seconds[name] += seconds
 
     def pop(self) -> dict[str, Phase]:
         """Each phase since the last `pop`, in the order in which they first ended."""

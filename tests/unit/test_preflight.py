@@ -317,3 +317,11 @@ def test_torch_says_whether_it_was_built_with_cuda():
     import torch
 
     assert gpus._torch_has_cuda() == (torch.version.cuda is not None)
+
+
+def test_streamed_steps_take_engines_with_gpus_of_their_own(problems):
+    streamed, dedicated = "train.streamed=true", ["rollout.placement=dedicated", "rollout.driver=127.0.0.1:29600"]
+    (line,) = problems([HOPPER], streamed)
+    assert line.startswith("train.streamed: true, but colocated engines have the ranks' GPUs")
+    assert problems([], streamed) == problems([HOPPER], streamed, "train.replay=somewhere") == []
+    assert not [line for line in problems([HOPPER], streamed, *dedicated) if "streamed" in line]
