@@ -24,7 +24,6 @@ from tests.dist.methods_worker import (
     FAULTS,
     GROUP,
     LR,
-    MASKED,
     METHODS,
     NUM_MINIBATCHES,
     RESPONSE_LENGTHS,
@@ -33,6 +32,7 @@ from tests.dist.methods_worker import (
     VARIANT,
     batch,
     faults_of,
+    masked_of,
     objective_of,
     recipe_of,
     temperature_of,
@@ -298,7 +298,7 @@ def test_steps_are_those_of_transformers_and_torch(layout: str, method: str, mea
 @pytest.mark.parametrize(("layout", "method"), CASES + FULL_CASES)
 def test_a_masked_response_is_in_nothing(layout: str, method: str, measured, expected) -> None:
     """Neither in its group nor in a mean of the batch, in no loss and in no count, of policy and critic."""
-    found = seen(measured(layout, method)["masked"], expected(method, MASKED))
+    found = seen(measured(layout, method)["masked"], expected(method, masked_of(method)))
     assert max(found.values()) <= GRADIENTS, found
 
 

@@ -17,7 +17,7 @@ from megatron_apo.config import BaselineConfig, RecipeError, build_recipe, chang
 from megatron_apo.learner import learner as learner_module
 from megatron_apo.learner.known import by_minibatch
 from megatron_apo.learner.learner import Learner
-from megatron_apo.objectives import OBJECTIVES, Objective, build_objective
+from megatron_apo.objectives import OBJECTIVES, Objective, build_objective, objective_of
 from megatron_apo.rollout import replay
 from tests.batches import make_batch
 from tests.models import make_model
@@ -221,6 +221,23 @@ def test_a_critic_has_weights_an_optimizer_and_a_schedule_of_its_own(
         ("policy", recipe.optimizer, 21),
         ("critic of values", recipe.objective.critic.optimizer, 21),  # type: ignore[union-attr]
     ]
+
+
+def test_groups_are_kept_together_for_a_loss_that_couples_them() -> None:
+    """Of responses that take 6, 3, 4 and 3 positions a micro-batch of 10 holds a group, or the first and the third."""
+    made = make_batch([[1]] * 4, [[2] * count for count in (6, 3, 4, 3)])
+    made.group_B[:] = [0, 0, 1, 1]
+
+    def planned(method: str) -> list[list[int]]:
+        settings = ["train.tokens_per_micro_batch=10", "train.minibatches=1", "data.max_prompt_tokens=2"]
+        short = ["sampling.max_response_tokens=7", "objective.samples_per_prompt=2", f"objective.name={method}"]
+        learner = Learner.__new__(Learner)
+        learner.recipe = build_recipe({}, [*PATHS, *settings, *short])
+        learner.objective = objective_of(learner.recipe)
+        ((micro_batches,),) = learner.plan(made).plans
+        return sorted(sorted(members) for members in micro_batches)
+
+    assert planned("rebel") == [[0, 1], [2, 3]] and planned("rloo") == [[0, 2], [1, 3]]
 
 
 def test_a_recorded_batch_must_have_the_methods_groups() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_apo.config import Difference
-from megatron_apo.rollout.client import Completion
+from megatron_apo.rollout.client import Completion, GenerateRequest, Sampling, generate_body
 from megatron_apo.rollout.engine import Address, Engine, State
 from megatron_apo.rollout.fleet import Fleet, RequestQueue
 from megatron_apo.rollout.proof import prove
@@ -107,24 +107,31 @@ def test_requests_go_in_order_to_who_has_least_to_do(make_fleet: MakeFleet) -> N
 def test_a_request_for_several_responses_takes_as_many_places(make_fleet: MakeFleet) -> None:
     fleet, (first, second) = make_fleet(2)  # windows of three
     hold(first, second)
-    bodies = requests(6)
+    bodies = requests(10)
     for number, body in enumerate(bodies):
         body["sampling_params"] |= {"n": 2, "seed": 2 * number}
     queue = RequestQueue(bodies)
     asking = Asking(fleet, queue)
     until(lambda: len(first.asked + second.asked) == 4)
     assert (first.asked, second.asked) == ([0, 4], [2, 6])  # four responses each: the window was not full with two
-    first.release(6)
-    second.release(6)
+    first.release(10)
+    second.release(10)
     asking.finish()
-    assert sorted(asking.told) == list(range(12)) and sum(queue.answered_by.values()) == 12
-    assert [one.token_ids[0] for one in queue.completions] == list(range(12))
+    assert sorted(asking.told) == list(range(20)) and sum(queue.answered_by.values()) == 20
+    assert [one.token_ids[0] for one in queue.completions] == list(range(20))
 
 
-def test_an_answer_of_too_few_responses_ends_the_call(make_fleet: MakeFleet) -> None:
+def test_a_request_says_how_many_responses_it_is_for() -> None:
+    bodies = [generate_body(GenerateRequest([5], 7), Sampling(4, (1,)), number) for number in (1, 2, 3)]
+    assert RequestQueue(bodies).sizes == [1, 2, 3]
+    assert [body["sampling_params"].get("n", 1) for body in bodies] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_an_answer_of_another_number_of_responses_ends_the_call(number: int) -> None:
     queue = RequestQueue([{"sampling_params": {"n": 3}}])
-    with pytest.raises(ServerError, match="a request for 3 responses was answered with 1"):
-        queue.answer(0, [Completion([1], [0.0], "stop", "0", 0.0)], 0)
+    with pytest.raises(ServerError, match=f"a request for 3 responses was answered with {number}"):
+        queue.answer(0, [Completion([1], [0.0], "stop", "0", 0.0)] * number, 0)
 
 
 def test_one_engine_has_everything_in_flight_at_once(make_fleet: MakeFleet) -> None:

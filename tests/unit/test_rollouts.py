@@ -274,6 +274,7 @@ def test_one_engine_whose_update_raised_is_restarted_as_well(start: Callable[...
         rollouts.sync(0)
         assert job.events_of(0) == [*MEETING, *UPDATE[:4], *MEETING, *UPDATE, "score"]
         assert len(rollouts.sample(PROMPTS, 0)) == 8
+        assert rollouts.step_metrics() == {}
 
 
 def test_an_evaluation_is_of_all_engines(start: Callable[..., tuple[Rollouts, Job]]) -> None:
