@@ -140,6 +140,16 @@ def test_a_group_fits_with_its_padding():
     """On two sequence-parallel ranks 5 + 5 tokens take 6 + 6."""
     assert grouped([5, 5], [0, 0], 12, tp=2) == ([[[0, 1]]], [False])
     assert grouped([5, 5], [0, 0], 10, tp=2) == ([[[0], [1]]], [True])
+    rows, is_split = grouped([5, 5, 2, 2], [0, 0, 1, 1], 10, tp=2)
+    assert is_split == [True] and [2, 3] in [[row for row in members if row > 1] for members in rows[0]]
+    assert grouped([5, 5, 3, 3], [0, 0, 1, 1], 18, tp=2) == ([[[0, 1], [2, 3]]], [False])  # 12 and 8 of 18
+
+
+def test_groups_are_nothing_to_padded_micro_batches():
+    recipe = recipe_of(ParallelConfig(), packing=False)
+    recipe.train.tokens_per_micro_batch = 12
+    plans = [plan_batch(recipe, batch_of([6, 3, 6, 3]), groups=groups).plans for groups in ([0, 0, 1, 1], None)]
+    assert plans[0] == plans[1] and sorted(map(sorted, plans[0][0][0])) == [[0], [1, 3], [2]]
 
 
 def test_too_few_groups_for_all_replicas_are_split():

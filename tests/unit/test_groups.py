@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -163,6 +163,14 @@ def test_prompts_go_on_where_the_last_step_that_was_done_has_ended() -> None:
     resumed = prompt_source()
     resumed.restore(prompts.drawn)
     assert [prompt.row for prompt in resumed.draw(6)] == walk[5:11] and resumed.drawn == 5
+
+
+def test_sources_are_drawn_from_by_their_weights() -> None:
+    """Not by their sizes, which are equal."""
+    names = ["data.train_sources=[{name: a, path: a, weight: 3}, {name: b, path: b, weight: 1}]"]
+    recipe = build_recipe({}, ["model.path=m", "vstar.dir=v", *names])
+    prompts = PromptSource(recipe, [replace(prompt, source="ab"[prompt.row % 2]) for prompt in PROMPTS])
+    assert [prompt.source for prompt in prompts.draw(8)].count("a") == 6
 
 
 def batch_of(lengths: Sequence[int], seconds: Sequence[float]) -> RolloutBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -124,6 +125,11 @@ def test_who_asks_for_a_store(overrides: list[str], needs: bool) -> None:
     ("overrides", "line"),
     [
         (["objective.name=tbrm", "sampling.temperature=0.7"], "sampling.temperature: 0.7, but objective.name=tbrm "),
+        (["objective.name=tbrm", "sampling.temperature=1.5"], "sampling.temperature: 1.5, but objective.name=tbrm "),
+        (
+            ["objective.name=ppo", "model.dtype=bf16", "objective.critic.optimizer.cpu_offload=0.5"],
+            "objective.critic.optimizer.cpu_offload: 0.5 was never tried; use 0",
+        ),
         (["objective.name=tbrm", "train.importance=token"], "train.importance: token would not reach the raw logit"),
         (
             ["objective.baseline.bandwidth=0.3"],
@@ -175,8 +181,6 @@ def test_what_cannot_work_together(overrides: list[str], line: str) -> None:
 
 def test_a_critic_that_is_another_model_is_refused(tmp_path: Path) -> None:
     policy, deeper = make_model("qwen3-tied", tmp_path / "policy"), make_model("qwen3", tmp_path / "other")
-    config = json.loads((deeper / "config.json").read_text())
-    (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
 
     def check(path: Path | None) -> None:
         recipe = build_recipe({}, [*PATHS, f"model.path={policy}", "objective.name=ppo"])
@@ -185,6 +189,12 @@ def test_a_critic_that_is_another_model_is_refused(tmp_path: Path) -> None:
 
     check(None)
     check(policy)
+    untied = Path(shutil.copytree(policy, tmp_path / "untied"))  # from its output, which a critic has not
+    tied = json.loads((policy / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps(tied | {"tie_word_embeddings": False}))
+    check(untied)
+    config = json.loads((deeper / "config.json").read_text())
+    (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     with pytest.raises(ValueError, match="objective.critic.path: num_layers is 5, but 4 in model.path; "):
         check(deeper)
     nowhere = tmp_path / "nowhere"
@@ -213,18 +223,21 @@ def test_a_critic_has_weights_an_optimizer_and_a_schedule_of_its_own(
     monkeypatch.setattr(learner_module, "HFReader", str)
     monkeypatch.setattr(learner_module, "load_weights", lambda chunks, spec, _, reader: loaded.append((chunks, reader)))
     monkeypatch.setattr(
-        learner_module, "make_trainable", lambda chunks, config, total_steps: made.append((chunks, config, total_steps))
+        learner_module,
+        "make_trainable",
+        lambda chunks, config, total_steps: made.append((chunks, config, total_steps)) or made[-1],
     )
-    Learner.build(recipe, None, spec=spec)  # type: ignore[arg-type]
+    learner = Learner.build(recipe, None, spec=spec)  # type: ignore[arg-type]
     assert loaded == [("policy", "m"), ("reference", "r"), ("critic of values", path or "m")]
     assert made == [
         ("policy", recipe.optimizer, 21),
         ("critic of values", recipe.objective.critic.optimizer, 21),  # type: ignore[union-attr]
     ]
+    assert learner.trainables == {"policy": made[0], "critic": made[1]}
 
 
 def test_groups_are_kept_together_for_a_loss_that_couples_them() -> None:
-    """Of responses that take 6, 3, 4 and 3 positions a micro-batch of 10 holds a group, or the first and the third."""
+    """Of responses that take 6, 3, 4 and 3 positions a micro-batch of 10 holds any two; else they are spread evenly."""
     made = make_batch([[1]] * 4, [[2] * count for count in (6, 3, 4, 3)])
     made.group_B[:] = [0, 0, 1, 1]
 
@@ -237,7 +250,7 @@ def test_groups_are_kept_together_for_a_loss_that_couples_them() -> None:
         ((micro_batches,),) = learner.plan(made).plans
         return sorted(sorted(members) for members in micro_batches)
 
-    assert planned("rebel") == [[0, 1], [2, 3]] and planned("rloo") == [[0, 2], [1, 3]]
+    assert planned("rebel") == [[0, 1], [2, 3]] and planned("rloo") == [[0, 3], [1, 2]]
 
 
 def test_a_recorded_batch_must_have_the_methods_groups() -> None:
@@ -251,6 +264,22 @@ def test_a_recorded_batch_must_have_the_methods_groups() -> None:
         "groups of 1 responses, and objective.samples_per_prompt is 2; set that to what was recorded"
     )
     assert problem([0, 0, 1, 1, 2, 2], 2, 3) == "a group lies in two minibatches; use another train.minibatches"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_read"),
+    [
+        ([], True),
+        (["objective.name=grpo"], True),
+        (["objective.name=dr_grpo"], False),
+        (["objective.name=reinforce"], True),  # its V*
+        (["objective.name=reinforce", "objective.baseline.source=kernel"], False),
+        (["objective.name=dr_grpo", "vstar.filter=both"], True),
+    ],
+)
+def test_who_has_to_do_with_the_reference(overrides: list[str], is_read: bool) -> None:
+    models = preflight._training_models(build_recipe({}, [*PATHS, "model.reference=r", *overrides]))
+    assert ("model.reference" in models) == is_read and models["model.path"] == Path("m")
 
 
 def test_the_next_stage_of_a_method_without_a_store_is_training(tmp_path: Path) -> None:
@@ -298,6 +327,14 @@ def test_a_critics_schedule_is_kept_in_a_resumed_run() -> None:
     settings = [*PATHS, "objective.name=ppo", "objective.critic.optimizer.schedule=linear"]
     pair = (build_recipe({}, [*settings, f"train.steps={steps}"]) for steps in (300, 200))
     assert changed_for_resume(*pair) == [("train.steps", 300, 200)]
+
+
+def test_all_of_a_prompts_responses_count_for_the_interleaved_schedule() -> None:
+    """Two of each of two prompts are two in each of two minibatches: one group of parallel.pp."""
+    settings = ["train.prompts_per_step=2", "train.minibatches=2", "parallel={pp: 2, vpp: 2}"]
+    assert build_recipe({}, [*PATHS, *settings, "objective.name=rebel"]).parallel.vpp == 2
+    with pytest.raises(RecipeError, match="2 sequences in 2 parts do not divide into groups of parallel.pp=2"):
+        build_recipe({}, [*PATHS, *settings])
 
 
 def test_the_running_mean_is_a_baseline() -> None:

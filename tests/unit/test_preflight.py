@@ -224,6 +224,13 @@ def test_what_waits_in_host_memory_fits_it(problems, monkeypatch, overrides, nee
     assert problems([], "model.dtype=bf16", *overrides, **QWEN_7B) == []
 
 
+def test_a_critics_optimizer_is_asked_of_the_machine_too(problems, monkeypatch):
+    monkeypatch.setattr(preflight, "sampling_problems", lambda *_: [])
+    asked = ["model.dtype=bf16", "objective.name=ppo", "objective.critic.optimizer.moments=bf16"]
+    (line,) = problems(machine([HOPPER]), *asked, **QWEN_7B)
+    assert line.startswith("objective.critic.optimizer.moments: bf16 needs Transformer Engine")
+
+
 def test_a_machine_holds_what_its_own_ranks_offload(problems, monkeypatch):
     monkeypatch.setattr(preflight, "sampling_problems", lambda *_: [])
     here = machine([HOPPER] * 2, available_bytes=int(1.5 * WEIGHTS * 1e9), ranks_here=1)
