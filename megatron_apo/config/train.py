@@ -17,6 +17,20 @@ RecomputeModule = Literal["core_attn", "layernorm", "mla_up_proj", "mlp", "moe",
 
 class TrainConfig(Section):
     steps: int = Field(200, ge=1, json_schema_extra=MAY_CHANGE_AT_CONSTANT_RATE, description="rollout batches")
+    target_reward: float | None = Field(
+        None,
+        json_schema_extra=MAY_CHANGE,
+        description="training ends, before train.steps, where the mean reward of all responses drawn in the last "
+        "target_window steps is at least this; none: it does not",
+    )
+    target_window: int = Field(5, ge=1, json_schema_extra=MAY_CHANGE, description="steps of target_reward's mean")
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        json_schema_extra=MAY_CHANGE,
+        description="training ends, before train.steps, with the first step that brings the time of all steps to this; "
+        "evaluations, saves and starts do not count; none: no limit",
+    )
     prompts_per_step: int = Field(256, ge=1, description="prompts of one rollout batch")
     minibatches: int = Field(2, ge=1, description="optimizer steps per rollout batch; divides prompts_per_step")
     streamed: bool = Field(
@@ -97,6 +111,11 @@ class TrainConfig(Section):
     def problems(self, model: ModelConfig, optimizer: OptimizerConfig) -> list[str]:
         """Combinations that cannot work, one line each."""
         found = self._idle_problems()
+        if self.target_reward is not None and self.replay is not None:
+            found.append(
+                f"train.target_reward: {self.target_reward} is of responses that are drawn, which train.replay draws "
+                "none of; leave it out, or sample"
+            )
         if self.save_every and optimizer.cpu_offload:  # Megatron-Core can; no checkpoint of it was ever read back
             found.append(
                 f"train.save_every: {self.save_every} is untested with optimizer.cpu_offload={optimizer.cpu_offload}; "

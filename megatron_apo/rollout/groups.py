@@ -50,6 +50,7 @@ class Drawn:
             "prompts/drawn": sum(len(batch.groups) for batch in self.draws),
             "prompts/not_worth": self.num_not_worth,
             "reward/drawn": float(known.mean()) if len(known) else math.nan,
+            "tokens/drawn": tokens,
             "tokens_per_s/generate": tokens / generate_s,
             "rollout/slowest_share": sum(_tail_s(batch, 1 / len(batch)) for batch in self.draws) / step_s,
             "rollout/slowest_1pct_share": sum(_tail_s(batch, 0.01) for batch in self.draws) / step_s,

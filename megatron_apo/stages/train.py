@@ -34,7 +34,7 @@ from megatron_apo.runtime.ending import EndedEarly, Interrupted, request
 from megatron_apo.runtime.garbage import garbage_collection_frozen
 from megatron_apo.runtime.launch import write_recipe
 from megatron_apo.runtime.topology import Topology
-from megatron_apo.telemetry.recorder import GENERATE_S, SAVE_S, STEP_S, Recorder
+from megatron_apo.telemetry.recorder import DRAWN_REWARD, GENERATE_S, SAVE_S, STEP_S, Recorder
 from megatron_apo.values.baselines import Baseline
 from megatron_apo.weights.stream import WeightStream, export_hf
 
@@ -66,15 +66,26 @@ def train(recipe: Recipe, topology: Topology) -> None:
                 recorder.saved(done, seconds)
                 deadline.has_saved(seconds)
 
+        def evaluate() -> None:
+            learner.timer.pop()
+            with learner.timer.phase("evaluation"):
+                found = rollouts.evaluate(done)
+            recorder.evaluated(done, found, learner.timer.pop()["evaluation"])
+
+        def is_over() -> bool:
+            return on_driver(topology, lambda: _is_over(recipe, recorder, done))
+
         try:
             recorder.synced(rollouts.sync(start))
             recorder.proved(rollouts.prove())
-            if start == recipe.train.steps or on_driver(topology, lambda: _lacks_evaluation(recipe, recorder, start)):
-                recorder.evaluated(start, rollouts.evaluate(start))
+            ends = is_over()
+            if ends or on_driver(topology, lambda: _lacks_evaluation(recipe, recorder, start)):
+                evaluate()
             task = progress.add_task("training", total=recipe.train.steps, completed=start)
-            for step in range(start, recipe.train.steps):
+            while not ends:
+                step = done
                 deadline.require_time()
-                learner.timer.pop()  # an evaluation's phases are no step's
+                learner.timer.pop()  # what was between steps is none's
                 with learner.timer.phase("step"):
                     with deadline.sampling():
                         batch, drawn, learn = begin(recipe, topology, learner, rollouts, prompts, baseline, step)
@@ -107,8 +118,9 @@ def train(recipe: Recipe, topology: Topology) -> None:
                     save()
                 progress.advance(task)
                 deadline.require_time()
-                if _is_evaluated_after(recipe, done):
-                    recorder.evaluated(done, rollouts.evaluate(done))
+                ends = is_over()
+                if ends or _is_evaluated_after(recipe, done):
+                    evaluate()
             deadline.require_time()
         except Interrupted:
             why, unsaved = on_driver(topology, lambda: request.why), recipe.why_unsaved
@@ -185,10 +197,25 @@ def _values(
     return on_driver(topology, work)
 
 
+def _is_over(recipe: Recipe, recorder: Recorder, step: int) -> bool:
+    """On the driver, whether a training that has taken `step` steps takes no more."""
+    train = recipe.train
+    if step == train.steps:
+        return True
+    reward = None if train.target_reward is None else recorder.mean_of_last(DRAWN_REWARD, train.target_window)
+    if reward is not None and reward >= train.target_reward:
+        print(f"after {step} steps the reward is {reward:.3f}, train.target_reward {train.target_reward}", flush=True)
+        return True
+    if train.max_minutes is not None and recorder.total(STEP_S) >= 60 * train.max_minutes:
+        print(f"after {step} steps the time is up, train.max_minutes {train.max_minutes:g}", flush=True)
+        return True
+    return False
+
+
 def _is_evaluated_after(recipe: Recipe, step: int) -> bool:
-    """Whether the weights after `step` steps are evaluated: before the first, after the last, and by eval.every."""
+    """Whether the weights after `step` steps are evaluated though training goes on: at first, and by eval.every."""
     every = recipe.eval.every
-    return step in (0, recipe.train.steps) or bool(every and step % every == 0)
+    return step == 0 or bool(every and step % every == 0)
 
 
 def _lacks_evaluation(recipe: Recipe, recorder: Recorder, step: int) -> bool:

@@ -6,6 +6,7 @@ GPU did.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from megatron_apo.telemetry.summary import RunSummary
 from megatron_apo.telemetry.timers import Phase
 
 SAVE_S, STEP_S, GENERATE_S = "checkpoint/save_s", "time/step_s", "time/generate_s"  # names in metrics.jsonl
+DRAWN_REWARD = "reward/drawn"
 _SETTLED_STEPS = 2  # the first steps warm caches and kernels up; means leave them out
 
 
@@ -133,10 +135,11 @@ class Recorder:
         if difference is not None:
             self._proofs.append(difference)
 
-    def evaluated(self, step: int, found: Evaluation | None) -> None:
-        """An evaluation of the weights after `step` steps; None: there was none."""
+    def evaluated(self, step: int, found: Evaluation | None, phase: Phase | None = None) -> None:
+        """An evaluation of the weights after `step` steps, and what it took; None: there was none. Collective."""
         if found is None:
             return
+        cpu_s = self._gathered(phase.cpu_s) if phase else []
         self._evaluated = found
         if step == 0 and self._topology.is_driver:
             RunSummary(self._recipe.run.dir).add({"pass_at_1": {"before": asdict(found)}})
@@ -147,7 +150,8 @@ class Recorder:
                 name: value
                 for source, one in found.sources.items()
                 for name, value in _told(f"eval/{source}", one).items()
-            },
+            }
+            | ({"eval/seconds": phase.seconds, "eval/cpu_s": sum(cpu_s)} if phase else {}),
         )
 
     def has_evaluated(self, step: int) -> bool:
@@ -163,10 +167,20 @@ class Recorder:
         """The newest value of a metric, also of the run before it was resumed; None where there is none."""
         return self._history[name][-1] if name in self._history else None
 
+    def mean_of_last(self, name: str, count: int) -> float | None:
+        """Of a metric's last `count` values, also of the run before it was resumed; None where there are fewer."""
+        known = [value for value in self._history[name] if math.isfinite(value)][-count:]
+        return fmean(known) if len(known) == count else None
+
+    def total(self, name: str) -> float:
+        """Of all values of a metric, also of the run before it was resumed."""
+        return sum(self._history[name])
+
     def log(self, step: int, values: Mapping[str, float], phases: Mapping[str, Phase]) -> None:
         """One training step (`step` counts from 1): `values` by the names of metrics.jsonl. Collective."""
         peaks = {name: phase.peak_bytes for name, phase in phases.items() if phase.peak_bytes}
-        ranks = self._gathered((peaks, self._gpu.pop() if self._gpu else {}))
+        cpu_s = {name: phase.cpu_s for name, phase in phases.items()}
+        ranks = self._gathered((peaks, self._gpu.pop() if self._gpu else {}, cpu_s))
         if self._topology.is_driver:
             times = {f"time/{name}_s": phase.seconds for name, phase in phases.items()}
             self._log(step, {**values, **times, **machine_metrics(ranks)})
@@ -234,11 +248,16 @@ class Recorder:
             self._writer.log(step, values)
 
 
-def machine_metrics(ranks: Sequence[tuple[Mapping[str, int], Mapping[str, float]]]) -> dict[str, float]:
-    """Of each rank's (peak bytes by phase, what its GPU did): the largest peak of a phase, and every GPU by itself."""
+def machine_metrics(
+    ranks: Sequence[tuple[Mapping[str, int], Mapping[str, float], Mapping[str, float]]],
+) -> dict[str, float]:
+    """Of each rank's (peak bytes by phase, what its GPU did, CPU seconds by phase): the largest peak of a phase, every
+    GPU by itself, and the CPU seconds of all."""
     found: dict[str, float] = {}
-    for rank, (peaks, gpu) in enumerate(ranks):
+    for rank, (peaks, gpu, cpu_s) in enumerate(ranks):
         for phase, peak in peaks.items():
             found[f"memory/{phase}_bytes"] = max(peak, found.get(f"memory/{phase}_bytes", 0))
+        for phase, seconds in cpu_s.items():
+            found[f"cpu/{phase}_s"] = seconds + found.get(f"cpu/{phase}_s", 0.0)
         found |= {f"gpu/rank{rank}/{name}": value for name, value in gpu.items()}
     return found

@@ -1,4 +1,4 @@
-"""Seconds and peak memory by phase."""
+"""Seconds, CPU seconds and peak memory by phase."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_apo.telemetry.cpu import CpuClock
 from megatron_apo.telemetry.memory import pop_private_peak_bytes
 
 
@@ -18,10 +19,12 @@ class Phase:
     """What a phase took: wall-clock seconds, added up, and this process's peak memory in it.
 
     Memory is what tensors take of the GPU, or without one the process's private memory; 0 where it was not measured.
+    cpu_s: of this process and of those that it has started, CPU seconds.
     """
 
     seconds: float
     peak_bytes: int
+    cpu_s: float = 0.0
 
 
 class PhaseTimer:
@@ -37,14 +40,16 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self._pop_peak = _pop_cuda_peak_bytes if torch.cuda.is_available() else pop_private_peak_bytes
+        self._cpu = CpuClock()
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._cpu_s: defaultdict[str, float] = defaultdict(float)
         self._peaks: defaultdict[str, int] = defaultdict(int)
         self._running: list[str] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self._close_interval()
-        start = time.perf_counter()
+        start, start_cpu_s = time.perf_counter(), self._cpu.seconds()
         self._running.append(name)
         try:
             yield
@@ -52,6 +57,7 @@ class PhaseTimer:
             self._close_interval()
             self._running.remove(name)
             self._seconds[name] += time.perf_counter() - start
+            self._cpu_s[name] += self._cpu.seconds() - start_cpu_s
 
     def add(self, name: str, seconds: float) -> None:
         """A phase that ran beside others and was measured elsewhere; nobody knows its memory."""
@@ -59,8 +65,9 @@ class PhaseTimer:
 
     def pop(self) -> dict[str, Phase]:
         """Each phase since the last `pop`, in the order in which they first ended."""
-        phases = {name: Phase(seconds, self._peaks[name]) for name, seconds in self._seconds.items()}
+        phases = {name: Phase(seconds, self._peaks[name], self._cpu_s[name]) for name, seconds in self._seconds.items()}
         self._seconds.clear()
+        self._cpu_s.clear()
         self._peaks.clear()
         return phases
 

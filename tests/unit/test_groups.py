@@ -90,9 +90,9 @@ def rows_of(batch: RolloutBatch) -> list[int]:
 
 
 def told(drawn: Drawn) -> dict[str, float]:
-    """Of prompts and rewards."""
+    """Of prompts, rewards and tokens."""
     found = drawn.metrics(step_s=2.0, generate_s=1.0)
-    return {name: value for name, value in found.items() if name.startswith(("prompts/", "reward/"))}
+    return {name: value for name, value in found.items() if name.startswith(("prompts/", "reward/", "tokens/"))}
 
 
 def test_groups_that_teach_nothing_are_drawn_again(topology) -> None:
@@ -104,7 +104,7 @@ def test_groups_that_teach_nothing_are_drawn_again(topology) -> None:
     drawn = sample_groups(topology, sampler, prompts, Spread(), 4, step=7)
     assert sampler.asked == [walk[:4], walk[4:6], walk[6:7]]
     assert rows_of(drawn.batch) == [walk[0], walk[2], walk[5], walk[6]]
-    assert told(drawn) == {"prompts/drawn": 7, "prompts/not_worth": 3, "reward/drawn": 10 / 14}
+    assert told(drawn) == {"prompts/drawn": 7, "prompts/not_worth": 3, "reward/drawn": 10 / 14, "tokens/drawn": 28}
     assert drawn.batch.reward_B.tolist() == [1, 0] * 4 and drawn.batch.weight_version_B.tolist() == [7] * 8
 
 
@@ -115,7 +115,7 @@ def test_after_so_many_draws_the_others_fill_up(topology) -> None:
     drawn = sample_groups(topology, sampler, prompts, Spread(), 4, step=0)
     assert sampler.asked == [walk[:4], walk[4:7], walk[7:10]]
     assert rows_of(drawn.batch) == [walk[0], walk[1], walk[2], walk[3]]
-    assert told(drawn) == {"prompts/drawn": 10, "prompts/not_worth": 9, "reward/drawn": 19 / 20}
+    assert told(drawn) == {"prompts/drawn": 10, "prompts/not_worth": 9, "reward/drawn": 19 / 20, "tokens/drawn": 40}
 
 
 def test_a_masked_response_is_no_reward_of_its_group(topology) -> None:
@@ -143,7 +143,7 @@ def test_a_method_that_learns_from_all_draws_once(topology) -> None:
     sampler, prompts = Sampler([False] * 40), prompt_source()
     drawn = sample_groups(topology, sampler, prompts, All(), 4, step=0)
     assert rows_of(drawn.batch) == order(4)
-    assert told(drawn) == {"prompts/drawn": 4, "prompts/not_worth": 0, "reward/drawn": 1}
+    assert told(drawn) == {"prompts/drawn": 4, "prompts/not_worth": 0, "reward/drawn": 1, "tokens/drawn": 16}
 
 
 def test_a_recorded_batch_is_taken_as_it_is(topology) -> None:

@@ -21,6 +21,7 @@ from megatron_apo.objectives import Stats
 from megatron_apo.rollout.groups import Drawn
 from megatron_apo.rollout.weight_sync import SyncReport
 from megatron_apo.runtime.topology import Topology
+from megatron_apo.stages.train import _is_over as is_over
 from megatron_apo.telemetry.recorder import Evaluation, Recorder, machine_metrics
 from megatron_apo.telemetry.timers import Phase
 from tests.batches import make_batch
@@ -164,10 +165,15 @@ def test_no_mfu_on_a_device_whose_peak_nobody_gave(tmp_path: Path, topology: Top
 
 
 def test_every_ranks_gpu_and_the_largest_peak() -> None:
-    ranks = [({"train": 5, "step": 7}, {"power_w": 300.0}), ({"train": 6, "step": 6}, {"power_w": 400.0, "xid": 79})]
+    ranks = [
+        ({"train": 5, "step": 7}, {"power_w": 300.0}, {"train": 1.5, "step": 2.0}),
+        ({"train": 6, "step": 6}, {"power_w": 400.0, "xid": 79}, {"train": 0.25, "step": 0.5}),
+    ]
     assert machine_metrics(ranks) == {
         "memory/train_bytes": 6,
         "memory/step_bytes": 7,
+        "cpu/train_s": 1.75,
+        "cpu/step_s": 2.5,
         "gpu/rank0/power_w": 300.0,
         "gpu/rank1/power_w": 400.0,
         "gpu/rank1/xid": 79,
@@ -195,11 +201,12 @@ def test_the_driver_alone_writes_and_has_what_every_rank_sent(
             recorder.synced(SyncReport(0, 0.1, 100, {}))
             recorder.proved(1e-6)
             log(recorder, recipe, record(topology), 1, batch_of([2, 2]), phases, lr=1e-6)
-            recorder.evaluated(1, Evaluation(0.5, None, 0.5, None, 1, 1, 0.0))
+            recorder.evaluated(1, Evaluation(0.5, None, 0.5, None, 1, 1, 0.0), Phase(4.0, 1, cpu_s=1.5 + rank))
             recorder.finish({})
-        assert len(sent) == 2 * rank and (tmp_path / "run").exists() == (rank == 0)
-    row, _ = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert len(sent) == 3 * rank and (tmp_path / "run").exists() == (rank == 0)
+    row, evaluated = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert row["memory/train_bytes"] == 7
+    assert (evaluated["eval/seconds"], evaluated["eval/cpu_s"]) == (4.0, 1.5 + 2.5)
     assert row["tflops_per_rank/reference"] == pytest.approx(2 * FORWARD / 2 / 1e12)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {"trainer rank 0", "trainer rank 1"} <= summary["peak_memory_bytes"].keys()
@@ -234,3 +241,26 @@ def test_a_resumed_run_has_no_step_twice_and_counts_all_of_them(tmp_path: Path, 
     assert summary["skipped_steps"] == 4  # one of each step that counts
     assert not [name for row in rows for name in row if name.startswith("rollout/")]
     assert not summary.keys() & {"sync", "pass_at_1"} and "generation" not in summary["tokens_per_s"]
+
+
+def test_a_training_is_over_at_its_target_also_where_it_was_resumed(tmp_path: Path, topology: Topology) -> None:
+    """Steps of 8 s. The mean of two steps is what is held against the target, and one that has no reward is none."""
+    recipe = make_recipe(tmp_path, "train.steps=9", "train.target_reward=0.5", "train.target_window=2")
+
+    def over_after(start: int, rewards: Sequence[float], of: Recipe = recipe) -> list[bool]:
+        found = []
+        with Recorder(recipe, topology, dict, start) as recorder:
+            found.append(is_over(of, recorder, start))
+            for step, reward in enumerate(rewards, start + 1):
+                recorder.log(step, {"reward/drawn": reward}, {"step": Phase(8.0, 1)})
+                found.append(is_over(of, recorder, step))
+        return found
+
+    nan = float("nan")
+    assert over_after(0, [0.9, 0.0, 0.8, nan, 0.2]) == [False, False, False, False, False, True]
+    assert over_after(5, []) == [True] and over_after(4, []) == [False]
+    assert over_after(3, [0.1, 0.9]) == [False, False, True]
+    assert over_after(2, [0.0] * 7)[-2:] == [False, True]  # train.steps
+    minutes = make_recipe(tmp_path, "train.max_minutes=0.4")
+    assert over_after(0, [0.0, 0.0, 0.0], minutes) == [False, False, False, True]
+    assert over_after(2, [0.0], minutes) == [False, True]

@@ -197,6 +197,31 @@ def test_phases_add_up_and_count_when_they_raise() -> None:
     assert timer.pop() == {}
 
 
+BUSY = "import time\nend = time.process_time() + 0.4\nwhile time.process_time() < end: pass"
+
+
+def test_cpu_seconds_are_those_of_all_processes_below() -> None:
+    """Of one that runs, of one that is its child, of one that has ended, and none of what only waits."""
+    timer = PhaseTimer()
+    with timer.phase("wait"):
+        time.sleep(0.3)
+    with timer.phase("own"):
+        exec(BUSY)
+    below = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {BUSY!r}])\n"
+    with timer.phase("below"), python(f"{below}{BUSY}"):
+        pass  # ended and waited for
+    with python("import time") as pid:
+        time.sleep(1.0)  # until it is looked for
+        child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {BUSY!r}]).wait()"
+        with timer.phase("running"):
+            timer._cpu.seconds()
+            subprocess.run([sys.executable, "-c", child], check=True)
+            assert pid in timer._cpu._below
+    found = {name: phase.cpu_s for name, phase in timer.pop().items()}
+    assert found["wait"] < 0.2 and 0.4 <= found["own"] < 0.6
+    assert 0.8 <= found["below"] < 2.5 and 0.4 <= found["running"] < 1.5
+
+
 def test_a_phase_has_the_peak_that_fell_into_it() -> None:
     """To a tenth of the largest block: other threads of this process allocate too."""
     timer = PhaseTimer()
