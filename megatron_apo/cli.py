@@ -228,6 +228,40 @@ def verify(
 
 
 @app.command()
+def compare(
+    recipe: RecipeOption,
+    methods: Annotated[
+        str, typer.Option(help='as "apo grpo"; LABEL=NAME:SECTION.KEY=VALUE,... gives a method settings of its own')
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the comparison; one that was interrupted goes on")],
+    overrides: Overrides = None,
+    seeds: Annotated[str, typer.Option(help='as "0 1 2"; from five on there are intervals')] = "0",
+    settings: Annotated[
+        str, typer.Option(help='what a step has the same of: "equal-prompts", "equal-samples", or both')
+    ] = "equal-prompts",
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            help="learning rates that each method tries; one: no trials; default: a third, one, and three of "
+            "optimizer.lr"
+        ),
+    ] = None,
+    trial_steps: Annotated[int, typer.Option(min=1, help="steps of a trial of a learning rate")] = 30,
+    trial_seed: Annotated[int, typer.Option(min=0, help="seed of the trials, none of --seeds")] = 1000,
+    attempts: Annotated[
+        int, typer.Option(min=1, help="of one run, at most, where the machine was busier than for its seed's others")
+    ] = 3,
+) -> None:
+    """Train several methods on one store, the same prompts and seeds, and tell what each took to a reward.
+
+    Runs end at train.steps, train.target_reward or train.max_minutes. See docs/compare.md.
+    """
+    from megatron_apo.compare import command
+
+    command.run(_load(recipe, overrides), out, methods, settings, seeds, rates, trial_steps, trial_seed, attempts)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="folder of a run, finished or not")]) -> None:
     """Write RUN/report.html, one self-contained page."""
     from megatron_apo.stages.report import write_report

@@ -135,18 +135,22 @@ def spawn_node(arguments: Sequence[str], node: Node, log_dir: Path) -> None:
         raise RankFailed(_describe(node.first_rank + failed, code, logs[failed]), code)
 
 
-def run_command(arguments: Sequence[str]) -> None:
-    """Run `megatron-apo ARGUMENTS` in a process of its own and wait for it, as `spawn` does for ranks."""
-    run_commands([(arguments, {})])
+def run_command(arguments: Sequence[str], log: Path | None = None) -> None:
+    """Run `megatron-apo ARGUMENTS` in a process of its own and wait for it, as `spawn` does for ranks.
+
+    log: where it writes; None: to this process's terminal.
+    """
+    run_commands([(arguments, {})], log)
 
 
-def run_commands(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
+def run_commands(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], log: Path | None = None) -> None:
     """`run_command` of several at once: (arguments, what differs in the environment)."""
-    failed, code = _supervise([partial(_start, arguments, {**os.environ, **own}, None) for arguments, own in commands])
+    failed, code = _supervise([partial(_start, arguments, {**os.environ, **own}, log) for arguments, own in commands])
     if failed is not None:
         arguments = list(commands[failed][0])
         worker = arguments[arguments.index("--worker") :] if "--worker" in arguments else []
-        raise RankFailed(f"megatron-apo {' '.join([arguments[0], *worker])} ended with status {code}", code)
+        message = f"megatron-apo {' '.join([arguments[0], *worker])} ended with status {code}"
+        raise RankFailed(last_lines(message, log), code)
 
 
 def is_guarded() -> bool:

@@ -56,6 +56,11 @@ def table(title: str, head: Sequence[str], body: Sequence[Sequence[str]], wide: 
     return f'<div class="{kind}"><h3>{escape(title)}</h3><table><tr>{heads}</tr>{cells}</table></div>'
 
 
+def note(text: str) -> str:
+    """A paragraph over both columns."""
+    return f'<p class="note wide">{escape(text)}</p>'
+
+
 def missing(text: str) -> str:
     """What is said in the place of something that is not there."""
     return f'<p class="missing">{escape(text)}</p>'

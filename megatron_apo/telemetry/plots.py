@@ -44,6 +44,7 @@ _STYLE: dict[Any, Any] = {
 
 Line = tuple[Sequence[float], Sequence[float]]  # x and y
 Points = tuple[Sequence[float], Sequence[float], Sequence[float]]  # x, y and standard error
+Band = tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]  # x, y, lowest and highest
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
@@ -110,6 +111,36 @@ def band_chart(title: str, lines: Mapping[str, Points], x_label: str) -> str:
             axes.legend(loc="lower right")
 
     return _svg(draw, title, x_label=x_label)
+
+
+def range_chart(title: str, lines: Mapping[str, Band], x_label: str) -> str:
+    """One line for each name in a band from the lowest to the highest, of shares."""
+
+    def draw(axes: Axes) -> None:
+        for color, (name, (at, mean, low, high)) in zip(SERIES, lines.items(), strict=False):
+            axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
+            axes.plot(at, mean, color=color, label=name)
+        axes.legend(loc="best")
+
+    return _svg(draw, title, x_label=x_label)
+
+
+def bar_chart(title: str, parts: Mapping[str, Mapping[str, float]]) -> str:
+    """A bar for each name, of its parts in seconds."""
+    names = list(dict.fromkeys(part for of in parts.values() for part in of))
+    colors = {name: SERIES[place % len(SERIES)] for place, name in enumerate(names)}
+
+    def draw(axes: Axes) -> None:
+        left = np.zeros(len(parts))
+        for place, name in enumerate(names):
+            widths = np.array([max(0.0, of.get(name, 0.0)) for of in parts.values()])
+            fades = 1.0 if place < len(SERIES) else 0.5
+            axes.barh(list(parts), widths, left=left, color=colors[name], alpha=0.85 * fades, label=name)
+            left += widths
+        axes.invert_yaxis()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3)
+
+    return _svg(draw, title, height=1.6 + 0.3 * len(parts), x_label="seconds")
 
 
 def stacked_chart(title: str, steps: Sequence[float], parts: Mapping[str, Sequence[float]]) -> str:

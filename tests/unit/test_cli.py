@@ -35,7 +35,7 @@ def run_with_command(body: str) -> subprocess.CompletedProcess[str]:
 
 def test_help_lists_the_commands_and_exit_codes() -> None:
     result = megatron_apo("--help")
-    for word in "quickstart warmup estimate-vstar train evaluate convert report vstar doctor".split():
+    for word in "quickstart warmup estimate-vstar train evaluate convert report compare vstar doctor".split():
         assert f" {word} " in result.stdout
     assert "130 Ctrl-C" in result.stdout
 

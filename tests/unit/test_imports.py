@@ -35,7 +35,7 @@ def test_a_launcher_checks_stage_2_without_megatron_core() -> None:
 # From the top down; rooms of one row do not know each other.
 ROWS = [
     {"cli", "quickstart"},
-    {"cluster"},
+    {"cluster", "compare"},
     {"doctor", "stages"},
     {"preflight"},
     {"learner", "rollout"},

@@ -1,0 +1,49 @@
+"""`megatron-apo compare`: what is refused before work, then the runs, and the results after each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_apo import preflight
+from megatron_apo.compare import text
+from megatron_apo.compare.campaign import Campaign
+from megatron_apo.compare.page import write_page
+from megatron_apo.compare.plan import Plan
+from megatron_apo.compare.results import results, write_results
+from megatron_apo.config import Recipe, RecipeError
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    methods: str,
+    settings: str,
+    seeds: str,
+    rates: str | None,
+    trial_steps: int,
+    trial_seed: int,
+    attempts: int,
+) -> None:
+    """Raises `RecipeError` with every problem of every method, before any work."""
+    plan = Plan.parse(recipe, methods, settings, seeds, rates, trial_steps, trial_seed, attempts)
+    plan.check(out)
+    if problems := plan.problems(out, lambda one: preflight.problems(one, "train")):
+        raise RecipeError(problems)
+    plan.keep(out)
+    console = Console(width=None)
+    campaign = Campaign(plan, out, lambda line: console.print(line, soft_wrap=True, highlight=False), _write)
+    campaign.run()
+    page = _write(campaign)
+    for setting, lines in results(campaign).items():
+        for table in text.tables(plan, setting, lines):
+            console.print(table)
+        console.print("\n".join(text.notes(plan, setting, lines)), highlight=False)
+    console.print(f"page: {page}", soft_wrap=True)
+
+
+def _write(campaign: Campaign) -> Path:
+    found = results(campaign)
+    write_results(campaign, found)
+    return write_page(campaign, found)

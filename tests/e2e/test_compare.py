@@ -1,0 +1,55 @@
+"""A small comparison as a user runs it: interrupted in the middle and started again. Real ranks, real vLLM."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.command import ENGINE, Command
+from tests.runs import write_run
+
+SHARED = [
+    "train.steps=5",
+    "train.target_reward=0",
+    "train.target_window=2",
+]  # which two steps reach, whatever they find
+
+
+def test_an_interrupted_comparison_goes_on(command: Callable[..., Command], tmp_path: Path) -> None:
+    """Ctrl-C while the second of two methods runs: the first is not run again, and what broke off is kept."""
+    recipe, out = write_run(tmp_path), tmp_path / "compared"
+    plan = ["--methods", "apo grpo:objective.samples_per_prompt=2", "--seeds", "7", "--rates", "1e-3"]
+    arguments = ["compare", "-r", str(tmp_path / "recipe.yaml"), "--out", str(out), *plan, "--attempts", "1", *SHARED]
+    first, second = (out / "equal-prompts" / label / "seed-7" for label in ("apo", "grpo"))
+    run = command(*arguments)
+    run.wait_for(lambda: (second / "attempt-1" / "attempt.log").exists() and run.processes(ENGINE))
+    assert run.send(signal.SIGINT) == 130, run.output
+    assert [path.name for path in first.iterdir()] == ["attempt-1"] and not (second / "attempt-1/attempt.json").exists()
+    assert json.loads((out / "results.json").read_text())["equal-prompts"][1]["runs"] == []
+
+    again = command(*arguments)
+    assert again.wait() == 0, again.output
+    assert {path.name for path in first.iterdir()} == {"attempt-1"}
+    assert {path.name for path in second.iterdir()} == {"attempt-1", "attempt-2"}
+    assert not (recipe.run.dir / "metrics.jsonl").exists()
+
+    lines = json.loads((out / "results.json").read_text())["equal-prompts"]
+    for line, each in zip(lines, (16, 32), strict=True):
+        (found,) = line["runs"]
+        measured, (attempt,) = found["measured"], found["attempts"]
+        assert found["target"]["step"] == 2 and found["failure"] is None and found["final"] is not None
+        assert measured["curve"]["samples"] == [each, 2 * each] and line["seconds"]["value"] > 0
+        for kind in ("wall_s", "cpu_s"):
+            parts = measured[kind]
+            assert sum(parts.values()) == pytest.approx(attempt[kind]) and min(parts.values()) > -0.5, parts
+            assert {"generate", "train", "sync", "evaluation"} <= parts.keys()
+        # what was waited for has all of what the phases count in the processes themselves, and their starts
+        assert measured["cpu_s"]["start-up, between steps and end"] > 5
+        assert len(attempt["reference_s"]) == 2
+    assert lines[1]["ratio"]["kind"] == "range" and lines[0]["ratio"] is None
+    assert "<svg" in (out / "compare.html").read_text()
+    assert "s to target" in again.output and "equal-prompts" in again.output

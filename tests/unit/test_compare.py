@@ -1,0 +1,352 @@
+"""What a comparison runs, in which order, what it refuses, and what counts: on runs that are written by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megatron_apo.compare import text
+from megatron_apo.compare.campaign import Attempt, Campaign, to_repeat
+from megatron_apo.compare.measured import Curve, Stage1, Target, cpu_phases, wall_phases
+from megatron_apo.compare.page import band, write_page
+from megatron_apo.compare.plan import Job, Method, Plan
+from megatron_apo.compare.results import results, write_results
+from megatron_apo.compare.statistics import Cost
+from megatron_apo.compare.workload import reference_s
+from megatron_apo.config import Recipe, RecipeError, build_recipe
+from megatron_apo.telemetry.samples import EvaluatedPrompt, write_samples
+from megatron_apo.telemetry.summary import RunSummary
+from tests.runs import write_run
+
+
+def base(*overrides: str) -> Recipe:
+    tree = {"model": {"path": "m"}, "data": {"train": "t.jsonl", "eval": "e.jsonl"}, "vstar": {"dir": "v"}}
+    shared = ["train.prompts_per_step=32", "train.minibatches=1", "train.target_reward=0.5", "train.target_window=2"]
+    return build_recipe(tree, ["optimizer.lr=3e-4", *shared, *overrides])
+
+
+def plan_of(methods: str = "apo grpo", recipe: Recipe | None = None, **changes) -> Plan:
+    words = {"settings": "equal-prompts", "seeds": "0 1", "rates": "1e-4", "trial_steps": 3, "trial_seed": 1000}
+    return Plan.parse(recipe or base(), methods=methods, **(words | {"attempts": 3} | changes))
+
+
+def lines_of(methods: str = "apo", **changes) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        plan_of(methods, **changes)
+    return caught.value.problems
+
+
+def test_a_method_is_a_name_with_a_label_and_settings_of_its_own() -> None:
+    assert Method.parse("grpo") == Method("grpo", "grpo")
+    text = "kernel=reinforce:objective.baseline.source=kernel,train.minibatches=1,vstar.success_rate=[0.1,0.9]"
+    own = ("objective.baseline.source=kernel", "train.minibatches=1", "vstar.success_rate=[0.1,0.9]")
+    assert Method.parse(text) == Method("kernel", "reinforce", own)
+    assert Method.parse("apo:objective.beta2=0.01").label == "apo"
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "sampling.temperature=2",
+        "optimizer.lr=1",
+        "vstar.dir=x",
+        "objective.name=ppo",
+        "objective.beta2",
+        "train.steps=3",
+    ],
+)
+def test_what_all_share_is_no_methods_own(own: str) -> None:
+    (line,) = lines_of(f"apo:{own}")
+    assert line.startswith(f"--methods: {own!r} of ") and "optimizer (but its lr)" in line
+
+
+def test_all_mistakes_of_the_command_line_are_said_at_once() -> None:
+    found = lines_of("apo apo a==b", seeds="0 -1 0", settings="equal", rates="1e-4 fast", trial_seed=0)
+    keys = [line.split(":")[0] for line in found]
+    assert sorted(keys) == ["--methods", "--methods", "--rates", "--seeds", "--seeds", "--settings", "--trial-seed"]
+    assert lines_of(" ", seeds="") == [
+        "--methods: nothing there; give at least one",
+        "--seeds: nothing there; give at least one",
+    ]
+
+
+def test_the_settings_share_prompts_or_responses() -> None:
+    plan = plan_of("apo grpo", settings="equal-prompts equal-samples")
+    sizes = {
+        (setting, method.label): plan.recipe_of(Job(setting, method, 7, 2e-5), Path("run")).train.prompts_per_step
+        for setting in plan.settings
+        for method in plan.methods
+    }
+    grpo, apo = "grpo", "apo"
+    prompts, samples = plan.settings
+    assert sizes == {(prompts, apo): 32, (prompts, grpo): 32, (samples, apo): 32, (samples, grpo): 4}
+    recipe = plan.recipe_of(Job(prompts, plan.methods[1], 7, 2e-5), Path("run"))
+    assert (recipe.run.seed, recipe.run.dir, recipe.optimizer.lr) == (7, Path("run"), 2e-5)
+    assert recipe.objective.name == "grpo" and recipe.train.target_reward == 0.5
+    trial = plan.recipe_of(Job(prompts, plan.methods[1], 7, 2e-5, is_trial=True), Path("run"))
+    assert (trial.train.steps, trial.train.target_reward, trial.eval.samples) == (3, None, 1)
+
+
+def test_problems_of_all_methods_are_said_together_each_once(tmp_path: Path) -> None:
+    plan = plan_of("apo x=nonsense g=grpo:objective.samples_per_prompt=5", settings="equal-samples")
+    found = plan.problems(tmp_path, lambda recipe: pytest.fail("not before all recipes can be read"))
+    assert len(found) == 2 and found[0].startswith("x: objective.name: 'nonsense' is not allowed; use one of 'apo'")
+    assert found[1] == (
+        "g: train.prompts_per_step: 32 responses a step do not divide by objective.samples_per_prompt=5; "
+        "use a multiple of 5"
+    )
+    plan = plan_of("apo grpo ppo")
+    said = {"apo": ["no store", "no model"], "grpo": ["no model"], "ppo": ["no critic", "no model"]}
+    found = plan.problems(tmp_path, lambda recipe: said[recipe.objective.name])
+    assert found == ["apo: no store", "no model", "ppo: no critic"]
+
+
+def test_each_seed_begins_with_another_method_and_trials_go_rate_by_rate() -> None:
+    plan = plan_of("apo grpo ppo", seeds="4 5 6 9", rates=None)
+    rates = dict.fromkeys(("apo", "grpo", "ppo"), 1e-4)
+    order = [[job.method.label for job in plan.jobs("equal-prompts", seed, rates)] for seed in plan.seeds]
+    assert order == [["apo", "grpo", "ppo"], ["grpo", "ppo", "apo"], ["ppo", "apo", "grpo"], ["apo", "grpo", "ppo"]]
+    assert plan.rates == (1e-4, 3e-4, 9e-4)
+    trials = plan.trials("equal-prompts")
+    assert [job.rate for job in trials] == [1e-4] * 3 + [3e-4] * 3 + [9e-4] * 3
+    assert {job.seed for job in trials} == {1000} and all(job.is_trial for job in trials)
+    assert plan_of(rates="1e-4").trials("equal-prompts") == []
+
+
+def test_another_plan_is_refused_by_the_field_and_seeds_may_be_added(tmp_path: Path) -> None:
+    plan_of().keep(tmp_path / "c")
+    plan_of(seeds="0 1 2").check(tmp_path / "c")
+    for changed, key in (
+        (plan_of("apo ppo"), "methods"),
+        (plan_of(seeds="1 0"), "seeds"),
+        (plan_of(seeds="0"), "seeds"),
+        (plan_of(rates="2e-4"), "rates"),
+        (plan_of(recipe=base("sampling.temperature=0.5")), "recipe.sampling.temperature"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            changed.check(tmp_path / "c")
+        assert [line.split(":")[0] for line in caught.value.problems] == [key]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(RecipeError, match="not empty and no comparison"):
+        plan_of().check(tmp_path / "other")
+
+
+# ---- what a run has spent
+
+ROWS = [
+    {"step": 0, "time": 130.0, "eval/avg_at_k": 0.1, "eval/seconds": 10.0, "eval/cpu_s": 15.0},
+    *(
+        {
+            "step": step,
+            "time": 130.0 + 4 * step,
+            "reward/drawn": reward,
+            "prompts/drawn": drawn,
+            "tokens/drawn": 10 * drawn,
+            "time/generate_s": 2.0,
+            "time/train_s": 1.0,
+            "time/step_s": 4.0,
+            "cpu/generate_s": 3.0,
+            "cpu/train_s": 2.0,
+            "cpu/step_s": 6.0,
+            "kl/per_sequence": 0.1 * step,
+        }
+        for step, reward, drawn in ((1, 0.2, 8), (2, 0.4, 16), (3, None, 8), (4, 0.6, 8))
+    ),
+    {"step": 4, "time": 160.0, "eval/avg_at_k": 0.5, "eval/seconds": 10.0, "eval/cpu_s": 15.0},
+]
+
+
+def test_the_phases_of_a_command_add_up_to_its_time() -> None:
+    """Started at 100 s: 20 s until the first evaluation; 16 s of steps, 20 s of evaluations, and 9 s in between and
+    at the end."""
+    found = wall_phases(ROWS, launched=100.0, total_s=65.0)
+    assert found == {
+        "start-up": 20.0,
+        "generate": 8.0,
+        "train": 4.0,
+        "other of steps": 4.0,
+        "evaluation": 20.0,
+        "between steps and end": 9.0,
+    }
+    assert cpu_phases(ROWS, 80.0) == {
+        "start-up, between steps and end": 26.0,
+        "generate": 12.0,
+        "train": 8.0,
+        "other of steps": 4.0,
+        "evaluation": 30.0,
+    }
+    assert wall_phases([], 0.0, 5.0) == {"start-up": 5.0}
+
+
+def test_a_target_costs_what_all_steps_until_it_drew_and_stage_1() -> None:
+    curve = Curve.of(ROWS, samples_per_prompt=4)
+    assert curve == Curve([0.2, 0.4, None, 0.6], [4, 8, 12, 16], [32, 96, 128, 160], [80, 240, 320, 400])
+    found = Target.of(curve, Stage1(100.0, 1000, 5000), 0.5, 2)
+    costs = (Cost(16, False), Cost(116, False), Cost(1160, False), Cost(5400, False))
+    assert found == Target(4, *costs)
+    missed = Target.of(curve, Stage1(), 0.9, 2)
+    assert missed == Target(None, Cost(16, True), Cost(16, True), Cost(160, True), Cost(400, True))
+    assert Target.of(curve, Stage1(), 0.3, 2).seconds == Cost(8, False)
+    assert curve.smoothed(2) == pytest.approx([0.2, 0.3, 0.4, 0.5])
+    assert [curve.reward_at(seconds, 2) for seconds in (3.9, 8.0)] == [None, pytest.approx(0.3)]
+
+
+# ---- which attempts count
+
+
+def write_attempt(
+    campaign: Campaign, job: Job, number: int, before: float, after: float, rewards: Sequence[float] = (), failed=False
+) -> Path:
+    """An ended run of steps of 4 s; its held-out prompts have the last reward."""
+    folder = campaign.out / job.folder / f"attempt-{number}"
+    campaign.plan.recipe_of(job, folder).save(folder / "recipe.yaml")
+    rows = [ROWS[0], *({**ROWS[1], "step": step, "reward/drawn": reward} for step, reward in enumerate(rewards, 1))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if rewards and not failed and not job.is_trial:
+        one = EvaluatedPrompt("p", "", "q", "a", rewards[-1], "r", "stop", 1.0)
+        write_samples(folder, len(rewards), [one])
+        RunSummary(folder).add({"pass_at_1": {"after": {"mean": rewards[-1], "greedy": 1.0}}})
+    references = None if job.is_trial else (before, after)
+    attempt = Attempt(number, "now", "here", 100.0, 90.0, 120.0, references, "it diverged" if failed else None)
+    (folder / "attempt.json").write_text(json.dumps(asdict(attempt)))
+    return folder
+
+
+def campaign_of(plan: Plan, out: Path) -> Campaign:
+    return Campaign(plan, out, lambda line: None, lambda campaign: None)
+
+
+def test_the_attempt_whose_reference_is_nearest_counts_whatever_it_found(tmp_path: Path) -> None:
+    campaign = campaign_of(plan_of("apo grpo ppo"), tmp_path)
+    jobs = campaign.plan.jobs("equal-prompts", 0, dict.fromkeys(("apo", "grpo", "ppo"), 1e-4))
+    write_attempt(campaign, jobs[0], 1, 2.0, 2.0)
+    write_attempt(campaign, jobs[1], 1, 2.0, 2.5, [0.9])
+    write_attempt(campaign, jobs[2], 1, 2.0, 2.28)
+    found = campaign.counted(jobs)
+    assert [one.deviation for one in found] == pytest.approx([0.0, 0.25, 0.14])
+    assert to_repeat(found, most=3) == [jobs[1]]
+    assert to_repeat(found, most=1) == []
+    write_attempt(campaign, jobs[1], 2, 2.0, 2.02, [0.1])
+    (found,) = campaign.counted(jobs[1:2])
+    assert found.counts.number == 2 and len(found.attempts) == 2
+    assert to_repeat(campaign.counted(jobs), most=3) == []
+
+
+def test_what_is_there_is_not_run_again_and_what_broke_off_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is an attempt that writes rewards of its own; the second is slow, and interrupted the first time."""
+    plan = plan_of("apo grpo", seeds="0", rates="1e-4 2e-4")
+    ran: list[str] = []
+
+    def run(campaign: Campaign, job: Job) -> None:
+        own = campaign.out / job.folder
+        number = len(list(own.glob("attempt-*"))) + 1
+        ran.append(str(own.relative_to(tmp_path) / str(number)))
+        is_slow = not job.is_trial and job.method.label == "grpo"
+        if is_slow and number == 1:
+            (own / "attempt-1").mkdir(parents=True)
+            raise KeyboardInterrupt
+        score = 0.5 if job.is_trial and job.rate == 2e-4 else 0.4
+        write_attempt(campaign, job, number, 2.0, 3.0 if is_slow and number == 2 else 2.0, [score])
+
+    monkeypatch.setattr(Campaign, "_run", run)
+    with pytest.raises(KeyboardInterrupt):
+        campaign_of(plan, tmp_path).run()
+    folder = "equal-prompts"
+    trials = [f"{folder}/{label}/rate-{rate}/1" for rate in ("0.0001", "0.0002") for label in ("apo", "grpo")]
+    assert ran == [*trials, f"{folder}/apo/seed-0/1", f"{folder}/grpo/seed-0/1"]
+    ran.clear()
+    campaign = campaign_of(plan, tmp_path)
+    campaign.run()
+    assert ran == [f"{folder}/grpo/seed-0/2", f"{folder}/grpo/seed-0/3"]
+    assert campaign.rates("equal-prompts") == {"apo": 2e-4, "grpo": 2e-4}
+    (job,) = [
+        job for job in plan.jobs("equal-prompts", 0, campaign.rates("equal-prompts")) if job.method.label == "grpo"
+    ]
+    assert [one.number for one in campaign.attempts(job)] == [2, 3]
+
+
+def test_trials_that_failed_are_no_choice(tmp_path: Path) -> None:
+    campaign = campaign_of(plan_of("apo grpo", rates="1e-4 2e-4 4e-4"), tmp_path)
+    for job in campaign.plan.trials("equal-prompts"):
+        is_failed = job.method.label == "grpo" or job.rate == 4e-4
+        write_attempt(campaign, job, 1, 0, 0, [0.1, 0.5 if job.rate < 4e-4 else 0.9], failed=is_failed)
+    assert campaign.rates("equal-prompts") == {"apo": 1e-4, "grpo": 2e-4}  # of equals the lower; the middle one
+
+
+# ---- results
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> tuple[Campaign, dict]:
+    """Two seeds. A*-PO, with a store that took no time, reaches 0.5 at steps 2 and 3; GRPO at step 4, and never."""
+    recipe = write_run(tmp_path / "made", "train.target_reward=0.5", "train.target_window=1")
+    campaign = campaign_of(plan_of(recipe=recipe), tmp_path / "out")
+    rewards = {
+        ("apo", 0): [0.1, 0.5],
+        ("apo", 1): [0.1, 0.2, 0.6],
+        ("grpo", 0): [0.0, 0.1, 0.2, 0.5],
+        ("grpo", 1): [0.0, 0.0, 0.0, 0.1, 0.2, 0.3],
+    }
+    for seed in campaign.plan.seeds:
+        for job in campaign.plan.jobs("equal-prompts", seed, dict.fromkeys(("apo", "grpo"), 1e-4)):
+            write_attempt(campaign, job, 1, 2.0, 2.0, rewards[job.method.label, seed])
+    return campaign, results(campaign)
+
+
+def test_results_hold_the_methods_against_the_first(told: tuple[Campaign, dict]) -> None:
+    campaign, found = told
+    apo, grpo = found["equal-prompts"]
+    assert (apo.stage_1.seconds, apo.stage_1.samples, apo.stage_1.tokens) == (0.0, 64 * 4, 64 * 4 * 9)
+    assert grpo.stage_1 == Stage1() and apo.ratio is None
+    assert (apo.seconds.kind, apo.seconds.value, apo.seconds.low, apo.seconds.high) == ("range", 10.0, 8.0, 12.0)
+    assert (grpo.seconds.kind, grpo.seconds.value) == ("at least", 20.0)
+    assert (grpo.ratio.kind, grpo.ratio.value) == ("at least", pytest.approx(2.0))  # 16 / 8 and 24 / 12
+    assert apo.samples.value == 256 + (2 + 3) / 2 * 8 and grpo.samples.value == (4 + 6) / 2 * 8 * 8
+    assert [run.at_equal_time for run in grpo.runs] == [0.1, 0.0]  # after 8 s and 12 s
+    assert apo.at_equal_time.value == pytest.approx(0.55)
+    assert apo.final.value == pytest.approx(0.55) and grpo.gained[0] == pytest.approx((0.5 + 0.3) / 2 - 0.55)
+
+
+def test_tables_page_and_file_say_so(told: tuple[Campaign, dict]) -> None:
+    campaign, found = told
+    lines = found["equal-prompts"]
+    head, rows = text.headline(campaign.plan, lines)
+    of = [dict(zip(head, row, strict=True)) for row in rows]
+    assert of[0]["reached"] == "2 of 2" and of[1]["reached"] == "1 of 2"
+    assert of[0]["s to target"] == "10 (8 to 12)" and of[1]["s to target"] == ">= 20" and of[1]["x first"] == ">= 2"
+    write_results(campaign, found)
+    tree = json.loads((campaign.out / "results.json").read_text())["equal-prompts"]
+    assert tree[1]["ratio"]["kind"] == "at least" and tree[1]["runs"][1]["target"]["step"] is None
+    page = write_page(campaign, found).read_text()
+    assert page.count("<svg") == 6 and "http" not in page and "does not count" not in page
+    assert "reference before" in page and "&gt;= 20" in page
+
+
+def test_a_run_that_failed_is_censored_and_has_no_final_reward(told: tuple[Campaign, dict]) -> None:
+    campaign, _ = told
+    (job,) = [
+        job for job in campaign.plan.jobs("equal-prompts", 0, {"apo": 1e-4, "grpo": 1e-4}) if job.method.label == "grpo"
+    ]
+    folder = write_attempt(campaign, job, 1, 2.0, 2.0, [0.1], failed=True)
+    for name in ("summary.json", "samples/step-000004.jsonl"):
+        (folder / name).unlink()
+    grpo = results(campaign)["equal-prompts"][1]
+    assert grpo.runs[0].failure and grpo.runs[0].target.seconds == Cost(4.0, True) and grpo.runs[0].final is None
+    assert grpo.final.count == 1
+
+
+def test_a_band_goes_as_far_as_all_seeds_do() -> None:
+    at, mean, low, high = band([([1, 2, 3], [0.0, 0.2, 0.4]), ([1, 2, 3, 4], [0.2, 0.4, 0.6, 0.8])])
+    assert (at[0], at[-1]) == (1, 3)
+    assert (mean[-1], low[-1], high[-1]) == pytest.approx((0.5, 0.4, 0.6))
+
+
+def test_the_reference_workload_takes_time_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0.05 < reference_s() < 60
