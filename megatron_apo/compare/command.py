@@ -32,7 +32,7 @@ def run(
     if problems := plan.problems(out, lambda one: preflight.problems(one, "train")):
         raise RecipeError(problems)
     plan.keep(out)
-    console = Console(width=None)
+    console = Console()
     campaign = Campaign(plan, out, lambda line: console.print(line, soft_wrap=True, highlight=False), _write)
     campaign.run()
     page = _write(campaign)

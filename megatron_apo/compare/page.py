@@ -22,7 +22,7 @@ def write_page(campaign: Campaign, found: dict[Setting, list[Line]]) -> Path:
     """Write the page and return its path."""
     plan, sections = campaign.plan, []
     for setting, lines in found.items():
-        body = page.table("Results", *text.headline(plan, lines), wide=True)
+        body = page.table("Results", *text.turned(*text.headline(plan, lines)), wide=True)
         body += "".join(page.note(line) for line in text.notes(plan, setting, lines))
         body += _curves(plan, lines) + _phases(lines)
         for title, table in (("Trials of learning rates", text.trials(lines)), ("Every run", text.runs(lines))):

@@ -147,15 +147,15 @@ def notes(plan: Plan, setting: Setting, lines: Sequence[Line]) -> list[str]:
 def tables(plan: Plan, setting: Setting, lines: Sequence[Line]) -> list[Table]:
     """For a terminal: the results, and seconds by phase."""
     found = [
-        _table(setting, *_turned(*headline(plan, lines))),
+        _table(setting, *turned(*headline(plan, lines))),
         _table("wall seconds of a run", *phases(lines, "wall_s")),
         _table("CPU seconds of a run", *phases(lines, "cpu_s")),
     ]
     return [table for table in found if table.row_count]
 
 
-def _turned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Methods beside each other: a terminal is narrower than what there is to say of one."""
+def turned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Methods beside each other: a page is narrower than what there is to say of one."""
     first, *others = (list(column) for column in zip(head, *rows, strict=True))
     return first, others
 

@@ -18,7 +18,7 @@ import numpy as np
 from megatron_apo.runtime import guard
 from megatron_apo.runtime.signals import put_off
 
-_SIZE, _PRODUCTS, _ROUNDS = 512, 40, 4_000_000
+_SIZE, _PRODUCTS, _ROUNDS = 512, 200, 20_000_000
 _ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
 
 

@@ -138,19 +138,24 @@ def spawn_node(arguments: Sequence[str], node: Node, log_dir: Path) -> None:
 def run_command(arguments: Sequence[str], log: Path | None = None) -> None:
     """Run `megatron-apo ARGUMENTS` in a process of its own and wait for it, as `spawn` does for ranks.
 
-    log: where it writes; None: to this process's terminal.
+    log: where it writes, the end of which is told when it fails; None: to this process's terminal.
     """
-    run_commands([(arguments, {})], log)
-
-
-def run_commands(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]], log: Path | None = None) -> None:
-    """`run_command` of several at once: (arguments, what differs in the environment)."""
-    failed, code = _supervise([partial(_start, arguments, {**os.environ, **own}, log) for arguments, own in commands])
+    failed, code = _supervise([partial(_start, arguments, dict(os.environ), log)])
     if failed is not None:
-        arguments = list(commands[failed][0])
-        worker = arguments[arguments.index("--worker") :] if "--worker" in arguments else []
-        message = f"megatron-apo {' '.join([arguments[0], *worker])} ended with status {code}"
-        raise RankFailed(last_lines(message, log), code)
+        raise _command_failed(arguments, code, log)
+
+
+def run_commands(commands: Sequence[tuple[Sequence[str], Mapping[str, str]]]) -> None:
+    """`run_command` of several at once: (arguments, what differs in the environment)."""
+    failed, code = _supervise([partial(_start, arguments, {**os.environ, **own}, None) for arguments, own in commands])
+    if failed is not None:
+        raise _command_failed(commands[failed][0], code)
+
+
+def _command_failed(arguments: Sequence[str], code: int, log: Path | None = None) -> RankFailed:
+    worker = arguments[list(arguments).index("--worker") :] if "--worker" in arguments else []
+    message = f"megatron-apo {' '.join([arguments[0], *worker])} ended with status {code}"
+    return RankFailed(last_lines(message, log), code)
 
 
 def is_guarded() -> bool:

@@ -44,6 +44,13 @@ def test_a_commands_failure_carries_its_exit_code(capfd, tmp_path):
     assert "absent.yaml" in capfd.readouterr().err
 
 
+def test_a_command_that_writes_to_a_log_fails_with_its_end(capfd, tmp_path):
+    with pytest.raises(RankFailed, match="ended with status 2") as error:
+        run_command(["train", "--recipe", str(tmp_path / "absent.yaml")], tmp_path / "log")
+    assert str(error.value).splitlines()[1:] == (tmp_path / "log").read_text().splitlines()
+    assert "absent.yaml" in str(error.value) and capfd.readouterr() == ("", "")
+
+
 def test_ranks_write_to_the_terminal_and_to_logs(capfd, tmp_path):
     spawn(["--version"], world_size=2, log_dir=tmp_path / "logs")
     assert capfd.readouterr().out.strip() == megatron_apo.__version__  # rank 0 alone
