@@ -11,10 +11,10 @@ import pytest
 
 from megatron_apo.compare import text
 from megatron_apo.compare.campaign import Attempt, Campaign, to_repeat
-from megatron_apo.compare.measured import Curve, Stage1, Target, cpu_phases, wall_phases
+from megatron_apo.compare.measured import Curve, Measured, Stage1, Target, cpu_phases, wall_phases
 from megatron_apo.compare.page import band, write_page
 from megatron_apo.compare.plan import Job, Method, Plan
-from megatron_apo.compare.results import results, write_results
+from megatron_apo.compare.results import Run, results, with_equal_time, write_results
 from megatron_apo.compare.statistics import Cost
 from megatron_apo.compare.workload import reference_s
 from megatron_apo.config import Recipe, RecipeError, build_recipe
@@ -312,6 +312,20 @@ def test_results_hold_the_methods_against_the_first(told: tuple[Campaign, dict])
     assert [run.at_equal_time for run in grpo.runs] == [0.1, 0.0]  # after 8 s and 12 s
     assert apo.at_equal_time.value == pytest.approx(0.55)
     assert apo.final.value == pytest.approx(0.55) and grpo.gained[0] == pytest.approx((0.5 + 0.3) / 2 - 0.55)
+
+
+def test_equal_time_has_stage_1_in_it() -> None:
+    """A*-PO's store took 6 s, its steps end at 4, 8 and 12 s; GRPO has done its four at 16 s, and it two."""
+
+    def run(*rewards: float) -> Run:
+        curve = Curve(list(rewards), [4.0 * step for step in range(1, len(rewards) + 1)], [], [])
+        return Run(0, "", [], 1, 0.0, None, Measured(curve, {}, {}, {}, None, None), None, None)
+
+    runs = {"apo": run(0.1, 0.2, 0.3), "grpo": run(0.0, 0.1, 0.1, 0.4)}
+    found = with_equal_time(runs, {"apo": Stage1(6.0, 1, 1), "grpo": Stage1()}, window=1)
+    assert (found["apo"].at_equal_time, found["grpo"].at_equal_time) == pytest.approx((0.2, 0.4))
+    found = with_equal_time(runs, {"apo": Stage1(60.0, 1, 1), "grpo": Stage1()}, window=1)
+    assert found["apo"].at_equal_time is None and found["grpo"].at_equal_time == pytest.approx(0.4)
 
 
 def test_tables_page_and_file_say_so(told: tuple[Campaign, dict]) -> None:
