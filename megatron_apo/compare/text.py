@@ -135,11 +135,12 @@ def notes(plan: Plan, setting: Setting, lines: Sequence[Line]) -> list[str]:
             "tokens have the store's whole stage 1 in them where a method asks for it; a step's time has no start, "
             "evaluation or save in it. A run that missed the target counts with what it spent, which is a bound."
         )
-    spread = (
-        "[ , ]: 95 % over seeds, paired t on logarithms for ratios."
-        if num_seeds >= LEAST_SEEDS
-        else f"( to ): the range over {num_seeds} seeds, which are too few for an interval."
-    )
+    if num_seeds >= LEAST_SEEDS:
+        spread = "[ , ]: 95 % over seeds, paired t on logarithms for ratios."
+    elif num_seeds > 1:
+        spread = f"( to ): the range over {num_seeds} seeds, which are too few for an interval."
+    else:
+        spread = "One seed has neither interval nor range."
     found.append(f"{spread} Of final reward over prompts: 95 % by bootstrap.")
     return found
 

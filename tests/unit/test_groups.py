@@ -132,7 +132,7 @@ def test_a_masked_response_is_no_reward_of_its_group(topology) -> None:
     sampler.sample = with_masked  # type: ignore[method-assign]
     drawn = sample_groups(topology, sampler, prompts, DAPO(9, samples_per_prompt=2), 4, step=0)
     assert rows_of(drawn.batch) == [walk[0], walk[2], walk[3], walk[4]]
-    assert told(drawn) == {"prompts/drawn": 5, "prompts/not_worth": 1, "reward/drawn": 4 / 9}
+    assert told(drawn) == {"prompts/drawn": 5, "prompts/not_worth": 1, "reward/drawn": 4 / 9, "tokens/drawn": 20}
 
 
 def test_a_method_that_learns_from_all_draws_once(topology) -> None:
