@@ -261,7 +261,8 @@ def shape_problems(recipe: Recipe, stage: Stage | None = None, machine: Machine 
     machine = machine or Machine.here()
     found: list[str] = []
     if stage in (None, "warmup", "train"):
-        found += training_problems(recipe, recipe.model.folders, machine)
+        models = recipe.model.folders if stage == "warmup" else _training_models(recipe)
+        found += training_problems(recipe, models, machine)
     if stage == "estimate-vstar" or (stage is None and recipe.needs_store):
         found += new_lines(_stage_1_problems(recipe, machine), known=found)
     if stage == "evaluate":

@@ -136,8 +136,8 @@ _KL_IN_LOSS = "of the KL to the reference in the loss; 0: no reference"
 _STD = "advantages are divided by the group's standard deviation"
 _DYNAMIC = "draw other prompts for groups whose rewards are all equal"
 _AVERAGING = (
-    "of tokens' losses: by response, then over these; constant: divided by sampling.max_response_tokens; over all "
-    "tokens"
+    "of tokens' losses. sequence: the mean of each response's mean; constant: each response's sum, divided by "
+    "sampling.max_response_tokens; token: the mean of all tokens"
 )
 _BUFFER = "tokens before the length cap over which a penalty grows; 0: none; null: a fifth of the cap"
 _DUAL = "the loss of a negative advantage is at most this many times it (above 1); null: no bound"

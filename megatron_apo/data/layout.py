@@ -68,7 +68,9 @@ def plan_batch(
 ) -> BatchPlan:
     """Plan a batch for so many minibatches and replicas. Raises `ValueError` as `plan_micro_batches` does.
 
-    groups: of each row, where a group's rows are to share a micro-batch if they fit into one.
+    groups: of each row, where a loss couples a group's. Those of a later minibatch then share a micro-batch, if all of
+    the minibatch's groups fit into one: otherwise it takes a forward pass all the same. In the first one, where all
+    log-ratios are 0, nothing is gained by it.
 
     Minibatches are equal parts of the batch, in its order. The interleaved schedule takes micro-batches of one length,
     and runs the reference on those of all minibatches at once: all are filled up to the longest one's.
@@ -77,7 +79,7 @@ def plan_batch(
     size, rest = divmod(len(lengths), num_minibatches)
     assert not rest, f"{len(lengths)} sequences do not divide into {num_minibatches} minibatches"
     parts = [range(index * size, (index + 1) * size) for index in range(num_minibatches)]
-    plans = [_plan(recipe, lengths, rows, dp, groups) for rows in parts]
+    plans = [_plan(recipe, lengths, rows, dp, groups if number else None) for number, rows in enumerate(parts)]
     rules = _rules(recipe)
     if recipe.parallel.vpp > 1:
         micro = [members for plan in plans for rank in plan for members in rank]
@@ -102,6 +104,8 @@ class WavePlanner:
         assert num_rows % num_minibatches == 0, f"{num_rows} rows do not divide into {num_minibatches} minibatches"
         self._recipe = recipe
         self._size = num_rows // num_minibatches
+        # Each replica needs work in each minibatch: fewer groups than replicas are split.
+        self._keeps_groups = self._size // recipe.objective.samples_per_prompt >= dp
         self._lengths = [0] * num_rows
         self._plans: list[Plan] = [[[] for _ in range(dp)] for _ in range(num_minibatches)]  # of the batch's rows
         self._tokens = [[0] * dp for _ in range(num_minibatches)]  # of each replica's sequences, aligned
@@ -114,7 +118,7 @@ class WavePlanner:
             self._lengths[row] = length
         for minibatch, (whole, tokens) in enumerate(zip(self._plans, self._tokens, strict=True)):
             own = [place for place, row in enumerate(rows) if row // self._size == minibatch]
-            plan = _plan_wave(self._recipe, lengths, own, tokens, groups)
+            plan = _plan_wave(self._recipe, lengths, own, tokens, groups if minibatch and self._keeps_groups else None)
             for replica, micro_batches in enumerate(plan):
                 whole[replica] += [[rows[place] for place in members] for members in micro_batches]
                 tokens[replica] += sum(aligned(lengths[p], self._recipe.alignment) for m in micro_batches for p in m)
@@ -155,8 +159,7 @@ def _plan(recipe: Recipe, lengths: Sequence[int], rows: range, dp: int, groups: 
         )
         return _rows_of(found, items)
 
-    if groups is not None and recipe.train.packing:
-        together = _fitting_groups(rows, lengths, groups, recipe.alignment, _budget(recipe))
+    if together := _together(recipe, rows, lengths, groups):
         with suppress(ValueError):  # too few of them for all ranks
             return plan(together, _sizes(together, lengths, recipe.alignment))
     return plan([[row] for row in rows], [lengths[row] for row in rows])
@@ -167,9 +170,8 @@ def _plan_wave(
 ) -> Plan:
     """[replica][micro-batch] = rows of the wave, of which these are in one minibatch."""
     items, sizes = [[row] for row in rows], [lengths[row] for row in rows]
-    if groups is not None and recipe.train.packing:
-        items = _fitting_groups(rows, lengths, groups, recipe.alignment, _budget(recipe))
-        sizes = _sizes(items, lengths, recipe.alignment)
+    if together := _together(recipe, rows, lengths, groups):
+        items, sizes = together, _sizes(together, lengths, recipe.alignment)
     found = plan_wave(
         sizes, tokens, budget_tokens=_budget(recipe), packing=recipe.train.packing, multiple=recipe.alignment
     )
@@ -186,15 +188,14 @@ def _sizes(items: Sequence[Sequence[int]], lengths: Sequence[int], multiple: int
     return [sum(aligned(lengths[row], multiple) for row in item) for item in items]
 
 
-def _fitting_groups(
-    rows: Sequence[int], lengths: Sequence[int], groups: Sequence[int], multiple: int, budget: int
+def _together(
+    recipe: Recipe, rows: Sequence[int], lengths: Sequence[int], groups: Sequence[int] | None
 ) -> list[list[int]]:
-    """The rows, those of a group together where a micro-batch holds them."""
+    """The rows of each group, where a micro-batch holds any of them; nothing where one is too long."""
+    if groups is None or not recipe.train.packing:
+        return []
     members: dict[int, list[int]] = {}
     for row in rows:
         members.setdefault(groups[row], []).append(row)
-    found: list[list[int]] = []
-    for group in members.values():
-        fits = sum(aligned(lengths[row], multiple) for row in group) <= budget
-        found += [group] if fits else [[row] for row in group]
-    return found
+    found = list(members.values())
+    return found if max(_sizes(found, lengths, recipe.alignment), default=0) <= _budget(recipe) else []

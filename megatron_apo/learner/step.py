@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_apo.data.batch import MicroBatch
 from megatron_apo.data.layout import BatchPlan
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
+from megatron_apo.learner.checkpoint import CRITIC, POLICY
 from megatron_apo.learner.diagnostics import StepRecord
 from megatron_apo.learner.known import KnownLogProbs
 from megatron_apo.learner.masking import Learned
@@ -73,10 +74,10 @@ class Step:
     def finish(self, plan: BatchPlan, batch: RolloutBatch) -> StepRecord:
         """Every optimizer step, all parts being there. plan, batch: of all of them.
 
-        A minibatch of which every response is masked (`Learned`) takes no optimizer step, and is counted. A step whose
-        gradient is not finite changes nothing and is counted; the batch is kept in RUN/rollouts/skipped. Raises
-        `GradientError` after train.max_skipped_steps such steps in a row, and `MismatchError` before the first
-        optimizer step where the sampler's log-probs are too far from the policy's.
+        A minibatch of which every response is masked (`Learned`) takes no optimizer step, and is counted. A gradient
+        that is not finite leaves its model as it is, and is counted; the batch is kept in RUN/rollouts/skipped. Raises
+        `GradientError` after train.max_skipped_steps of these in a row, and `MismatchError` before the first optimizer
+        step where the sampler's log-probs are too far from the policy's.
         """
         learner, topology = self._learner, self._learner.topology
         record = StepRecord(learner.objective.reinforce_scale, plan.metrics())
@@ -90,8 +91,8 @@ class Step:
                 grad_norm = learner.trainable.step() if has_any else None
             record.add_step(grad_norm)
             if grad_norm is not None:
-                norms = [grad_norm, *self._teach_critic(minibatch, record)]
-                self._count_skipped(next((norm for norm in norms if not math.isfinite(norm)), grad_norm), batch)
+                norms = {POLICY: grad_norm, **self._teach_critic(minibatch, record)}
+                self._count_skipped({name: norm for name, norm in norms.items() if not math.isfinite(norm)}, batch)
         return record.gather(topology)
 
     def _begin_gradient(self) -> OpenGradient:
@@ -126,12 +127,12 @@ class Step:
         with self._learner.timer.phase("train"):
             return forward_backward(chunks, micro_batches, lambda output_R, index: losses[index](output_R), gradient)
 
-    def _teach_critic(self, minibatch: int, record: StepRecord) -> list[float]:
-        """The critic's optimizer step on a minibatch, where there is one: its gradient's norm. A step whose gradient is
-        not finite changes nothing, and is counted."""
+    def _teach_critic(self, minibatch: int, record: StepRecord) -> dict[str, float]:
+        """The critic's optimizer step on a minibatch, where there is one: its gradient's norm, by its name. One
+        that is not finite leaves the critic as it is, and is counted."""
         critic, objective = self._learner.critic, self._learner.objective
         if critic is None:
-            return []
+            return {}
         (part,) = self._parts  # its values are of the whole batch
         micro_batches = part.minibatches[minibatch]
 
@@ -146,7 +147,7 @@ class Step:
             stats = forward_backward(critic.chunks, micro_batches, loss)
             norm = critic.step()
         record.add_critic(stats, norm)
-        return [norm]
+        return {CRITIC: norm}
 
     def _judge_mismatch(self, record: StepRecord) -> None:
         """By the numbers that every rank has, so that all of them raise `MismatchError` or none.
@@ -160,9 +161,10 @@ class Step:
         if warning and self._learner.topology.is_driver:
             print(f"warning: {warning}", flush=True)
 
-    def _count_skipped(self, grad_norm: float, batch: RolloutBatch) -> None:
+    def _count_skipped(self, skipped: Mapping[str, float], batch: RolloutBatch) -> None:
+        """skipped: the norms that were not finite, of whose gradient."""
         learner, most = self._learner, self._learner.recipe.train.max_skipped_steps
-        if math.isfinite(grad_norm):
+        if not skipped:
             learner.skipped_in_a_row = 0
             return
         learner.skipped_in_a_row += 1
@@ -172,15 +174,17 @@ class Step:
                 where = f"the batch is in {folder.write(self._number, batch)}"
             except OSError as error:  # it is not worth the run
                 where = f"the batch could not be kept: {error}"
-            print(
-                f"step {self._number + 1}: the gradient's norm is {grad_norm}; the optimizer step is skipped, {where}",
-                flush=True,
-            )
+            for name, norm in skipped.items():
+                print(
+                    f"step {self._number + 1}: the norm of the {name}'s gradient is {norm}; its optimizer step is "
+                    f"skipped, {where}",
+                    flush=True,
+                )
         if learner.skipped_in_a_row >= most:
             raise GradientError(
-                f"step {self._number + 1}: the gradient was not finite in {learner.skipped_in_a_row} optimizer steps "
-                f"in a row (train.max_skipped_steps); the weights are those before them, the batches are in "
-                f"{folder.folder}"
+                f"step {self._number + 1}: the gradient of {' and '.join(skipped)} was not finite; that is "
+                f"{learner.skipped_in_a_row} optimizer steps in a row that were skipped for such a gradient "
+                f"(train.max_skipped_steps); the batches are in {folder.folder}"
             )
 
 

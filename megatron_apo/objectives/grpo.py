@@ -81,8 +81,8 @@ class GRPO(Objective):
 
     @property
     def reinforce_scale(self) -> float | None:
-        """Only the sum over tokens, without std, is REINFORCE's gradient at another scale."""
-        is_scaled = self.averaging == "constant" and not self.divide_by_std
+        """Only the sum over tokens, without std and KL, is REINFORCE's gradient at another scale."""
+        is_scaled = self.averaging == "constant" and not self.divide_by_std and not self.kl_coefficient
         return 1 / self.max_response_tokens if is_scaled else None
 
     @property

@@ -15,7 +15,8 @@ of one has no pair and is 0.
 The mean is taken as a constant. The gradient is that of the whole all the same, the deviations from a mean being 0 in
 sum: d/dd_i = 4 / (n-1) (d_i - mean d). So a sequence needs of its group's others their present log-ratios alone, and a
 group may lie in one micro-batch or in several, with the same gradient. At the step's start it is 4 / eta times that of
-REINFORCE with the leave-one-out mean as its baseline.
+REINFORCE with the leave-one-out mean as its baseline. The others enter a sequence's gradient by that mean alone, which
+does not depend on the sequence, so that an importance weight of its own is all that it needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""REINFORCE with any baseline that does not depend on the response (Williams 1992).
+"""REINFORCE with a baseline, of whose sources (values/baselines.py) most do not depend on the response (Williams 1992).
 
     loss(x, y) = - w(y) A        gradient: - w(y) A grad log pi(y)
     A = r - kl_coefficient * log( pi_old(y) / pi_ref(y) ) - baseline(x)

@@ -6,11 +6,12 @@
     LeaveOneOut     the same without the response's own reward (RLOO, arXiv 2402.14740)
     KernelSmoothed  the prompt's own past beside its group's other responses (kernel.py)
 
-A mean of n rewards, the response's own among them, makes the expected gradient 1 - 1/n times as long and turns it
-nowhere: the other rewards do not depend on what this response was. That is how BatchMean and GroupMean are defined, so
-that a batch's or a group's advantages add up to 0; in a group of one nothing is left to learn. The others leave the
-expected gradient as it is. Where LeaveOneOut and KernelSmoothed have nothing to go by (a group of one, no past) they
-say the mean reward of the batch's other responses; 0, if there are none.
+A mean of n rewards, the response's own among them, makes the expected gradient of the reward 1 - 1/n times as long:
+the other rewards do not depend on what this response was. That is how BatchMean and GroupMean are defined, so that a
+batch's or a group's advantages add up to 0; in a group of one nothing is left to learn. What a method adds to the
+rewards, such as a KL to the reference, is in no mean and keeps its length: beside the reward it then weighs n / (n-1)
+times as much. The others leave the expected gradient as it is. Where LeaveOneOut and KernelSmoothed have nothing to go
+by (a group of one, no past) they say the mean reward of the batch's other responses; 0, if there are none.
 
 A response that is not learned from, or has no reward, is in no statistic and its baseline is NaN.
 Shapes: B responses of a step, P groups of them, each of one prompt.

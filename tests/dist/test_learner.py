@@ -277,7 +277,10 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_kept(layout: str, 
     assert found["in a row after a good step"] == 0
     assert not found["bad minibatches change weights"]
     folder = work / layout / "rollouts" / "skipped"
-    assert "not finite in 3 optimizer steps in a row" in found["error"] and str(folder) in found["error"]
+    assert (
+        "the gradient of policy was not finite; that is 3 optimizer steps in a row" in found["error"]
+        and str(folder) in found["error"]
+    )
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:06d}.parquet" for step in (1, 3, 4)]
     kept = RolloutBatch.read(folder / "step-000001.parquet")
     assert kept.sequences.token_ids_T.tolist() == batch().sequences.token_ids_T.tolist()

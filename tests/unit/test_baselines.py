@@ -158,6 +158,18 @@ def test_what_each_does_to_the_expected_gradient(group: int) -> None:
         np.testing.assert_allclose(found_A, scale * true_A, atol=1e-12)
 
 
+def test_a_kl_is_in_no_mean() -> None:
+    """With group_mean of two it weighs twice as much beside the reward, whose gradient is half as long."""
+    policy_A, reward_A, kl_A = np.array([0.5, 0.3, 0.2]), np.array([-1.0, 0.25, 2.0]), np.array([0.3, -0.1, 0.7])
+    score_AA, found_A = np.eye(3) - policy_A, np.zeros(3)
+    for arms in product(range(3), repeat=2):
+        own = list(arms)
+        advantage_G = reward_A[own] - 0.1 * kl_A[own] - GroupMean().values(0, *batch(a=reward_A[own].tolist()))
+        found_A += np.prod(policy_A[own]) * (advantage_G @ score_AA[own]) / 2
+    reward_grad_A, kl_grad_A = ((policy_A * value_A) @ score_AA for value_A in (reward_A, kl_A))
+    np.testing.assert_allclose(found_A, (reward_grad_A - 0.2 * kl_grad_A) / 2, atol=1e-12)
+
+
 # ---- the kernel
 
 

@@ -118,42 +118,48 @@ def test_interleaved_micro_batches_are_as_long_as_the_longest_of_all_minibatches
     assert {micro.lengths for micro in alone} == {(7,), (5, 2)}
 
 
-def grouped(lengths: list[int], groups: list[int], budget: int, dp: int = 1, minibatches: int = 1, tp: int = 1):
-    """The plan where groups are to be together, and whether each minibatch splits one."""
+def grouped(lengths: list[int], groups: list[int], budget: int, dp: int = 1, tp: int = 1):
+    """The plan of a second minibatch where groups are to be together, and whether it splits one. The first minibatch,
+    of the same lengths, is planned as if there were no groups."""
     recipe = recipe_of(ParallelConfig(tp=tp, sequence_parallel=tp > 1))
     recipe.train.tokens_per_micro_batch = budget
-    plan = plan_batch(recipe, batch_of(lengths), num_minibatches=minibatches, dp=dp, groups=groups)
-    rows = [sorted(sorted(members) for rank in one for members in rank) for one in plan.plans]
-    return rows, [plan.splits_groups(number, groups) for number in range(minibatches)]
+    both, of_both = lengths * 2, [number + len(lengths) * part for part in range(2) for number in groups]
+    plan, alone = (
+        plan_batch(recipe, batch_of(both), num_minibatches=2, dp=dp, groups=each) for each in (of_both, None)
+    )
+    assert plan.plans[0] == alone.plans[0]
+    rows = [[row - len(lengths) for row in sorted(members)] for rank in plan.plans[1] for members in rank]
+    return sorted(rows), plan.splits_groups(1, of_both)
 
 
 def test_a_group_is_together_where_a_micro_batch_holds_it():
-    assert grouped([6, 3, 4, 3], [0, 0, 1, 1], 9) == ([[[0, 1], [2, 3]]], [False])
-    # By length alone 6 + 4 and 3 + 3 would fit as well. Of 10 and 3 no micro-batch of 12 holds both.
-    assert grouped([6, 3, 4, 3], [0, 0, 1, 1], 10) == ([[[0, 1], [2, 3]]], [False])
-    rows, is_split = grouped([10, 3, 4, 3, 6, 3, 4, 3], [0, 0, 1, 1, 2, 2, 3, 3], 12, minibatches=2)
-    assert is_split == [True, False] and rows[1] == [[4, 5], [6, 7]]
-    assert [2, 3] in [[row for row in members if row > 1] for members in rows[0]]
+    assert grouped([6, 3, 4, 3], [0, 0, 1, 1], 9) == ([[0, 1], [2, 3]], False)
+    # By length alone 6 + 4 and 3 + 3 would fit as well.
+    assert grouped([6, 3, 4, 3], [0, 0, 1, 1], 10) == ([[0, 1], [2, 3]], False)
+    # Of 10 and 3 no micro-batch of 12 holds both: a forward pass has to be made, and the others are packed by length.
+    rows, is_split = grouped([10, 3, 6, 3, 6, 3], [0, 0, 1, 1, 2, 2], 12)
+    assert is_split and len(rows) == 3 and [0] in rows
 
 
 def test_a_group_fits_with_its_padding():
     """On two sequence-parallel ranks 5 + 5 tokens take 6 + 6."""
-    assert grouped([5, 5], [0, 0], 12, tp=2) == ([[[0, 1]]], [False])
-    assert grouped([5, 5], [0, 0], 10, tp=2) == ([[[0], [1]]], [True])
-    rows, is_split = grouped([5, 5, 2, 2], [0, 0, 1, 1], 10, tp=2)
-    assert is_split == [True] and [2, 3] in [[row for row in members if row > 1] for members in rows[0]]
-    assert grouped([5, 5, 3, 3], [0, 0, 1, 1], 18, tp=2) == ([[[0, 1], [2, 3]]], [False])  # 12 and 8 of 18
+    assert grouped([5, 5], [0, 0], 12, tp=2) == ([[0, 1]], False)
+    assert grouped([5, 5], [0, 0], 10, tp=2) == ([[0], [1]], True)
+    assert grouped([5, 5, 3, 3], [0, 0, 1, 1], 18, tp=2) == ([[0, 1], [2, 3]], False)  # 12 and 8 of 18
 
 
 def test_groups_are_nothing_to_padded_micro_batches():
     recipe = recipe_of(ParallelConfig(), packing=False)
     recipe.train.tokens_per_micro_batch = 12
-    plans = [plan_batch(recipe, batch_of([6, 3, 6, 3]), groups=groups).plans for groups in ([0, 0, 1, 1], None)]
-    assert plans[0] == plans[1] and sorted(map(sorted, plans[0][0][0])) == [[0], [1, 3], [2]]
+    both = [
+        plan_batch(recipe, batch_of([6, 3, 6, 3] * 2), num_minibatches=2, groups=groups).plans
+        for groups in ([0, 0, 1, 1, 2, 2, 3, 3], None)
+    ]
+    assert both[0] == both[1] and sorted(map(sorted, both[0][1][0])) == [[4], [5, 7], [6]]
 
 
 def test_too_few_groups_for_all_replicas_are_split():
-    assert grouped([5, 5], [0, 0], 12, dp=2) == ([[[0], [1]]], [True])
+    assert grouped([5, 5], [0, 0], 12, dp=2) == ([[0], [1]], True)
 
 
 def test_no_sequences_and_unequal_minibatches_are_refused():

@@ -237,20 +237,21 @@ def test_a_critic_has_weights_an_optimizer_and_a_schedule_of_its_own(
 
 
 def test_groups_are_kept_together_for_a_loss_that_couples_them() -> None:
-    """Of responses that take 6, 3, 4 and 3 positions a micro-batch of 10 holds any two; else they are spread evenly."""
-    made = make_batch([[1]] * 4, [[2] * count for count in (6, 3, 4, 3)])
-    made.group_B[:] = [0, 0, 1, 1]
+    """Of responses that take 6, 3, 4 and 3 positions a micro-batch of 10 holds any two; else they are spread evenly, as
+    they are in a first minibatch."""
+    made = make_batch([[1]] * 8, [[2] * count for count in (6, 3, 4, 3) * 2])
+    made.group_B[:] = [0, 0, 1, 1, 2, 2, 3, 3]
 
-    def planned(method: str) -> list[list[int]]:
-        settings = ["train.tokens_per_micro_batch=10", "train.minibatches=1", "data.max_prompt_tokens=2"]
+    def planned(method: str) -> list[list[list[int]]]:
+        settings = ["train.tokens_per_micro_batch=10", "train.minibatches=2", "data.max_prompt_tokens=2"]
         short = ["sampling.max_response_tokens=7", "objective.samples_per_prompt=2", f"objective.name={method}"]
         learner = Learner.__new__(Learner)
         learner.recipe = build_recipe({}, [*PATHS, *settings, *short])
         learner.objective = objective_of(learner.recipe)
-        ((micro_batches,),) = learner.plan(made).plans
-        return sorted(sorted(members) for members in micro_batches)
+        return [sorted(sorted(members) for members in micro_batches) for (micro_batches,) in learner.plan(made).plans]
 
-    assert planned("rebel") == [[0, 1], [2, 3]] and planned("rloo") == [[0, 3], [1, 2]]
+    assert planned("rebel") == [[[0, 3], [1, 2]], [[4, 5], [6, 7]]]
+    assert planned("rloo") == [[[0, 3], [1, 2]], [[4, 7], [5, 6]]]
 
 
 def test_a_recorded_batch_must_have_the_methods_groups() -> None:

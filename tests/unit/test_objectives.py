@@ -170,6 +170,7 @@ def test_a_gradient_has_a_scale_where_it_is_reinforces_but_for_a_factor():
     scaled = [APO(beta2=0.1), APO(loss_scale="unit"), REINFORCE(), RLOO(), REBEL(eta=0.5), DrGRPO(9)]
     assert [one.reinforce_scale for one in scaled] == pytest.approx([0.2, 1, 1, 1, 8, 1 / 9])
     others = [GRPO(9), GRPO(9, averaging="constant"), GRPO(9, divide_by_std=False), DAPO(9), PPO(), TBRM(), SFT()]
+    others.append(DrGRPO(9, kl_coefficient=0.1))
     assert all(one.reinforce_scale is None for one in others)
 
 

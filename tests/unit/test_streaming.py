@@ -114,14 +114,25 @@ def test_whatever_comes_when_a_row_is_in_its_own_minibatch_once(dp, num_minibatc
 
 
 def test_groups_that_are_coupled_share_a_micro_batch():
+    """Those of a later minibatch, of which the rest has come or will: 22 and 7 of 40; 55 does not fit into one."""
     recipe = recipe_of(ParallelConfig(dp=2))
     recipe.train.tokens_per_micro_batch = 40
-    planner = WavePlanner(recipe, 8, num_minibatches=1, dp=2)
-    plan = planner.plan([0, 1, 4, 5, 6, 7], batch_of([10, 12, 30, 25, 3, 4]), groups=[0, 0, 2, 2, 3, 3])
-    micro_batches = [members for rank in plan.plans[0] for members in rank]
-    assert sum({0, 1} <= {*members} for members in micro_batches) == 1
-    assert sum({4, 5} <= {*members} for members in micro_batches) == 1
-    assert plan.splits_groups(0, [0, 0, 2, 2, 3, 3]), "the longest two do not fit into one"
+    planner = WavePlanner(recipe, 16, num_minibatches=2, dp=2)
+    planner.plan([*range(8), 10, 11], batch_of([5] * 8 + [30, 25]), groups=[*range(8), 1, 1])
+    groups = [0, 0, 3, 3]
+    plan = planner.plan([8, 9, 14, 15], batch_of([10, 12, 3, 4]), groups=groups)
+    assert sorted(members for rank in plan.plans[1] for members in rank) == [[0, 1], [2, 3]]
+    assert not plan.splits_groups(1, groups)
+
+
+@pytest.mark.parametrize("groups_a_minibatch", [1, 2])
+def test_no_replica_is_without_work_where_there_are_fewer_groups(groups_a_minibatch: int) -> None:
+    recipe = build_recipe({}, ["model.path=m", "data.train=t", "objective.name=rebel", "parallel.dp=2"])
+    rows = 4 * groups_a_minibatch
+    planner = WavePlanner(recipe, rows, num_minibatches=2, dp=2)
+    for first in range(0, rows, 2):
+        planner.plan([first, first + 1], batch_of([5, 7]), groups=[first, first])
+    assert all(members for plan in planner.whole.plans for members in plan)
 
 
 def test_a_row_that_comes_twice_or_not_at_all_is_seen():
