@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import ENGINE, Command
+from tests.e2e.command import Command
 from tests.runs import write_run
 
 SHARED = [
@@ -26,7 +26,7 @@ def test_an_interrupted_comparison_goes_on(command: Callable[..., Command], tmp_
     arguments = ["compare", "-r", str(tmp_path / "recipe.yaml"), "--out", str(out), *plan, "--attempts", "1", *SHARED]
     first, second = (out / "equal-prompts" / label / "seed-7" for label in ("apo", "grpo"))
     run = command(*arguments)
-    run.wait_for(lambda: (second / "attempt-1" / "attempt.log").exists() and run.processes(ENGINE))
+    run.wait_for(lambda: (second / "attempt-1" / "attempt.log").exists() and run.processes("guard.py"))
     assert run.send(signal.SIGINT) == 130, run.output
     assert [path.name for path in first.iterdir()] == ["attempt-1"] and not (second / "attempt-1/attempt.json").exists()
     assert json.loads((out / "results.json").read_text())["equal-prompts"][1]["runs"] == []
