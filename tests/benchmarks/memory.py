@@ -54,6 +54,7 @@ from safetensors.torch import save_file
 from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.data.rollouts import RolloutBatch
 from megatron_apo.learner import learner as learner_module
+from megatron_apo.learner import step as step_module
 from megatron_apo.learner.learner import Learner
 from megatron_apo.learner.optim import Trainable
 from megatron_apo.model import logprobs
@@ -304,7 +305,7 @@ def watched(counter: TensorBytes, learner: Learner) -> Iterator[Phases]:
 
         made_as(learner, "learn", "tokens")
         made_as(learner_module, "forward_only", "no gradient")
-        made_as(learner_module, "forward_backward", pass_with_gradient)
+        made_as(step_module, "forward_backward", pass_with_gradient)
         for name in ("forward", "backward"):
             made_as(logprobs._TiledLogProbs, name, "head", static=True)
         for trainable in learner.trainables.values():
