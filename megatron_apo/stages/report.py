@@ -1,11 +1,12 @@
 """RUN/report.html: one page, without outside assets, of what a run did; also of one that is not finished.
 
-Reads recipe.yaml, metrics.jsonl, summary.json and the V* store. What is not there is said in its place.
+Reads recipe.yaml, metrics.jsonl, summary.json and the V* store. What its method should have and is not there is said in
+its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -13,20 +14,21 @@ from typing import Any
 
 import yaml
 
+from megatron_apo.stages import report_method
+from megatron_apo.stages.report_method import Method
 from megatron_apo.stages.report_samples import samples_section
 from megatron_apo.telemetry import page, plots
+from megatron_apo.telemetry.figures import Figure, Rows, line_figure, named, series
 from megatron_apo.telemetry.gpu_page import gpu_figures
 from megatron_apo.telemetry.metrics import FILE_NAME, read_metrics
 from megatron_apo.telemetry.summary import read_summary
 from megatron_apo.telemetry.units import data_size, duration
 
-Rows = list[dict[str, Any]]
 Tree = Mapping[str, Any]
 
 _PARTS = ("generate", "reference", "forward_backward", "train")  # whose rates are in metrics.jsonl
 _RATES = {"tokens_per_s": ("tokens/s", ",.0f"), "tflops_per_rank": ("TFLOP/s of a rank", ".3g"), "mfu": ("MFU", ".1%")}
 _OF_SOURCES = {"training reward by source": "/reward", "avg@k by source, held-out prompts": "/avg_at_k"}
-_HEADINGS = {"before": "before (reference)", "after": "after A*-PO"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -37,29 +39,35 @@ def write_report(run_dir: Path) -> Path:
     recipe = _read_yaml(run_dir / "recipe.yaml")
     summary = read_summary(run_dir)
     rows = read_metrics(run_dir)
-    sections = [
-        _headline(summary, rows, recipe),
-        page.section("Reward", _reward(rows, recipe)),
-        page.section("Samples", samples_section(run_dir)),
-        page.section("Distance from the reference", _distance(rows)),
-        page.section("V* and responses", _vstar(run_dir, recipe) + _responses(rows)),
-        page.section("Time", _time(rows, summary)),
-        page.section("Trainer and rollouts", _agreement(rows, summary)),
-        page.section("Optimization", _optimization(rows)),
-        page.section("Machine", gpu_figures(rows) + _machine(summary)),
-        page.section("Recipe", _recipe(recipe)),
-    ]
+    method = Method.of(recipe)
+    sections = {
+        "Reward": _reward(rows, recipe),
+        "Samples": samples_section(run_dir),
+        f"What {method.title or 'the method'} learns from": report_method.targets(rows, method),
+        "Critic": report_method.critic(rows, method),
+        "Distance from the reference": report_method.distance(rows, method),
+        "Optimization": report_method.optimization(rows, method),
+        "V*": _vstar(run_dir, recipe, method),
+        "Responses": _responses(rows),
+        "Time": _time(rows, summary),
+        "Trainer and rollouts": _agreement(rows, summary, method),
+        "Machine": gpu_figures(rows) + _machine(summary),
+        "Recipe": _recipe(recipe),
+    }
+    written = [page.section(title, body) for title, body in sections.items() if body]
+    name, kind = run_dir.resolve().name, f"{method.title} run".strip()
     path = run_dir / "report.html"
-    path.write_text(page.document(run_dir.resolve().name, "A*-PO run", _subtitle(recipe, rows), sections))
+    headline = _headline(summary, rows, recipe, method)
+    path.write_text(page.document(name, kind, _subtitle(recipe, rows, method), [headline, *written]))
     return path
 
 
 # ---- sections
 
 
-def _subtitle(recipe: Tree, rows: Rows) -> str:
+def _subtitle(recipe: Tree, rows: Rows, method: Method) -> str:
     done = max((row["step"] for row in rows if "reward/mean" in row), default=None)
-    parts = ["A*-PO"]
+    parts = [method.title] if method.title else []
     if recipe:
         parallel, train = recipe["parallel"], recipe["train"]
         parts.append(f"tp {parallel['tp']} × pp {parallel['pp']} × dp {parallel['dp']}")
@@ -69,7 +77,8 @@ def _subtitle(recipe: Tree, rows: Rows) -> str:
     return " · ".join(parts)
 
 
-def _headline(summary: Tree, rows: Rows, recipe: Tree) -> str:
+def _headline(summary: Tree, rows: Rows, recipe: Tree, method: Method) -> str:
+    headings = {"before": "before training", "after": f"after {method.title or 'training'}"}
     results = summary.get("pass_at_1", {})
     k = recipe["eval"]["samples"] if recipe else "k"
     cards = []
@@ -80,13 +89,14 @@ def _headline(summary: Tree, rows: Rows, recipe: Tree) -> str:
         error = ((after["stderr"] or 0) ** 2 + (before["stderr"] or 0) ** 2) ** 0.5
         cards.append(page.card(f"avg@{k} gained", f"{gain:+.3f}", f"± {error:.3f}, pairing ignored" if error else ""))
     for name, result in results.items():
-        title, value = f"avg@{k} {_HEADINGS.get(name, name)}", page.with_error(result["mean"], result["stderr"])
+        title, value = f"avg@{k} {headings.get(name, name)}", page.with_error(result["mean"], result["stderr"])
         cards.append(page.card(title, value, f"greedy {result['greedy']:.3f}"))
     if warned := _warned_steps(rows):
         cards.append(page.card("mismatch warned of", f"{len(warned)} steps", f"the first is step {warned[0]}"))
     phases = summary.get("phases_s", {})
     if phases:
-        cards.append(page.card("wall clock", duration(_total(phases)), f"{len(phases.keys() - {'total'})} phases"))
+        count = len(phases.keys() - {"total"})
+        cards.append(page.card("wall clock", duration(_total(phases)), "1 phase" if count == 1 else f"{count} phases"))
     if not cards:
         reward = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
         if reward:
@@ -96,12 +106,12 @@ def _headline(summary: Tree, rows: Rows, recipe: Tree) -> str:
 
 
 def _reward(rows: Rows, recipe: Tree) -> str:
-    reward = _series(rows, "reward/mean")
+    reward = series(rows, "reward/mean")
     k = recipe["eval"]["samples"] if recipe else "k"
     names = {f"avg@{k}, held-out prompts": "eval/avg_at_k", "greedy, held-out prompts": "eval/greedy"}
     evaluations = {}
     for label, name in names.items():
-        steps, means = _series(rows, name)
+        steps, means = series(rows, name)
         if steps:
             errors = [row.get(f"{name}_stderr") or 0.0 for row in rows if row.get(name) is not None]
             evaluations[label] = (steps, means, errors)
@@ -118,22 +128,21 @@ def _by_source(rows: Rows) -> str:
         {name for row in rows for name in row if name.startswith(("source/", "eval/")) and name.count("/") == 2}
     )
     lines = {title: [name for name in names if name.endswith(end)] for title, end in _OF_SOURCES.items()}
-    return "".join(_lines(rows, title, own, part=1) for title, own in lines.items() if own)
+    return "".join(line_figure(rows, Figure(title, named(own, part=1))) for title, own in lines.items() if own)
 
 
-def _distance(rows: Rows) -> str:
-    titles = {"kl/per_token": "KL per token, nats", "kl/per_sequence": "KL per sequence, nats"}
-    return "".join(_lines(rows, title, [name]) for name, title in titles.items())
-
-
-def _vstar(run_dir: Path, recipe: Tree) -> str:
+def _vstar(run_dir: Path, recipe: Tree, method: Method) -> str:
+    """Nothing of a run that has no store."""
     from megatron_apo.values.page import lengths_figure, values_figure
     from megatron_apo.values.store import VStarStore
     from megatron_apo.values.summary import summarize
 
     settings = recipe["vstar"] if recipe else {}
+    folder = Path(settings.get("dir", run_dir / "vstar"))
+    if not (folder.is_dir() if method.needs_store is None else method.needs_store):
+        return ""
     try:
-        store = VStarStore.open(settings.get("dir", run_dir / "vstar"), settings.get("samples_used"))
+        store = VStarStore.open(folder, settings.get("samples_used"))
         found = summarize(store, [settings.get("beta1", 0.5)], settings.get("estimator", "log_mean_exp"))
     except ValueError as error:  # of the store, or of an estimator that its rewards do not suit
         return page.missing(f"V*: {error}")
@@ -143,17 +152,13 @@ def _vstar(run_dir: Path, recipe: Tree) -> str:
 
 
 def _responses(rows: Rows) -> str:
-    lengths = [f"response/{name}_tokens" for name in ("mean", "p50", "p95", "max")]
-    return (
-        _lines(rows, "response length, tokens", lengths)
-        + _lines(rows, "responses cut at the length cap", ["response/truncated"], percent=True)
-        + _lines(
-            rows,
-            "share of the step with the slowest response, the slowest 1 % of responses alone",
-            ["rollout/slowest_share", "rollout/slowest_1pct_share"],
-            percent=True,
-        )
-    )
+    slowest = "share of the step with the slowest response, the slowest 1 % of responses alone"
+    figures = [
+        Figure("response length, tokens", named(f"response/{name}_tokens" for name in ("mean", "p50", "p95", "max"))),
+        Figure("responses cut at the length cap", named(["response/truncated"]), percent=True),
+        Figure(slowest, named(["rollout/slowest_share", "rollout/slowest_1pct_share"]), percent=True),
+    ]
+    return "".join(line_figure(rows, figure) for figure in figures)
 
 
 def _time(rows: Rows, summary: Tree) -> str:
@@ -196,7 +201,7 @@ def _rates(rows: Rows) -> str:
         (part, rate): fmean(values)
         for part in _PARTS
         for rate in _RATES
-        if (values := _series(rows, f"{rate}/{part}")[1])
+        if (values := series(rows, f"{rate}/{part}")[1])
     }
     rates = {rate: how for rate, how in _RATES.items() if any(rate == of for _, of in found)}
     table = [
@@ -208,7 +213,7 @@ def _rates(rows: Rows) -> str:
         return ""
     blocks = page.table("Rates, mean over steps", ("part", *(title for title, _ in rates.values())), table)
     if ("train", "mfu") in found:
-        blocks += _lines(rows, "MFU of training", ["mfu/train"], percent=True)
+        blocks += line_figure(rows, Figure("MFU of training", named(["mfu/train"]), percent=True))
     return blocks
 
 
@@ -216,25 +221,14 @@ def _total(phases_s: Mapping[str, float]) -> float:
     return phases_s.get("total", sum(phases_s.values()))
 
 
-def _agreement(rows: Rows, summary: Tree) -> str:
-    limits = {name: _series(rows, f"mismatch/{name}_limit") for name in ("warn", "stop")}
-    blocks = _lines(
-        rows,
-        "|log-prob difference| trainer − vLLM, nats",
-        ["mismatch/max", "mismatch/mean"],
-        log=True,
-        limits={f"limit of the mean, {name}": line for name, line in limits.items() if line[0]},
-    )
-    blocks += _lines(
-        rows,
-        "probability ratio trainer / vLLM",
-        [
-            "mismatch/token_mult_prob_error",
-            *(f"mismatch/sequence_{name}" for name in ("ratio_mean", "ratio_max", "ess")),
-        ],
-    )
-    if any("importance/mean" in row for row in rows):
-        blocks += _lines(rows, "importance weights", ["importance/mean", "importance/capped"])
+def _agreement(rows: Rows, summary: Tree, method: Method) -> str:
+    limits = {f"limit of the mean, {name}": f"mismatch/{name}_limit" for name in ("warn", "stop")}
+    differences = named(["mismatch/max", "mismatch/mean"])
+    difference = Figure("|log-prob difference| trainer − vLLM, nats", differences, beside=limits)
+    names = ("token_mult_prob_error", "sequence_ratio_mean", "sequence_ratio_max", "sequence_ess")
+    ratio = Figure("probability ratio trainer / vLLM", named(f"mismatch/{name}" for name in names))
+    blocks = line_figure(rows, difference, log=True) + line_figure(rows, ratio)
+    blocks += report_method.importance(rows, method)
     facts = []
     if warned := _warned_steps(rows):
         facts.append(("steps above the mean's warning limit", f"{len(warned)}, the first is {warned[0]}"))
@@ -250,13 +244,7 @@ def _agreement(rows: Rows, summary: Tree) -> str:
 
 def _warned_steps(rows: Rows) -> list[int]:
     """Steps whose mismatch was above mismatch.warn's limit."""
-    return [step for step, warned in zip(*_series(rows, "mismatch/warned"), strict=True) if warned]
-
-
-def _optimization(rows: Rows) -> str:
-    return _lines(rows, "gradient norm in REINFORCE units", ["grad_norm_reinforce"]) + _lines(
-        rows, "advantage r − V*", ["advantage/mean", "advantage/second_moment"]
-    )
+    return [step for step, warned in zip(*series(rows, "mismatch/warned"), strict=True) if warned]
 
 
 def _machine(summary: Tree) -> str:
@@ -279,32 +267,6 @@ def _recipe(recipe: Tree) -> str:
         return page.missing("recipe.yaml: not there")
     text = escape(yaml.safe_dump(recipe, sort_keys=False))
     return f'<details class="wide"><summary>recipe.yaml, resolved</summary><pre>{text}</pre></details>'
-
-
-# ---- pieces
-
-
-def _lines(
-    rows: Rows,
-    title: str,
-    names: Sequence[str],
-    log: bool = False,
-    percent: bool = False,
-    limits: Mapping[str, plots.Line] | None = None,
-    part: int = -1,
-) -> str:
-    """part: of a metric's name, which tells its line."""
-    lines = {name.split("/")[part].replace("_", " "): _series(rows, name) for name in names}
-    lines = {name: line for name, line in lines.items() if line[0]}
-    if not lines:
-        return page.missing(f"{title}: nothing in metrics.jsonl")
-    return page.figure(plots.line_chart(title, lines, log=log, percent=percent, limits=limits), "", title=title)
-
-
-def _series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, where it has a (finite) value."""
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
 
 
 def _read_yaml(path: Path) -> Tree:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from megatron_apo.config import RecipeError, load_recipe
 from megatron_apo.data.rollouts import RolloutBatch, RolloutFolder
 from megatron_apo.preflight import open_training
+from megatron_apo.stages.report import write_report
 from megatron_apo.weights import hf_io
 from tests.batches import UNSAMPLED, make_batch
 from tests.dist.ranks import start_ranks
@@ -90,6 +92,10 @@ def test_a_method_without_reference_and_store_ends_with_its_model(method: str, w
     assert [row["step"] for row in found] == [1, 2, 3]
     assert all(told <= row.keys() and not any(name.startswith("kl/") for name in row) for row in found)
     assert "kl" not in json.loads((work / method / "summary.json").read_text())
+    page = write_report(work / method).read_text()
+    assert "advantage r − " in page and not re.search(r"A\*-PO|V\*|KL per", page)
+    missing = re.findall('<p class="missing">(.*?):', page)
+    assert missing == ["samples", "share of the step with the slowest response, the slowest 1 % of responses alone"]
     start_ranks("tests.dist.replay_worker", work, "dp2", *own, f"run.dir={work / 'whole'}", f"train.steps={STEPS}")
     whole = weights(work / "whole")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in learned.items())

@@ -1,4 +1,4 @@
-"""The page of a run: everything a finished run has, and what is said of a run that has not ended."""
+"""The page of a run: everything a finished run has, by each method, and what is said of a run that has not ended."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import pytest
 import yaml
 
 from megatron_apo.config import build_recipe
+from megatron_apo.objectives import build_objective
 from megatron_apo.stages.report import write_report
 from megatron_apo.telemetry.plots import smooth
 from megatron_apo.telemetry.units import data_size, duration
 from megatron_apo.values.store import StoreRow, StoreWriter
 from tests.stores import FINGERPRINT
+from tests.unit.test_methods import METHODS
 
 
 def make_run(folder: Path, steps: int = 60) -> Path:
@@ -41,6 +43,7 @@ def make_run(folder: Path, steps: int = 60) -> Path:
         rows.append(
             {"step": step, "time": 1e9 + step, "reward/mean": 0.58 + 0.26 * rise + rng.normal(0, 0.02)}
             | {"kl/per_token": 0.01 * rise, "kl/per_sequence": 0.25 * rise, "grad_norm_reinforce": rng.uniform(1, 3)}
+            | {"loss": 0.2 - 0.1 * rise, "grad_norm": 0.1, "value/mean": 0.6 + rng.normal(0, 0.01)}
             | {"response/mean_tokens": 25 + rng.normal(0, 0.3), "response/truncated": 0.02 * (1 - rise)}
             | {"response/p50_tokens": 24, "response/p95_tokens": 31, "response/max_tokens": 32}
             | {
@@ -128,7 +131,9 @@ def test_finished_run_shows_its_results(tmp_path: Path) -> None:
     assert "2.40 GB" in found.text and "2.13.0+cpu" in found.text and "prompts_per_step: 256" in found.text
     assert "generate610.0 MB" in found.text and "train690.0 MB" in found.text
     assert "not there" not in found.text and "nothing in" not in found.text
-    assert page.count("<svg") == 15
+    assert page.count("<svg") == 17
+    assert "A*-PO · tp 1 × pp 2" in found.text and "avg@8 after A*-PO" in found.text
+    assert "advantage r − V*" in found.text and "What A*-PO learns from" in found.text
 
 
 def test_rates_and_gpus_are_means_and_sums_of_the_run(tmp_path: Path) -> None:
@@ -148,10 +153,10 @@ def test_mismatch_is_shown_with_its_limits_and_what_was_warned_of(tmp_path: Path
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row["mismatch/warned"] = int(row["step"] in (17, 41))
-        row |= {"importance/mean": 0.98, "importance/capped": 0.01}
+        row |= {"importance/mean": 0.98 + 1e-4 * row["step"], "importance/capped": 0.01}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = outline(write_report(run).read_text()).text
-    assert "importance weights" in text and "capped" in text
+    assert "importance weights" in text and "importance/capped0.01" in text
     assert "mismatch warned of2 stepsthe first is step 17" in text
     assert "steps above the mean's warning limit2, the first is 17" in text
 
@@ -194,6 +199,152 @@ def test_an_estimator_that_the_rewards_do_not_suit_costs_its_figure_alone(tmp_pa
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     page = write_report(run).read_text()
     assert "beta_smoothed needs rewards of 0 and 1" in page and "time of a step by phase" in page
+
+
+# ---- by method
+
+ADVANTAGE = {"advantage/mean", "advantage/second_moment"}
+CLIPPED = {"clip/low", "clip/high", "clip/dual"}
+KL = {"kl/per_token", "kl/per_sequence"}
+GROUP = {"group/std", "group/equal", "reward/length_penalty"}
+CRITIC = {"critic/loss", "critic/grad_norm", "critic/explained_variance", "critic/clipped", "critic/skipped_steps"}
+IN_UNITS, PLAIN = {"grad_norm_reinforce"}, {"grad_norm"}
+# Its name, how its advantage is told, and what a page has of the metrics that it tells by its defaults.
+PAGES = {
+    "apo": ("A*-PO", "r − V*", ADVANTAGE | {"value/mean"} | KL | IN_UNITS),
+    "reinforce": ("REINFORCE", "r − V*", ADVANTAGE | {"value/mean", "ratio/mean"} | IN_UNITS),
+    "rloo": ("RLOO", "r − mean of the group's others", ADVANTAGE | {"value/mean", "ratio/mean"} | IN_UNITS),
+    "rebel": ("REBEL", "r − mean of the group", ADVANTAGE | IN_UNITS),
+    "grpo": (
+        "GRPO",
+        "r − mean of the group, in standard deviations",
+        ADVANTAGE | GROUP | CLIPPED | KL | {"kl/in_loss"} | PLAIN,
+    ),
+    "dr_grpo": ("Dr. GRPO", "r − mean of the group", ADVANTAGE | GROUP | CLIPPED | IN_UNITS),
+    "dapo": ("DAPO", "r − mean of the group, in standard deviations", ADVANTAGE | GROUP | CLIPPED | PLAIN),
+    "ppo": (
+        "PPO",
+        "r − critic's value",
+        ADVANTAGE | {"value/mean"} | CLIPPED | CRITIC | KL | {"kl/in_reward"} | PLAIN,
+    ),
+    "tbrm": ("TBRM", None, {"bellman/first_logit", "bellman/residual"} | KL | PLAIN),
+}
+
+
+def run_of(folder: Path, method: str, *overrides: str, steps: int = 1) -> Path:
+    """A run of steps that tell what is theirs alone. Of one step nothing is drawn, and each number is in a table."""
+    paths = [f"run.dir={folder}", "model.path=m", "data.train=t", f"vstar.dir={folder / 'vstar'}"]
+    recipe = build_recipe({}, [*paths, f"objective.name={method}", *overrides])
+    recipe.save(folder / "recipe.yaml")
+    objective = build_objective(recipe.objective, max_response_tokens=recipe.sampling.max_response_tokens)
+    names = objective.told | {"loss", "grad_norm"} | (CRITIC if objective.needs_critic else set())
+    names |= KL if "reference" in objective.target_log_probs | objective.loss_log_probs else set()
+    names |= IN_UNITS if objective.reinforce_scale else set()
+    rows = [{"step": step, "time": 0} | {name: step + len(name) for name in names} for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_page_has_what_its_method_tells(tmp_path: Path, method: str) -> None:
+    title, _, told = PAGES[method]
+    page = write_report(run_of(tmp_path, method)).read_text()
+    assert set(re.findall("<td>([a-z_]+(?:/[a-z_]+)*)</td><td>", page)) - {"loss"} == told
+    assert f" · {title} run</title>" in page and f"<p>{title} · tp 1 " in page and f"What {title} learns from" in page
+    assert (title == "A*-PO") or "A*-PO" not in page
+    assert ("<h2>V*</h2>" in page) == ("V*: " in page) == (method in ("apo", "reinforce"))
+    assert ("<h2>Critic</h2>" in page) == (method == "ppo")
+    assert ("<h2>Distance from the reference</h2>" in page) == (KL <= told)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_page_says_what_its_method_should_have_told(tmp_path: Path, method: str) -> None:
+    run = run_of(tmp_path, method, steps=0)
+    missing = " ".join(re.findall('<p class="missing">(.*?)</p>', write_report(run).read_text())).replace("&#x27;", "'")
+    _, advantage, told = PAGES[method]
+    said = {
+        f"advantage {advantage}": advantage is not None,
+        "beside the reward": "value/mean" in told,
+        "standard deviation of a group": GROUP <= told,
+        "that a bound took out of the gradient": CLIPPED <= told,
+        "ratio to the old policy": "ratio/mean" in told,
+        "Bellman residual": method == "tbrm",
+        "loss of the critic": method == "ppo",
+        "KL per token": KL <= told,
+        "KL in the loss": method == "grpo",
+        "KL in the reward": method == "ppo",
+        "gradient norm in REINFORCE units": IN_UNITS <= told,
+        "gradient norm:": PLAIN <= told,
+    }
+    assert {text: text in missing for text in said} == said
+    assert not re.search("prompts of a step|baseline of their own|importance|entropy", missing)
+
+
+def test_what_a_recipe_leaves_out_or_adds_is_said_so(tmp_path: Path) -> None:
+    def text(*arguments: str) -> str:
+        return write_report(run_of(tmp_path, *arguments, steps=0)).read_text().replace("&#x27;", "'")
+
+    kernel = text("reinforce", "objective.baseline.source=kernel", "objective.kl_coefficient=0.1")
+    assert "advantage r − kernel of the past" in kernel and "V*" not in kernel
+    assert "KL in the reward" in kernel and "KL per token" in kernel
+    assert "<h2>V*</h2>" in text("grpo", "vstar.filter=both")
+    assert "importance weights" in text("grpo", "train.importance=token")
+    assert "mean of the group;" in text("grpo", "objective.divide_by_std=false")
+
+
+def test_a_store_that_was_not_used_is_on_no_page(tmp_path: Path) -> None:
+    write_store(tmp_path / "vstar", np.array([[0.0, 1.0]]))
+    assert "V*" not in write_report(run_of(tmp_path, "dapo")).read_text()
+
+
+def test_what_changes_is_drawn_and_dynamic_sampling_shown(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "dapo", steps=3)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    drawn = [{"prompts/drawn": 40 + row["step"], "reward/drawn": 0.1 * row["step"], "reward/mean": 0.5} for row in rows]
+    drawn = [one | {"prompts/not_worth": one["prompts/drawn"] - 32, "clip/dual": 0} for one in drawn]
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(row | more) + "\n" for row, more in zip(rows, drawn, strict=True))
+    )
+    page = write_report(run).read_text()
+    titles = re.findall('<figure><h3>(.*?)</h3><svg role="img" aria-label="(.*?)"', page)
+    assert all(title == label for title, label in titles)
+    assert [title for title, _ in titles] == [
+        "advantage r − mean of the group, in standard deviations",
+        "standard deviation of a group&#x27;s rewards, mean",
+        "responses in groups of equal rewards, which teach nothing",
+        "length penalty in the reward, mean",
+        "tokens that a bound took out of the gradient",
+        "prompts of a step",
+        "reward of a step&#x27;s prompts",
+        "loss",
+        "gradient norm",
+    ]
+    assert "clip/dual</td><td>0<" in page and "of those that are learned from" in page
+
+
+def test_a_run_of_before_there_were_methods_keeps_its_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["objective"] = {"name": "apo", "beta2": 0.001, "loss_scale": "paper"}
+    del recipe["vstar"]["filter"], recipe["train"]["importance"]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("value/mean", None)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = outline(write_report(run).read_text()).text
+    assert "after A*-PO" in text and "256 prompts, 8 samples of each" in text and "gradient norm in REINFORCE" in text
+    assert text.count("nothing in metrics.jsonl") == 1 and "V* beside the reward: nothing in" in text
+
+
+@pytest.mark.parametrize("objective", [{"name": "of tomorrow"}, {"name": "grpo", "of_tomorrow": 1}])
+def test_a_method_that_is_not_known_has_a_page_without_a_name(tmp_path: Path, objective: dict[str, object]) -> None:
+    run = run_of(tmp_path, "grpo")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"objective": objective}))
+    page = write_report(run).read_text()
+    assert " · run</title>" in page and "What the method learns from" in page and "<p>tp 1 " in page
+    assert "<td>group/std</td>" in page and "<td>grad_norm</td>" in page and "V*" not in page
 
 
 def test_phases_add_up_while_no_total_is_known(tmp_path: Path) -> None:
