@@ -101,7 +101,8 @@ def _headline(summary: Tree, rows: Rows, recipe: Tree, method: Method) -> str:
         reward = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
         if reward:
             cards.append(page.card("training reward", f"{reward[-1]:.3f}", f"first step {reward[0]:.3f}"))
-        cards.append(page.missing("summary.json: not there, the run has not ended"))
+        if not summary:
+            cards.append(page.missing("summary.json: not there, the run has not ended"))
     return page.cards(cards)
 
 
