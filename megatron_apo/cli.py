@@ -257,8 +257,11 @@ def compare(
     Runs end at train.steps, train.target_reward or train.max_minutes. See docs/compare.md.
     """
     from megatron_apo.compare import command
+    from megatron_apo.compare.plan import Plan
 
-    command.run(_load(recipe, overrides), out, methods, settings, seeds, rates, trial_steps, trial_seed, attempts)
+    loaded = _load(recipe, overrides)
+    plan = Plan.parse(loaded, methods, settings, seeds, rates, trial_steps, trial_seed, attempts)
+    command.run(plan, out)
 
 
 @app.command()

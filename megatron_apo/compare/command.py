@@ -12,22 +12,11 @@ from megatron_apo.compare.campaign import Campaign
 from megatron_apo.compare.page import write_page
 from megatron_apo.compare.plan import Plan
 from megatron_apo.compare.results import results, write_results
-from megatron_apo.config import Recipe, RecipeError
+from megatron_apo.config import RecipeError
 
 
-def run(
-    recipe: Recipe,
-    out: Path,
-    methods: str,
-    settings: str,
-    seeds: str,
-    rates: str | None,
-    trial_steps: int,
-    trial_seed: int,
-    attempts: int,
-) -> None:
+def run(plan: Plan, out: Path) -> None:
     """Raises `RecipeError` with every problem of every method, before any work."""
-    plan = Plan.parse(recipe, methods, settings, seeds, rates, trial_steps, trial_seed, attempts)
     plan.check(out)
     if problems := plan.problems(out, lambda one: preflight.problems(one, "train")):
         raise RecipeError(problems)

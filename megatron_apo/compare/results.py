@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
 import numpy as np
 
 from megatron_apo.compare.campaign import Attempt, Campaign
 from megatron_apo.compare.measured import Curve, Measured, Stage1, Target
-from megatron_apo.compare.plan import Setting
+from megatron_apo.compare.plan import Job, Setting
 from megatron_apo.compare.statistics import Estimate, mean_cost, over_prompts, over_seeds, ratio
 from megatron_apo.runtime.files import write_whole
 
@@ -144,17 +144,12 @@ def with_equal_time(runs: dict[str, Run], stage_1: dict[str, Stage1], window: in
         return {}
     end = min(spent(label, run.measured.curve) for label, run in runs.items())
     return {
-        label: Run(
-            **{
-                **vars(run),
-                "at_equal_time": run.measured.curve.reward_at(end - stage_1[label].seconds + 1e-9, window),
-            }
-        )
+        label: replace(run, at_equal_time=run.measured.curve.reward_at(end - stage_1[label].seconds + 1e-9, window))
         for label, run in runs.items()
     }
 
 
-def _trial(campaign: Campaign, job) -> Trial:
+def _trial(campaign: Campaign, job: Job) -> Trial:
     last = campaign.attempts(job)[-1]
     seconds = campaign.measured(job, last).curve.seconds
     folder = campaign.folder(job, last).relative_to(campaign.out)

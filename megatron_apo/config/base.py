@@ -63,6 +63,14 @@ class Section(BaseModel):
             raise ValueError("a path with ~ written out, or . for this folder")
         return value
 
+    def idle(self, place: str, key: str, wanted: str, found: object) -> list[str]:
+        """That a key of this section, which is at `place` in a recipe, is set for a way of working that is not chosen:
+        it is for `wanted`, and that is `found`. Nothing where the key has its default."""
+        value = getattr(self, key)
+        if value == type(self).model_fields[key].default:
+            return []
+        return [f"{place}.{key}: {value} is for {wanted}, and it is {found}; set that, or leave it out"]
+
 
 @cache
 def _kinds(annotation: Any) -> frozenset[Any]:

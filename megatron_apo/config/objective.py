@@ -67,13 +67,8 @@ class BaselineConfig(Section):
                 "leaves nothing to learn; use at least 2, or another source"
             ]
         if self.source != "kernel":
-            defaults = BaselineConfig.model_fields
-            return [
-                f"objective.baseline.{key}: {value} is for objective.baseline.source=kernel, and it is {self.source}; "
-                "set that, or leave it out"
-                for key in ("kernel", "bandwidth")
-                if (value := getattr(self, key)) != defaults[key].default
-            ]
+            place, wanted = "objective.baseline", "objective.baseline.source=kernel"
+            return [line for key in ("kernel", "bandwidth") for line in self.idle(place, key, wanted, self.source)]
         if self.kernel == "exponential" and (self.bandwidth or 1) < 0.01:
             return [
                 f"objective.baseline.bandwidth: {self.bandwidth} is too small for objective.baseline.kernel="
@@ -229,7 +224,7 @@ class GRPOConfig(_Method):
         return super().whole_batch(masks)
 
     def problems(self, sampling: SamplingConfig, train: TrainConfig) -> list[str]:
-        found = self._idle_problems()
+        found = self._switched_off()
         if self.overlong_buffer is not None and self.overlong_buffer >= sampling.max_response_tokens:
             found.append(
                 f"objective.overlong_buffer: {self.overlong_buffer} is not below sampling.max_response_tokens="
@@ -237,16 +232,17 @@ class GRPOConfig(_Method):
             )
         return found
 
-    def _idle_problems(self) -> list[str]:
+    def _switched_off(self) -> list[str]:
         """What is set for a part of the method that is switched off."""
         return [
-            f"objective.{key}: {value} is for {wanted}, and it is {str(switch).lower()}; set that, or leave it out"
+            line
             for key, switch, wanted in (
                 ("max_draws", self.dynamic_sampling, "objective.dynamic_sampling=true"),
                 ("overlong_penalty", self.overlong_buffer, "an objective.overlong_buffer above 0"),
                 ("kl_estimator", self.kl_coefficient, "an objective.kl_coefficient above 0"),
             )
-            if switch in (0, False) and (value := getattr(self, key)) != type(self).model_fields[key].default
+            if switch in (0, False)
+            for line in self.idle("objective", key, wanted, str(switch).lower())
         ]
 
 

@@ -130,11 +130,8 @@ class RolloutConfig(Section):
         found = []
         if self.placement == "dedicated" and self.driver is None:
             found.append("rollout.driver: missing; give HOST:PORT of rank 0, where dedicated engines join")
-        if self.placement == "colocated" and self.driver is not None:
-            found.append(
-                f"rollout.driver: {self.driver} is for rollout.placement=dedicated, and it is colocated; set that, or "
-                "leave it out"
-            )
+        if self.placement == "colocated":
+            found += self.idle("rollout", "driver", "rollout.placement=dedicated", self.placement)
         if self.driver is not None:
             host, _, port = self.driver.rpartition(":")
             if not host or not port.isdecimal() or not 0 < int(port) < 65536:

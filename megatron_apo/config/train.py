@@ -132,22 +132,16 @@ class TrainConfig(Section):
 
     def _idle_problems(self) -> list[str]:
         """What is set for a way of working that is not chosen."""
-        defaults, found = TrainConfig.model_fields, []
+        found = []
         for key, kind in (
             ("recompute_modules", "selective"),
             ("recompute_method", "full"),
             ("recompute_layers", "full"),
         ):
-            if (value := getattr(self, key)) != defaults[key].default and self.recompute != kind:
-                found.append(
-                    f"train.{key}: {value} is for train.recompute={kind}, and it is {self.recompute}; set that, or "
-                    "leave it out"
-                )
-        if self.importance_cap != defaults["importance_cap"].default and self.importance == "none":
-            found.append(
-                f"train.importance_cap: {self.importance_cap} is for train.importance=token or sequence, and it is "
-                "none; set that, or leave it out"
-            )
+            if self.recompute != kind:
+                found += self.idle("train", key, f"train.recompute={kind}", self.recompute)
+        if self.importance == "none":
+            found += self.idle("train", "importance_cap", "train.importance=token or sequence", "none")
         return found
 
 

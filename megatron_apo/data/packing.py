@@ -57,9 +57,7 @@ def plan_micro_batches(
             f"train.tokens_per_micro_batch: {budget_tokens} cannot hold a sequence of {max(sizes)} tokens"
             + (f" ({max(lengths)}, in multiples of {multiple})" if multiple > 1 else "")
         )
-    # By true lengths: sequences that differ only within the alignment must not be told apart by their index.
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    per_rank = _spread(order, sizes, [0] * dp)
+    per_rank = _spread(_longest_first(lengths), sizes, [0] * dp)
     split = _pack if packing else _pad
     fewest = aligned(-(-sum(sizes) // (dp * budget_tokens)), count_multiple_of)
     for num_bins in range(fewest, len(lengths) // dp + 1, count_multiple_of):
@@ -84,9 +82,13 @@ def plan_wave(
     hold its own, which may be none. Each sequence must fit into one.
     """
     sizes = [aligned(length, multiple) for length in lengths]
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     split = _pack if packing else _pad
-    return [_fewest(own, sizes, budget_tokens, split) for own in _spread(order, sizes, tokens)]
+    return [_fewest(own, sizes, budget_tokens, split) for own in _spread(_longest_first(lengths), sizes, tokens)]
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    """By true lengths: sequences that differ only within the alignment must not be told apart by their index."""
+    return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
 
 
 _Split = Callable[[list[int], Sequence[int], int, int], list[list[int]] | None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from functools import partial
 
 from rich.progress import Progress
@@ -59,7 +60,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
     ):
         deadline.expect(*map(recorder.last, (STEP_S, GENERATE_S, SAVE_S)))
         done = start
-        begin = _streamed if recipe.train.streamed else _sampled
+        steps = _Steps(recipe, topology, learner, rollouts, prompts, baseline)
 
         def save() -> None:
             if (seconds := checkpoints.save(done)) is not None:
@@ -88,7 +89,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
                 learner.timer.pop()  # what was between steps is none's
                 with learner.timer.phase("step"):
                     with deadline.sampling():
-                        batch, drawn, learn = begin(recipe, topology, learner, rollouts, prompts, baseline, step)
+                        batch, drawn, learn = steps.begin(step)
                     masked_B = Learned.of(recipe, batch).masked_B
                     with deadline.learning():
                         if recipe.train.record:
@@ -137,64 +138,61 @@ def train(recipe: Recipe, topology: Topology) -> None:
 Begun = tuple[RolloutBatch, Drawn, Callable[[], StepRecord]]
 
 
-def _sampled(
-    recipe: Recipe,
-    topology: Topology,
-    learner: Learner,
-    rollouts: Rollouts | Replay,
-    prompts: PromptSource | None,
-    baseline: Baseline | None,
-    step: int,
-) -> Begun:
-    """A step that has been sampled."""
-    drawn = sample_groups(
-        topology,
-        rollouts,
-        prompts,
-        learner.objective,
-        recipe.train.prompts_per_step,
-        step,
-        may_redraw=recipe.train.replay is None,
-    )
-    batch = learner.receive(drawn.batch)
-    return batch, drawn, lambda: learner.learn(batch, _values(recipe, topology, baseline, step, batch), step)
+@dataclass(frozen=True)
+class _Steps:
+    """Begins a run's steps. prompts, baseline: on the driver, where there are any."""
 
+    recipe: Recipe
+    topology: Topology
+    learner: Learner
+    rollouts: Rollouts | Replay
+    prompts: PromptSource | None
+    baseline: Baseline | None
 
-def _streamed(
-    recipe: Recipe,
-    topology: Topology,
-    learner: Learner,
-    rollouts: Rollouts | Replay,
-    prompts: PromptSource | None,
-    baseline: Baseline | None,
-    step: int,
-) -> Begun:
-    """The same, of which all is computed that could be before its first optimizer step."""
-    streamed, train = StreamedStep(learner, step), recipe.train
-    samples, is_sampled = learner.objective.samples_per_prompt, train.replay is None
-    asked = prompts.draw(train.prompts_per_step) if prompts and is_sampled else []
-    enough = train.tokens_per_micro_batch * topology.dp
-    with closing(rollouts.stream(asked, step, num_samples=samples, enough=enough)) as waves:
-        for rows, wave in waves:
-            own = streamed.receive(rows, wave)
-            streamed.add(own, _values(recipe, topology, baseline, step, own))
-    batch = streamed.batch()
-    if is_sampled:
-        learner.timer.add("generate", float(batch.seconds_B.max()))
-    return batch, Drawn(batch, [batch] if asked else []), lambda: streamed.finish(batch)
+    def begin(self, step: int) -> Begun:
+        return self._streamed(step) if self.recipe.train.streamed else self._sampled(step)
 
+    def _sampled(self, step: int) -> Begun:
+        """A step that has been sampled."""
+        learner, train = self.learner, self.recipe.train
+        drawn = sample_groups(
+            self.topology,
+            self.rollouts,
+            self.prompts,
+            learner.objective,
+            train.prompts_per_step,
+            step,
+            may_redraw=train.replay is None,
+        )
+        batch = learner.receive(drawn.batch)
+        return batch, drawn, lambda: learner.learn(batch, self._values(step, batch), step)
 
-def _values(
-    recipe: Recipe, topology: Topology, baseline: Baseline | None, step: int, batch: RolloutBatch
-) -> list[float] | None:
-    """The baseline of each response of a step's batch, or of some whole groups of it, where the method takes one."""
+    def _streamed(self, step: int) -> Begun:
+        """The same, of which all is computed that could be before its first optimizer step."""
+        learner, train = self.learner, self.recipe.train
+        streamed, is_sampled = StreamedStep(learner, step), train.replay is None
+        asked = self.prompts.draw(train.prompts_per_step) if self.prompts and is_sampled else []
+        samples, enough = learner.objective.samples_per_prompt, train.tokens_per_micro_batch * self.topology.dp
+        with closing(self.rollouts.stream(asked, step, num_samples=samples, enough=enough)) as waves:
+            for rows, wave in waves:
+                own = streamed.receive(rows, wave)
+                streamed.add(own, self._values(step, own))
+        batch = streamed.batch()
+        if is_sampled:
+            learner.timer.add("generate", float(batch.seconds_B.max()))
+        return batch, Drawn(batch, [batch] if asked else []), lambda: streamed.finish(batch)
 
-    def work() -> list[float] | None:
-        learned_B = ~Learned.of(recipe, batch).masked_B
-        seen = (step, batch.prompt_ids, batch.group_B, batch.reward_B, learned_B)
-        return baseline.values(*seen).tolist() if baseline else None
+    def _values(self, step: int, batch: RolloutBatch) -> list[float] | None:
+        """The baseline of each response of a step's batch, or of some whole groups of it, where the method takes
+        one."""
 
-    return on_driver(topology, work)
+        def work() -> list[float] | None:
+            if self.baseline is None:
+                return None
+            learned_B = ~Learned.of(self.recipe, batch).masked_B
+            return self.baseline.values(step, batch.prompt_ids, batch.group_B, batch.reward_B, learned_B).tolist()
+
+        return on_driver(self.topology, work)
 
 
 def _is_over(recipe: Recipe, recorder: Recorder, step: int) -> bool:

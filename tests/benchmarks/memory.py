@@ -59,7 +59,7 @@ from megatron_apo.learner.learner import Learner
 from megatron_apo.learner.optim import Trainable
 from megatron_apo.model import logprobs
 from megatron_apo.model.hf_config import ModelSpec, read_hf_config
-from megatron_apo.objectives import OBJECTIVES, build_objective
+from megatron_apo.objectives import OBJECTIVES, objective_of
 from megatron_apo.parallel.groups import alone
 from megatron_apo.telemetry.memory import pop_private_peak_bytes
 from megatron_apo.telemetry.timers import PhaseTimer
@@ -391,7 +391,7 @@ def state_bytes(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
 
 
 def reference_users(recipe: Recipe) -> frozenset[str]:
-    objective = build_objective(recipe.objective, max_response_tokens=recipe.sampling.max_response_tokens)
+    objective = objective_of(recipe)
     return objective.target_log_probs | objective.loss_log_probs
 
 

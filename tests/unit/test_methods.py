@@ -18,7 +18,7 @@ from megatron_apo.config import BaselineConfig, RecipeError, build_recipe, chang
 from megatron_apo.learner import learner as learner_module
 from megatron_apo.learner.known import by_minibatch
 from megatron_apo.learner.learner import Learner
-from megatron_apo.objectives import OBJECTIVES, Objective, build_objective, objective_of
+from megatron_apo.objectives import OBJECTIVES, Objective, objective_of
 from megatron_apo.rollout import replay
 from tests.batches import make_batch
 from tests.models import make_model
@@ -32,7 +32,7 @@ OTHERS = {"name", "baseline", "critic"}  # not the objective's
 
 def built(*overrides: str) -> Objective:
     recipe = build_recipe({}, [*PATHS, *overrides])
-    return build_objective(recipe.objective, max_response_tokens=recipe.sampling.max_response_tokens)
+    return objective_of(recipe)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_apo.config import build_recipe
-from megatron_apo.objectives import build_objective
+from megatron_apo.objectives import objective_of
 from megatron_apo.stages.report import write_report
 from megatron_apo.telemetry.plots import smooth
 from megatron_apo.telemetry.units import data_size, duration
@@ -236,7 +236,7 @@ def run_of(folder: Path, method: str, *overrides: str, steps: int = 1) -> Path:
     paths = [f"run.dir={folder}", "model.path=m", "data.train=t", f"vstar.dir={folder / 'vstar'}"]
     recipe = build_recipe({}, [*paths, f"objective.name={method}", *overrides])
     recipe.save(folder / "recipe.yaml")
-    objective = build_objective(recipe.objective, max_response_tokens=recipe.sampling.max_response_tokens)
+    objective = objective_of(recipe)
     names = objective.told | {"loss", "grad_norm"} | (CRITIC if objective.needs_critic else set())
     names |= KL if "reference" in objective.target_log_probs | objective.loss_log_probs else set()
     names |= IN_UNITS if objective.reinforce_scale else set()
