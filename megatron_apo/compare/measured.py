@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from megatron_apo.compare.statistics import Cost, reached
 from megatron_apo.config import Recipe
-from megatron_apo.telemetry.metrics import read_metrics
+from megatron_apo.telemetry.metrics import own_seconds, read_metrics
 from megatron_apo.telemetry.plots import smooth
 from megatron_apo.telemetry.samples import read_samples
 from megatron_apo.telemetry.summary import read_summary
@@ -151,7 +151,7 @@ def cpu_phases(rows: Sequence[Mapping[str, Any]], total_s: float) -> dict[str, f
 
 def _parts(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
     names = dict.fromkeys(name for row in rows for name in row if name.startswith(f"{kind}/"))
-    parts = {name[len(kind) + 1 : -2]: _sum(rows, name) for name in names}
+    parts = {name[len(kind) + 1 : -2]: sum(own_seconds(row, name) for row in rows) for name in names}
     step = parts.pop("step", 0.0)
     return parts | {OTHER: step - sum(parts.values())}
 

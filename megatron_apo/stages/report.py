@@ -20,7 +20,7 @@ from megatron_apo.stages.report_samples import samples_section
 from megatron_apo.telemetry import page, plots
 from megatron_apo.telemetry.figures import Figure, Rows, line_figure, named, series
 from megatron_apo.telemetry.gpu_page import gpu_figures
-from megatron_apo.telemetry.metrics import FILE_NAME, read_metrics
+from megatron_apo.telemetry.metrics import FILE_NAME, own_seconds, read_metrics
 from megatron_apo.telemetry.summary import read_summary
 from megatron_apo.telemetry.units import data_size, duration
 
@@ -167,7 +167,7 @@ def _time(rows: Rows, summary: Tree) -> str:
     timed = [row for row in rows if row.get("time/step_s") is not None]
     if timed:
         names = sorted({name for row in timed for name in row if name.startswith("time/") and name != "time/step_s"})
-        parts = {name[5:-2]: [_own_seconds(row, name) for row in timed] for name in names}
+        parts = {name[5:-2]: [own_seconds(row, name) for row in timed] for name in names}
         step_s = [row["time/step_s"] for row in timed]
         parts["other"] = [max(0.0, whole - sum(of)) for whole, *of in zip(step_s, *parts.values(), strict=True)]
         parts = dict(sorted(parts.items(), key=lambda item: -sum(item[1])))
@@ -190,11 +190,6 @@ def _time(rows: Rows, summary: Tree) -> str:
             "The run", ("phase", "time", "share"), [(n, duration(s), f"{s / total:.0%}") for n, s in phases.items()]
         )
     return blocks + _rates(rows)
-
-
-def _own_seconds(row: Tree, name: str) -> float:
-    """What a phase took of the step. Of a streamed step's generation that is `wait`, which has a row of its own."""
-    return 0.0 if name == "time/generate_s" and "time/wait_s" in row else row.get(name) or 0.0
 
 
 def _rates(rows: Rows) -> str:

@@ -76,6 +76,12 @@ class MetricsWriter:
         self.close(failed=kind is not None)
 
 
+def own_seconds(row: Mapping[str, Any], name: str) -> float:
+    """What a phase, by its name in metrics.jsonl, took of its step: phases of a step add up. A streamed step's
+    generation runs beside others; what it takes by itself is `wait`, which has a name of its own."""
+    return 0.0 if name == "time/generate_s" and "time/wait_s" in row else row.get(name) or 0.0
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run in the order written, without a line cut short by a kill; [] where there is no file."""
     path = run_dir / FILE_NAME

@@ -183,6 +183,15 @@ def test_the_phases_of_a_command_add_up_to_its_time() -> None:
     assert wall_phases([], 0.0, 5.0) == {"start-up": 5.0}
 
 
+def test_generation_beside_the_trainer_is_in_no_phase_twice() -> None:
+    """8 s of generation, of which the trainer waited for 5."""
+    times = {"generate": 8.0, "wait": 5.0, "reference": 2.0, "train": 3.0, "optimizer": 0.5, "step": 11.0}
+    row = {"step": 1, "time": 121.0, **{f"time/{name}_s": seconds for name, seconds in times.items()}}
+    found = wall_phases([row], launched=100.0, total_s=25.0)
+    assert found["generate"] == 0 and found["wait"] == 5 and found["other of steps"] == 0.5
+    assert found["start-up"] == 10 and found["between steps and end"] == 4
+
+
 def test_a_target_costs_what_all_steps_until_it_drew_and_stage_1() -> None:
     curve = Curve.of(ROWS, samples_per_prompt=4)
     assert curve == Curve([0.2, 0.4, None, 0.6], [4, 8, 12, 16], [32, 96, 128, 160], [80, 240, 320, 400])
