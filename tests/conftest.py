@@ -17,6 +17,7 @@ import pytest
 
 from megatron_apo import cli
 from megatron_apo.runtime import guard
+from megatron_apo.runtime.ending import request
 
 # A shell starts background jobs with Ctrl-C ignored, and all that they start inherits it: a test that interrupts a
 # command would wait for ever. SIGTERM ends a run of tests as Ctrl-C does, so that fixtures end what they started.
@@ -83,6 +84,14 @@ guard.LIBC.prctl(guard.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 def pytest_runtest_logstart(nodeid: str) -> None:
     SECONDS.turn_to(nodeid.split("/")[1])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """The run of all tests is not asked to end: each that waits for an engine after it would be interrupted."""
+    if why := request.why:
+        request.why = None
+        pytest.fail(f"this test has left this process asked to end its run ({why})")
 
 
 @pytest.hookimpl(trylast=True)

@@ -372,16 +372,23 @@ def test_a_node_ends_with_the_job_and_hears_how(
     assert node.ended == [code]
 
 
+@pytest.fixture
+def driver_and_node(monkeypatch: pytest.MonkeyPatch) -> tuple[Request, Request]:
+    """A request of each. Asked for first, so that they are taken back when nobody beats any more."""
+    both = Request(), Request()
+    for module, request in zip((registries, nodes), both, strict=True):
+        monkeypatch.setattr(module, "request", request)
+    return both
+
+
 def test_a_node_that_is_asked_to_end_the_run_tells_the_driver(
-    registry: Registry, make_node, monkeypatch: pytest.MonkeyPatch
+    driver_and_node: tuple[Request, Request], registry: Registry, make_node
 ) -> None:
-    ours, theirs = Request(), Request()
-    monkeypatch.setattr(registries, "request", ours)
-    monkeypatch.setattr(nodes, "request", theirs)
+    driver, asked = driver_and_node
     node = make_node()
-    theirs.ask("SIGUSR1", 30)
-    until(lambda: ours.why is not None)
-    assert ours.why == f"{socket.gethostname()}: SIGUSR1" and 25 < ours.left_s <= 30 and not node.ended
+    asked.ask("SIGUSR1", 30)
+    until(lambda: driver.why is not None)
+    assert driver.why == f"{socket.gethostname()}: SIGUSR1" and 25 < driver.left_s <= 30 and not node.ended
 
 
 def test_a_node_that_missed_the_answer_joins_once(recipe: Recipe, registry: Registry) -> None:
