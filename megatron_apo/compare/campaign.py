@@ -3,6 +3,7 @@
     OUT/compare.json                          the plan
     OUT/SETTING/METHOD/seed-N/attempt-K/      a run, with what `train` writes; attempt.json once it has ended
     OUT/SETTING/METHOD/rate-R/attempt-K/      a trial of a learning rate
+    OUT/SETTING/rates.json                    the rates that were chosen, once all trials have ended
     OUT/results.json, OUT/compare.html        all numbers, and a page, written anew after each run
 
 An attempt without attempt.json was interrupted: it is kept, and another one is made.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -24,17 +26,20 @@ from megatron_apo.compare.plan import Job, Plan, Setting, best_rate
 from megatron_apo.compare.statistics import deviations
 from megatron_apo.runtime import launch
 from megatron_apo.runtime.files import write_whole
+from megatron_apo.runtime.signals import ENDED_EARLY
 from megatron_apo.telemetry.metrics import read_metrics
 from megatron_apo.telemetry.units import duration
 
-RECORD, LOG = "attempt.json", "attempt.log"
+RECORD, LOG, RATES = "attempt.json", "attempt.log", "rates.json"
+_ASKED = (ENDED_EARLY, *(128 + number for number in (signal.SIGINT, signal.SIGTERM)))  # exit codes of a run that was
 MOST_DEVIATION = 0.15  # of the reference workload's time, from the median of the seed's
 
 
 @dataclass(frozen=True)
 class Attempt:
     """A run that has ended. reference_s: the fixed workload's time before and after; None of a trial. failure: what it
-    said when it failed. sitting: when the command that made it was started; two of one sitting had no break between."""
+    said when it failed. exit_code: then 1 where the training itself said why, others where a rank was killed or lost.
+    sitting: when the command that made it was started; two of one sitting had no break between."""
 
     number: int
     sitting: str
@@ -44,12 +49,18 @@ class Attempt:
     cpu_s: float
     reference_s: tuple[float, float] | None = None
     failure: str | None = None
+    exit_code: int = 0
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it ended by what may be none of the method's, and is worth another attempt."""
+        return self.exit_code not in (0, 1)
 
 
 @dataclass(frozen=True)
 class Counted:
-    """A job's attempts that have ended, and the one of them that counts: of which the reference differs least from its
-    seed's median. deviation: by how much, as a share."""
+    """A job's attempts that have ended, and the one of them that counts: of those that were not lost the one whose
+    reference differs least from its seed's median. deviation: by how much, as a share."""
 
     job: Job
     attempts: list[Attempt]
@@ -68,10 +79,13 @@ class Campaign:
     def run(self) -> None:
         """Everything that is not there yet."""
         for setting in self.plan.settings:
-            for job in self.plan.trials(setting):
-                if not self.attempts(job):
+            trials = self.plan.trials(setting)
+            for job in trials:
+                while not (ended := self.attempts(job)) or (ended[-1].is_lost and len(ended) < self.plan.attempts):
                     self._run(job)
             rates = self.rates(setting)
+            if trials:
+                write_whole(self.out / setting / RATES, json.dumps(rates) + "\n")
             for seed in self.plan.seeds:
                 jobs = self.plan.jobs(setting, seed, rates)
                 for job in jobs:
@@ -83,7 +97,9 @@ class Campaign:
 
     def rates(self, setting: Setting) -> dict[str, float]:
         """The learning rate of each method, by label: the best trial's, or where all have failed the plan's middle
-        one. Of trials that are not there yet nothing is said."""
+        one. Of trials that are not there yet nothing is said; what was chosen from all stays."""
+        if (chosen := self.out / setting / RATES).is_file():
+            return json.loads(chosen.read_text())
         found = {}
         for method in self.plan.methods:
             own = [job for job in self.plan.trials(setting) if job.method == method]
@@ -97,7 +113,7 @@ class Campaign:
         if not last or last[0].failure is not None:
             return None
         curve = Curve.of(read_metrics(self.folder(job, last[0])), 1)
-        return curve.smoothed(self.plan.window)[-1]
+        return curve.smoothed(self.plan.window(job.setting, job.method))[-1]
 
     def attempts(self, job: Job) -> list[Attempt]:
         """Those that have ended, the oldest first."""
@@ -115,12 +131,12 @@ class Campaign:
         flat = [(index, one) for index, (_, attempts) in enumerate(ended) for one in attempts]
         found = deviations([one.reference_s or (1.0, 1.0) for _, one in flat])
         best = [
-            min((deviation, one.number) for deviation, (of, one) in zip(found, flat, strict=True) if of == index)
+            min((one.is_lost, off, one.number) for off, (of, one) in zip(found, flat, strict=True) if of == index)
             for index in range(len(ended))
         ]
         return [
             Counted(job, attempts, next(one for one in attempts if one.number == number), deviation)
-            for (job, attempts), (deviation, number) in zip(ended, best, strict=True)
+            for (job, attempts), (_, deviation, number) in zip(ended, best, strict=True)
         ]
 
     def measured(self, job: Job, attempt: Attempt) -> Measured:
@@ -145,16 +161,17 @@ class Campaign:
         self._say(f"{job.setting}: {job.method.label}, {what}: {folder}")
         before = None if job.is_trial else workload.reference_s()
         launched, start, start_cpu_s = time.time(), time.monotonic(), _children_cpu_s()
-        failure = None
+        failure, code = None, 0
         try:
             launch.run_command(["train", "--recipe", str(folder / "recipe.yaml")], folder / LOG)
         except launch.RankFailed as error:
-            if error.exit_code != 1:  # Ctrl-C, a signal, a rank that was lost: nothing of the method's
+            if error.exit_code in _ASKED:
                 raise
-            failure = str(error)
+            failure, code = str(error), error.exit_code
         wall_s, cpu_s = time.monotonic() - start, _children_cpu_s() - start_cpu_s
         both = None if before is None else (before, workload.reference_s())
-        attempt = Attempt(number, self._sitting, socket.gethostname(), launched, wall_s, cpu_s, both, failure)
+        host = socket.gethostname()
+        attempt = Attempt(number, self._sitting, host, launched, wall_s, cpu_s, both, failure, code)
         write_whole(folder / RECORD, json.dumps(asdict(attempt), indent=1) + "\n")
         outcome = f"failed, see {folder / LOG}" if failure else "done"
         self._say(f"  {outcome} after {duration(wall_s)}, {duration(cpu_s)} of CPU")
@@ -162,8 +179,12 @@ class Campaign:
 
 
 def to_repeat(counted: Sequence[Counted], most: int) -> list[Job]:
-    """The jobs whose reference differs too much and that have attempts left."""
-    return [one.job for one in counted if one.deviation > MOST_DEVIATION and len(one.attempts) < most]
+    """The jobs whose reference differs too much, or that were lost, and that have attempts left."""
+    return [
+        one.job
+        for one in counted
+        if (one.counts.is_lost or one.deviation > MOST_DEVIATION) and len(one.attempts) < most
+    ]
 
 
 def _children_cpu_s() -> float:

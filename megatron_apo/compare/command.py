@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +17,8 @@ from megatron_apo.compare.plan import Plan
 from megatron_apo.compare.results import results, write_results
 from megatron_apo.config import RecipeError
 
+LOCK = ".lock"
+
 
 def run(plan: Plan, out: Path) -> None:
     """Raises `RecipeError` with every problem of every method, before any work."""
@@ -21,6 +26,24 @@ def run(plan: Plan, out: Path) -> None:
     if problems := plan.problems(out, lambda one: preflight.problems(one, "train")):
         raise RecipeError(problems)
     plan.keep(out)
+    with alone(out):
+        _run(plan, out)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """No other command works on this comparison meanwhile, on a file system that knows locks."""
+    with open(out / LOCK, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(
+                [f"--out: {out} is another command's at this moment; wait for it, or give another folder"]
+            ) from None
+        yield
+
+
+def _run(plan: Plan, out: Path) -> None:
     console = Console()
     campaign = Campaign(plan, out, lambda line: console.print(line, soft_wrap=True, highlight=False), _write)
     campaign.run()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ OUTSIDE = "start-up, between steps and end"
 
 @dataclass(frozen=True)
 class Stage1:
-    """What a store has cost: seconds of its engines, responses and their tokens; nothing where none is asked for."""
+    """What a store has cost: seconds of as many engines as a run has, responses and their tokens; nothing where none is
+    asked for."""
 
     seconds: float = 0.0
     samples: int = 0
@@ -38,10 +40,16 @@ class Stage1:
     def of(cls, recipe: Recipe) -> Stage1:
         if not recipe.needs_store:
             return cls()
-        store = VStarStore.open(recipe.vstar.dir)
-        lengths = pc.list_flatten(store.column("lengths").combine_chunks())
-        seconds = 3600 * sum(store.hours().values()) / recipe.rollout.tp
-        return cls(seconds, len(lengths), pc.sum(lengths).as_py() or 0)
+        device_hours, samples, tokens = _spent(recipe.vstar.dir)
+        return cls(3600 * device_hours / (recipe.rollout.tp * recipe.rollout.replicas), samples, tokens)
+
+
+@cache
+def _spent(folder: Path) -> tuple[float, int, int]:
+    """Device hours of a store, its responses and their tokens. No store changes while methods are compared on it."""
+    store = VStarStore.open(folder)
+    lengths = pc.list_flatten(store.column("lengths").combine_chunks())
+    return sum(store.hours().values()), len(lengths), pc.sum(lengths).as_py() or 0
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def write_page(campaign: Campaign, found: dict[Setting, list[Line]]) -> Path:
 
 def _curves(plan: Plan, lines: Sequence[Line]) -> str:
     """Reward by what was spent."""
-    blocks = ""
+    blocks, responses = "", plan.recipe["train"]["target_responses"]
     for title, spent in (
         ("by step", lambda line, curve: [float(step) for step in range(1, len(curve.seconds) + 1)]),
         ("by seconds of steps", lambda line, curve: curve.seconds),
@@ -49,10 +49,10 @@ def _curves(plan: Plan, lines: Sequence[Line]) -> str:
         for line in lines:
             curves = [(spent(line, c), c) for run in line.runs if (c := run.measured.curve).seconds]
             if curves:
-                points[line.label] = band([(at, c.smoothed(plan.window)) for at, c in curves])
+                points[line.label] = band([(at, c.smoothed(line.window)) for at, c in curves])
         if points:
             chart = plots.range_chart(f"training reward {title}", points, title.removeprefix("by "))
-            caption = f"Mean of {plan.window} steps; the band is from the lowest to the highest seed."
+            caption = f"Mean of {responses} responses or a step; the band is from the lowest to the highest seed."
             blocks += page.figure(chart, caption, title=f"training reward {title}")
     return blocks
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,8 +25,8 @@ Setting = Literal["equal-prompts", "equal-samples"]
 
 _METHOD = re.compile(r"(?:(?P<label>[A-Za-z][\w.+-]*)=)?(?P<name>\w+)(?::(?P<own>.+))?")
 _OWN = ("objective.", "optimizer.", "vstar.")  # sections that may differ between methods
-_OWN_KEYS = ("train.minibatches", "train.importance", "train.importance_cap")
-_NOT_OWN = ("objective.name", "optimizer.lr", "vstar.dir")
+_OWN_KEYS = ("train.minibatches", "train.importance", "train.importance_cap", "train.streamed")
+_NOT_OWN = ("objective.name", "optimizer.lr", "vstar.dir", "vstar.filter", "vstar.success_rate")  # these choose prompts
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Method:
             if not equals or not may_differ:
                 raise ValueError(
                     f"--methods: {setting!r} of {text!r} is not a method's own; give keys of objective, optimizer "
-                    f"(but its lr), vstar (but its dir), or {', '.join(_OWN_KEYS)}; put others after the options"
+                    f"(but its lr), vstar (but its dir, and filters of prompts), or {', '.join(_OWN_KEYS)}; put others "
+                    "after the options"
                 )
         return cls(match["label"] or match["name"], match["name"], own)
 
@@ -151,10 +153,10 @@ class Plan:
         """The reward that runs are timed to."""
         return self.recipe["train"]["target_reward"]
 
-    @property
-    def window(self) -> int:
-        """Steps whose mean reward stands for one."""
-        return self.recipe["train"]["target_window"]
+    def window(self, setting: Setting, method: Method) -> int:
+        """Steps of `train.target_responses`, whose mean reward stands for that of the last one: no method is nearer to
+        a target by the chance of few responses."""
+        return self.recipe_of(Job(setting, method, self.seeds[0], self.rates[0]), Path(PREFLIGHT)).target_window
 
     def recipe_of(self, job: Job, run_dir: Path) -> Recipe:
         """Raises `RecipeError`."""
@@ -193,18 +195,28 @@ class Plan:
 
         check: a recipe -> lines, asked where all recipes can be read.
         """
-        jobs = [Job(setting, m, self.seeds[0], self.rates[0]) for setting in self.settings for m in self.methods]
-        recipes, said = {}, dict[str, list[str]]()
-        for job in jobs:
-            try:
-                recipes[job] = self.recipe_of(job, out / PREFLIGHT)
-            except RecipeError as error:
-                for line in error.problems:
-                    said.setdefault(line, []).append(job.method.label)
+        recipes, said = dict[Job, Recipe](), dict[str, list[str]]()
+
+        def tell(job: Job, lines: Sequence[str]) -> None:
+            for line in lines:
+                said.setdefault(line, []).append(job.method.label)
+
+        for setting in self.settings:
+            for method in self.methods:
+                runs = [Job(setting, method, self.seeds[0], rate) for rate in self.rates]
+                for job in [*runs, *(trial for trial in self.trials(setting) if trial.method == method)]:
+                    try:
+                        recipes[job] = self.recipe_of(job, out / PREFLIGHT)
+                    except RecipeError as error:
+                        tell(job, error.problems)
+        if not said and self.recipe["train"]["replay"] is not None:
+            return [
+                f"train.replay: {self.recipe['train']['replay']} samples nothing; leave it out, each method samples"
+            ]
         if not said:
             for job, recipe in recipes.items():
-                for line in check(recipe):
-                    said.setdefault(line, []).append(job.method.label)
+                if job.rate == self.rates[0] and not job.is_trial:  # which the others differ from in what is not asked
+                    tell(job, check(recipe))
         labels = {method.label for method in self.methods}
         return [line if set(of) == labels else f"{', '.join(dict.fromkeys(of))}: {line}" for line, of in said.items()]
 
@@ -219,6 +231,8 @@ class Plan:
                 raise RecipeError([f"--out: {out} is not empty and no comparison; give a new folder"])
             return
         theirs = json.loads(path.read_text())
+        with suppress(RecipeError):  # whose keys are no more: the lines below name them
+            theirs["recipe"] = build_recipe(theirs["recipe"], []).model_dump(mode="json")  # and keys that came since
         fields = [one for one in differences(own, theirs) if one[0] != "seeds"]
         if own["seeds"][: len(theirs["seeds"])] != theirs["seeds"]:
             fields.append(("seeds", own["seeds"], theirs["seeds"]))

@@ -24,7 +24,8 @@ FILE_NAME = "results.json"
 @dataclass(frozen=True)
 class Run:
     """A run that counts. attempts: all that were made. final: mean over prompts; None of a failed run. target: None
-    where the plan has none. at_equal_time: reward when the fastest run of the seed was done, stage 1 counted."""
+    where the plan has none. at_equal_time: reward when the fastest of the seed's runs that did not fail was done,
+    stage 1 counted; None of one that failed, or that had no step by then."""
 
     seed: int
     folder: str
@@ -50,12 +51,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Line:
-    """A method in a setting. ratio: its seconds to the target over the first method's, stage 1 counted, and
-    ratio_of_steps, not counted. final_of_prompts: interval of the final reward's mean over prompts, by bootstrap;
-    gained: final reward above the first method's and its interval, prompt by prompt. kl: at the last step."""
+    """A method in a setting.
+
+    window: steps whose mean reward is told as one's. ratio: its seconds to the target over the first method's, stage 1
+    counted, and ratio_of_steps, not counted. final_of_prompts: interval of the final reward's mean over prompts, by
+    bootstrap; gained: final reward above the first method's and its interval, prompt by prompt. kl: at the last step.
+    """
 
     label: str
     rate: float
+    window: int
     trials: list[Trial]
     stage_1: Stage1
     runs: list[Run]
@@ -94,6 +99,7 @@ def write_results(campaign: Campaign, found: dict[Setting, list[Line]]) -> None:
 def _lines(campaign: Campaign, setting: Setting) -> list[Line]:
     plan, rates = campaign.plan, campaign.rates(setting)
     stage_1 = {}
+    windows = {method.label: plan.window(setting, method) for method in plan.methods}
     runs: dict[str, list[Run]] = {method.label: [] for method in plan.methods}
     for method in plan.methods:
         own = next(job for job in plan.jobs(setting, plan.seeds[0], rates) if job.method == method)
@@ -103,9 +109,9 @@ def _lines(campaign: Campaign, setting: Setting) -> list[Line]:
         for one in campaign.counted(plan.jobs(setting, seed, rates)):
             label, folder = one.job.method.label, campaign.folder(one.job, one.counts)
             measured = campaign.measured(one.job, one.counts)
-            target = (
-                None if plan.target is None else Target.of(measured.curve, stage_1[label], plan.target, plan.window)
-            )
+            target = None
+            if plan.target is not None:
+                target = Target.of(measured.curve, stage_1[label], plan.target, windows[label])
             final = fmean(measured.final.values()) if measured.final else None
             of_seed[label] = Run(
                 seed,
@@ -118,13 +124,14 @@ def _lines(campaign: Campaign, setting: Setting) -> list[Line]:
                 target,
                 final,
             )
-        for label, run in with_equal_time(of_seed, stage_1, plan.window).items():
+        for label, run in with_equal_time(of_seed, stage_1, windows).items():
             runs[label].append(run)
     first = runs[plan.methods[0].label]
     return [
         _line(
             method.label,
             rates[method.label],
+            windows[method.label],
             [_trial(campaign, job) for job in plan.trials(setting) if job.method == method and campaign.attempts(job)],
             stage_1[method.label],
             runs[method.label],
@@ -134,19 +141,18 @@ def _lines(campaign: Campaign, setting: Setting) -> list[Line]:
     ]
 
 
-def with_equal_time(runs: dict[str, Run], stage_1: dict[str, Stage1], window: int) -> dict[str, Run]:
-    """A seed's runs, each with its reward at the time when the first of them was done."""
+def with_equal_time(runs: dict[str, Run], stage_1: dict[str, Stage1], windows: dict[str, int]) -> dict[str, Run]:
+    """A seed's runs, each with its reward at the time when the first of them was done. One that failed has no say in
+    when that was, and no reward then."""
+    curves = {label: run.measured.curve for label, run in runs.items() if run.failure is None}
+    ends = [stage_1[label].seconds + curve.seconds[-1] for label, curve in curves.items() if curve.seconds]
+    if not ends:
+        return runs
 
-    def spent(label: str, curve: Curve) -> float:
-        return stage_1[label].seconds + (curve.seconds[-1] if curve.seconds else 0.0)
+    def reward(label: str) -> float | None:
+        return curves[label].reward_at(min(ends) - stage_1[label].seconds + 1e-9, windows[label])
 
-    if not runs:
-        return {}
-    end = min(spent(label, run.measured.curve) for label, run in runs.items())
-    return {
-        label: replace(run, at_equal_time=run.measured.curve.reward_at(end - stage_1[label].seconds + 1e-9, window))
-        for label, run in runs.items()
-    }
+    return {label: replace(run, at_equal_time=reward(label)) if label in curves else run for label, run in runs.items()}
 
 
 def _trial(campaign: Campaign, job: Job) -> Trial:
@@ -157,7 +163,7 @@ def _trial(campaign: Campaign, job: Job) -> Trial:
 
 
 def _line(
-    label: str, rate: float, trials: list[Trial], stage_1: Stage1, runs: list[Run], first: list[Run] | None
+    label: str, rate: float, window: int, trials: list[Trial], stage_1: Stage1, runs: list[Run], first: list[Run] | None
 ) -> Line:
     targets = [run.target for run in runs if run.target]
 
@@ -178,6 +184,7 @@ def _line(
     return Line(
         label=label,
         rate=rate,
+        window=window,
         trials=trials,
         stage_1=stage_1,
         runs=runs,

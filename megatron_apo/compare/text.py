@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
-from megatron_apo.compare.campaign import MOST_DEVIATION
+from megatron_apo.compare.campaign import MOST_DEVIATION, Attempt
 from megatron_apo.compare.plan import Plan, Setting
 from megatron_apo.compare.results import Line
 from megatron_apo.compare.statistics import LEAST_SEEDS, Estimate
@@ -25,10 +25,13 @@ def share(value: float) -> str:
     return f"{value:.3f}"
 
 
-def estimate(found: Estimate | None, tell: Tell = number) -> str:
-    """ "2.1 [1.7, 2.6]" with an interval, "2.1 (1.7 to 2.6)" with a range, ">= 2.1" of a bound."""
+def estimate(found: Estimate | None, tell: Tell = number, of: int = 0) -> str:
+    """ "2.1 [1.7, 2.6]" with an interval, "2.1 (1.7 to 2.6)" with a range, ">= 2.1" of a bound, and " of 3" where it is
+    of fewer than `of` seeds."""
     if found is None or found.value is None:
         return NOTHING
+    if found.count < of:
+        return f"{estimate(found, tell)} of {found.count}"
     value = tell(found.value)
     if found.kind in ("at least", "at most"):
         return f"{'>=' if found.kind == 'at least' else '<='} {value}"
@@ -45,25 +48,25 @@ def headline(plan: Plan, lines: Sequence[Line]) -> tuple[list[str], list[list[st
         head += ["reached", "s to target", "of these stage 1", "x first", "x, steps alone", "samples", "tokens"]
     head += ["reward at equal time", "final held-out", "over prompts", "above first", "KL", "s a step"]
     for line in lines:
-        row = [line.label, f"{line.rate:g}"]
+        seeds, row = len(line.runs), [line.label, f"{line.rate:g}"]
         if plan.target is not None:
             got = [run.target.step for run in line.runs if run.target and run.target.step]
             row += [
-                f"{len(got)} of {len(line.runs)}",
-                estimate(line.seconds),
+                f"{len(got)} of {seeds}",
+                estimate(line.seconds, of=seeds),
                 number(line.stage_1.seconds) if line.stage_1.samples else NOTHING,
-                estimate(line.ratio),
-                estimate(line.ratio_of_steps),
-                estimate(line.samples),
-                estimate(line.tokens),
+                estimate(line.ratio, of=seeds),
+                estimate(line.ratio_of_steps, of=seeds),
+                estimate(line.samples, of=seeds),
+                estimate(line.tokens, of=seeds),
             ]
         row += [
-            estimate(line.at_equal_time, share),
-            estimate(line.final, share),
+            estimate(line.at_equal_time, share, seeds),
+            estimate(line.final, share, seeds),
             _range(line.final_of_prompts),
             f"{line.gained[0]:+.3f} {_range(line.gained[1:])}" if line.gained else NOTHING,
-            estimate(line.kl),
-            estimate(line.step_s),
+            estimate(line.kl, of=seeds),
+            estimate(line.step_s, of=seeds),
         ]
         rows.append(row)
     return head, rows
@@ -128,10 +131,12 @@ def notes(plan: Plan, setting: Setting, lines: Sequence[Line]) -> list[str]:
     prompts = plan.recipe["train"]["prompts_per_step"]
     each = f"{prompts} prompts" if setting == "equal-prompts" else f"{prompts} responses"
     num_seeds = max((len(line.runs) for line in lines), default=0)
+    windows = ", ".join(f"{line.label} {line.window} step{'s' * (line.window > 1)}" for line in lines)
     found = [f"Each method takes {each} a step, of the same prompts in the same order."]
     if plan.target is not None:
         found.append(
-            f"The target is a mean training reward of {plan.target:g} over {plan.window} steps. Seconds, samples and "
+            f"The target is a mean training reward of {plan.target:g} over the last "
+            f"{plan.recipe['train']['target_responses']} responses or the last step ({windows}). Seconds, samples and "
             "tokens have the store's whole stage 1 in them where a method asks for it; a step's time has no start, "
             "evaluation or save in it. A run that missed the target counts with what it spent, which is a bound."
         )
@@ -142,6 +147,23 @@ def notes(plan: Plan, setting: Setting, lines: Sequence[Line]) -> list[str]:
     else:
         spread = "One seed has neither interval nor range."
     found.append(f"{spread} Of final reward over prompts: 95 % by bootstrap.")
+    if any(run.failure for line in lines for run in line.runs):
+        found.append(
+            "A run that failed has no reward at equal time and no final one; a number with fewer seeds for it says so."
+        )
+    for what in ("host", "sitting"):
+        parted = [str(seed) for seed, of in _by_seed(lines).items() if len({getattr(one, what) for one in of}) > 1]
+        if parted:
+            found.append(f"Not in one {what}: the runs that count of seed {', '.join(parted)}.")
+    return found
+
+
+def _by_seed(lines: Sequence[Line]) -> dict[int, list[Attempt]]:
+    """The attempts that count."""
+    found: dict[int, list[Attempt]] = {}
+    for line in lines:
+        for run in line.runs:
+            found.setdefault(run.seed, []).extend(one for one in run.attempts if one.number == run.attempt)
     return found
 
 

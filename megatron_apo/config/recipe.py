@@ -110,6 +110,11 @@ class Recipe(Section):
         return self.data.max_prompt_tokens + self.sampling.max_response_tokens
 
     @property
+    def target_window(self) -> int:
+        """Steps that draw `train.target_responses`, where each draws once."""
+        return -(-self.train.target_responses // (self.train.prompts_per_step * self.objective.samples_per_prompt))
+
+    @property
     def why_unsaved(self) -> str:
         """What keeps a checkpoint of this training from being read back; empty if one can be."""
         for prefix, optimizer in self.optimizers.items():
@@ -143,6 +148,18 @@ class Recipe(Section):
             *self.train.problems(self.model, self.optimizer),
             *self.objective.problems(self.sampling, self.train),
             *self._streaming_problems(),
+            *self._target_problems(),
+        ]
+
+    def _target_problems(self) -> list[str]:
+        """Of a target that no training of so many steps reaches."""
+        train = self.train
+        most = train.steps * train.prompts_per_step * self.objective.samples_per_prompt
+        if train.target_reward is None or train.target_responses <= most:
+            return []
+        return [
+            f"train.target_responses: {train.target_responses} are of {self.target_window} steps, and train.steps="
+            f"{train.steps} ends before; use at most {most}"
         ]
 
     def _streaming_problems(self) -> list[str]:

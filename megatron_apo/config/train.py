@@ -20,10 +20,16 @@ class TrainConfig(Section):
     target_reward: float | None = Field(
         None,
         json_schema_extra=MAY_CHANGE,
-        description="training ends, before train.steps, where the mean reward of all responses drawn in the last "
-        "target_window steps is at least this; none: it does not",
+        description="training ends, before train.steps, where the mean reward of the last target_responses drawn is "
+        "at least this; none: it does not",
     )
-    target_window: int = Field(5, ge=1, json_schema_extra=MAY_CHANGE, description="steps of target_reward's mean")
+    target_responses: int = Field(
+        1024,
+        ge=1,
+        json_schema_extra=MAY_CHANGE,
+        description="responses of target_reward's mean, rounded up to whole steps: a mean of few is at a target by "
+        "chance",
+    )
     max_minutes: float | None = Field(
         None,
         gt=0,

@@ -200,7 +200,7 @@ def _is_over(recipe: Recipe, recorder: Recorder, step: int) -> bool:
     train = recipe.train
     if step == train.steps:
         return True
-    reward = None if train.target_reward is None else recorder.mean_of_last(DRAWN_REWARD, train.target_window)
+    reward = None if train.target_reward is None else recorder.mean_of_last(DRAWN_REWARD, recipe.target_window)
     if reward is not None and reward >= train.target_reward:
         print(f"after {step} steps the reward is {reward:.3f}, train.target_reward {train.target_reward}", flush=True)
         return True

@@ -15,8 +15,8 @@ from tests.runs import write_run
 SHARED = [
     "train.steps=5",
     "train.target_reward=0",
-    "train.target_window=2",
-]  # which two steps reach, whatever they find
+    "train.target_responses=32",
+]  # which two steps of one method and one of the other reach, whatever they find
 
 
 def test_an_interrupted_comparison_goes_on(command: Callable[..., Command], tmp_path: Path) -> None:
@@ -38,11 +38,11 @@ def test_an_interrupted_comparison_goes_on(command: Callable[..., Command], tmp_
     assert not (recipe.run.dir / "metrics.jsonl").exists()
 
     lines = json.loads((out / "results.json").read_text())["equal-prompts"]
-    for line, each in zip(lines, (16, 32), strict=True):
+    for line, samples in zip(lines, ([16, 32], [32]), strict=True):
         (found,) = line["runs"]
         measured, (attempt,) = found["measured"], found["attempts"]
-        assert found["target"]["step"] == 2 and found["failure"] is None and found["final"] is not None
-        assert measured["curve"]["samples"] == [each, 2 * each] and line["seconds"]["value"] > 0
+        assert found["target"]["step"] == line["window"] == len(samples) and found["failure"] is None
+        assert measured["curve"]["samples"] == samples and line["seconds"]["value"] > 0 and found["final"] is not None
         for kind in ("wall_s", "cpu_s"):
             parts = measured[kind]
             assert sum(parts.values()) == pytest.approx(attempt[kind]) and min(parts.values()) > -0.5, parts

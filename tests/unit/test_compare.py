@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from megatron_apo.compare import text
+from megatron_apo.compare import command, text
 from megatron_apo.compare.campaign import Attempt, Campaign, to_repeat
 from megatron_apo.compare.measured import Curve, Measured, Stage1, Target, cpu_phases, wall_phases
 from megatron_apo.compare.page import band, write_page
@@ -18,6 +20,7 @@ from megatron_apo.compare.results import Run, results, with_equal_time, write_re
 from megatron_apo.compare.statistics import Cost
 from megatron_apo.compare.workload import reference_s
 from megatron_apo.config import Recipe, RecipeError, build_recipe
+from megatron_apo.runtime import launch
 from megatron_apo.telemetry.samples import EvaluatedPrompt, write_samples
 from megatron_apo.telemetry.summary import RunSummary
 from tests.runs import write_run
@@ -25,7 +28,12 @@ from tests.runs import write_run
 
 def base(*overrides: str) -> Recipe:
     tree = {"model": {"path": "m"}, "data": {"train": "t.jsonl", "eval": "e.jsonl"}, "vstar": {"dir": "v"}}
-    shared = ["train.prompts_per_step=32", "train.minibatches=1", "train.target_reward=0.5", "train.target_window=2"]
+    shared = [
+        "train.prompts_per_step=32",
+        "train.minibatches=1",
+        "train.target_reward=0.5",
+        "train.target_responses=64",
+    ]
     return build_recipe(tree, ["optimizer.lr=3e-4", *shared, *overrides])
 
 
@@ -42,8 +50,8 @@ def lines_of(methods: str = "apo", **changes) -> list[str]:
 
 def test_a_method_is_a_name_with_a_label_and_settings_of_its_own() -> None:
     assert Method.parse("grpo") == Method("grpo", "grpo")
-    text = "kernel=reinforce:objective.baseline.source=kernel,train.minibatches=1,vstar.success_rate=[0.1,0.9]"
-    own = ("objective.baseline.source=kernel", "train.minibatches=1", "vstar.success_rate=[0.1,0.9]")
+    text = "kernel=reinforce:objective.baseline.source=kernel,optimizer.x=[0.1,0.9],train.streamed=true"
+    own = ("objective.baseline.source=kernel", "optimizer.x=[0.1,0.9]", "train.streamed=true")
     assert Method.parse(text) == Method("kernel", "reinforce", own)
     assert Method.parse("apo:objective.beta2=0.01").label == "apo"
 
@@ -57,6 +65,8 @@ def test_a_method_is_a_name_with_a_label_and_settings_of_its_own() -> None:
         "objective.name=ppo",
         "objective.beta2",
         "train.steps=3",
+        "vstar.filter=both",
+        "vstar.success_rate=[0.1,0.9]",
     ],
 )
 def test_what_all_share_is_no_methods_own(own: str) -> None:
@@ -105,6 +115,25 @@ def test_problems_of_all_methods_are_said_together_each_once(tmp_path: Path) -> 
     assert found == ["apo: no store", "no model", "ppo: no critic"]
 
 
+def test_rates_and_replays_are_refused_before_work(tmp_path: Path) -> None:
+    plan = plan_of(recipe=base("optimizer.min_lr=2e-4", "optimizer.schedule=cosine"), rates="3e-4 1e-4")
+    (line,) = plan.problems(tmp_path, lambda recipe: [])
+    assert line.startswith("optimizer.min_lr: 0.0002")
+    plan = plan_of(recipe=base("train.target_reward=null", "train.replay=batches"))
+    assert plan.problems(tmp_path, lambda recipe: pytest.fail("nothing else is asked")) == [
+        "train.replay: batches samples nothing; leave it out, each method samples"
+    ]
+    plan, asked = plan_of("apo grpo", rates="1e-4 2e-4 4e-4"), []
+    assert plan.problems(tmp_path, lambda recipe: asked.append(recipe.objective.name) or []) == []
+    assert asked == ["apo", "grpo"]
+
+
+def test_a_method_of_more_responses_is_judged_by_fewer_steps() -> None:
+    plan = plan_of("apo grpo k=grpo:objective.samples_per_prompt=2", settings="equal-prompts equal-samples")
+    found = [[plan.window(setting, method) for method in plan.methods] for setting in plan.settings]
+    assert found == [[2, 1, 1], [2, 2, 2]]
+
+
 def test_each_seed_begins_with_another_method_and_trials_go_rate_by_rate() -> None:
     plan = plan_of("apo grpo ppo", seeds="4 5 6 9", rates=None)
     rates = dict.fromkeys(("apo", "grpo", "ppo"), 1e-4)
@@ -125,11 +154,18 @@ def test_another_plan_is_refused_by_the_field_and_seeds_may_be_added(tmp_path: P
         (plan_of(seeds="1 0"), "seeds"),
         (plan_of(seeds="0"), "seeds"),
         (plan_of(rates="2e-4"), "rates"),
+        (plan_of(recipe=base("train.target_responses=96")), "recipe.train.target_responses"),
         (plan_of(recipe=base("sampling.temperature=0.5")), "recipe.sampling.temperature"),
     ):
         with pytest.raises(RecipeError) as caught:
             changed.check(tmp_path / "c")
         assert [line.split(":")[0] for line in caught.value.problems] == [key]
+    stored = json.loads((tmp_path / "c" / "compare.json").read_text())
+    del stored["recipe"]["train"][
+        "target_responses"
+    ]  # as of a version that had not this key: its value was the default
+    (tmp_path / "c" / "compare.json").write_text(json.dumps(stored))
+    plan_of(recipe=base("train.target_responses=1024")).check(tmp_path / "c")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(RecipeError, match="not empty and no comparison"):
@@ -209,9 +245,9 @@ def test_a_target_costs_what_all_steps_until_it_drew_and_stage_1() -> None:
 
 
 def write_attempt(
-    campaign: Campaign, job: Job, number: int, before: float, after: float, rewards: Sequence[float] = (), failed=False
+    campaign: Campaign, job: Job, number: int, before: float, after: float, rewards: Sequence[float] = (), failed=0
 ) -> Path:
-    """An ended run of steps of 4 s; its held-out prompts have the last reward."""
+    """An ended run of steps of 4 s; its held-out prompts have the last reward. failed: its exit code."""
     folder = campaign.out / job.folder / f"attempt-{number}"
     campaign.plan.recipe_of(job, folder).save(folder / "recipe.yaml")
     rows = [ROWS[0], *({**ROWS[1], "step": step, "reward/drawn": reward} for step, reward in enumerate(rewards, 1))]
@@ -221,7 +257,7 @@ def write_attempt(
         write_samples(folder, len(rewards), [one])
         RunSummary(folder).add({"pass_at_1": {"after": {"mean": rewards[-1], "greedy": 1.0}}})
     references = None if job.is_trial else (before, after)
-    attempt = Attempt(number, "now", "here", 100.0, 90.0, 120.0, references, "it diverged" if failed else None)
+    attempt = Attempt(number, "now", "here", 100.0, 90.0, 120.0, references, "why" if failed else None, failed)
     (folder / "attempt.json").write_text(json.dumps(asdict(attempt)))
     return folder
 
@@ -285,8 +321,67 @@ def test_trials_that_failed_are_no_choice(tmp_path: Path) -> None:
     campaign = campaign_of(plan_of("apo grpo", rates="1e-4 2e-4 4e-4"), tmp_path)
     for job in campaign.plan.trials("equal-prompts"):
         is_failed = job.method.label == "grpo" or job.rate == 4e-4
-        write_attempt(campaign, job, 1, 0, 0, [0.1, 0.5 if job.rate < 4e-4 else 0.9], failed=is_failed)
+        write_attempt(campaign, job, 1, 0, 0, [0.1, 0.5 if job.rate < 4e-4 else 0.9], failed=int(is_failed))
     assert campaign.rates("equal-prompts") == {"apo": 1e-4, "grpo": 2e-4}  # of equals the lower; the middle one
+
+
+def test_chosen_rates_outlive_their_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that is removed must not turn the runs of the rate it chose into another's."""
+
+    def run(campaign: Campaign, job: Job) -> None:
+        write_attempt(campaign, job, 1, 2.0, 2.0, [job.rate])
+
+    monkeypatch.setattr(Campaign, "_run", run)
+    campaign = campaign_of(plan_of("apo", seeds="0", rates="1e-4 2e-4"), tmp_path)
+    campaign.run()
+    shutil.rmtree(tmp_path / "equal-prompts/apo/rate-0.0002")
+    assert campaign_of(campaign.plan, tmp_path).rates("equal-prompts") == {"apo": 2e-4}
+
+
+@pytest.mark.parametrize(("codes", "most", "counts"), [([137, 76, 0], 3, 3), ([137, 76], 2, 1), ([1], 3, 1)])
+def test_a_run_whose_rank_was_lost_is_tried_again(
+    codes: list[int], most: int, counts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that said itself why it failed is not; trials as well. A lost one counts only where all were."""
+
+    def run(campaign: Campaign, job: Job) -> None:
+        number = len(campaign.attempts(job)) + 1
+        write_attempt(campaign, job, number, 2.0, 2.0, [0.5], failed=codes[number - 1])
+
+    monkeypatch.setattr(Campaign, "_run", run)
+    campaign = campaign_of(plan_of("apo", seeds="0", rates="1e-4 2e-4", attempts=most), tmp_path)
+    campaign.run()
+    jobs = campaign.plan.jobs("equal-prompts", 0, campaign.rates("equal-prompts"))
+    (found,) = campaign.counted(jobs)
+    assert [one.exit_code for one in found.attempts] == codes and found.counts.number == counts
+    for trial in campaign.plan.trials("equal-prompts"):
+        assert [one.exit_code for one in campaign.attempts(trial)] == codes
+        assert campaign.score(trial) == (0.5 if codes[-1] == 0 else None)
+
+
+@pytest.mark.parametrize(("code", "is_kept"), [(1, True), (137, True), (76, True), (75, False), (130, False)])
+def test_an_attempt_is_what_was_not_interrupted(
+    code: int, is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(arguments: Sequence[str], log: Path) -> None:
+        raise launch.RankFailed("why", code)
+
+    monkeypatch.setattr(launch, "run_command", train)
+    campaign = campaign_of(plan_of("apo", seeds="0", attempts=1), tmp_path)
+    with nullcontext() if is_kept else pytest.raises(launch.RankFailed):
+        campaign.run()
+    (job,) = campaign.plan.jobs("equal-prompts", 0, campaign.rates("equal-prompts"))
+    assert [(one.failure, one.exit_code) for one in campaign.attempts(job)] == [("why", code)] * is_kept
+
+
+def test_no_two_commands_work_on_one_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of()
+    monkeypatch.setattr(Plan, "problems", lambda self, out, check: [])
+    plan.keep(tmp_path)
+    with command.alone(tmp_path), pytest.raises(RecipeError, match="--out: .* is another command's"):
+        command.run(plan, tmp_path)
+    with command.alone(tmp_path):
+        pass
 
 
 # ---- results
@@ -295,7 +390,7 @@ def test_trials_that_failed_are_no_choice(tmp_path: Path) -> None:
 @pytest.fixture
 def told(tmp_path: Path) -> tuple[Campaign, dict]:
     """Two seeds. A*-PO, with a store that took no time, reaches 0.5 at steps 2 and 3; GRPO at step 4, and never."""
-    recipe = write_run(tmp_path / "made", "train.target_reward=0.5", "train.target_window=1")
+    recipe = write_run(tmp_path / "made", "train.target_reward=0.5", "train.target_responses=8")
     campaign = campaign_of(plan_of(recipe=recipe), tmp_path / "out")
     rewards = {
         ("apo", 0): [0.1, 0.5],
@@ -324,17 +419,23 @@ def test_results_hold_the_methods_against_the_first(told: tuple[Campaign, dict])
 
 
 def test_equal_time_has_stage_1_in_it() -> None:
-    """A*-PO's store took 6 s, its steps end at 4, 8 and 12 s; GRPO has done its four at 16 s, and it two."""
+    """A*-PO's store took 6 s, its steps end at 4, 8 and 12 s; GRPO has done its four at 16 s, and it two. PPO failed at
+    its first."""
 
-    def run(*rewards: float) -> Run:
+    def run(*rewards: float, failure: str | None = None) -> Run:
         curve = Curve(list(rewards), [4.0 * step for step in range(1, len(rewards) + 1)], [], [])
-        return Run(0, "", [], 1, 0.0, None, Measured(curve, {}, {}, {}, None, None), None, None)
+        return Run(0, "", [], 1, 0.0, failure, Measured(curve, {}, {}, {}, None, None), None, None)
 
-    runs = {"apo": run(0.1, 0.2, 0.3), "grpo": run(0.0, 0.1, 0.1, 0.4)}
-    found = with_equal_time(runs, {"apo": Stage1(6.0, 1, 1), "grpo": Stage1()}, window=1)
-    assert (found["apo"].at_equal_time, found["grpo"].at_equal_time) == pytest.approx((0.2, 0.4))
-    found = with_equal_time(runs, {"apo": Stage1(60.0, 1, 1), "grpo": Stage1()}, window=1)
+    runs = {"apo": run(0.1, 0.2, 0.3), "grpo": run(0.0, 0.1, 0.1, 0.4), "ppo": run(0.9, failure="no")}
+    stage_1, windows = {"apo": Stage1(6.0, 1, 1), "grpo": Stage1(), "ppo": Stage1()}, dict.fromkeys(runs, 1)
+    found = with_equal_time(runs, stage_1, windows)
+    assert [found[label].at_equal_time for label in runs] == [pytest.approx(0.2), pytest.approx(0.4), None]
+    found = with_equal_time(runs, stage_1, windows | {"apo": 2})
+    assert found["apo"].at_equal_time == pytest.approx(0.15)
+    found = with_equal_time(runs, stage_1 | {"apo": Stage1(60.0, 1, 1)}, windows)
     assert found["apo"].at_equal_time is None and found["grpo"].at_equal_time == pytest.approx(0.4)
+    failed = {"ppo": runs["ppo"]}
+    assert with_equal_time(failed, stage_1, windows) == failed and with_equal_time({}, stage_1, windows) == {}
 
 
 def test_tables_page_and_file_say_so(told: tuple[Campaign, dict]) -> None:
@@ -357,7 +458,7 @@ def test_a_run_that_failed_is_censored_and_has_no_final_reward(told: tuple[Campa
     (job,) = [
         job for job in campaign.plan.jobs("equal-prompts", 0, {"apo": 1e-4, "grpo": 1e-4}) if job.method.label == "grpo"
     ]
-    folder = write_attempt(campaign, job, 1, 2.0, 2.0, [0.1], failed=True)
+    folder = write_attempt(campaign, job, 1, 2.0, 2.0, [0.1], failed=1)
     for name in ("summary.json", "samples/step-000004.jsonl"):
         (folder / name).unlink()
     grpo = results(campaign)["equal-prompts"][1]

@@ -124,6 +124,7 @@ def test_a_problem_names_key_value_allowed_and_fix() -> None:
             "8",
         ),
         (["parallel.pp=2", "parallel.vpp=2", "train.packing=false"], "train.packing", "true"),
+        (["train.target_reward=1", "train.steps=3", "train.target_responses=769"], "train.target_responses", "768"),
         (["parallel.vpp=2"], "parallel.vpp", "1"),
         (["parallel.ep=4", "parallel.dp=3", "parallel.cp=2", "train.prompts_per_step=12"], "parallel.ep", "3"),
         (["optimizer.lr=1e-6", "optimizer.min_lr=1e-5"], "optimizer.min_lr", "1e-7"),

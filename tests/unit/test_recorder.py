@@ -244,8 +244,9 @@ def test_a_resumed_run_has_no_step_twice_and_counts_all_of_them(tmp_path: Path, 
 
 
 def test_a_training_is_over_at_its_target_also_where_it_was_resumed(tmp_path: Path, topology: Topology) -> None:
-    """Steps of 8 s. The mean of two steps is what is held against the target, and one that has no reward is none."""
-    recipe = make_recipe(tmp_path, "train.steps=9", "train.target_reward=0.5", "train.target_window=2")
+    """Steps of 8 s and 256 responses. The mean of two steps is what is held against the target, and one that has no
+    reward is none."""
+    recipe = make_recipe(tmp_path, "train.steps=9", "train.target_reward=0.5", "train.target_responses=500")
 
     def over_after(start: int, rewards: Sequence[float], of: Recipe = recipe) -> list[bool]:
         found = []
