@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up and run the tests: unit and dist (gloo ranks) in one lane, e2e (vLLM) and slurm in another beside it. Arguments
-# go to pytest, which then runs once.
+# Set up and run the tests in two lanes beside each other: unit and dist (gloo ranks) in one, slurm in the other, and the
+# files of e2e (vLLM) in the one that is free (tests/lanes.py). Arguments go to pytest, which then runs once.
 #   --full   the whole of every matrix, where the default is its corners, and a real model, which is downloaded
 # The checks for a GPU run when they are named: bash tests/run.sh tests/gpu
 set -euo pipefail
@@ -13,7 +13,7 @@ cd "$root"
 marks=() arguments=() real=
 for argument in "$@"; do
     if [[ $argument == --full ]]; then
-        marks=(-m "full or not full") real=+real
+        marks=(-m "full or not full") real=yes
     else
         arguments+=("$argument")
     fi
@@ -37,12 +37,15 @@ export TESTS_STARTED_BY=$$ # a lane ends with this script, however that ends
 
 color=no
 [[ -t 1 ]] && color=yes
-names=(unit+dist e2e+slurm$real) lanes=()
+export TESTS_CLAIMS=$logs/claims # of the files that the lanes share
+mkdir "$TESTS_CLAIMS"
+names=(front back) lanes=()
+declare -A folders=([front]="tests/unit tests/dist tests/e2e" [back]="tests/e2e tests/slurm${real:+ tests/real}")
 for name in "${names[@]}"; do
-    read -ra folders <<< "tests/${name//+/ tests/}"
     [[ -z ${interrupted:-} ]] || break
-    setsid python -u -m pytest -p no:cacheprovider --durations=15 --color=$color "${marks[@]}" "${folders[@]}" \
-        > "$logs/$name" 2>&1 < /dev/null &
+    read -ra own <<< "${folders[$name]}"
+    TESTS_FROM=$name setsid python -u -m pytest -p no:cacheprovider -p tests.lanes --durations=25 --color=$color \
+        "${marks[@]}" "${own[@]}" > "$logs/$name" 2>&1 < /dev/null &
     lanes+=($!)
 done
 
@@ -58,7 +61,7 @@ for index in "${!lanes[@]}"; do
 done
 echo "== both"
 cd "$logs"
-grep -hE '(FAILED|ERROR).* tests/' * || true
-grep -E '^[a-z0-9]+: +[0-9]+ s, CPU' * | sed 's/:/  /' || true
-awk '/^[a-z0-9]+: +[0-9]+ s, CPU/ {cpu += $5} END {print "all  '"$SECONDS"' s, CPU " cpu " s"}' *
+grep -hE '(FAILED|ERROR).* tests/' "${names[@]}" || true
+grep -E '^[a-z0-9]+: +[0-9]+ s, CPU' "${names[@]}" | sed 's/:/  /' || true
+awk '/^[a-z0-9]+: +[0-9]+ s, CPU/ {cpu += $5} END {print "all  '"$SECONDS"' s, CPU " cpu " s"}' "${names[@]}"
 exit "${interrupted:-$status}"
