@@ -5,9 +5,8 @@
         batch = rollouts.sample(prompts, step)    # a RolloutBatch on the driver, None elsewhere
         for rows, wave in rollouts.stream(prompts, step, enough=4096): ...     # the same as it comes
 
-Every method is called on every rank; graders, tokenizer and the fleet live on the driver (global rank 0). Engines are
-where `placement.py` says: those of another host than the driver's are started there, by the first rank or by a command
-of its own (`node.py`), when the driver says so (`registry.py`). What happens when an engine fails:
+Every method is called on every rank; graders, tokenizer and the fleet live on the driver (global rank 0). What happens
+when an engine fails:
 
 - One that dies while others serve is started again beside them. The next sync gives it the weights, and it serves again
   once these are proven.
@@ -35,45 +34,26 @@ from megatron_apo.model.hf_config import ModelSpec
 from megatron_apo.rewards.pool import RewardPool
 from megatron_apo.rollout.arrivals import Arrivals
 from megatron_apo.rollout.engine import State
+from megatron_apo.rollout.engines import Engines
 from megatron_apo.rollout.evaluation import begin_evaluation, evaluated_prompts, finished_evaluation
 from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.inputs import Inputs
-from megatron_apo.rollout.node import NodeEngines, engine_settings, say_idle_gpus, versions
-from megatron_apo.rollout.placement import Placement, transport_of
+from megatron_apo.rollout.placement import transport_of
 from megatron_apo.rollout.proof import policy_log_probs, prove
-from megatron_apo.rollout.registry import Registry, version_problem
 from megatron_apo.rollout.sampler import GradedSampling, begin_step, finished_batch
-from megatron_apo.rollout.server import ServerDied, cache_probe_tokens
+from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.sharing import MemorySharing
-from megatron_apo.rollout.transport.base import PATIENCE, Ranks
+from megatron_apo.rollout.transport.base import Ranks
 from megatron_apo.rollout.weight_sync import SyncError, SyncReport, UpdateFailed, WeightSync
-from megatron_apo.runtime.collective import Answer, driver_only, on_all, on_driver
+from megatron_apo.runtime.collective import Answer, driver_only, on_driver
 from megatron_apo.runtime.ending import Interrupted, request
-from megatron_apo.runtime.hosts import own_address
-from megatron_apo.runtime.job import given_secret, is_below_node, new_secret, read_job
+from megatron_apo.runtime.job import is_below_node
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.recorder import Evaluation
 from megatron_apo.telemetry.samples import write_samples
 from megatron_apo.weights.gather import Gather
 
 _PASSED_ON_S = 5.0  # that the run is to end
-
-
-def _registry(recipe: Recipe) -> Registry:
-    """Where engines of other nodes join."""
-    job = read_job()
-    host, port = own_address(job.master_address if job else "127.0.0.1"), 0
-    if recipe.rollout.driver is not None:
-        host, _, text = recipe.rollout.driver.rpartition(":")
-        host, port = host.strip("[]"), int(text)
-    return Registry(
-        host,
-        port,
-        given_secret() or new_secret(),
-        versions(),
-        engine_settings(recipe),
-        patience_s=PATIENCE * recipe.sync.timeout_s,
-    )
 
 
 def _is_ending() -> bool:
@@ -89,7 +69,7 @@ class Rollouts:
     """Use as a context manager. `policy`: this rank's model chunks; `inputs` is None except on the driver;
     `offloaded()`: a context within which this rank's device has room for vLLM; `phase(name)`: measures "generate" and
     "evaluate", which are vLLM's work alone, "wait", which is that of a streamed step, and "offload", in which the two
-    change places."""
+    change places; `engines`: those that were entered before, and may be starting (None: they are its own)."""
 
     def __init__(
         self,
@@ -100,6 +80,7 @@ class Rollouts:
         inputs: Inputs | None,
         offloaded: Callable[[], AbstractContextManager[None]] = nullcontext,
         phase: Callable[[str], AbstractContextManager[None]] = nullcontext,
+        engines: Engines | None = None,
     ):
         self._recipe = recipe
         self._topology = topology
@@ -107,25 +88,8 @@ class Rollouts:
         self._inputs = inputs
         self._phase = phase
         self._stack = ExitStack()
-        self._placement = Placement.of(recipe.rollout, topology.hosts)
-        transport = transport_of(recipe, self._placement, on_gpu=topology.device.type == "cuda")
-        self._registry, self._fleet = None, None
-        if topology.is_driver:
-            servers = []
-            if self._placement.elsewhere:
-                self._registry = _registry(recipe)
-                servers = [
-                    self._registry.server(
-                        number,
-                        recipe.rollout.start_timeout_s,
-                        cache_probe_tokens(recipe.rollout, recipe.max_sequence_tokens),
-                    )
-                    for number in self._placement.elsewhere
-                ]
-            # Engines begin with weights that are nobody's: a sync that brings none is seen at once.
-            self._fleet = Fleet.of(
-                recipe, recipe.model.path, load_format="dummy", here=self._placement.here, elsewhere=servers
-            )
+        self._engines, self._owns_engines = engines or Engines(recipe, topology), engines is None
+        self._fleet = self._engines.fleet
         self._pool: RewardPool | None = None
         self._memory = MemorySharing(
             topology,
@@ -133,13 +97,13 @@ class Rollouts:
             offloaded,
             phase,
             sleeps=recipe.rollout.sleep_while_training,
-            is_colocated=recipe.rollout.placement == "colocated",
+            is_shared=self._engines.shares_memory,
         )
         self._sync = WeightSync(
             Gather(policy, spec, topology, bucket_bytes=recipe.sync.bucket_mib * 2**20),
             self._fleet.engines if self._fleet else (),
             ranks=Ranks.of(topology),
-            transport=transport,
+            transport=transport_of(recipe, self._engines.placement, on_gpu=topology.device.type == "cuda"),
             timeout_s=recipe.sync.timeout_s,
         )
         self._version = 0
@@ -152,7 +116,8 @@ class Rollouts:
 
     def __enter__(self) -> Rollouts:
         try:
-            self._start_nodes()
+            if self._owns_engines:
+                self._stack.enter_context(self._engines)
             on_driver(self._topology, self._start_graders)
             self._memory.start_engines()
             on_driver(self._topology, lambda: self.fleet.connect(self._sync.init_info))
@@ -280,48 +245,7 @@ class Rollouts:
         return on_driver(self._topology, finish)
 
     def _start_graders(self) -> None:
-        self._stack.callback(self.fleet.stop)
         self._pool = self._stack.enter_context(RewardPool(self._recipe.reward, self._recipe.graders))
-
-    def _start_nodes(self) -> None:
-        """Other hosts' first ranks join with the engines that are theirs, and start them when they are told to."""
-        own = self._placement.by_rank.get(self._topology.rank)
-        if own is not None:
-            say_idle_gpus(self._recipe, len(own))
-        if not self._placement.elsewhere:
-            return
-
-        def listen() -> tuple[str, str]:
-            assert self._registry
-            python = self._recipe.rollout.python
-            if python and self._placement.here and (problem := version_problem(versions(), versions(python), python)):
-                raise ValueError(f"rollout.python: {problem}")
-            try:
-                registry = self._stack.enter_context(self._registry)
-            except OSError as error:
-                where = f"{self._registry.address}:{self._registry.port}"
-                raise ValueError(f"rollout.driver: cannot listen on {where}: {error.strerror or error}") from error
-            return f"{registry.address}:{registry.port}", registry.secret
-
-        address, secret = on_driver(self._topology, listen)
-
-        def join() -> None:
-            if self._topology.is_driver or not own:
-                return
-            node = self._stack.enter_context(
-                NodeEngines(
-                    self._recipe,
-                    address,
-                    secret,
-                    room=len(own),
-                    numbers=own,
-                    patience_s=self._recipe.parallel.timeout_s,
-                )
-            )
-            node.join()
-            node.follow_beside()
-
-        on_all(self._topology, join)
 
     def _begin(self, activity: str) -> None:
         self._activity = activity

@@ -22,7 +22,8 @@ from megatron_apo.runtime.topology import Topology
 class MemorySharing:
     """Every method is called on every rank. `fleet` is the driver's, None elsewhere; `offloaded()`: a context within
     which this rank's device has room for vLLM; `phase(name)`: measures "offload", in which memory changes hands.
-    `sleeps`: the recipe's rollout.sleep_while_training. is_colocated: whether engines are on the ranks' GPUs."""
+    `sleeps`: the recipe's rollout.sleep_while_training. is_shared: whether an engine takes, when it starts, memory that
+    is the trainer's otherwise, and so only within `for_engines`."""
 
     def __init__(
         self,
@@ -32,16 +33,15 @@ class MemorySharing:
         phase: Callable[[str], AbstractContextManager[None]],
         *,
         sleeps: bool,
-        is_colocated: bool = True,
+        is_shared: bool,
     ):
         self._topology = topology
         self._fleet = fleet
         self._offloaded = offloaded
         self._phase = phase
         self._sleeps = sleeps
-        # An engine takes its memory when it starts: where that is the trainer's otherwise, only within `for_engines`.
-        self._is_shared = sleeps or (is_colocated and topology.device.type == "cuda")
-        self._allow_starts(not self._is_shared)
+        self._is_shared = is_shared
+        self._allow_starts(not is_shared)
 
     def start_engines(self) -> None:
         """Start the engines that are down, each of which takes all its memory at once."""

@@ -9,7 +9,7 @@ from a batch is `learner/learner.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +25,7 @@ from megatron_apo.learner.masking import Learned
 from megatron_apo.learner.rollout_metrics import source_metrics
 from megatron_apo.learner.streamed import StreamedStep
 from megatron_apo.preflight import open_training
+from megatron_apo.rollout.engines import Engines
 from megatron_apo.rollout.groups import Drawn, sample_groups
 from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
@@ -45,6 +46,11 @@ def train(recipe: Recipe, topology: Topology) -> None:
     data = driver_only(topology, lambda: open_training(recipe))
     if topology.is_driver:
         write_recipe("train", recipe)
+    with nullcontext() if recipe.train.replay else Engines(recipe, topology) as engines:  # start beside what follows
+        _train(recipe, topology, data, engines)
+
+
+def _train(recipe: Recipe, topology: Topology, data: TrainingData | None, engines: Engines | None) -> None:
     learner = Learner.build(recipe, topology)
     prompts = PromptSource(recipe, data.prompts) if data else None
     source = recipe.objective.value_source
@@ -52,7 +58,7 @@ def train(recipe: Recipe, topology: Topology) -> None:
     checkpoints = Checkpoints(recipe, topology, learner, prompts, baseline)
     start = checkpoints.restore()
     with (
-        _rollouts(recipe, topology, learner, data) as rollouts,
+        _rollouts(recipe, topology, learner, data, engines) as rollouts,
         Recorder(recipe, topology, rollouts.memory_pids, start) as recorder,
         Deadline(topology, rollouts.interrupt) as deadline,
         Progress(disable=not (topology.is_driver and recipe.telemetry.progress)) as progress,
@@ -222,10 +228,10 @@ def _lacks_evaluation(recipe: Recipe, recorder: Recorder, step: int) -> bool:
 
 
 def _rollouts(
-    recipe: Recipe, topology: Topology, learner: Learner, data: TrainingData | None
+    recipe: Recipe, topology: Topology, learner: Learner, data: TrainingData | None, engines: Engines | None
 ) -> AbstractContextManager[Rollouts | Replay]:
-    """Where batches come from: vLLM, or a folder of recorded ones."""
-    if recipe.train.replay:
+    """Where batches come from: vLLM, or without engines a folder of recorded ones."""
+    if engines is None:
         return Replay(recipe, topology)
     return Rollouts(
         recipe,
@@ -235,4 +241,5 @@ def _rollouts(
         data.inputs if data else None,
         partial(learner.offloaded, recipe.train.offload_while_sampling),
         learner.timer.phase,
+        engines,
     )

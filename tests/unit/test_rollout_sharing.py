@@ -20,11 +20,12 @@ from megatron_apo.config import build_recipe
 from megatron_apo.data.prompts import LoadedPrompts, Prompt
 from megatron_apo.rollout import fleet as fleet_file
 from megatron_apo.rollout import rollouts as rollouts_file
+from megatron_apo.rollout.engines import Engines
 from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.weight_sync import SyncError
 from megatron_apo.runtime.topology import Topology
-from tests.engines import Worker
+from tests.engines import Worker, until
 from tests.weights import TensorSource
 
 PROMPT = Prompt(prompt_id="p", text="1+2=", text_hash="h", token_ids=(5, 6), answer="3", row=0)
@@ -79,9 +80,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def http() -> Iterator[Any]:
-    """The server; `events`: what happened. `deaths`: generations to be answered as a dead engine's."""
+    """The server; `events`: what happened. `stops`: how often it was stopped. `deaths`: generations to be answered as
+    a dead engine's."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.events, server.version, server.deaths = [], "default", 0
+    server.events, server.version, server.deaths, server.stops = [], "default", 0, 0
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -117,7 +119,7 @@ def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
             http.events.append("start")
 
         def stop(self) -> None:
-            pass
+            http.stops += 1
 
         def log_tail(self) -> str:
             return ""
@@ -130,7 +132,7 @@ def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         finally:
             http.events.append("back")
 
-    def make(*overrides: str) -> Rollouts:
+    def make(*overrides: str, engines: Engines | None = None) -> Rollouts:
         paths = ["model.path=m", "data.train=t", "vstar.dir=v", "reward.name=arithmetic", "eval.samples=1"]
         inputs = Inputs(
             tokenizer=SimpleNamespace(decode=lambda ids, **_: "3"),  # type: ignore[arg-type]
@@ -140,7 +142,7 @@ def start(http: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
             stop_token_ids=(1,),
         )
         recipe = build_recipe({}, [*paths, *overrides])
-        return Rollouts(recipe, one_rank(), [], None, inputs, offloaded)  # type: ignore[arg-type]
+        return Rollouts(recipe, one_rank(), [], None, inputs, offloaded, engines=engines)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fleet_file, "VLLMServer", lambda *_, **__: Server())
     monkeypatch.setattr(rollouts_file, "Gather", lambda *_, **__: TensorSource({"w": WEIGHT}))
@@ -175,7 +177,32 @@ def test_without_sleep_nothing_is_asked_but_offloading_is_the_same(start: Any, h
         rollouts.sync(0)
         rollouts.sample([PROMPT], 1)
         assert rollouts._sync._ranks.group is rollouts._topology.host_group  # its GPUs would wait in the default one
-    assert http.events == ["offloaded", "start", "back", *MEETING, *UPDATE, "offloaded", GENERATE, "back"]
+    assert sorted(http.events[:2]) == ["offloaded", "start"]  # beside each other, since no memory is shared
+    assert http.events[2:] == ["back", *MEETING, *UPDATE, "offloaded", GENERATE, "back"]
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_engines_start_beside_the_trainer_where_they_share_no_memory(sleeps: bool, start: Any, http: Any) -> None:
+    """And are stopped where it fails before it asks them for anything."""
+    recipe = start(f"rollout.sleep_while_training={str(sleeps).lower()}")._recipe
+    with pytest.raises(RuntimeError, match="no model"), Engines(recipe, one_rank()) as engines:
+        assert engines.shares_memory == sleeps
+        if not sleeps:
+            until(lambda: engines.fleet and engines.fleet.answering)
+        before = http.stops
+        raise RuntimeError("no model")
+    assert http.events == ([] if sleeps else ["start"]) and http.stops == before + 1
+
+
+def test_rollouts_take_engines_that_are_starting(start: Any, http: Any) -> None:
+    """Each is started once, and lives as long as the engines' own context."""
+    recipe = start()._recipe
+    with Engines(recipe, one_rank()) as engines:
+        with start(engines=engines) as rollouts:
+            rollouts.sync(0)
+            before = http.stops
+        assert http.events.count("start") == 1 and http.stops == before
+    assert http.stops == before + 1
 
 
 def test_a_server_that_died_starts_again_where_there_is_room(start: Any, http: Any) -> None:
