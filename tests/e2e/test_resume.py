@@ -28,6 +28,19 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def ask_to_end(command: Callable[..., Command], arguments: list[str], run_dir: Path, notice: Path) -> int:
+    """After how many steps it has ended."""
+    notice.write_text("0.1 the limit is near")  # seconds, too little for the rest of any step
+    asked = command(*arguments, MEGATRON_APO_NOTICE=str(notice))
+    asked.wait_for(lambda: any(row["step"] == ASKED_AFTER for row in rows(run_dir)))
+    assert asked.send(signal.SIGUSR1) == ENDED_EARLY
+    done = max(row["step"] for row in rows(run_dir))
+    said = f"ended early after {done} of {STEPS} steps, which are saved (the limit is near)"
+    assert said in asked.output.splitlines(), asked.output
+    assert latest(run_dir).name == f"step-{done:06d}" and done < KILLED_AFTER
+    return done
+
+
 # What goes from step to step beside the policy: nothing more, a critic, a baseline's past, and how many prompts a step
 # has drawn.
 METHODS = {
@@ -38,32 +51,26 @@ METHODS = {
 }
 
 
-FULL = [pytest.param(method, marks=pytest.mark.full) for method in ("kernel", "dapo")]
+FULL = [pytest.param(method, True, marks=pytest.mark.full) for method in ("ppo", "kernel", "dapo")]
 
 
-@pytest.mark.parametrize("method", ["apo", "ppo", *FULL])
+@pytest.mark.parametrize(("method", "is_asked"), [("apo", True), ("ppo", False), *FULL])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    command: Callable[..., Command], tmp_path: Path, method: str
+    command: Callable[..., Command], tmp_path: Path, method: str, is_asked: bool
 ) -> None:
-    """It is asked to end first, then killed, and its prompts are moved. The step that was lost is sampled again, and
-    again the same; nothing is twice in the metrics; the weights are those of an undisturbed run on the same batches."""
+    """It may be asked to end first; it is killed, and its prompts are moved. The step that was lost is sampled again,
+    and again the same; nothing is twice in the metrics; the weights are those of an undisturbed run on the same
+    batches."""
     settings = ["parallel.pp=2", f"train.steps={STEPS}", "train.save_every=2", "eval.every=2", *METHODS[method]]
     recipe = write_run(tmp_path, *settings)
     run_dir, arguments = recipe.run.dir, ["train", "-r", str(tmp_path / "recipe.yaml"), "--record"]
-    (tmp_path / "notice").write_text("0.1 the limit is near")  # seconds, too little for the rest of any step
-    asked = command(*arguments, MEGATRON_APO_NOTICE=str(tmp_path / "notice"))
-    asked.wait_for(lambda: any(row["step"] == ASKED_AFTER for row in rows(run_dir)))
-    assert asked.send(signal.SIGUSR1) == ENDED_EARLY
-    done = max(row["step"] for row in rows(run_dir))
-    said = f"ended early after {done} of {STEPS} steps, which are saved (the limit is near)"
-    assert said in asked.output.splitlines(), asked.output
-    assert latest(run_dir).name == f"step-{done:06d}" and done < KILLED_AFTER
+    done = ask_to_end(command, arguments, run_dir, tmp_path / "notice") if is_asked else None
     first = command(*arguments)
     first.wait_for(lambda: any(row["step"] == KILLED_AFTER for row in rows(run_dir)))
     assert first.send(signal.SIGKILL) == -signal.SIGKILL
     before, killed_rows = tmp_path / "before", rows(run_dir)
     shutil.copytree(run_dir / "rollouts", before)
-    assert f"resuming from {run_dir}/checkpoints/step-{done:06d}" in first.output
+    assert done is None or f"resuming from {run_dir}/checkpoints/step-{done:06d}" in first.output
     elsewhere = f"data.train={Path(recipe.data.train).rename(tmp_path / 'elsewhere.jsonl')}"
     second = command(*arguments, elsewhere)
     assert second.wait() == 0, second.output
