@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 
@@ -86,11 +86,14 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     SECONDS.turn_to(nodeid.split("/")[1])
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown() -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown() -> Iterator[None]:
     """The run of all tests is not asked to end: each that waits for an engine after it would be interrupted."""
-    if why := request.why:
-        request.why = None
+    try:
+        yield
+    finally:
+        why, request.why = request.why, None
+    if why:
         pytest.fail(f"this test has left this process asked to end its run ({why})")
 
 

@@ -45,7 +45,7 @@ for name in "${names[@]}"; do
     [[ -z ${interrupted:-} ]] || break
     read -ra own <<< "${folders[$name]}"
     TESTS_FROM=$name setsid python -u -m pytest -p no:cacheprovider -p tests.lanes --durations=25 --color=$color \
-        "${marks[@]}" "${own[@]}" > "$logs/$name" 2>&1 < /dev/null &
+        --continue-on-collection-errors "${marks[@]}" "${own[@]}" > "$logs/$name" 2>&1 < /dev/null &
     lanes+=($!)
 done
 

@@ -6,52 +6,60 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TEST = """
 import os, time
+from pathlib import Path
 import pytest
+CLAIMS = Path(os.environ["TESTS_CLAIMS"])
 @pytest.fixture(scope="module")
 def shared():
     yield
 @pytest.mark.parametrize("number", [1, 2])
 def test(number, shared):
-    time.sleep({seconds})
+    while not ({until}):
+        time.sleep(0.02)
     with open(os.environ["RAN"], "a") as file:
         file.write(f"{{os.environ['TESTS_FROM']}} {folder} {index} {{number}}\\n")
-    assert {index} != 4 or number != 2
+    assert {index} != 3 or number != 2
 """
+# The back's own file takes until the front has five of those that they share, and the fifth until the back has one.
+UNTIL = {("slurm", 0): "len(list(CLAIMS.iterdir())) >= 5", ("e2e", 4): "list(CLAIMS.glob('*_8.py'))"}
+FILES = [("unit", 0), *(("e2e", index) for index in range(9)), ("slurm", 0)]
 
 
-def test_each_test_is_run_by_one_lane_in_the_order_of_its_file(tmp_path: Path) -> None:
-    """The back has a test of its own that takes long, so that the front comes to most of what they share; what fails is
-    told by the lane that ran it alone."""
-    for folder, count, seconds in (("unit", 1, 0), ("e2e", 5, 0.05), ("slurm", 1, 1)):
-        for index in range(count):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            text = TEST.format(seconds=seconds, folder=folder, index=index)
-            (tmp_path / folder / f"test_{folder}_{index}.py").write_text(text)
+def test_each_test_is_run_by_one_lane_and_each_begins_at_its_end(tmp_path: Path) -> None:
+    """What fails is told by the lane that ran it alone."""
+    for folder, index in FILES:
+        text = TEST.format(folder=folder, index=index, until=UNTIL.get((folder, index), "True"))
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"test_{folder}_{index}.py").write_text(text)
     (tmp_path / "claims").mkdir()
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAN": str(tmp_path / "ran")}
     environment["TESTS_CLAIMS"] = str(tmp_path / "claims")
-    lanes = []
-    for name, folders in (("front", ["unit", "e2e"]), ("back", ["e2e", "slurm"])):
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.lanes", *folders]
-        own = environment | {"TESTS_FROM": name}
-        lanes.append(subprocess.Popen(command, cwd=tmp_path, env=own, stdout=subprocess.PIPE, text=True))
-    outputs = [lane.communicate(timeout=60)[0] for lane in lanes]
+    with ExitStack() as stack:
+        lanes = []
+        for name, folders in (("front", ["unit", "e2e"]), ("back", ["e2e", "slurm"])):
+            command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.lanes", *folders]
+            own = environment | {"TESTS_FROM": name}
+            lanes.append(subprocess.Popen(command, cwd=tmp_path, env=own, stdout=subprocess.PIPE, text=True))
+            stack.callback(lanes[-1].kill)
+        outputs = [lane.communicate(timeout=60)[0] for lane in lanes]
     ran = [tuple(line.split()) for line in (tmp_path / "ran").read_text().splitlines()]
-    by_file: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    by_file: dict[tuple[str, int], list[tuple[str, str]]] = {}
     for lane, folder, index, number in ran:
-        by_file.setdefault((folder, index), []).append((lane, number))
-    assert len(by_file) == 7
-    for lane in by_file.values():
-        assert lane in ([("front", "1"), ("front", "2")], [("back", "1"), ("back", "2")])
-    lane_of = {file: lane for file, [(lane, _), _] in by_file.items()}
-    assert lane_of["unit", "0"] == "front" and lane_of["slurm", "0"] == "back"
-    failed = lane_of["e2e", "4"]
-    assert [process.returncode for process in lanes] == [failed == "front", failed == "back"]
+        by_file.setdefault((folder, int(index)), []).append((lane, number))
+    assert by_file.keys() == set(FILES)
+    for tests in by_file.values():
+        assert tests in ([("front", "1"), ("front", "2")], [("back", "1"), ("back", "2")])
+    own_files = {lane: [file for file, tests in by_file.items() if tests[0][0] == lane] for lane in ("front", "back")}
+    assert own_files["front"][:6] == [("unit", 0), *(("e2e", index) for index in range(5))]
+    assert own_files["back"][:2] == [("slurm", 0), ("e2e", 8)]
+    assert own_files["back"][1:] == sorted(own_files["back"][1:], reverse=True)
+    assert [lane.returncode for lane in lanes] == [1, 0]
     counts = [sum(map(int, re.findall(r"(\d+) (?:passed|failed)", output.splitlines()[-1]))) for output in outputs]
-    assert sum(counts) == len(ran) and counts[0] > counts[1]
+    assert counts == [2 * len(own_files["front"]), 2 * len(own_files["back"])]
