@@ -11,6 +11,7 @@ says: those of another host than the driver's are started there, by the first ra
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 
@@ -60,17 +61,20 @@ class Engines(AbstractContextManager["Engines"]):
     def __enter__(self) -> Engines:
         try:
             self._start_nodes()
-            if self.fleet:
-                self._stack.callback(self.fleet.stop)
-                if not self.shares_memory:
-                    self.fleet.begin_starts(self.fleet.engines)
+            on_driver(self._topology, self._begin_starts)
         except BaseException:
-            self._stack.close()
+            self._stack.__exit__(*sys.exc_info())  # nodes hear how it ended
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._stack.__exit__(kind, error, trace)
+
+    def _begin_starts(self) -> None:
+        assert self.fleet
+        self._stack.callback(self.fleet.stop)
+        if not self.shares_memory:
+            self.fleet.begin_starts(self.fleet.engines)
 
     def _start_nodes(self) -> None:
         """Other hosts' first ranks join with the engines that are theirs, and start them when they are told to."""

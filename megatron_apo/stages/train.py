@@ -47,10 +47,13 @@ def train(recipe: Recipe, topology: Topology) -> None:
     if topology.is_driver:
         write_recipe("train", recipe)
     with nullcontext() if recipe.train.replay else Engines(recipe, topology) as engines:  # start beside what follows
-        _train(recipe, topology, data, engines)
+        learner = _trained(recipe, topology, data, engines)
+    stream = WeightStream(learner.policy, learner.spec, topology)
+    export_hf(stream, topology, source=recipe.model.path, out=exported(recipe.run.dir))
 
 
-def _train(recipe: Recipe, topology: Topology, data: TrainingData | None, engines: Engines | None) -> None:
+def _trained(recipe: Recipe, topology: Topology, data: TrainingData | None, engines: Engines | None) -> Learner:
+    """The learner after all steps."""
     learner = Learner.build(recipe, topology)
     prompts = PromptSource(recipe, data.prompts) if data else None
     source = recipe.objective.value_source
@@ -136,8 +139,7 @@ def _train(recipe: Recipe, topology: Topology, data: TrainingData | None, engine
             outcome = f"which cannot be saved with {unsaved}" if unsaved else "which are saved"
             raise EndedEarly(f"ended early after {done} of {recipe.train.steps} steps, {outcome} ({why})") from None
         recorder.finish(rollouts.grader_failures)
-    stream = WeightStream(learner.policy, learner.spec, topology)
-    export_hf(stream, topology, source=recipe.model.path, out=exported(recipe.run.dir))
+    return learner
 
 
 # (A step's batch, how it was drawn, and what learns from it.)
