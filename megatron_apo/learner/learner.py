@@ -371,7 +371,8 @@ class Learner:
             has_reference=self.reference is not None,
             critic=self.spec.as_critic() if self.critic else None,
         )
-        return {**rollouts, **record.metrics(), "lr": self.trainable.lr}
+        rates = {"lr": self.trainable.lr} | ({"critic/lr": self.critic.lr} if self.critic else {})
+        return {**rollouts, **record.metrics(), **rates}
 
 
 def _own_rows(micro_batches: Sequence[MicroBatch], learned: Learned) -> list[int]:

@@ -368,6 +368,7 @@ def test_rates_are_of_what_a_step_has(measured) -> None:
     rates = {name: measured("dp2", name)["none"]["rates"] for name in ("ppo", "apo", "rebel")}
     found = {method: {name.partition("/")[2] for name in names if "tflops" in name} for method, names in rates.items()}
     assert found == {"ppo": parts | {"reference", "critic"}, "apo": parts | {"reference"}, "rebel": parts}
+    assert [method for method, names in rates.items() if "critic/lr" in names] == ["ppo"]
 
 
 @pytest.mark.parametrize("method", METHODS.keys() - {ADDED})
