@@ -249,7 +249,11 @@ def compare(
     trial_steps: Annotated[int, typer.Option(min=1, help="steps of a trial of a learning rate")] = 30,
     trial_seed: Annotated[int, typer.Option(min=0, help="seed of the trials, none of --seeds")] = 1000,
     attempts: Annotated[
-        int, typer.Option(min=1, help="of one run, at most, where the machine was busier than for its seed's others")
+        int,
+        typer.Option(
+            min=1,
+            help="of one run, at most, where the machine was busier than for its seed's others, or a rank was lost",
+        ),
     ] = 3,
 ) -> None:
     """Train several methods on one store, the same prompts and seeds, and tell what each took to a reward.

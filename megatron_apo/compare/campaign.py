@@ -26,7 +26,7 @@ from megatron_apo.compare.plan import Job, Plan, Setting, best_rate
 from megatron_apo.compare.statistics import deviations
 from megatron_apo.runtime import launch
 from megatron_apo.runtime.files import write_whole
-from megatron_apo.runtime.signals import ENDED_EARLY
+from megatron_apo.runtime.signals import ENDED_EARLY, RANK_LOST
 from megatron_apo.telemetry.metrics import read_metrics
 from megatron_apo.telemetry.units import duration
 
@@ -54,7 +54,7 @@ class Attempt:
     @property
     def is_lost(self) -> bool:
         """Whether it ended by what may be none of the method's, and is worth another attempt."""
-        return self.exit_code not in (0, 1)
+        return self.exit_code == RANK_LOST or self.exit_code > 128
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,13 @@ class Campaign:
         """Everything that is not there yet."""
         for setting in self.plan.settings:
             trials = self.plan.trials(setting)
-            for job in trials:
+            chosen = self.out / setting / RATES
+            for job in [] if chosen.is_file() else trials:
                 while not (ended := self.attempts(job)) or (ended[-1].is_lost and len(ended) < self.plan.attempts):
                     self._run(job)
             rates = self.rates(setting)
             if trials:
-                write_whole(self.out / setting / RATES, json.dumps(rates) + "\n")
+                write_whole(chosen, json.dumps(rates) + "\n")
             for seed in self.plan.seeds:
                 jobs = self.plan.jobs(setting, seed, rates)
                 for job in jobs:
@@ -108,12 +109,14 @@ class Campaign:
         return found
 
     def score(self, job: Job) -> float | None:
-        """What a trial is judged by: the mean reward of its last steps; None where it failed."""
+        """What a trial is judged by: the mean reward of the last `train.target_responses`, but of a third of its steps
+        at most, so that none is judged by how it began; None where it failed."""
         last = self.attempts(job)[-1:]
         if not last or last[0].failure is not None:
             return None
         curve = Curve.of(read_metrics(self.folder(job, last[0])), 1)
-        return curve.smoothed(self.plan.window(job.setting, job.method))[-1]
+        window = min(self.plan.window(job.setting, job.method), max(1, len(curve.rewards) // 3))
+        return curve.smoothed(window)[-1]
 
     def attempts(self, job: Job) -> list[Attempt]:
         """Those that have ended, the oldest first."""

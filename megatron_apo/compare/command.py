@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,9 @@ from megatron_apo import preflight
 from megatron_apo.compare import text
 from megatron_apo.compare.campaign import Campaign
 from megatron_apo.compare.page import write_page
-from megatron_apo.compare.plan import Plan
+from megatron_apo.compare.plan import LOCK, Plan
 from megatron_apo.compare.results import results, write_results
 from megatron_apo.config import RecipeError
-
-LOCK = ".lock"
 
 
 def run(plan: Plan, out: Path) -> None:
@@ -25,14 +24,16 @@ def run(plan: Plan, out: Path) -> None:
     plan.check(out)
     if problems := plan.problems(out, lambda one: preflight.problems(one, "train")):
         raise RecipeError(problems)
-    plan.keep(out)
     with alone(out):
+        plan.check(out)  # of another command that has begun meanwhile
+        plan.keep(out)
         _run(plan, out)
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """No other command works on this comparison meanwhile, on a file system that knows locks."""
+    """No other command works on this comparison meanwhile. A file system that knows no locks lets them."""
+    out.mkdir(parents=True, exist_ok=True)
     with open(out / LOCK, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,6 +41,9 @@ def alone(out: Path) -> Iterator[None]:
             raise RecipeError(
                 [f"--out: {out} is another command's at this moment; wait for it, or give another folder"]
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         yield
 
 

@@ -47,12 +47,16 @@ def _curves(plan: Plan, lines: Sequence[Line]) -> str:
     ):
         points = {}
         for line in lines:
-            curves = [(spent(line, c), c) for run in line.runs if (c := run.measured.curve).seconds]
+            ended = [run.measured.curve for run in line.runs if run.failure is None]
+            curves = [(spent(line, curve), curve) for curve in ended if curve.seconds]
             if curves:
                 points[line.label] = band([(at, c.smoothed(line.window)) for at, c in curves])
         if points:
             chart = plots.range_chart(f"training reward {title}", points, title.removeprefix("by "))
-            caption = f"Mean of {responses} responses or a step; the band is from the lowest to the highest seed."
+            caption = (
+                f"Mean of at least {responses} responses, in the first steps of fewer; the band is from the lowest to "
+                "the highest seed, as far as all seeds go. Runs that failed are left out."
+            )
             blocks += page.figure(chart, caption, title=f"training reward {title}")
     return blocks
 

@@ -19,6 +19,7 @@ from megatron_apo.config import Recipe, RecipeError, build_recipe
 from megatron_apo.runtime.files import write_whole
 
 FILE_NAME = "compare.json"
+LOCK = ".lock"
 FORMAT = 1
 PREFLIGHT = "preflight"  # run.dir of what is checked before work
 Setting = Literal["equal-prompts", "equal-samples"]
@@ -209,10 +210,9 @@ class Plan:
                         recipes[job] = self.recipe_of(job, out / PREFLIGHT)
                     except RecipeError as error:
                         tell(job, error.problems)
-        if not said and self.recipe["train"]["replay"] is not None:
-            return [
-                f"train.replay: {self.recipe['train']['replay']} samples nothing; leave it out, each method samples"
-            ]
+        if replay := self.recipe["train"]["replay"]:
+            line = f"train.replay: {replay} samples nothing; leave it out, each method samples"
+            said[line] = [method.label for method in self.methods]
         if not said:
             for job, recipe in recipes.items():
                 if job.rate == self.rates[0] and not job.is_trial:  # which the others differ from in what is not asked
@@ -227,7 +227,7 @@ class Plan:
         """
         path, own = out / FILE_NAME, self._tree()
         if not path.is_file():
-            if out.exists() and any(one for one in out.iterdir() if one.name != PREFLIGHT):
+            if out.exists() and any(one for one in out.iterdir() if one.name not in (PREFLIGHT, LOCK)):
                 raise RecipeError([f"--out: {out} is not empty and no comparison; give a new folder"])
             return
         theirs = json.loads(path.read_text())

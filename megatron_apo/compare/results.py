@@ -56,6 +56,7 @@ class Line:
     window: steps whose mean reward is told as one's. ratio: its seconds to the target over the first method's, stage 1
     counted, and ratio_of_steps, not counted. final_of_prompts: interval of the final reward's mean over prompts, by
     bootstrap; gained: final reward above the first method's and its interval, prompt by prompt. kl: at the last step.
+    A run that failed counts in what is spent until the target, as a bound, and in nothing else.
     """
 
     label: str
@@ -179,8 +180,9 @@ def _line(
     def mean(values: Callable[[Run], float | None]) -> Estimate:
         return over_seeds([value for run in runs if (value := values(run)) is not None])
 
-    finals = [run.measured.final for run in runs if run.measured.final]
-    kl = mean(lambda run: run.measured.kl)
+    ended = [run.measured for run in runs if run.failure is None]
+    finals = [measured.final for measured in ended if measured.final]
+    kl = mean(lambda run: run.measured.kl if run.failure is None else None)
     return Line(
         label=label,
         rate=rate,
@@ -199,9 +201,9 @@ def _line(
         final_of_prompts=over_prompts(_by_prompt(finals)) if finals else None,
         gained=_gained(runs, first) if first else None,
         kl=kl if kl.count else None,
-        step_s=mean(lambda run: _step_s(run.measured.curve)),
-        wall_s=_mean_phases([run.measured.wall_s for run in runs]),
-        cpu_s=_mean_phases([run.measured.cpu_s for run in runs]),
+        step_s=mean(lambda run: _step_s(run.measured.curve) if run.failure is None else None),
+        wall_s=_mean_phases([measured.wall_s for measured in ended]),
+        cpu_s=_mean_phases([measured.cpu_s for measured in ended]),
     )
 
 

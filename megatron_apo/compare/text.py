@@ -26,12 +26,12 @@ def share(value: float) -> str:
 
 
 def estimate(found: Estimate | None, tell: Tell = number, of: int = 0) -> str:
-    """ "2.1 [1.7, 2.6]" with an interval, "2.1 (1.7 to 2.6)" with a range, ">= 2.1" of a bound, and " of 3" where it is
-    of fewer than `of` seeds."""
+    """ "2.1 [1.7, 2.6]" with an interval, "2.1 (1.7 to 2.6)" with a range, ">= 2.1" of a bound, and ", 3 seeds" where
+    it is of fewer than `of`."""
     if found is None or found.value is None:
         return NOTHING
     if found.count < of:
-        return f"{estimate(found, tell)} of {found.count}"
+        return f"{estimate(found, tell)}, {found.count} seed{'s' * (found.count > 1)}"
     value = tell(found.value)
     if found.kind in ("at least", "at most"):
         return f"{'>=' if found.kind == 'at least' else '<='} {value}"
@@ -86,7 +86,7 @@ def phases(lines: Sequence[Line], kind: str) -> tuple[list[str], list[list[str]]
 
 def trials(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """All trials of learning rates; the chosen one has a star."""
-    head = ["method", "rate", "reward of its last steps", "s of steps", "folder"]
+    head = ["method", "rate", "reward at its end", "s of steps", "folder"]
     rows = [
         [
             line.label,
@@ -136,7 +136,8 @@ def notes(plan: Plan, setting: Setting, lines: Sequence[Line]) -> list[str]:
     if plan.target is not None:
         found.append(
             f"The target is a mean training reward of {plan.target:g} over the last "
-            f"{plan.recipe['train']['target_responses']} responses or the last step ({windows}). Seconds, samples and "
+            f"{plan.recipe['train']['target_responses']} responses, rounded up to whole steps ({windows}; none can be "
+            "there sooner). Seconds, samples and "
             "tokens have the store's whole stage 1 in them where a method asks for it; a step's time has no start, "
             "evaluation or save in it. A run that missed the target counts with what it spent, which is a bound."
         )
@@ -147,14 +148,18 @@ def notes(plan: Plan, setting: Setting, lines: Sequence[Line]) -> list[str]:
     else:
         spread = "One seed has neither interval nor range."
     found.append(f"{spread} Of final reward over prompts: 95 % by bootstrap.")
-    if any(run.failure for line in lines for run in line.runs):
+    if failed := [f"{line.label} of seed {run.seed}" for line in lines for run in line.runs if run.failure]:
         found.append(
-            "A run that failed has no reward at equal time and no final one; a number with fewer seeds for it says so."
+            f"Failed: {', '.join(failed)}. Such a run counts in what is spent until the target, as a bound, and in "
+            "nothing else."
         )
+    for line in lines:
+        if line.trials and all(trial.score is None for trial in line.trials):
+            found.append(f"Every trial of {line.label} failed; its learning rate is the middle one.")
     for what in ("host", "sitting"):
         parted = [str(seed) for seed, of in _by_seed(lines).items() if len({getattr(one, what) for one in of}) > 1]
         if parted:
-            found.append(f"Not in one {what}: the runs that count of seed {', '.join(parted)}.")
+            found.append(f"Runs of several {what}s: those of seed {', '.join(parted)}.")
     return found
 
 

@@ -24,7 +24,7 @@ class TrainConfig(Section):
         "at least this; none: it does not",
     )
     target_responses: int = Field(
-        1024,
+        512,
         ge=1,
         json_schema_extra=MAY_CHANGE,
         description="responses of target_reward's mean, rounded up to whole steps: a mean of few is at a target by "

@@ -15,8 +15,8 @@ from tests.runs import write_run
 SETTINGS = [
     "train.steps=5",
     "train.target_reward=0",
-    "train.target_responses=32",
-]  # which one step has, whatever it finds
+    "train.target_responses=64",
+]  # of two steps
 
 
 def test_an_interrupted_comparison_goes_on(command: Callable[..., Command], tmp_path: Path) -> None:
@@ -40,8 +40,8 @@ def test_an_interrupted_comparison_goes_on(command: Callable[..., Command], tmp_
     (line,) = json.loads((out / "results.json").read_text())["equal-prompts"]
     (found,) = line["runs"]
     measured, (attempt,) = found["measured"], found["attempts"]
-    assert attempt["number"] == 2 and found["target"]["step"] == line["window"] == 1 and found["failure"] is None
-    assert measured["curve"]["samples"] == [32] and line["seconds"]["value"] > 0 and found["final"] is not None
+    assert attempt["number"] == 2 and found["target"]["step"] == line["window"] == 2 and found["failure"] is None
+    assert measured["curve"]["samples"] == [32, 64] and line["seconds"]["value"] > 0 and found["final"] is not None
     for kind in ("wall_s", "cpu_s"):
         parts = measured[kind]
         assert sum(parts.values()) == pytest.approx(attempt[kind]) and min(parts.values()) > -0.5, parts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ from megatron_apo.config import Recipe, RecipeError, build_recipe
 from megatron_apo.runtime import launch
 from megatron_apo.telemetry.samples import EvaluatedPrompt, write_samples
 from megatron_apo.telemetry.summary import RunSummary
+from megatron_apo.values.store import VStarStore
 from tests.runs import write_run
 
 
@@ -161,11 +164,10 @@ def test_another_plan_is_refused_by_the_field_and_seeds_may_be_added(tmp_path: P
             changed.check(tmp_path / "c")
         assert [line.split(":")[0] for line in caught.value.problems] == [key]
     stored = json.loads((tmp_path / "c" / "compare.json").read_text())
-    del stored["recipe"]["train"][
-        "target_responses"
-    ]  # as of a version that had not this key: its value was the default
+    # as of a version that had not this key: its value was the default
+    del stored["recipe"]["train"]["target_responses"]
     (tmp_path / "c" / "compare.json").write_text(json.dumps(stored))
-    plan_of(recipe=base("train.target_responses=1024")).check(tmp_path / "c")
+    plan_of(recipe=base("train.target_responses=512")).check(tmp_path / "c")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(RecipeError, match="not empty and no comparison"):
@@ -335,10 +337,14 @@ def test_chosen_rates_outlive_their_trials(tmp_path: Path, monkeypatch: pytest.M
     campaign = campaign_of(plan_of("apo", seeds="0", rates="1e-4 2e-4"), tmp_path)
     campaign.run()
     shutil.rmtree(tmp_path / "equal-prompts/apo/rate-0.0002")
-    assert campaign_of(campaign.plan, tmp_path).rates("equal-prompts") == {"apo": 2e-4}
+    again = campaign_of(campaign.plan, tmp_path)
+    again.run()
+    assert again.rates("equal-prompts") == {"apo": 2e-4} and not (tmp_path / "equal-prompts/apo/rate-0.0002").exists()
 
 
-@pytest.mark.parametrize(("codes", "most", "counts"), [([137, 76, 0], 3, 3), ([137, 76], 2, 1), ([1], 3, 1)])
+@pytest.mark.parametrize(
+    ("codes", "most", "counts"), [([137, 76, 0], 3, 3), ([137, 76], 2, 1), ([1], 3, 1), ([2], 3, 1)]
+)
 def test_a_run_whose_rank_was_lost_is_tried_again(
     codes: list[int], most: int, counts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,10 +384,36 @@ def test_no_two_commands_work_on_one_comparison(tmp_path: Path, monkeypatch: pyt
     plan = plan_of()
     monkeypatch.setattr(Plan, "problems", lambda self, out, check: [])
     plan.keep(tmp_path)
+    before = (tmp_path / "compare.json").read_bytes()
     with command.alone(tmp_path), pytest.raises(RecipeError, match="--out: .* is another command's"):
-        command.run(plan, tmp_path)
+        command.run(plan_of(seeds="0 1 2"), tmp_path)
+    assert (tmp_path / "compare.json").read_bytes() == before
+    ran: list[Plan] = []
+    monkeypatch.setattr(command, "_run", lambda plan, out: ran.append(plan))
+    command.run(plan, tmp_path)
+    fresh = tmp_path / "fresh"
+    with command.alone(fresh):  # which has nothing but the lock
+        pass
+    command.run(plan, fresh)
+    assert ran == [plan, plan]
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with command.alone(tmp_path):
         pass
+
+
+def test_stage_1_is_told_as_the_seconds_of_a_runs_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers took an hour each; a run that has two engines of two workers would have taken half an hour."""
+    monkeypatch.setattr(VStarStore, "hours", lambda store: {"one": 1.5, "another": 0.5})
+    recipe = write_run(tmp_path, "rollout.replicas=2", "rollout.tp=2")
+    found = Stage1.of(recipe)
+    assert (found.seconds, found.samples, found.tokens) == (1800.0, 64 * 4, 64 * 4 * 9)
+    assert Stage1.of(build_recipe(recipe.model_dump(), ["objective.name=grpo"])) == Stage1()
 
 
 # ---- results
