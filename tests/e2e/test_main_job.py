@@ -281,6 +281,7 @@ def test_another_layout_trains_alike_over_the_death_of_its_server(
     assert (tmp_path / "run" / "logs" / "rank1.log").is_file()
 
 
+@pytest.mark.full  # tests/unit/test_rollouts.py has it with servers of its own
 def test_a_second_death_in_a_step_stops_the_run(quickstart: Path, command, tmp_path: Path) -> None:
     run = command(*train_arguments(quickstart, tmp_path / "run"))
     run.wait_for(lambda: steps_done(tmp_path / "run") >= 1)

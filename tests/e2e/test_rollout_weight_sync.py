@@ -51,7 +51,7 @@ def digests(model: PreTrainedModel) -> dict[str, str]:
 
 
 def prove_two_updates(rollouts: Rollouts, transport: str = "shm") -> WeightSync:
-    old = rollouts.model(seed=0)
+    old, before = rollouts.model(seed=0), set(rollouts.server.payload_dir.iterdir())  # of cases before this one
     for version, seed in [(1, 11), (2, 12)]:
         new = rollouts.model(seed)
         sync = rollouts.sync(new, transport)
@@ -68,8 +68,8 @@ def prove_two_updates(rollouts: Rollouts, transport: str = "shm") -> WeightSync:
         old = new
         (completion,) = rollouts.client.generate([GenerateRequest(SEQUENCES[0], seed=1)], SAMPLING)
         assert completion.weight_version == rollouts.client.weight_version() == str(version)
-        shared = ["buckets"] if transport == "shm" else []
-        assert [path.name for path in rollouts.server.payload_dir.iterdir()] == shared
+        shared = {rollouts.server.payload_dir / "buckets"} if transport == "shm" else set()
+        assert set(rollouts.server.payload_dir.iterdir()) == before | shared
     return sync
 
 

@@ -10,6 +10,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from megatron_apo.runtime import guard
 from tests.batches import UNSAMPLED
 from tests.e2e.command import Command
@@ -40,6 +42,7 @@ def test_sigkill_of_an_agent(command: Callable[..., Command], tmp_path: Path) ->
     assert LOST not in agents[1].output
 
 
+@pytest.mark.full
 def test_sigterm_of_an_agent(command: Callable[..., Command], tmp_path: Path) -> None:
     """Of rank 1's, without vLLM."""
     recipe = write_run(tmp_path, "parallel.pp=2", "train.steps=500", *UNSAMPLED)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_apo.compare import command, text
+from megatron_apo.compare import command, text, workload
 from megatron_apo.compare.campaign import Attempt, Campaign, to_repeat
 from megatron_apo.compare.measured import Curve, Measured, Stage1, Target, cpu_phases, wall_phases
 from megatron_apo.compare.page import band, write_page
@@ -373,6 +373,7 @@ def test_an_attempt_is_what_was_not_interrupted(
         raise launch.RankFailed("why", code)
 
     monkeypatch.setattr(launch, "run_command", train)
+    monkeypatch.setattr(workload, "reference_s", lambda: 2.0)
     campaign = campaign_of(plan_of("apo", seeds="0", attempts=1), tmp_path)
     with nullcontext() if is_kept else pytest.raises(launch.RankFailed):
         campaign.run()

@@ -83,7 +83,7 @@ def lines_of_command(in_process: Callable, *arguments: object) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("cases", [30, pytest.param(1000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("cases", [15, pytest.param(1000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])])
 def test_commands_and_the_doctor_refuse_the_same(
     cases: int, run: Path, in_process: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
