@@ -1,8 +1,8 @@
 """Two runs of pytest beside each other (tests/run.sh) share the files of tests/e2e: each is run by the lane that comes
-to it first, one from the front and one from the back, so that both end at about the same time whatever a file takes.
+to it first, the longest files first, so that both end at about the same time whatever a file takes.
 
-    python -m pytest -p tests.lanes tests/unit tests/e2e          TESTS_CLAIMS=FOLDER
-    python -m pytest -p tests.lanes tests/e2e tests/slurm         TESTS_CLAIMS=FOLDER TESTS_FROM=back
+    TESTS_CLAIMS=FOLDER python -m pytest -p tests.lanes tests/unit tests/e2e
+    TESTS_CLAIMS=FOLDER python -m pytest -p tests.lanes tests/e2e tests/slurm
 
 FOLDER has a file for each that a lane has taken.
 """
@@ -35,9 +35,8 @@ def is_ours(path: Path) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("TESTS_FROM") == "back":
-        files = list(dict.fromkeys(item.path for item in items))
-        items.sort(key=lambda item: -files.index(item.path))  # within a file as they stand
+    """What is shared goes last. The length of a file's text says roughly how long it takes."""
+    items.sort(key=lambda item: item.path.stat().st_size if SHARED in item.path.parts else float("inf"), reverse=True)
 
 
 @pytest.hookimpl(tryfirst=True)

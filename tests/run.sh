@@ -13,7 +13,7 @@ cd "$root"
 marks=() arguments=() real=
 for argument in "$@"; do
     if [[ $argument == --full ]]; then
-        marks=(-m "full or not full") real=yes
+        marks=(-m "full or not full") real=+real
     else
         arguments+=("$argument")
     fi
@@ -39,13 +39,12 @@ color=no
 [[ -t 1 ]] && color=yes
 export TESTS_CLAIMS=$logs/claims # of the files that the lanes share
 mkdir "$TESTS_CLAIMS"
-names=(front back) lanes=()
-declare -A folders=([front]="tests/unit tests/dist tests/e2e" [back]="tests/e2e tests/slurm${real:+ tests/real}")
+names=(unit+dist+e2e slurm$real+e2e) lanes=()
 for name in "${names[@]}"; do
     [[ -z ${interrupted:-} ]] || break
-    read -ra own <<< "${folders[$name]}"
-    TESTS_FROM=$name setsid python -u -m pytest -p no:cacheprovider -p tests.lanes --durations=25 --color=$color \
-        --continue-on-collection-errors "${marks[@]}" "${own[@]}" > "$logs/$name" 2>&1 < /dev/null &
+    read -ra folders <<< "tests/${name//+/ tests/}"
+    setsid python -u -m pytest -p no:cacheprovider -p tests.lanes --durations=25 --color=$color \
+        --continue-on-collection-errors "${marks[@]}" "${folders[@]}" > "$logs/$name" 2>&1 < /dev/null &
     lanes+=($!)
 done
 

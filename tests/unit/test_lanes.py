@@ -23,18 +23,20 @@ def test(number, shared):
     while not ({until}):
         time.sleep(0.02)
     with open(os.environ["RAN"], "a") as file:
-        file.write(f"{{os.environ['TESTS_FROM']}} {folder} {index} {{number}}\\n")
+        file.write(f"{{os.environ['LANE']}} {folder} {index} {{number}}\\n")
     assert {index} != 3 or number != 2
 """
-# The back's own file takes until the front has five of those that they share, and the fifth until the back has one.
-UNTIL = {("slurm", 0): "len(list(CLAIMS.iterdir())) >= 5", ("e2e", 4): "list(CLAIMS.glob('*_8.py'))"}
+# The longest first: 8, 7, ... The second lane's own file takes until the first has five of those that they share, and
+# the fifth of these until the second has one.
+UNTIL = {("slurm", 0): "len(list(CLAIMS.iterdir())) >= 5", ("e2e", 4): "list(CLAIMS.glob('*_3.py'))"}
 FILES = [("unit", 0), *(("e2e", index) for index in range(9)), ("slurm", 0)]
 
 
-def test_each_test_is_run_by_one_lane_and_each_begins_at_its_end(tmp_path: Path) -> None:
+def test_each_test_is_run_by_one_lane_the_longest_files_first(tmp_path: Path) -> None:
     """What fails is told by the lane that ran it alone."""
     for folder, index in FILES:
         text = TEST.format(folder=folder, index=index, until=UNTIL.get((folder, index), "True"))
+        text += "#" * 100 * index
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / f"test_{folder}_{index}.py").write_text(text)
     (tmp_path / "claims").mkdir()
@@ -43,9 +45,9 @@ def test_each_test_is_run_by_one_lane_and_each_begins_at_its_end(tmp_path: Path)
     environment["TESTS_CLAIMS"] = str(tmp_path / "claims")
     with ExitStack() as stack:
         lanes = []
-        for name, folders in (("front", ["unit", "e2e"]), ("back", ["e2e", "slurm"])):
+        for name, folders in (("first", ["unit", "e2e"]), ("second", ["e2e", "slurm"])):
             command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.lanes", *folders]
-            own = environment | {"TESTS_FROM": name}
+            own = environment | {"LANE": name}
             lanes.append(subprocess.Popen(command, cwd=tmp_path, env=own, stdout=subprocess.PIPE, text=True))
             stack.callback(lanes[-1].kill)
         outputs = [lane.communicate(timeout=60)[0] for lane in lanes]
@@ -55,11 +57,11 @@ def test_each_test_is_run_by_one_lane_and_each_begins_at_its_end(tmp_path: Path)
         by_file.setdefault((folder, int(index)), []).append((lane, number))
     assert by_file.keys() == set(FILES)
     for tests in by_file.values():
-        assert tests in ([("front", "1"), ("front", "2")], [("back", "1"), ("back", "2")])
-    own_files = {lane: [file for file, tests in by_file.items() if tests[0][0] == lane] for lane in ("front", "back")}
-    assert own_files["front"][:6] == [("unit", 0), *(("e2e", index) for index in range(5))]
-    assert own_files["back"][:2] == [("slurm", 0), ("e2e", 8)]
-    assert own_files["back"][1:] == sorted(own_files["back"][1:], reverse=True)
-    assert [lane.returncode for lane in lanes] == [1, 0]
+        assert tests in ([("first", "1"), ("first", "2")], [("second", "1"), ("second", "2")])
+    own_files = {lane: [file for file, tests in by_file.items() if tests[0][0] == lane] for lane in ("first", "second")}
+    assert own_files["first"][:6] == [("unit", 0), *(("e2e", index) for index in range(8, 3, -1))]
+    assert own_files["second"][:2] == [("slurm", 0), ("e2e", 3)]
+    assert all(files[1:] == sorted(files[1:], reverse=True) for files in own_files.values())
+    assert [lane.returncode for lane in lanes] == [0, 1]
     counts = [sum(map(int, re.findall(r"(\d+) (?:passed|failed)", output.splitlines()[-1]))) for output in outputs]
-    assert counts == [2 * len(own_files["front"]), 2 * len(own_files["back"])]
+    assert counts == [2 * len(files) for files in own_files.values()]
