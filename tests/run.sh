@@ -37,7 +37,7 @@ export TESTS_STARTED_BY=$$ # a lane ends with this script, however that ends
 
 color=no
 [[ -t 1 ]] && color=yes
-export TESTS_CLAIMS=$logs/claims # of the files that the lanes share
+export TESTS_CLAIMS=$logs/.claims # of the files that the lanes share
 mkdir "$TESTS_CLAIMS"
 names=(unit+dist+e2e slurm$real+e2e) lanes=()
 for name in "${names[@]}"; do
@@ -60,7 +60,7 @@ for index in "${!lanes[@]}"; do
 done
 echo "== both"
 cd "$logs"
-grep -hE '(FAILED|ERROR).* tests/' "${names[@]}" || true
-grep -E '^[a-z0-9]+: +[0-9]+ s, CPU' "${names[@]}" | sed 's/:/  /' || true
-awk '/^[a-z0-9]+: +[0-9]+ s, CPU/ {cpu += $5} END {print "all  '"$SECONDS"' s, CPU " cpu " s"}' "${names[@]}"
+grep -hE '(FAILED|ERROR).* tests/' * || true
+grep -E '^[a-z0-9]+: +[0-9]+ s, CPU' * | sed 's/:/  /' || true
+awk '/^[a-z0-9]+: +[0-9]+ s, CPU/ {cpu += $5} END {print "all  '"$SECONDS"' s, CPU " cpu " s"}' *
 exit "${interrupted:-$status}"

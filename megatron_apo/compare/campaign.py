@@ -26,12 +26,12 @@ from megatron_apo.compare.plan import Job, Plan, Setting, best_rate
 from megatron_apo.compare.statistics import deviations
 from megatron_apo.runtime import launch
 from megatron_apo.runtime.files import write_whole
-from megatron_apo.runtime.signals import ENDED_EARLY, RANK_LOST
+from megatron_apo.runtime.signals import ENDED_EARLY, RANK_LOST, TERMINATED
 from megatron_apo.telemetry.metrics import read_metrics
 from megatron_apo.telemetry.units import duration
 
 RECORD, LOG, RATES = "attempt.json", "attempt.log", "rates.json"
-_ASKED = (ENDED_EARLY, *(128 + number for number in (signal.SIGINT, signal.SIGTERM)))  # exit codes of a run that was
+_ASKED = (ENDED_EARLY, 128 + signal.SIGINT, TERMINATED)  # exit codes of a run that was asked to end
 MOST_DEVIATION = 0.15  # of the reference workload's time, from the median of the seed's
 
 
@@ -79,14 +79,12 @@ class Campaign:
     def run(self) -> None:
         """Everything that is not there yet."""
         for setting in self.plan.settings:
-            trials = self.plan.trials(setting)
-            chosen = self.out / setting / RATES
-            for job in [] if chosen.is_file() else trials:
-                while not (ended := self.attempts(job)) or (ended[-1].is_lost and len(ended) < self.plan.attempts):
-                    self._run(job)
+            if (trials := self.plan.trials(setting)) and not self._chosen(setting).is_file():
+                for job in trials:
+                    while not (ended := self.attempts(job)) or (ended[-1].is_lost and len(ended) < self.plan.attempts):
+                        self._run(job)
+                write_whole(self._chosen(setting), json.dumps(self.rates(setting)) + "\n")
             rates = self.rates(setting)
-            if trials:
-                write_whole(chosen, json.dumps(rates) + "\n")
             for seed in self.plan.seeds:
                 jobs = self.plan.jobs(setting, seed, rates)
                 for job in jobs:
@@ -99,8 +97,8 @@ class Campaign:
     def rates(self, setting: Setting) -> dict[str, float]:
         """The learning rate of each method, by label: the best trial's, or where all have failed the plan's middle
         one. Of trials that are not there yet nothing is said; what was chosen from all stays."""
-        if (chosen := self.out / setting / RATES).is_file():
-            return json.loads(chosen.read_text())
+        if self._chosen(setting).is_file():
+            return json.loads(self._chosen(setting).read_text())
         found = {}
         for method in self.plan.methods:
             own = [job for job in self.plan.trials(setting) if job.method == method]
@@ -152,6 +150,9 @@ class Campaign:
 
     def _folder(self, job: Job, number: int) -> Path:
         return self.out / job.folder / f"attempt-{number}"
+
+    def _chosen(self, setting: Setting) -> Path:
+        return self.out / setting / RATES
 
     def _run(self, job: Job) -> None:
         number = 1

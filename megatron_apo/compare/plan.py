@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -202,14 +203,13 @@ class Plan:
             for line in lines:
                 said.setdefault(line, []).append(job.method.label)
 
-        for setting in self.settings:
-            for method in self.methods:
-                runs = [Job(setting, method, self.seeds[0], rate) for rate in self.rates]
-                for job in [*runs, *(trial for trial in self.trials(setting) if trial.method == method)]:
-                    try:
-                        recipes[job] = self.recipe_of(job, out / PREFLIGHT)
-                    except RecipeError as error:
-                        tell(job, error.problems)
+        places = product(self.settings, self.methods, self.rates)
+        runs = [Job(setting, method, self.seeds[0], rate) for setting, method, rate in places]
+        for job in [*runs, *(trial for setting in self.settings for trial in self.trials(setting))]:
+            try:
+                recipes[job] = self.recipe_of(job, out / PREFLIGHT)
+            except RecipeError as error:
+                tell(job, error.problems)
         if replay := self.recipe["train"]["replay"]:
             line = f"train.replay: {replay} samples nothing; leave it out, each method samples"
             said[line] = [method.label for method in self.methods]

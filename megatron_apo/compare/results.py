@@ -177,12 +177,13 @@ def _line(
             return None
         return ratio(*([getattr(run.target, name) for run in of] for of in zip(*pairs, strict=True)))
 
-    def mean(values: Callable[[Run], float | None]) -> Estimate:
-        return over_seeds([value for run in runs if (value := values(run)) is not None])
+    ended = [run for run in runs if run.failure is None]
 
-    ended = [run.measured for run in runs if run.failure is None]
-    finals = [measured.final for measured in ended if measured.final]
-    kl = mean(lambda run: run.measured.kl if run.failure is None else None)
+    def mean(values: Callable[[Run], float | None]) -> Estimate:
+        return over_seeds([value for run in ended if (value := values(run)) is not None])
+
+    finals = [run.measured.final for run in ended if run.measured.final]
+    kl = mean(lambda run: run.measured.kl)
     return Line(
         label=label,
         rate=rate,
@@ -201,9 +202,9 @@ def _line(
         final_of_prompts=over_prompts(_by_prompt(finals)) if finals else None,
         gained=_gained(runs, first) if first else None,
         kl=kl if kl.count else None,
-        step_s=mean(lambda run: _step_s(run.measured.curve) if run.failure is None else None),
-        wall_s=_mean_phases([measured.wall_s for measured in ended]),
-        cpu_s=_mean_phases([measured.cpu_s for measured in ended]),
+        step_s=mean(lambda run: _step_s(run.measured.curve)),
+        wall_s=_mean_phases([run.measured.wall_s for run in ended]),
+        cpu_s=_mean_phases([run.measured.cpu_s for run in ended]),
     )
 
 

@@ -110,9 +110,14 @@ class Recipe(Section):
         return self.data.max_prompt_tokens + self.sampling.max_response_tokens
 
     @property
+    def responses_per_step(self) -> int:
+        """That a step learns from, and that one draw is of."""
+        return self.train.prompts_per_step * self.objective.samples_per_prompt
+
+    @property
     def target_window(self) -> int:
         """Steps that draw `train.target_responses`, where each draws once."""
-        return -(-self.train.target_responses // (self.train.prompts_per_step * self.objective.samples_per_prompt))
+        return -(-self.train.target_responses // self.responses_per_step)
 
     @property
     def why_unsaved(self) -> str:
@@ -154,7 +159,7 @@ class Recipe(Section):
     def _target_problems(self) -> list[str]:
         """Of a target that no training of so many steps reaches."""
         train = self.train
-        most = train.steps * train.prompts_per_step * self.objective.samples_per_prompt
+        most = train.steps * self.responses_per_step
         if train.target_reward is None or train.target_responses <= most:
             return []
         return [
@@ -225,10 +230,7 @@ class Recipe(Section):
                 "use parallel.vpp=1"
             )
         batches = {
-            "train.prompts_per_step": (
-                train.prompts_per_step * self.objective.samples_per_prompt,
-                train.minibatches * parallel.dp,
-            ),
+            "train.prompts_per_step": (self.responses_per_step, train.minibatches * parallel.dp),
             "sync.probe_sequences": (self.sync.probe_sequences, 1),
         }
         if self.warmup.data is not None:
