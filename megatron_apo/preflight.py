@@ -316,11 +316,13 @@ def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machi
         if recipe.rollout.placement == "colocated":
             found += [] if machine.is_described else _secret_problems(is_needed=False)
             found += sampling_problems(recipe, models, machine) + _replicas_problems(recipe.rollout, machine)
-            if recipe.train.streamed and gpus:
-                found.append(
-                    "train.streamed: true, but colocated engines have the ranks' GPUs, which would compute for both at "
-                    "once; use false, or rollout.placement=dedicated"
-                )
+            at_once = {"train.streamed": recipe.train.streamed, "eval.overlapped": recipe.eval.overlapped}
+            found += [
+                f"{key}: true, but colocated engines have the ranks' GPUs, which would compute for both at once; use "
+                "false, or rollout.placement=dedicated"
+                for key, is_set in at_once.items()
+                if is_set and gpus
+            ]
         elif machine.is_described:
             found += sampling_problems(recipe, models, machine)
         else:

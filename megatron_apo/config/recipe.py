@@ -153,6 +153,7 @@ class Recipe(Section):
             *self.train.problems(self.model, self.optimizer),
             *self.objective.problems(self.sampling, self.train),
             *self._streaming_problems(),
+            *self._evaluation_problems(),
             *self._target_problems(),
         ]
 
@@ -181,6 +182,12 @@ class Recipe(Section):
         }
         found = [why for why, is_so in reasons.items() if is_so]
         return [f"train.streamed: true, but {why}; use false, or change that" for why in found]
+
+    def _evaluation_problems(self) -> list[str]:
+        """Of engines that answer while the ranks compute."""
+        if not (self.eval.overlapped and self.rollout.sleep_while_training):
+            return []
+        return ["eval.overlapped: true, but with rollout.sleep_while_training=true engines are asleep then; use false"]
 
     def _optimizer_problems(self) -> list[str]:
         found = [

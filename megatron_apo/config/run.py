@@ -21,6 +21,9 @@ class RunConfig(Section):
 class EvalConfig(Section):
     samples: int = Field(8, ge=1, description="k of avg@k at sampling.temperature")
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only before and after")
+    overlapped: bool = Field(
+        False, description="evaluate while the next step is learned; needs engines that keep their memory meanwhile"
+    )
     max_prompts: int | None = Field(
         None, ge=1, description="first rows of a held-out source without a number of its own; none: all"
     )

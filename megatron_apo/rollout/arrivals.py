@@ -1,4 +1,4 @@
-"""What a step samples, taken in waves while the rest is still generated.
+"""What is sampled beside other work: a step, taken in waves while the rest is still generated, or an evaluation.
 
     with Arrivals(sampling, fleet, enough=4096) as arrivals:
         while requests := arrivals.take(): ...
@@ -29,6 +29,12 @@ class Arrivals(AbstractContextManager["Arrivals"]):
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
+    def begin(self) -> None:
+        """Have the engines asked, if they are not; `take` does so by itself."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._advance, name="sampling", daemon=True)
+            self._thread.start()
+
     def take(self) -> list[int]:
         """The requests, ascending, whose responses have all been graded since the last call; none: all were taken.
 
@@ -37,9 +43,7 @@ class Arrivals(AbstractContextManager["Arrivals"]):
         """
         if len(self._taken) == len(self._ungraded):
             return []
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._advance, name="sampling", daemon=True)
-            self._thread.start()
+        self.begin()
         graded = self.sampling.graded
         while self._thread and (self._size < self._enough or not graded.empty()):
             self._note(graded.get())
@@ -51,6 +55,9 @@ class Arrivals(AbstractContextManager["Arrivals"]):
         return ready
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         """What is still generated is dropped: the run ends."""
         if self._thread is not None:
             self._fleet.interrupt()

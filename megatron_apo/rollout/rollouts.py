@@ -4,6 +4,7 @@
         rollouts.sync(0)                          # the engines serve the trainer's weights
         batch = rollouts.sample(prompts, step)    # a RolloutBatch on the driver, None elsewhere
         for rows, wave in rollouts.stream(prompts, step, enough=4096): ...     # the same as it comes
+        evaluation = rollouts.evaluate(step)      # or beside other work, from begin_evaluation to end_evaluation
 
 Every method is called on every rank; graders, tokenizer and the fleet live on the driver (global rank 0). What happens
 when an engine fails:
@@ -19,6 +20,7 @@ when an engine fails:
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +42,7 @@ from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.placement import transport_of
 from megatron_apo.rollout.proof import policy_log_probs, prove
-from megatron_apo.rollout.sampler import GradedSampling, begin_step, finished_batch
+from megatron_apo.rollout.sampler import GradedSampling, begin_step, finished_batch, require_version
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.sharing import MemorySharing
 from megatron_apo.rollout.transport.base import Ranks
@@ -110,6 +112,7 @@ class Rollouts:
         self._report: SyncReport | None = None  # of the last sync
         self._probes: list[list[int]] = []
         self._answered_by: Counter[int] = Counter()  # of the last step's draws
+        self._beside: Arrivals | None = None  # on the driver, an evaluation that is beside other work
         self._activity = "the start"
         self._all_lost_in: str | None = None
         self._update_failed_in: str | None = None
@@ -119,6 +122,7 @@ class Rollouts:
             if self._owns_engines:
                 self._stack.enter_context(self._engines)
             on_driver(self._topology, self._start_graders)
+            self._stack.callback(self._drop_evaluation)
             self._memory.start_engines()
             on_driver(self._topology, lambda: self.fleet.connect(self._sync.init_info))
         except BaseException:
@@ -236,13 +240,55 @@ class Rollouts:
     def evaluate(self, step: int) -> Evaluation:
         """avg@k and greedy of the weights that the engines hold, on the recipe's held-out prompts."""
         self._begin(f"the evaluation after step {step}")
-        sampling = self._sampled("evaluate", lambda: begin_evaluation(self._recipe, self.inputs, self.pool))
+        sampling = self._sampled("evaluate", self._evaluation)
+        return on_driver(self._topology, lambda: self._evaluated(sampling, step))
 
-        def finish() -> Evaluation:
-            write_samples(self._recipe.run.dir, step, evaluated_prompts(self._recipe, sampling))
-            return finished_evaluation(self._recipe, self.inputs, sampling)
+    def begin_evaluation(self, step: int) -> None:
+        """Have the engines work on `evaluate(step)` beside what the ranks compute. Nothing else is to be asked of them,
+        and no weights given, before `end_evaluation`."""
+        self._begin(f"the evaluation after step {step}")
 
-        return on_driver(self._topology, finish)
+        def begin() -> Arrivals:
+            arrivals = Arrivals(self._evaluation(), self.fleet, enough=sys.maxsize)
+            arrivals.begin()
+            return arrivals
+
+        self._beside = driver_only(self._topology, begin)
+
+    def end_evaluation(self, step: int) -> Evaluation | None:
+        """What `begin_evaluation(step)` began, once it is there; None where no engine was left to answer, since those
+        that are started again would have other weights. Raises Interrupted, on every rank."""
+
+        def end() -> Evaluation | None:
+            assert self._beside
+            try:
+                self._beside.take()
+            except ServerDied as death:
+                print(f"{self._activity} is lost: no engine is left ({death})", flush=True)
+                return None
+            except Interrupted as ending:
+                print(f"{self._activity} is lost: {ending}", flush=True)
+                raise
+            return self._evaluated(self._beside.sampling, step)
+
+        found = on_driver(self._topology, end)
+        self._beside = None
+        return found
+
+    def _evaluation(self) -> GradedSampling:
+        """On the driver."""
+        return begin_evaluation(self._recipe, self.inputs, self.pool)
+
+    def _evaluated(self, sampling: GradedSampling, step: int) -> Evaluation:
+        """On the driver, of what is answered and graded."""
+        require_version(sampling.completions, self._version, self._activity)
+        write_samples(self._recipe.run.dir, step, evaluated_prompts(self._recipe, sampling))
+        return finished_evaluation(self._recipe, self.inputs, sampling)
+
+    def _drop_evaluation(self) -> None:
+        """What is still generated when a run ends."""
+        if self._beside:
+            self._beside.close()
 
     def _start_graders(self) -> None:
         self._pool = self._stack.enter_context(RewardPool(self._recipe.reward, self._recipe.graders))

@@ -115,6 +115,12 @@ def generate_bodies(
     return [generate_body(GenerateRequest(prompt.token_ids, seed), sampling, num_samples) for prompt, seed in pairs]
 
 
+def require_version(completions: Sequence[Completion], version: int, activity: str) -> None:
+    """Raise SyncError for a response of other weights."""
+    if stale := {completion.weight_version for completion in completions} - {str(version)}:
+        raise SyncError(f"{activity}: responses of weight versions {sorted(stale)}, expected {version}")
+
+
 def finished_batch(
     sampling: GradedSampling, version: int, step: int, requests: Sequence[int] | None = None
 ) -> RolloutBatch:
@@ -125,8 +131,7 @@ def finished_batch(
     rows = [row for number in numbers for row in queue.rows_of(number)]
     completions = [one for number in numbers for one in queue.answers[number]]
     prompts = [sampling.prompts[row] for row in rows]
-    if stale := {completion.weight_version for completion in completions} - {str(version)}:
-        raise SyncError(f"step {step}: responses of weight versions {sorted(stale)}, expected {version}")
+    require_version(completions, version, f"step {step}")
     sizes = [queue.sizes[number] for number in numbers]
     return RolloutBatch(
         prompt_ids=tuple(prompt.prompt_id for prompt in prompts),

@@ -37,6 +37,7 @@ from megatron_apo.runtime.garbage import garbage_collection_frozen
 from megatron_apo.runtime.launch import write_recipe
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.recorder import DRAWN_REWARD, GENERATE_S, SAVE_S, STEP_S, Recorder
+from megatron_apo.telemetry.timers import PhaseTimer
 from megatron_apo.values.baselines import Baseline
 from megatron_apo.weights.stream import WeightStream, export_hf
 
@@ -70,17 +71,12 @@ def _trained(recipe: Recipe, topology: Topology, data: TrainingData | None, engi
         deadline.expect(*map(recorder.last, (STEP_S, GENERATE_S, SAVE_S)))
         done = start
         steps = _Steps(recipe, topology, learner, rollouts, prompts, baseline)
+        evaluations = Evaluations(recipe, rollouts, recorder)
 
         def save() -> None:
             if (seconds := checkpoints.save(done)) is not None:
                 recorder.saved(done, seconds)
                 deadline.has_saved(seconds)
-
-        def evaluate() -> None:
-            learner.timer.pop()
-            with learner.timer.phase("evaluation"):
-                found = rollouts.evaluate(done)
-            recorder.evaluated(done, found, learner.timer.pop()["evaluation"])
 
         def is_over() -> bool:
             return on_driver(topology, lambda: _is_over(recipe, recorder, done))
@@ -90,7 +86,7 @@ def _trained(recipe: Recipe, topology: Topology, data: TrainingData | None, engi
             recorder.proved(rollouts.prove())
             ends = is_over()
             if ends or on_driver(topology, lambda: _lacks_evaluation(recipe, recorder, start)):
-                evaluate()
+                evaluations.after(start, is_last=ends)
             task = progress.add_task("training", total=recipe.train.steps, completed=start)
             while not ends:
                 step = done
@@ -99,6 +95,7 @@ def _trained(recipe: Recipe, topology: Topology, data: TrainingData | None, engi
                 with learner.timer.phase("step"):
                     with deadline.sampling():
                         batch, drawn, learn = steps.begin(step)
+                    evaluations.begin()
                     masked_B = Learned.of(recipe, batch).masked_B
                     with deadline.learning():
                         if recipe.train.record:
@@ -109,8 +106,10 @@ def _trained(recipe: Recipe, topology: Topology, data: TrainingData | None, engi
                     if baseline:
                         baseline.update(step, batch.prompt_ids, batch.group_B, batch.reward_B, ~masked_B)
                     done = step + 1
-                    with deadline.put_off(), learner.timer.phase("sync"):
-                        recorder.synced(rollouts.sync(done))
+                with deadline.put_off():
+                    evaluations.end(done)
+                with deadline.put_off(), learner.timer.phase("step"), learner.timer.phase("sync"):
+                    recorder.synced(rollouts.sync(done))
                 if step == 0 and recipe.model.reference_path == recipe.model.path:
                     record.require_no_log_ratio(learner.first_log_ratio_tolerance)
                 if done % recipe.sync.probe_every == 0:
@@ -130,7 +129,7 @@ def _trained(recipe: Recipe, topology: Topology, data: TrainingData | None, engi
                 deadline.require_time()
                 ends = is_over()
                 if ends or _is_evaluated_after(recipe, done):
-                    evaluate()
+                    evaluations.after(done, is_last=ends)
             deadline.require_time()
         except Interrupted:
             why, unsaved = on_driver(topology, lambda: request.why), recipe.why_unsaved
@@ -201,6 +200,45 @@ class _Steps:
             return self.baseline.values(step, batch.prompt_ids, batch.group_B, batch.reward_B, learned_B).tolist()
 
         return on_driver(self.topology, work)
+
+
+class Evaluations:
+    """Of the weights that the engines hold, at once, or with eval.overlapped while the next step is learned. Every
+    method is collective."""
+
+    def __init__(self, recipe: Recipe, rollouts: Rollouts | Replay, recorder: Recorder):
+        self._is_overlapped = recipe.eval.overlapped
+        self._rollouts = rollouts
+        self._recorder = recorder
+        self._timer = PhaseTimer()
+        self._due: int | None = None  # of the weights after so many steps, in the next step
+
+    def after(self, step: int, *, is_last: bool) -> None:
+        """Evaluate the weights after `step` steps. is_last: no step follows."""
+        if self._is_overlapped and not is_last:
+            self._due = step
+            return
+        with self._timer.phase("evaluation"):
+            found = self._rollouts.evaluate(step)
+        self._recorder.evaluated(step, found, self._timer.pop()["evaluation"])
+
+    def begin(self) -> None:
+        """Have what is due begin. The step has been sampled."""
+        if self._due is not None:
+            self._rollouts.begin_evaluation(self._due)
+
+    def end(self, done: int) -> None:
+        """Wait for what has begun, before the engines get the weights after `done` steps. Where it is lost these are
+        evaluated instead."""
+        if self._due is None:
+            return
+        step, self._due = self._due, None
+        with self._timer.phase("evaluation"):
+            found = self._rollouts.end_evaluation(step)
+        phase = self._timer.pop()["evaluation"]
+        if found is None:
+            self._due = done
+        self._recorder.evaluated(step, found, phase)
 
 
 def _is_over(recipe: Recipe, recorder: Recorder, step: int) -> bool:

@@ -23,9 +23,10 @@ def test_a_streamed_run_is_ended_goes_on_and_is_replayed_to_the_same_bits(
     command: Callable[..., Command], tmp_path: Path
 ) -> None:
     """What has come of the step in which it is asked to end is dropped, with its gradients. A replay takes the recorded
-    waves, so that it also shows what was in them."""
+    waves, so that it also shows what was in them. Evaluations are beside the learning of the next step."""
     settings = ["parallel.pp=2", f"train.steps={STEPS}", "train.save_every=1", "train.tokens_per_micro_batch=40"]
-    recipe = write_run(tmp_path, *settings, "train.streamed=true", "eval.max_prompts=1")
+    evaluations = ["eval.max_prompts=1", "eval.every=1", "eval.overlapped=true"]
+    recipe = write_run(tmp_path, *settings, *evaluations, "train.streamed=true")
     arguments = ["train", "-r", str(tmp_path / "recipe.yaml"), "--record"]
     (tmp_path / "notice").write_text("0.1 the limit is near")  # seconds, too little for the rest of any step
     first = command(*arguments, MEGATRON_APO_NOTICE=str(tmp_path / "notice"))
@@ -42,6 +43,8 @@ def test_a_streamed_run_is_ended_goes_on_and_is_replayed_to_the_same_bits(
         assert row["layout/waves"] == batch.wave_B.max() + 1 >= 2
         assert row["mismatch/mean"] < 1e-5 and row["time/wait_s"] < row["time/step_s"]
         assert 0 < row["time/generate_s"] < row["time/step_s"]
+    evaluated = [row["step"] for row in rows(recipe.run.dir) if "eval/avg_at_k" in row]
+    assert evaluated == sorted(set(evaluated)) and set(range(STEPS + 1)) - set(evaluated) <= {done - 1}
     assert trained[0]["kl/per_token"] == 0, "policy and reference are one model, in the same micro-batches"
 
     replay = [f"run.dir={tmp_path / 'replay'}", f"train.replay={recipe.run.dir / 'rollouts'}", "train.save_every=0"]

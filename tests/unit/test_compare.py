@@ -221,6 +221,14 @@ def test_the_phases_of_a_command_add_up_to_its_time() -> None:
     assert wall_phases([], 0.0, 5.0) == {"start-up": 5.0}
 
 
+def test_an_evaluation_beside_the_first_step_is_not_of_the_start_up() -> None:
+    """A step of 4 s from second 20 on; 1 s was waited for the evaluation, which is told within the step."""
+    evaluated = {"step": 0, "time": 124.5, "eval/avg_at_k": 0.1, "eval/seconds": 1.0}
+    step = {"step": 1, "time": 125.0, "time/generate_s": 2.0, "time/step_s": 4.0}
+    found = wall_phases([evaluated, step], launched=100.0, total_s=26.0)
+    assert (found["start-up"], found["evaluation"], found["between steps and end"]) == (20.0, 1.0, 1.0)
+
+
 def test_generation_beside_the_trainer_is_in_no_phase_twice() -> None:
     """8 s of generation, of which the trainer waited for 5."""
     times = {"generate": 8.0, "wait": 5.0, "reference": 2.0, "train": 3.0, "optimizer": 0.5, "step": 11.0}

@@ -125,6 +125,7 @@ def test_a_problem_names_key_value_allowed_and_fix() -> None:
         ),
         (["parallel.pp=2", "parallel.vpp=2", "train.packing=false"], "train.packing", "true"),
         (["train.target_reward=1", "train.steps=3", "train.target_responses=769"], "train.target_responses", "768"),
+        (["eval.overlapped=true", "rollout.sleep_while_training=true"], "eval.overlapped", "false"),
         (["parallel.vpp=2"], "parallel.vpp", "1"),
         (["parallel.ep=4", "parallel.dp=3", "parallel.cp=2", "train.prompts_per_step=12"], "parallel.ep", "3"),
         (["optimizer.lr=1e-6", "optimizer.min_lr=1e-5"], "optimizer.min_lr", "1e-7"),

@@ -326,9 +326,10 @@ def test_torch_says_whether_it_was_built_with_cuda():
     assert gpus._torch_has_cuda() == (torch.version.cuda is not None)
 
 
-def test_streamed_steps_take_engines_with_gpus_of_their_own(problems):
-    streamed, dedicated = "train.streamed=true", ["rollout.placement=dedicated", "rollout.driver=127.0.0.1:29600"]
-    (line,) = problems([HOPPER], streamed)
-    assert line.startswith("train.streamed: true, but colocated engines have the ranks' GPUs")
-    assert problems([], streamed) == problems([HOPPER], streamed, "train.replay=somewhere") == []
-    assert not [line for line in problems([HOPPER], streamed, *dedicated) if "streamed" in line]
+@pytest.mark.parametrize("key", ["train.streamed", "eval.overlapped"])
+def test_engines_that_work_beside_the_ranks_have_gpus_of_their_own(problems, key: str):
+    beside, dedicated = f"{key}=true", ["rollout.placement=dedicated", "rollout.driver=127.0.0.1:29600"]
+    (line,) = problems([HOPPER], beside)
+    assert line.startswith(f"{key}: true, but colocated engines have the ranks' GPUs")
+    assert problems([], beside) == problems([HOPPER], beside, "train.replay=somewhere") == []
+    assert not [line for line in problems([HOPPER], beside, *dedicated) if key in line]

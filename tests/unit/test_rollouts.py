@@ -3,6 +3,7 @@ counterparts are HTTP servers without a model."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +17,17 @@ import torch.distributed as dist
 from megatron_apo.config import build_recipe
 from megatron_apo.data.order import sample_seed
 from megatron_apo.data.prompts import LoadedPrompts, Prompt
+from megatron_apo.rewards.pool import RewardPool
 from megatron_apo.rollout import fleet as fleet_file
 from megatron_apo.rollout import rollouts as rollouts_file
 from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.weight_sync import SyncError
+from megatron_apo.runtime.ending import Interrupted
+from megatron_apo.stages.train import Evaluations
 from megatron_apo.telemetry.samples import read_samples
-from tests.engines import GENERATE, LIMIT_S, Server
+from tests.engines import GENERATE, LIMIT_S, Server, until
 from tests.unit.test_rollout_sharing import log_probs, one_rank
 from tests.weights import TensorSource
 
@@ -290,6 +294,103 @@ def test_an_evaluation_is_of_all_engines(start: Callable[..., tuple[Rollouts, Jo
         job.servers[0].faults[GENERATE] = "die"
         assert rollouts.evaluate(1) == found
         assert job.graded == 24
+
+
+def test_an_evaluation_beside_other_work_is_what_it_is_alone(start: Callable[..., tuple[Rollouts, Job]]) -> None:
+    rollouts, job = start(2, "eval.samples=2")
+    rollouts.inputs.evaluation.prompts.extend(PROMPTS[:4])
+    with rollouts:
+        rollouts.sync(0)
+        alone = rollouts.evaluate(0)
+        for server in job.servers:
+            server.held = True
+        rollouts.begin_evaluation(0)
+        until(lambda: sum(len(server.asked) for server in job.servers) == 24)  # while this thread does as it likes
+        for server in job.servers:
+            server.held = False
+        job.servers[0].die()  # the other is asked its requests
+        job.servers[1].release(6)
+        assert rollouts.end_evaluation(0) == alone
+        assert job.graded == 24, "each response is graded once"
+        rollouts.sync(1)
+        assert rollouts.sample(PROMPTS, 1).weight_version_B.tolist() == [1] * 8
+
+
+def test_an_evaluation_whose_engines_die_is_lost_since_its_weights_are(
+    start: Callable[..., tuple[Rollouts, Job]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rollouts, job = start(1, "eval.overlapped=true")
+    rollouts.inputs.evaluation.prompts.extend(PROMPTS[:4])
+    told: list[tuple[int, object]] = []
+    recorder = SimpleNamespace(evaluated=lambda step, found, _: told.append((step, found)))
+    with rollouts:
+        evaluations = Evaluations(rollouts._recipe, rollouts, recorder)  # type: ignore[arg-type]
+        rollouts.sync(0)
+        evaluations.after(0, is_last=False)
+        job.servers[0].held = True
+        evaluations.begin()
+        until(lambda: job.servers[0].asked)
+        job.servers[0].die()
+        evaluations.end(1)
+        assert "the evaluation after step 0 is lost: no engine is left (" in capfd.readouterr().out
+        job.servers[0].held = False
+        rollouts.sync(1)
+        assert len(rollouts.sample(PROMPTS, 1)) == 8
+        evaluations.begin()
+        evaluations.end(2)
+        rollouts.sync(2)
+        evaluations.end(3)  # nothing is due any more
+        evaluations.after(3, is_last=True)
+    assert [(step, found is None) for step, found in told] == [(0, True), (1, False), (3, False)]
+
+
+def test_an_evaluation_of_other_weights_is_refused(start: Callable[..., tuple[Rollouts, Job]]) -> None:
+    rollouts, job = start(1)
+    rollouts.inputs.evaluation.prompts.extend(PROMPTS[:4])
+    with rollouts:
+        rollouts.sync(3)
+        job.servers[0].version = "4"
+        rollouts.begin_evaluation(3)
+        with pytest.raises(SyncError, match=r"the evaluation after step 3: .* versions \['4'\], expected 3"):
+            rollouts.end_evaluation(3)
+        with pytest.raises(SyncError, match=r"the evaluation after step 3: .* versions \['4'\], expected 3"):
+            rollouts.evaluate(3)
+
+
+def test_an_evaluation_is_dropped_before_its_graders_end(
+    start: Callable[..., tuple[Rollouts, Job]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollouts, job = start(1)
+    rollouts.inputs.evaluation.prompts.extend(PROMPTS[:4])
+    honest, threads = RewardPool.__exit__, []
+
+    def watched(pool: RewardPool, *exception: Any) -> None:
+        threads.extend(thread.name for thread in threading.enumerate())
+        honest(pool, *exception)
+
+    monkeypatch.setattr(RewardPool, "__exit__", watched)
+    with pytest.raises(ZeroDivisionError), rollouts:
+        rollouts.sync(0)
+        job.servers[0].held = True
+        rollouts.begin_evaluation(0)
+        until(lambda: job.servers[0].asked)
+        1 / 0  # noqa: B018
+    assert threads and "sampling" not in threads
+
+
+def test_an_evaluation_that_is_interrupted_is_said_to_be_lost(
+    start: Callable[..., tuple[Rollouts, Job]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    rollouts, job = start(1)
+    rollouts.inputs.evaluation.prompts.extend(PROMPTS[:4])
+    with rollouts:
+        rollouts.sync(0)
+        job.servers[0].held = True
+        rollouts.begin_evaluation(0)
+        rollouts.interrupt()
+        with pytest.raises(Interrupted):
+            rollouts.end_evaluation(0)
+    assert "the evaluation after step 0 is lost: the run was asked to end" in capfd.readouterr().out
 
 
 HANGS = """
