@@ -143,12 +143,11 @@ class Measured:
 
 def wall_phases(rows: Sequence[Mapping[str, Any]], launched: float, total_s: float) -> dict[str, float]:
     """Seconds of a command by phase: its start until the first step or evaluation, the parts of all steps, the
-    evaluations, and what is left. An evaluation that overlaps the first step is told before it."""
+    evaluations, and what is left."""
     if not rows:
         return {START: total_s}
-    until = rows[: 1 + next((index for index, row in enumerate(rows) if row.get("time/step_s")), 0)]
-    start = until[-1]["time"] - launched - _sum(until, "eval/seconds") - _sum(until, "time/step_s")
-    found = {START: start, **_parts(rows, "time"), EVALUATION: _sum(rows, "eval/seconds")}
+    first = rows[0]["time"] - launched - (rows[0].get("eval/seconds") or rows[0].get("time/step_s") or 0.0)
+    found = {START: first, **_parts(rows, "time"), EVALUATION: _sum(rows, "eval/seconds")}
     return found | {REST: total_s - sum(found.values())}
 
 

@@ -52,6 +52,9 @@ class Arrivals(AbstractContextManager["Arrivals"]):
             raise error
         ready, self._ready, self._size = sorted(self._ready), [], 0
         self._taken.update(ready)
+        if self._thread and len(self._taken) == len(self._ungraded):
+            self._thread.join()  # the engines are free for something else
+            self._thread = None
         return ready
 
     def __exit__(self, *_: object) -> None:

@@ -48,12 +48,6 @@ class Replay(AbstractContextManager["Replay"]):
     def evaluate(self, step: int) -> None:
         pass
 
-    def begin_evaluation(self, step: int) -> None:
-        pass
-
-    def end_evaluation(self, step: int) -> None:
-        pass
-
     def memory_pids(self) -> dict[str, int | None]:
         return {}
 

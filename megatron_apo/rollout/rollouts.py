@@ -12,7 +12,7 @@ when an engine fails:
 - One that dies while others serve is started again beside them. The next sync gives it the weights, and it serves again
   once these are proven.
 - When none is left, all are restarted, given the weights and proven, and the work goes on. A second time in the same
-  step ends the run.
+  step ends the run. An evaluation beside other work is lost then.
 - One in which a weight update raised is restarted at once, for it can hold a mixture of two versions. A second such
   failure in the same step ends the run.
 - Weights that are not the trainer's (`SyncError`) end the run.
@@ -56,6 +56,10 @@ from megatron_apo.telemetry.samples import write_samples
 from megatron_apo.weights.gather import Gather
 
 _PASSED_ON_S = 5.0  # that the run is to end
+
+
+def _evaluation_of(step: int) -> str:
+    return f"the evaluation after step {step}"
 
 
 def _is_ending() -> bool:
@@ -134,7 +138,7 @@ class Rollouts:
         self._stack.__exit__(kind, error, trace)
 
     def interrupt(self) -> None:
-        """On the driver, from any thread: `sample` and `evaluate` raise Interrupted on every rank, now and later."""
+        """On the driver, from any thread: what waits for engines raises Interrupted on every rank, now and later."""
         self.fleet.interrupt()
 
     @property
@@ -172,6 +176,7 @@ class Rollouts:
 
     def sync(self, version: int) -> SyncReport:
         """Give the engines the policy's present weights and call them `version`."""
+        assert self._beside is None, "an evaluation of the last weights is not ended"
         self._version = version
         for engine in self._fleet.engines if self._fleet else ():
             engine.version = None
@@ -239,16 +244,16 @@ class Rollouts:
 
     def evaluate(self, step: int) -> Evaluation:
         """avg@k and greedy of the weights that the engines hold, on the recipe's held-out prompts."""
-        self._begin(f"the evaluation after step {step}")
+        self._begin(_evaluation_of(step))
         sampling = self._sampled("evaluate", self._evaluation)
         return on_driver(self._topology, lambda: self._evaluated(sampling, step))
 
     def begin_evaluation(self, step: int) -> None:
-        """Have the engines work on `evaluate(step)` beside what the ranks compute. Nothing else is to be asked of them,
-        and no weights given, before `end_evaluation`."""
-        self._begin(f"the evaluation after step {step}")
+        """Have engines work on `evaluate(step)` beside what the ranks compute. Until `end_evaluation` the fleet is a
+        thread's: nothing else is to be asked of engines, and no weights given."""
 
         def begin() -> Arrivals:
+            assert self._beside is None
             arrivals = Arrivals(self._evaluation(), self.fleet, enough=sys.maxsize)
             arrivals.begin()
             return arrivals
@@ -264,16 +269,17 @@ class Rollouts:
             try:
                 self._beside.take()
             except ServerDied as death:
-                print(f"{self._activity} is lost: no engine is left ({death})", flush=True)
+                print(f"{_evaluation_of(step)} is lost: no engine is left ({death})", flush=True)
                 return None
             except Interrupted as ending:
-                print(f"{self._activity} is lost: {ending}", flush=True)
+                print(f"{_evaluation_of(step)} is lost: {ending}", flush=True)
                 raise
-            return self._evaluated(self._beside.sampling, step)
+            finally:
+                sampling = self._beside.sampling
+                self._drop_evaluation()
+            return self._evaluated(sampling, step)
 
-        found = on_driver(self._topology, end)
-        self._beside = None
-        return found
+        return on_driver(self._topology, end)
 
     def _evaluation(self) -> GradedSampling:
         """On the driver."""
@@ -281,19 +287,21 @@ class Rollouts:
 
     def _evaluated(self, sampling: GradedSampling, step: int) -> Evaluation:
         """On the driver, of what is answered and graded."""
-        require_version(sampling.completions, self._version, self._activity)
+        require_version(sampling.completions, self._version, _evaluation_of(step))
         write_samples(self._recipe.run.dir, step, evaluated_prompts(self._recipe, sampling))
         return finished_evaluation(self._recipe, self.inputs, sampling)
 
     def _drop_evaluation(self) -> None:
-        """What is still generated when a run ends."""
+        """With what is still generated, when a run ends."""
         if self._beside:
             self._beside.close()
+            self._beside = None
 
     def _start_graders(self) -> None:
         self._pool = self._stack.enter_context(RewardPool(self._recipe.reward, self._recipe.graders))
 
     def _begin(self, activity: str) -> None:
+        assert self._beside is None, f"an evaluation is not ended, and {activity} begins"
         self._activity = activity
         if self._fleet:
             self._fleet.activity = activity

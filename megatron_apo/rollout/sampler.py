@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 
 import numpy as np
@@ -20,6 +20,9 @@ from megatron_apo.rollout.client import Body, Completion, GenerateRequest, Sampl
 from megatron_apo.rollout.fleet import Fleet, RequestQueue
 from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.weight_sync import SyncError
+from megatron_apo.runtime.ending import Interrupted
+
+_LOOK_EVERY_S = 0.2  # at whether the run ends, while graders are waited for
 
 
 class GradedSampling:
@@ -51,9 +54,14 @@ class GradedSampling:
         self.graded: SimpleQueue[int | None] = SimpleQueue()  # None is for who reads it
 
     def advance(self, fleet: Fleet) -> None:
-        """Returns when all responses are there and graded. Raises ServerDied when no engine is left."""
+        """Returns when all responses are there and graded. Raises ServerDied when no engine is left, Interrupted once
+        the fleet was interrupted."""
         fleet.generate(self.queue, self._grade)
         for grade in self._grading.values():
+            while not grade.done():
+                wait([grade], _LOOK_EVERY_S)
+                if fleet.is_interrupted:
+                    raise Interrupted("the run was asked to end")
             grade.result()
 
     @property

@@ -26,6 +26,7 @@ from megatron_apo.learner.rollout_metrics import source_metrics
 from megatron_apo.learner.streamed import StreamedStep
 from megatron_apo.preflight import open_training
 from megatron_apo.rollout.engines import Engines
+from megatron_apo.rollout.eval_schedule import EvalSchedule
 from megatron_apo.rollout.groups import Drawn, sample_groups
 from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
@@ -37,7 +38,6 @@ from megatron_apo.runtime.garbage import garbage_collection_frozen
 from megatron_apo.runtime.launch import write_recipe
 from megatron_apo.runtime.topology import Topology
 from megatron_apo.telemetry.recorder import DRAWN_REWARD, GENERATE_S, SAVE_S, STEP_S, Recorder
-from megatron_apo.telemetry.timers import PhaseTimer
 from megatron_apo.values.baselines import Baseline
 from megatron_apo.weights.stream import WeightStream, export_hf
 
@@ -70,8 +70,13 @@ def _trained(recipe: Recipe, topology: Topology, data: TrainingData | None, engi
     ):
         deadline.expect(*map(recorder.last, (STEP_S, GENERATE_S, SAVE_S)))
         done = start
-        steps = _Steps(recipe, topology, learner, rollouts, prompts, baseline)
-        evaluations = Evaluations(recipe, rollouts, recorder)
+        evaluations = EvalSchedule(recipe, topology, rollouts, recorder)
+
+        def sampled() -> None:
+            if not deadline.is_asked:
+                evaluations.begin()
+
+        steps = _Steps(recipe, topology, learner, rollouts, prompts, baseline, sampled)
 
         def save() -> None:
             if (seconds := checkpoints.save(done)) is not None:
@@ -85,8 +90,7 @@ def _trained(recipe: Recipe, topology: Topology, data: TrainingData | None, engi
             recorder.synced(rollouts.sync(start))
             recorder.proved(rollouts.prove())
             ends = is_over()
-            if ends or on_driver(topology, lambda: _lacks_evaluation(recipe, recorder, start)):
-                evaluations.after(start, is_last=ends)
+            evaluations.at_start(start, is_last=ends)
             task = progress.add_task("training", total=recipe.train.steps, completed=start)
             while not ends:
                 step = done
@@ -95,7 +99,6 @@ def _trained(recipe: Recipe, topology: Topology, data: TrainingData | None, engi
                 with learner.timer.phase("step"):
                     with deadline.sampling():
                         batch, drawn, learn = steps.begin(step)
-                    evaluations.begin()
                     masked_B = Learned.of(recipe, batch).masked_B
                     with deadline.learning():
                         if recipe.train.record:
@@ -128,8 +131,7 @@ def _trained(recipe: Recipe, topology: Topology, data: TrainingData | None, engi
                 progress.advance(task)
                 deadline.require_time()
                 ends = is_over()
-                if ends or _is_evaluated_after(recipe, done):
-                    evaluations.after(done, is_last=ends)
+                evaluations.after(done, is_last=ends)
             deadline.require_time()
         except Interrupted:
             why, unsaved = on_driver(topology, lambda: request.why), recipe.why_unsaved
@@ -147,7 +149,8 @@ Begun = tuple[RolloutBatch, Drawn, Callable[[], StepRecord]]
 
 @dataclass(frozen=True)
 class _Steps:
-    """Begins a run's steps. prompts, baseline: on the driver, where there are any."""
+    """Begins a run's steps. prompts, baseline: on the driver, where there are any. sampled: called when engines have
+    answered all of a step."""
 
     recipe: Recipe
     topology: Topology
@@ -155,6 +158,7 @@ class _Steps:
     rollouts: Rollouts | Replay
     prompts: PromptSource | None
     baseline: Baseline | None
+    sampled: Callable[[], None]
 
     def begin(self, step: int) -> Begun:
         return self._streamed(step) if self.recipe.train.streamed else self._sampled(step)
@@ -171,6 +175,7 @@ class _Steps:
             step,
             may_redraw=train.replay is None,
         )
+        self.sampled()
         batch = learner.receive(drawn.batch)
         return batch, drawn, lambda: learner.learn(batch, self._values(step, batch), step)
 
@@ -181,7 +186,11 @@ class _Steps:
         asked = self.prompts.draw(train.prompts_per_step) if self.prompts and is_sampled else []
         samples, enough = learner.objective.samples_per_prompt, train.tokens_per_micro_batch * self.topology.dp
         with closing(self.rollouts.stream(asked, step, num_samples=samples, enough=enough)) as waves:
+            missing = train.prompts_per_step * samples
             for rows, wave in waves:
+                missing -= len(rows)
+                if not missing:
+                    self.sampled()
                 own = streamed.receive(rows, wave)
                 streamed.add(own, self._values(step, own))
         batch = streamed.batch()
@@ -202,45 +211,6 @@ class _Steps:
         return on_driver(self.topology, work)
 
 
-class Evaluations:
-    """Of the weights that the engines hold, at once, or with eval.overlapped while the next step is learned. Every
-    method is collective."""
-
-    def __init__(self, recipe: Recipe, rollouts: Rollouts | Replay, recorder: Recorder):
-        self._is_overlapped = recipe.eval.overlapped
-        self._rollouts = rollouts
-        self._recorder = recorder
-        self._timer = PhaseTimer()
-        self._due: int | None = None  # of the weights after so many steps, in the next step
-
-    def after(self, step: int, *, is_last: bool) -> None:
-        """Evaluate the weights after `step` steps. is_last: no step follows."""
-        if self._is_overlapped and not is_last:
-            self._due = step
-            return
-        with self._timer.phase("evaluation"):
-            found = self._rollouts.evaluate(step)
-        self._recorder.evaluated(step, found, self._timer.pop()["evaluation"])
-
-    def begin(self) -> None:
-        """Have what is due begin. The step has been sampled."""
-        if self._due is not None:
-            self._rollouts.begin_evaluation(self._due)
-
-    def end(self, done: int) -> None:
-        """Wait for what has begun, before the engines get the weights after `done` steps. Where it is lost these are
-        evaluated instead."""
-        if self._due is None:
-            return
-        step, self._due = self._due, None
-        with self._timer.phase("evaluation"):
-            found = self._rollouts.end_evaluation(step)
-        phase = self._timer.pop()["evaluation"]
-        if found is None:
-            self._due = done
-        self._recorder.evaluated(step, found, phase)
-
-
 def _is_over(recipe: Recipe, recorder: Recorder, step: int) -> bool:
     """On the driver, whether a training that has taken `step` steps takes no more."""
     train = recipe.train
@@ -254,17 +224,6 @@ def _is_over(recipe: Recipe, recorder: Recorder, step: int) -> bool:
         print(f"after {step} steps the time is up, train.max_minutes {train.max_minutes:g}", flush=True)
         return True
     return False
-
-
-def _is_evaluated_after(recipe: Recipe, step: int) -> bool:
-    """Whether the weights after `step` steps are evaluated though training goes on: at first, and by eval.every."""
-    every = recipe.eval.every
-    return step == 0 or bool(every and step % every == 0)
-
-
-def _lacks_evaluation(recipe: Recipe, recorder: Recorder, step: int) -> bool:
-    """On the driver, whether a run that goes on after `step` steps was ended before their evaluation."""
-    return _is_evaluated_after(recipe, step) and not recorder.has_evaluated(step)
 
 
 def _rollouts(

@@ -155,9 +155,9 @@ class Recorder:
         )
 
     def has_evaluated(self, step: int) -> bool:
-        """Whether the run has an evaluation of the weights after `step` steps; False except on the driver."""
+        """Whether the run has an evaluation of the weights after `step` steps or more; False except on the driver."""
         rows = read_metrics(self._recipe.run.dir) if self._topology.is_driver else []
-        return any(row["step"] == step and "eval/avg_at_k" in row for row in rows)
+        return any(row["step"] >= step and "eval/avg_at_k" in row for row in rows)
 
     def saved(self, step: int, seconds: float) -> None:
         """A checkpoint of what `step` steps have made was written."""

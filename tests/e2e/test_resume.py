@@ -41,11 +41,12 @@ def ask_to_end(command: Callable[..., Command], arguments: list[str], run_dir: P
     return done
 
 
+OVERLAPPED = "eval.overlapped=true"
 # What goes from step to step beside the policy: nothing more, a critic, a baseline's past, and how many prompts a step
 # has drawn.
 METHODS = {
     "apo": [],
-    "ppo": ["objective.name=ppo", "objective.critic.optimizer.lr=1e-3"],
+    "ppo": ["objective.name=ppo", "objective.critic.optimizer.lr=1e-3", OVERLAPPED],
     "kernel": ["objective.baseline.source=kernel"],
     "dapo": ["objective.name=dapo", "objective.samples_per_prompt=4", "train.prompts_per_step=4"],
 }
@@ -83,6 +84,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     found = rows(run_dir)
     trained, evaluated = ([row["step"] for row in found if name in row] for name in ("loss", "eval/avg_at_k"))
     assert trained == list(range(1, STEPS + 1)) and evaluated == [0, 2, 4, 6, 8]
+    times = {row["step"]: row["time"] for row in found if "eval/avg_at_k" in row}
+    for row in found:
+        if "loss" in row and 0 < row["step"] - 1 in times:  # an evaluation is told within the step that it is beside
+            is_within = row["time"] - times[row["step"] - 1] < row["time/step_s"]
+            assert is_within == (OVERLAPPED in METHODS[method])
     losses = {row["step"]: row["loss"] for row in found if "loss" in row}
     assert {row["step"]: row["loss"] for row in killed_rows if "loss" in row}.items() <= losses.items()
 

@@ -44,7 +44,9 @@ def test_a_streamed_run_is_ended_goes_on_and_is_replayed_to_the_same_bits(
         assert row["mismatch/mean"] < 1e-5 and row["time/wait_s"] < row["time/step_s"]
         assert 0 < row["time/generate_s"] < row["time/step_s"]
     evaluated = [row["step"] for row in rows(recipe.run.dir) if "eval/avg_at_k" in row]
-    assert evaluated == sorted(set(evaluated)) and set(range(STEPS + 1)) - set(evaluated) <= {done - 1}
+    lost = set(range(STEPS + 1)) - set(evaluated)
+    assert evaluated == sorted(set(evaluated)) and lost <= {done - 1}
+    assert all(f"the evaluation after step {step} is lost: the run was asked to end" in first.output for step in lost)
     assert trained[0]["kl/per_token"] == 0, "policy and reference are one model, in the same micro-batches"
 
     replay = [f"run.dir={tmp_path / 'replay'}", f"train.replay={recipe.run.dir / 'rollouts'}", "train.save_every=0"]

@@ -88,7 +88,7 @@ def test_all_mistakes_of_the_command_line_are_said_at_once() -> None:
 
 
 def test_the_settings_share_prompts_or_responses() -> None:
-    plan = plan_of("apo grpo", settings="equal-prompts equal-samples")
+    plan = plan_of("apo grpo", base("eval.overlapped=true"), settings="equal-prompts equal-samples")
     sizes = {
         (setting, method.label): plan.recipe_of(Job(setting, method, 7, 2e-5), Path("run")).train.prompts_per_step
         for setting in plan.settings
@@ -100,6 +100,7 @@ def test_the_settings_share_prompts_or_responses() -> None:
     recipe = plan.recipe_of(Job(prompts, plan.methods[1], 7, 2e-5), Path("run"))
     assert (recipe.run.seed, recipe.run.dir, recipe.optimizer.lr) == (7, Path("run"), 2e-5)
     assert recipe.objective.name == "grpo" and recipe.train.target_reward == 0.5
+    assert not recipe.eval.overlapped, "its engines would be at work in a method's time"
     trial = plan.recipe_of(Job(prompts, plan.methods[1], 7, 2e-5, is_trial=True), Path("run"))
     assert (trial.train.steps, trial.train.target_reward, trial.eval.samples) == (3, None, 1)
 
@@ -219,14 +220,6 @@ def test_the_phases_of_a_command_add_up_to_its_time() -> None:
         "evaluation": 30.0,
     }
     assert wall_phases([], 0.0, 5.0) == {"start-up": 5.0}
-
-
-def test_an_evaluation_beside_the_first_step_is_not_of_the_start_up() -> None:
-    """A step of 4 s from second 20 on; 1 s was waited for the evaluation, which is told within the step."""
-    evaluated = {"step": 0, "time": 124.5, "eval/avg_at_k": 0.1, "eval/seconds": 1.0}
-    step = {"step": 1, "time": 125.0, "time/generate_s": 2.0, "time/step_s": 4.0}
-    found = wall_phases([evaluated, step], launched=100.0, total_s=26.0)
-    assert (found["start-up"], found["evaluation"], found["between steps and end"]) == (20.0, 1.0, 1.0)
 
 
 def test_generation_beside_the_trainer_is_in_no_phase_twice() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,6 @@ from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.rollout.server import ServerDied
 from megatron_apo.rollout.weight_sync import SyncError
 from megatron_apo.runtime.ending import Interrupted
-from megatron_apo.stages.train import Evaluations
 from megatron_apo.telemetry.samples import read_samples
 from tests.engines import GENERATE, LIMIT_S, Server, until
 from tests.unit.test_rollout_sharing import log_probs, one_rank
@@ -316,32 +316,42 @@ def test_an_evaluation_beside_other_work_is_what_it_is_alone(start: Callable[...
         assert rollouts.sample(PROMPTS, 1).weight_version_B.tolist() == [1] * 8
 
 
-def test_an_evaluation_whose_engines_die_is_lost_since_its_weights_are(
+def test_engines_that_die_beside_other_work_are_restarted_with_the_next_weights(
     start: Callable[..., tuple[Rollouts, Job]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rollouts, job = start(1, "eval.overlapped=true")
+    """That they die in a step's sampling and again in the evaluation beside its learning is twice in a step."""
+    rollouts, job = start(1)
     rollouts.inputs.evaluation.prompts.extend(PROMPTS[:4])
-    told: list[tuple[int, object]] = []
-    recorder = SimpleNamespace(evaluated=lambda step, found, _: told.append((step, found)))
     with rollouts:
-        evaluations = Evaluations(rollouts._recipe, rollouts, recorder)  # type: ignore[arg-type]
         rollouts.sync(0)
-        evaluations.after(0, is_last=False)
+        for step, fault in enumerate(({}, {GENERATE: "die"})):
+            job.servers[0].faults.update(fault)
+            rollouts.sample(PROMPTS, step)
+            job.servers[0].held = True
+            job.servers[0].asked.clear()
+            rollouts.begin_evaluation(step)
+            until(lambda: job.servers[0].asked)
+            job.servers[0].die()
+            assert rollouts.end_evaluation(step) is None
+            assert f"the evaluation after step {step} is lost: no engine is left (" in capfd.readouterr().out
+            job.servers[0].held = False
+            if not fault:
+                rollouts.sync(1)
+                assert "died in step 0 (" in capfd.readouterr().out
+        with pytest.raises(ServerDied, match="it died twice in step 1"):
+            rollouts.sync(2)
+
+
+def test_nothing_else_is_asked_beside_an_evaluation(start: Callable[..., tuple[Rollouts, Job]]) -> None:
+    rollouts, job = start(1)
+    rollouts.inputs.evaluation.prompts.extend(PROMPTS[:4])
+    with rollouts:
+        rollouts.sync(0)
         job.servers[0].held = True
-        evaluations.begin()
-        until(lambda: job.servers[0].asked)
-        job.servers[0].die()
-        evaluations.end(1)
-        assert "the evaluation after step 0 is lost: no engine is left (" in capfd.readouterr().out
-        job.servers[0].held = False
-        rollouts.sync(1)
-        assert len(rollouts.sample(PROMPTS, 1)) == 8
-        evaluations.begin()
-        evaluations.end(2)
-        rollouts.sync(2)
-        evaluations.end(3)  # nothing is due any more
-        evaluations.after(3, is_last=True)
-    assert [(step, found is None) for step, found in told] == [(0, True), (1, False), (3, False)]
+        rollouts.begin_evaluation(0)
+        for ask in (lambda: rollouts.sample(PROMPTS, 1), lambda: rollouts.sync(1), lambda: rollouts.evaluate(0)):
+            with pytest.raises(AssertionError, match="is not ended"):
+                ask()
 
 
 def test_an_evaluation_of_other_weights_is_refused(start: Callable[..., tuple[Rollouts, Job]]) -> None:
@@ -378,15 +388,23 @@ def test_an_evaluation_is_dropped_before_its_graders_end(
     assert threads and "sampling" not in threads
 
 
+@pytest.mark.parametrize("is_generated", [False, True])
 def test_an_evaluation_that_is_interrupted_is_said_to_be_lost(
-    start: Callable[..., tuple[Rollouts, Job]], capfd: pytest.CaptureFixture[str]
+    start: Callable[..., tuple[Rollouts, Job]],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_generated: bool,
 ) -> None:
+    """Also while graders are waited for."""
     rollouts, job = start(1)
     rollouts.inputs.evaluation.prompts.extend(PROMPTS[:4])
     with rollouts:
         rollouts.sync(0)
-        job.servers[0].held = True
+        job.servers[0].held = not is_generated
+        monkeypatch.setattr(rollouts.pool, "submit", lambda *_, **__: Future())
         rollouts.begin_evaluation(0)
+        if is_generated:
+            until(lambda: len(job.servers[0].answered) == 36)
         rollouts.interrupt()
         with pytest.raises(Interrupted):
             rollouts.end_evaluation(0)

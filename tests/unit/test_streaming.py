@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,6 +182,27 @@ def test_waves_come_while_the_rest_is_generated_and_are_the_batch(start: Start) 
         again.wave_B[:] = 0
         assert_same_batch(again, whole)
         assert rollouts.step_metrics() == {} and job.graded == 16
+
+
+def test_with_the_last_wave_the_engines_are_free(
+    start: Start,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For an evaluation: the thread that drove them has ended, however long it takes for that."""
+    rollouts, _ = start(1)
+    with rollouts:
+        rollouts.sync(0)
+        honest, missing = rollouts.fleet.generate, len(PROMPTS)
+
+        def slow(*arguments: Any) -> None:
+            honest(*arguments)
+            time.sleep(0.3)
+
+        monkeypatch.setattr(rollouts.fleet, "generate", slow)
+        with closing(rollouts.stream(PROMPTS, 0, enough=1)) as stream:
+            while missing:
+                missing -= len(next(stream)[0])
+            assert not [thread for thread in threading.enumerate() if thread.name == "sampling"]
 
 
 def test_a_prompts_responses_come_together(start: Start) -> None:  # noqa: F811
