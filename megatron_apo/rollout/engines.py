@@ -31,11 +31,11 @@ from megatron_apo.runtime.topology import Topology
 class Engines(AbstractContextManager["Engines"]):
     """At its end all are stopped.
 
-    fleet: the driver's, None elsewhere. shares_memory: whether engines take what is the trainer's at other times, so
-    that none may start before room is made for it (`sharing.py`).
+    fleet: the driver's, None elsewhere; given where its engines were begun before (`early.py`). shares_memory: whether
+    engines take what is the trainer's at other times, so that none may start before room is made for it (`sharing.py`).
     """
 
-    def __init__(self, recipe: Recipe, topology: Topology):
+    def __init__(self, recipe: Recipe, topology: Topology, fleet: Fleet | None = None):
         self._recipe = recipe
         self._topology = topology
         self._stack = ExitStack()
@@ -53,10 +53,8 @@ class Engines(AbstractContextManager["Engines"]):
                 self._registry.server(number, recipe.rollout.start_timeout_s, tokens)
                 for number in self.placement.elsewhere
             ]
-        # Engines begin with weights that are nobody's: a sync that brings none is seen at once.
-        self.fleet = Fleet.of(
-            recipe, recipe.model.path, load_format="dummy", here=self.placement.here, elsewhere=servers
-        )
+        self.fleet = fleet or Fleet.to_be_synced(recipe, here=self.placement.here, elsewhere=servers)
+        assert fleet is None or not (servers or self.shares_memory), "they were begun too early"
 
     def __enter__(self) -> Engines:
         try:

@@ -139,6 +139,14 @@ class Fleet(AbstractContextManager["Fleet"]):
         # What an engine does not decode yet waits in it: the next sequence begins where one has ended.
         return cls(engines, window=rollout.max_num_seqs + max(1, rollout.max_num_seqs // 8))
 
+    @classmethod
+    def to_be_synced(
+        cls, recipe: Recipe, *, here: Sequence[int] | None = None, elsewhere: Sequence[RemoteServer] = ()
+    ) -> Fleet:
+        """Those of a training: they begin with weights that are nobody's, so that a sync that brings none is seen at
+        once."""
+        return cls.of(recipe, recipe.model.path, load_format="dummy", here=here, elsewhere=elsewhere)
+
     # --- starting and ending
 
     def start(self) -> None:

@@ -1,17 +1,17 @@
 """Starts a stage: preflight first, then the ranks. A rank comes here as well.
 
-Light: what needs Megatron is imported in the ranks alone.
+Light: what needs Megatron is imported in the ranks alone, and there nothing heavy before engines have begun to start.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from megatron_apo import preflight
 from megatron_apo.config import Recipe
+from megatron_apo.rollout.early import begun_early
 from megatron_apo.runtime import launch
 from megatron_apo.runtime.garbage import not_collected
 from megatron_apo.runtime.job import Job, read_job
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 def warmup(recipe: Recipe) -> None:
     """Supervised warm start: `warmup.start` -> `model.path`."""
     if job := read_job():
-        with _rank(job, "warmup", recipe) as topology:
+        with _rank(job, "warmup", recipe), _joined(recipe) as topology:
             with not_collected():
                 from megatron_apo.stages import warmup as stage
 
             stage.train(recipe, topology)
         return
+    from megatron_apo import preflight
+
     preflight.open_warmup(recipe)
     with RunSummary(recipe.run.dir).phase("warmup"):
         launch.spawn_stage("warmup", recipe)
@@ -37,6 +39,7 @@ def warmup(recipe: Recipe) -> None:
 
 def estimate_vstar(recipe: Recipe, index: int = 0, count: int = 1) -> None:
     """Stage 1 as worker `index` of `count`. vLLM's processes would outlive a killed command: it works under a guard."""
+    from megatron_apo import preflight
     from megatron_apo.rollout.filling import Worker
     from megatron_apo.rollout.server import engine_environment
     from megatron_apo.stages import estimate_vstar as stage
@@ -53,6 +56,7 @@ def estimate_vstar(recipe: Recipe, index: int = 0, count: int = 1) -> None:
 
 def evaluate(recipe: Recipe, worker: int | None = None, workers: int = 1) -> None:
     """avg@k and greedy of `model.path` as one of several workers; None: as all that this machine has engines for."""
+    from megatron_apo import preflight
     from megatron_apo.rollout.evaluation import evaluation_folder
     from megatron_apo.rollout.filling import Worker
     from megatron_apo.rollout.server import engine_environment, engines_here, sharing_cores
@@ -98,25 +102,30 @@ def worker_commands(
 def train(recipe: Recipe) -> None:
     """Stage 2."""
     if job := read_job():
-        with _rank(job, "train", recipe) as topology:
+        with _rank(job, "train", recipe), begun_early(recipe, job) as fleet, _joined(recipe) as topology:
             with not_collected():
                 from megatron_apo.stages import train as stage
 
-            stage.train(recipe, topology)
+            stage.train(recipe, topology, fleet)
         return
+    from megatron_apo import preflight
+
     preflight.open_training(recipe)
     with RunSummary(recipe.run.dir).phase("train"):
         launch.spawn_stage("train", recipe)
 
 
-@contextmanager
-def _rank(job: Job, command: str, recipe: Recipe) -> Iterator[Topology]:
+def _rank(job: Job, command: str, recipe: Recipe) -> AbstractContextManager[object]:
     """As a rank of the recipe's job; rank 0 does what our launcher would, if that did not start it."""
     launch.be_rank(job, recipe.run.dir / "logs")
-    timed = nullcontext() if job.launched or job.rank else RunSummary(recipe.run.dir).phase(command)
-    with timed:
-        with not_collected():
-            from megatron_apo.parallel.groups import distributed
+    return nullcontext() if job.launched or job.rank else RunSummary(recipe.run.dir).phase(command)
 
-        with distributed(recipe.parallel) as topology:
-            yield topology
+
+@contextmanager
+def _joined(recipe: Recipe) -> Iterator[Topology]:
+    """With the job's other ranks."""
+    with not_collected():
+        from megatron_apo.parallel.groups import distributed
+
+    with distributed(recipe.parallel) as topology:
+        yield topology

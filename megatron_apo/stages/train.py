@@ -27,6 +27,7 @@ from megatron_apo.learner.streamed import StreamedStep
 from megatron_apo.preflight import open_training
 from megatron_apo.rollout.engines import Engines
 from megatron_apo.rollout.eval_schedule import EvalSchedule
+from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.groups import Drawn, sample_groups
 from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
@@ -42,12 +43,14 @@ from megatron_apo.values.baselines import Baseline
 from megatron_apo.weights.stream import WeightStream, export_hf
 
 
-def train(recipe: Recipe, topology: Topology) -> None:
-    """The whole of stage 2, on every rank."""
+def train(recipe: Recipe, topology: Topology, fleet: Fleet | None = None) -> None:
+    """The whole of stage 2, on every rank. fleet: engines that were begun before (`rollout/early.py`)."""
     data = driver_only(topology, lambda: open_training(recipe))
     if topology.is_driver:
         write_recipe("train", recipe)
-    with nullcontext() if recipe.train.replay else Engines(recipe, topology) as engines:  # start beside what follows
+    with (
+        nullcontext() if recipe.train.replay else Engines(recipe, topology, fleet) as engines
+    ):  # start beside what follows
         learner = _trained(recipe, topology, data, engines)
     stream = WeightStream(learner.policy, learner.spec, topology)
     export_hf(stream, topology, source=recipe.model.path, out=exported(recipe.run.dir))
