@@ -24,7 +24,6 @@ from megatron_apo.config import build_recipe
 from megatron_apo.data.arithmetic import write_task
 from megatron_apo.data.order import sample_seed
 from megatron_apo.data.prompts import Prompt
-from megatron_apo.preflight import open_sampling
 from megatron_apo.rewards.pool import Grade, InlineRewardPool
 from megatron_apo.rollout.filling import Sampler, SamplingJob, Worker, sample_all
 from megatron_apo.rollout.offline import OfflineEngine, Sample
@@ -65,6 +64,8 @@ def measure(folder: Path, model: Path, num_prompts: int, num_samples: int, round
     recipe = build_recipe(tree)
     assert "torch" not in sys.modules, "it has read its environment already"
     os.environ |= engine_environment({}, recipe.rollout)
+    from megatron_apo.preflight import open_sampling  # which imports torch
+
     job = open_sampling(recipe)
     engine = OfflineEngine(
         recipe.model.path,
