@@ -12,12 +12,14 @@ the run ends, is made up for by the next weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_apo.config import Recipe
 from megatron_apo.rollout.replay import Replay
 from megatron_apo.rollout.rollouts import Rollouts
 from megatron_apo.runtime.collective import on_driver
 from megatron_apo.runtime.topology import Topology
-from megatron_apo.telemetry.recorder import Recorder
+from megatron_apo.telemetry.recorder import Evaluation, Recorder
 from megatron_apo.telemetry.timers import PhaseTimer
 
 
@@ -57,13 +59,8 @@ class EvalSchedule:
         if self._rollouts is None or self._begun is None:
             return
         step, self._begun = self._begun, None
-        with self._timer.phase("evaluation"):
-            found = self._rollouts.end_evaluation(step)
-        phase = self._timer.pop()["evaluation"]
-        if found is None:
+        if not self._told(step, self._rollouts.end_evaluation):
             self._due = done
-        else:
-            self._recorder.evaluated(step, found, phase)
 
     def _evaluate(self, step: int, is_last: bool) -> None:
         if self._rollouts is None:
@@ -72,6 +69,13 @@ class EvalSchedule:
             self._due = step
             return
         self._due = None
+        self._told(step, self._rollouts.evaluate)
+
+    def _told(self, step: int, wait: Callable[[int], Evaluation | None]) -> bool:
+        """Wait for the evaluation of the weights after `step` steps and write it down; whether there is one."""
         with self._timer.phase("evaluation"):
-            found = self._rollouts.evaluate(step)
-        self._recorder.evaluated(step, found, self._timer.pop()["evaluation"])
+            found = wait(step)
+        phase = self._timer.pop()["evaluation"]
+        if found is not None:
+            self._recorder.evaluated(step, found, phase)
+        return found is not None

@@ -48,9 +48,8 @@ def train(recipe: Recipe, topology: Topology, fleet: Fleet | None = None) -> Non
     data = driver_only(topology, lambda: open_training(recipe))
     if topology.is_driver:
         write_recipe("train", recipe)
-    with (
-        nullcontext() if recipe.train.replay else Engines(recipe, topology, fleet) as engines
-    ):  # start beside what follows
+    starting = nullcontext() if recipe.train.replay else Engines(recipe, topology, fleet)
+    with starting as engines:  # beside what follows
         learner = _trained(recipe, topology, data, engines)
     stream = WeightStream(learner.policy, learner.spec, topology)
     export_hf(stream, topology, source=recipe.model.path, out=exported(recipe.run.dir))
@@ -189,7 +188,7 @@ class _Steps:
         asked = self.prompts.draw(train.prompts_per_step) if self.prompts and is_sampled else []
         samples, enough = learner.objective.samples_per_prompt, train.tokens_per_micro_batch * self.topology.dp
         with closing(self.rollouts.stream(asked, step, num_samples=samples, enough=enough)) as waves:
-            missing = train.prompts_per_step * samples
+            missing = self.recipe.responses_per_step
             for rows, wave in waves:
                 missing -= len(rows)
                 if not missing:
