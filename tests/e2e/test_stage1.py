@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_apo.config import VStarConfig
 from megatron_apo.data.arithmetic import build_tokenizer, write_model, write_task
 from megatron_apo.values.store import VStarStore
 from tests.e2e.command import GONE_S, Command
@@ -185,21 +184,22 @@ def test_slow_graders_an_interruption_and_a_dead_host(work, undisturbed, tmp_pat
     folder, claims = tmp_path / "vstar", tmp_path / "vstar" / "claims"
     claims.mkdir(parents=True)
     (claims / "shard-00000.0").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0}))
-    few = f"data.max_prompts={8 * SHARD}"
-    slow = work(few, SECONDS_EACH="0.3")
+    expires_s = 3600.0  # longer than a slow machine takes until it is looked at
+    few = (f"data.max_prompts={8 * SHARD}", f"vstar.claim_expires_s={expires_s}")
+    slow = work(*few, SECONDS_EACH="0.3")
     slow.wait_for(lambda: shards(folder))
     # A worker that went on sampling would claim all shards, which others wait for, and an end like this one would lose.
     # Samples that the engine has or wants, and as many ungraded, are two shards; one is begun before there are enough.
     assert len(list(claims.glob("shard-*"))) <= 1 + 4
     assert slow.send(signal.SIGINT) == 130
 
-    run = work(few)
+    run = work(*few)
     run.wait_for(lambda: "waiting for 1 shards" in run.output)
     assert set(shards(folder)) == {f"shard-{index:05d}.parquet" for index in range(1, 8)}
     environments = [process.environ() for process in run.processes("megatron_apo.cli")]  # the command and its worker
     started_with = [environment for environment in environments if "MEGATRON_APO_GUARDED" in environment]
     assert {(env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"]) for env in started_with} == {("1", "PASSIVE")}
-    old = time.time() - VStarConfig(dir=folder).claim_expires_s - 1
+    old = time.time() - expires_s - 1
     os.utime(claims / "shard-00000.0", (old, old))
     assert run.wait() == 0, run.output
     assert rewards(folder).items() <= rewards(undisturbed(NUM_PROMPTS)).items()
