@@ -14,20 +14,26 @@ from contextlib import contextmanager
 
 from megatron_apo.config import Recipe
 from megatron_apo.rollout.fleet import Fleet
-from megatron_apo.runtime.gpus import drivers_gpus
+from megatron_apo.runtime.gpus import visible_gpus
 from megatron_apo.runtime.job import Job
 
 
 @contextmanager
 def begun_early(recipe: Recipe, job: Job) -> Iterator[Fleet | None]:
-    """The driver's fleet, whose engines are starting; stopped at the end. None on other ranks, and where it takes more
-    than the recipe to know that they may start: where our launcher has not checked that, where ranks are of several
-    nodes, where engines join from elsewhere, and where they may share a GPU's memory with the ranks."""
-    is_known = job.launched and job.num_nodes == 1 and recipe.rollout.placement == "colocated"
-    if job.rank or not is_known or recipe.train.replay or drivers_gpus():
+    """The driver's fleet, whose engines are starting; stopped at the end, where `Engines` has not stopped it already.
+
+    None on other ranks, and where more must be known than recipe and job before an engine may start.
+    """
+    may_begin = (
+        job.launched  # our launcher has looked at recipe and machine
+        and job.num_nodes == 1
+        and recipe.rollout.placement == "colocated"  # none joins from elsewhere
+        and recipe.train.replay is None
+        and not visible_gpus()  # whose memory the ranks may want first
+    )
+    if job.rank or not may_begin:
         yield None
         return
-    fleet = Fleet.to_be_synced(recipe)
-    with fleet:
+    with Fleet.to_be_synced(recipe) as fleet:
         fleet.begin_starts(fleet.engines)
         yield fleet

@@ -53,8 +53,8 @@ class Engines(AbstractContextManager["Engines"]):
                 self._registry.server(number, recipe.rollout.start_timeout_s, tokens)
                 for number in self.placement.elsewhere
             ]
-        self.fleet = fleet or Fleet.to_be_synced(recipe, here=self.placement.here, elsewhere=servers)
         assert fleet is None or not (servers or self.shares_memory), "they were begun too early"
+        self.fleet = fleet or Fleet.to_be_synced(recipe, here=self.placement.here, elsewhere=servers)
 
     def __enter__(self) -> Engines:
         try:

@@ -283,12 +283,12 @@ def _stop(processes: list[subprocess.Popen[bytes]], callers_own: set[int], other
         for process in rest:
             process.kill()
             process.wait()
-        end = time.monotonic() + _STOP_LIMIT_S
         try:
             first.wait(_STOP_LIMIT_S)
         except subprocess.TimeoutExpired:
             first.kill()
             first.wait()
+        end = time.monotonic() + _STOP_LIMIT_S  # guards of its servers see only now that it is gone
 
     def left() -> list[int]:
         return list(set(guard.descendants(os.getpid())) - callers_own)

@@ -43,8 +43,8 @@ from megatron_apo.values.baselines import Baseline
 from megatron_apo.weights.stream import WeightStream, export_hf
 
 
-def train(recipe: Recipe, topology: Topology, fleet: Fleet | None = None) -> None:
-    """The whole of stage 2, on every rank. fleet: engines that were begun before (`rollout/early.py`)."""
+def train(recipe: Recipe, topology: Topology, fleet: Fleet | None) -> None:
+    """The whole of stage 2, on every rank. fleet: engines that were begun before, if any (`rollout/early.py`)."""
     data = driver_only(topology, lambda: open_training(recipe))
     if topology.is_driver:
         write_recipe("train", recipe)

@@ -17,4 +17,4 @@ def main(work: str, layout: str, *overrides: str) -> None:
     recipe = load_recipe(Path(work) / "recipe.yaml", overrides)
     recipe.parallel = parallel_of(layout)
     with distributed(recipe.parallel) as topology:
-        train(recipe, topology)
+        train(recipe, topology, None)

@@ -128,6 +128,7 @@ def test_quickstart(quickstart: Path) -> None:
     )
     assert summary["sync"]["count"] == 4  # before the first step, and after each
     assert {"trainer rank 0", "trainer rank 1", "vllm server"} <= set(summary["peak_memory_bytes"])
+    assert (quickstart / "logs" / "vllm.log").read_text().count("Starting vLLM server on") == 1  # the one begun early
     assert summary["max_log_prob_difference"] <= 1e-4
     training = training_rows(quickstart)
     assert [row["step"] for row in training] == [1, 2, 3]

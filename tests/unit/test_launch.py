@@ -12,7 +12,7 @@ import pytest
 
 import megatron_apo
 from megatron_apo.config import build_recipe
-from megatron_apo.runtime import launch
+from megatron_apo.runtime import guard, launch
 from megatron_apo.runtime.job import Node, read_job
 from megatron_apo.runtime.launch import RankFailed, run_command, spawn, spawn_node, spawn_stage
 from megatron_apo.runtime.signals import RANK_LOST
@@ -148,6 +148,20 @@ def test_the_first_failure_ends_the_others_and_what_they_started(monkeypatch):
     )
     assert (failed, code) == (1, 7)
     assert time.monotonic() - begin < 10
+
+
+def test_guards_of_a_first_process_that_had_to_be_killed_remove_their_folders(monkeypatch, tmp_path):
+    """It may wait for the others where no signal reaches it."""
+    monkeypatch.setattr(launch, "_STOP_LIMIT_S", 1.0)
+    folder = tmp_path / "of-a-server"
+    command = [sys.executable, guard.__file__, "--parent", "{}", "--folder", str(folder), "--", "sleep", "300"]
+    code = (
+        "import os, signal, subprocess, sys, time; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]);"
+        "subprocess.Popen([part.format(os.getpid()) for part in sys.argv[1:]], start_new_session=True); time.sleep(300)"
+    )
+    other = f"import os, time\nwhile not os.path.exists({str(folder)!r}): time.sleep(0.1)\nexit(7)"
+    assert launch._supervise([started(code, *command), started(other)]) == (1, 7)
+    assert not folder.exists()
 
 
 def test_a_signal_is_told_as_a_shell_tells_it():
