@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow.compute as pc
@@ -114,8 +115,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run. wall_s, cpu_s: by phase, together what its command took. final: avg@k on held-out prompts, by
-    prompt; empty where it has none, since it failed. kl: of a response, at the last step; None without a reference."""
+    """A finished run. wall_s, cpu_s: by phase, together what its command took. evaluation_s: of one evaluation, the
+    mean; None where there was none. final: avg@k on held-out prompts, by prompt; empty where it has none, since it
+    failed. kl: of a response, at the last step; None without a reference."""
 
     curve: Curve
     wall_s: dict[str, float]
@@ -123,6 +125,7 @@ class Measured:
     final: dict[str, float]
     greedy: float | None
     kl: float | None
+    evaluation_s: float | None = None
 
     @classmethod
     def of(cls, run_dir: Path, samples_per_prompt: int, launched: float, wall_s: float, cpu_s: float) -> Measured:
@@ -130,6 +133,7 @@ class Measured:
         rows = read_metrics(run_dir)
         after = read_summary(run_dir).get("pass_at_1", {}).get("after")
         kls = [row["kl/per_sequence"] for row in rows if row.get("kl/per_sequence") is not None]
+        evaluations = [row["eval/seconds"] for row in rows if row.get("eval/seconds") is not None]
         samples = read_samples(run_dir) if after else {}
         return cls(
             Curve.of(rows, samples_per_prompt),
@@ -138,6 +142,7 @@ class Measured:
             {one.prompt_id: one.mean for one in samples[max(samples)]} if samples else {},
             after and after["greedy"],
             kls[-1] if kls else None,
+            fmean(evaluations) if evaluations else None,
         )
 
 

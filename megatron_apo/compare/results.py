@@ -15,7 +15,7 @@ import numpy as np
 from megatron_apo.compare.campaign import Attempt, Campaign
 from megatron_apo.compare.measured import Curve, Measured, Stage1, Target
 from megatron_apo.compare.plan import Job, Setting
-from megatron_apo.compare.statistics import Estimate, mean_cost, over_prompts, over_seeds, ratio
+from megatron_apo.compare.statistics import Cost, Estimate, mean_cost, over_prompts, over_seeds, ratio
 from megatron_apo.runtime.files import write_whole
 
 FILE_NAME = "results.json"
@@ -54,8 +54,10 @@ class Line:
     """A method in a setting.
 
     window: steps whose mean reward is told as one's. ratio: its seconds to the target over the first method's, stage 1
-    counted, and ratio_of_steps, not counted. final_of_prompts: interval of the final reward's mean over prompts, by
-    bootstrap; gained: final reward above the first method's and its interval, prompt by prompt. kl: at the last step.
+    counted, and ratio_of_steps, not counted; ratio_by_evaluations: the latter, each run's seconds in units of an
+    evaluation of its own, which is the same work for all methods and as fast as the machine was then.
+    final_of_prompts: interval of the final reward's mean over prompts, by bootstrap; gained: final reward above the
+    first method's of the same seed, gained_of_prompts: its interval over prompts. kl: at the last step.
     A run that failed counts in what is spent until the target, as a bound, and in nothing else.
     """
 
@@ -71,10 +73,12 @@ class Line:
     tokens: Estimate | None
     ratio: Estimate | None
     ratio_of_steps: Estimate | None
+    ratio_by_evaluations: Estimate | None
     at_equal_time: Estimate
     final: Estimate
     final_of_prompts: tuple[float, float] | None
-    gained: tuple[float, float, float] | None
+    gained: Estimate | None
+    gained_of_prompts: tuple[float, float] | None
     kl: Estimate | None
     step_s: Estimate
     wall_s: dict[str, float]
@@ -171,11 +175,10 @@ def _line(
     def cost(name: str) -> Estimate | None:
         return mean_cost([getattr(target, name) for target in targets]) if targets else None
 
-    def against(name: str) -> Estimate | None:
-        pairs = [(ours, theirs) for ours, theirs in _of_same_seeds(runs, first or []) if ours.target and theirs.target]
-        if not pairs:
-            return None
-        return ratio(*([getattr(run.target, name) for run in of] for of in zip(*pairs, strict=True)))
+    def against(cost: Callable[[Run], Cost | None]) -> Estimate | None:
+        both = [(cost(ours), cost(theirs)) for ours, theirs in _of_same_seeds(runs, first or [])]
+        known = [(ours, theirs) for ours, theirs in both if ours and theirs]
+        return ratio(*zip(*known, strict=True)) if known else None
 
     ended = [run for run in runs if run.failure is None]
 
@@ -183,6 +186,7 @@ def _line(
         return over_seeds([value for run in ended if (value := values(run)) is not None])
 
     finals = [run.measured.final for run in ended if run.measured.final]
+    gains = _gains(runs, first or [])
     kl = mean(lambda run: run.measured.kl)
     return Line(
         label=label,
@@ -195,12 +199,14 @@ def _line(
         seconds_of_steps=cost("seconds"),
         samples=cost("samples_with_stage_1"),
         tokens=cost("tokens_with_stage_1"),
-        ratio=against("seconds_with_stage_1"),
-        ratio_of_steps=against("seconds"),
+        ratio=against(lambda run: run.target.seconds_with_stage_1 if run.target else None),
+        ratio_of_steps=against(lambda run: run.target.seconds if run.target else None),
+        ratio_by_evaluations=against(_in_evaluations),
         at_equal_time=mean(lambda run: run.at_equal_time),
         final=mean(lambda run: run.final),
         final_of_prompts=over_prompts(_by_prompt(finals)) if finals else None,
-        gained=_gained(runs, first) if first else None,
+        gained=over_seeds([fmean(one.values()) for one in gains]) if gains else None,
+        gained_of_prompts=over_prompts(_by_prompt(gains)) if gains else None,
         kl=kl if kl.count else None,
         step_s=mean(lambda run: _step_s(run.measured.curve)),
         wall_s=_mean_phases([run.measured.wall_s for run in ended]),
@@ -213,18 +219,20 @@ def _of_same_seeds(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run
     return [(run, by_seed[run.seed]) for run in ours if run.seed in by_seed]
 
 
-def _gained(runs: Sequence[Run], first: Sequence[Run]) -> tuple[float, float, float] | None:
-    """Mean and interval over prompts of the difference to the first method, each prompt's the mean over seeds."""
-    pairs = [
-        (ours.measured.final, theirs.measured.final)
+def _in_evaluations(run: Run) -> Cost | None:
+    """What it has spent until the target, in units of an evaluation of its own."""
+    if run.target is None or run.measured.evaluation_s is None:
+        return None
+    return replace(run.target.seconds, value=run.target.seconds.value / run.measured.evaluation_s)
+
+
+def _gains(runs: Sequence[Run], first: Sequence[Run]) -> list[dict[str, float]]:
+    """Final reward above the first method's, of each seed by prompt."""
+    return [
+        {key: reward - theirs.measured.final[key] for key, reward in ours.measured.final.items()}
         for ours, theirs in _of_same_seeds(runs, first)
         if ours.measured.final and theirs.measured.final
     ]
-    if not pairs:
-        return None
-    differences = [{key: ours[key] - theirs[key] for key in ours} for ours, theirs in pairs]
-    value_P = _by_prompt(differences)
-    return float(value_P.mean()), *over_prompts(value_P)
 
 
 def _by_prompt(found: Sequence[dict[str, float]]) -> np.ndarray:

@@ -25,6 +25,10 @@ def share(value: float) -> str:
     return f"{value:.3f}"
 
 
+def difference(value: float) -> str:
+    return f"{value:+.3f}"
+
+
 def estimate(found: Estimate | None, tell: Tell = number, of: int = 0) -> str:
     """ "2.1 [1.7, 2.6]" with an interval, "2.1 (1.7 to 2.6)" with a range, ">= 2.1" of a bound, and ", 3 seeds" where
     it is of fewer than `of`."""
@@ -45,8 +49,10 @@ def headline(plan: Plan, lines: Sequence[Line]) -> tuple[list[str], list[list[st
     """Head and rows of the table of results."""
     head, rows = ["method", "rate"], []
     if plan.target is not None:
-        head += ["reached", "s to target", "of these stage 1", "x first", "x, steps alone", "samples", "tokens"]
-    head += ["reward at equal time", "final held-out", "over prompts", "above first", "KL", "s a step"]
+        head += ["reached", "s to target", "of these stage 1", "x first", "x, steps alone"]
+        head += ["the same by evaluations", "samples", "tokens"]
+    head += ["reward at equal time", "final held-out", "over prompts"]
+    head += ["above first", "of it over prompts", "KL", "s a step"]
     for line in lines:
         seeds, row = len(line.runs), [line.label, f"{line.rate:g}"]
         if plan.target is not None:
@@ -57,6 +63,7 @@ def headline(plan: Plan, lines: Sequence[Line]) -> tuple[list[str], list[list[st
                 number(line.stage_1.seconds) if line.stage_1.samples else NOTHING,
                 estimate(line.ratio, of=seeds),
                 estimate(line.ratio_of_steps, of=seeds),
+                estimate(line.ratio_by_evaluations, of=seeds),
                 estimate(line.samples, of=seeds),
                 estimate(line.tokens, of=seeds),
             ]
@@ -64,7 +71,8 @@ def headline(plan: Plan, lines: Sequence[Line]) -> tuple[list[str], list[list[st
             estimate(line.at_equal_time, share, seeds),
             estimate(line.final, share, seeds),
             _range(line.final_of_prompts),
-            f"{line.gained[0]:+.3f} {_range(line.gained[1:])}" if line.gained else NOTHING,
+            estimate(line.gained, difference, seeds),
+            _range(line.gained_of_prompts),
             estimate(line.kl, of=seeds),
             estimate(line.step_s, of=seeds),
         ]
@@ -139,8 +147,17 @@ def notes(plan: Plan, setting: Setting, lines: Sequence[Line]) -> list[str]:
             f"{plan.recipe['train']['target_responses']} responses, rounded up to whole steps ({windows}; none can be "
             "there sooner). Seconds, samples and "
             "tokens have the store's whole stage 1 in them where a method asks for it; a step's time has no start, "
-            "evaluation or save in it. A run that missed the target counts with what it spent, which is a bound."
+            "evaluation or save in it. A run that missed the target counts with what it spent, which is a bound. "
+            "A mean over more steps sees a rise later."
         )
+        if any(line.ratio_by_evaluations for line in lines):
+            found.append(
+                "By evaluations: each run's seconds are divided by those of an evaluation of its own, which is the "
+                "same work for all methods as long as their responses are of about the same length, and tells how "
+                "fast the machine was in that run; the reference around it tells less."
+            )
+        if any(line.stage_1.samples for line in lines):
+            found.append("Stage 1's seconds are those of the one time that the store was made: no interval has more.")
     if num_seeds >= LEAST_SEEDS:
         spread = "[ , ]: 95 % over seeds, paired t on logarithms for ratios."
     elif num_seeds > 1:
@@ -197,5 +214,5 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Ta
     return table
 
 
-def _range(found: tuple[float, ...] | None) -> str:
+def _range(found: tuple[float, float] | None) -> str:
     return NOTHING if found is None else f"[{found[0]:.3f}, {found[1]:.3f}]"

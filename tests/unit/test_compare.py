@@ -248,12 +248,20 @@ def test_a_target_costs_what_all_steps_until_it_drew_and_stage_1() -> None:
 
 
 def write_attempt(
-    campaign: Campaign, job: Job, number: int, before: float, after: float, rewards: Sequence[float] = (), failed=0
+    campaign: Campaign,
+    job: Job,
+    number: int,
+    before: float,
+    after: float,
+    rewards: Sequence[float] = (),
+    failed=0,
+    evaluation_s=10.0,
 ) -> Path:
     """An ended run of steps of 4 s; its held-out prompts have the last reward. failed: its exit code."""
     folder = campaign.out / job.folder / f"attempt-{number}"
     campaign.plan.recipe_of(job, folder).save(folder / "recipe.yaml")
-    rows = [ROWS[0], *({**ROWS[1], "step": step, "reward/drawn": reward} for step, reward in enumerate(rewards, 1))]
+    rows = [{**ROWS[0], "eval/seconds": evaluation_s}]
+    rows += [{**ROWS[1], "step": step, "reward/drawn": reward} for step, reward in enumerate(rewards, 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if rewards and not failed and not job.is_trial:
         one = EvaluatedPrompt("p", "", "q", "a", rewards[-1], "r", "stop", 1.0)
@@ -423,7 +431,8 @@ def test_stage_1_is_told_as_the_seconds_of_a_runs_engines(tmp_path: Path, monkey
 
 @pytest.fixture
 def told(tmp_path: Path) -> tuple[Campaign, dict]:
-    """Two seeds. A*-PO, with a store that took no time, reaches 0.5 at steps 2 and 3; GRPO at step 4, and never."""
+    """Two seeds. A*-PO, with a store that took no time, reaches 0.5 at steps 2 and 3; GRPO at step 4, and never, on a
+    machine that has become half as fast."""
     recipe = write_run(tmp_path / "made", "train.target_reward=0.5", "train.target_responses=8")
     campaign = campaign_of(plan_of(recipe=recipe), tmp_path / "out")
     rewards = {
@@ -434,7 +443,9 @@ def told(tmp_path: Path) -> tuple[Campaign, dict]:
     }
     for seed in campaign.plan.seeds:
         for job in campaign.plan.jobs("equal-prompts", seed, dict.fromkeys(("apo", "grpo"), 1e-4)):
-            write_attempt(campaign, job, 1, 2.0, 2.0, rewards[job.method.label, seed])
+            label = job.method.label
+            evaluation_s = 20.0 if label == "grpo" else 10.0
+            write_attempt(campaign, job, 1, 2.0, 2.0, rewards[label, seed], evaluation_s=evaluation_s)
     return campaign, results(campaign)
 
 
@@ -449,7 +460,20 @@ def test_results_hold_the_methods_against_the_first(told: tuple[Campaign, dict])
     assert apo.samples.value == 256 + (2 + 3) / 2 * 8 and grpo.samples.value == (4 + 6) / 2 * 8 * 8
     assert [run.at_equal_time for run in grpo.runs] == [0.1, 0.0]  # after 8 s and 12 s
     assert apo.at_equal_time.value == pytest.approx(0.55)
-    assert apo.final.value == pytest.approx(0.55) and grpo.gained[0] == pytest.approx((0.5 + 0.3) / 2 - 0.55)
+    by_evaluations = grpo.ratio_by_evaluations
+    assert (by_evaluations.kind, by_evaluations.value) == ("at least", pytest.approx(1.0))  # 0.8 / 0.8 and 1.2 / 1.2
+    assert apo.final.value == pytest.approx(0.55) and apo.gained is None
+    gained = (grpo.gained.value, grpo.gained.low, grpo.gained.high)
+    assert grpo.gained.kind == "range" and gained == pytest.approx((-0.15, -0.3, 0.0))  # 0.5 - 0.5 and 0.3 - 0.6
+    assert grpo.gained_of_prompts == pytest.approx((-0.15, -0.15))  # one prompt
+
+
+def test_without_an_evaluation_nothing_is_said_by_evaluations(told: tuple[Campaign, dict]) -> None:
+    campaign, _ = told
+    for path in campaign.out.glob("equal-prompts/grpo/seed-0/*/metrics.jsonl"):
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if "eval/seconds" not in line))
+    grpo = results(campaign)["equal-prompts"][1]
+    assert grpo.ratio_by_evaluations.count == 1 and grpo.ratio_of_steps.count == 2
 
 
 def test_equal_time_has_stage_1_in_it() -> None:
@@ -479,6 +503,8 @@ def test_tables_page_and_file_say_so(told: tuple[Campaign, dict]) -> None:
     of = [dict(zip(head, row, strict=True)) for row in rows]
     assert of[0]["reached"] == "2 of 2" and of[1]["reached"] == "1 of 2"
     assert of[0]["s to target"] == "10 (8 to 12)" and of[1]["s to target"] == ">= 20" and of[1]["x first"] == ">= 2"
+    assert of[1]["above first"] == "-0.150 (-0.300 to +0.000)" and of[1]["of it over prompts"] == "[-0.150, -0.150]"
+    assert of[1]["the same by evaluations"] == ">= 1"
     write_results(campaign, found)
     tree = json.loads((campaign.out / "results.json").read_text())["equal-prompts"]
     assert tree[1]["ratio"]["kind"] == "at least" and tree[1]["runs"][1]["target"]["step"] is None
