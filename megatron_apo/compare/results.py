@@ -55,9 +55,9 @@ class Line:
 
     window: steps whose mean reward is told as one's. ratio: its seconds to the target over the first method's, stage 1
     counted, and ratio_of_steps, not counted; ratio_by_evaluations: the latter, each run's seconds in units of an
-    evaluation of its own, which is the same work for all methods and as fast as the machine was then.
-    final_of_prompts: interval of the final reward's mean over prompts, by bootstrap; gained: final reward above the
-    first method's of the same seed, gained_of_prompts: its interval over prompts. kl: at the last step.
+    evaluation of its own. final_of_prompts: interval of the final reward's mean over prompts, by bootstrap; gained:
+    final reward above the first method's of the same seed; gained_of_prompts: its interval over prompts. kl: at the
+    last step.
     A run that failed counts in what is spent until the target, as a bound, and in nothing else.
     """
 
@@ -117,7 +117,7 @@ def _lines(campaign: Campaign, setting: Setting) -> list[Line]:
             target = None
             if plan.target is not None:
                 target = Target.of(measured.curve, stage_1[label], plan.target, windows[label])
-            final = fmean(measured.final.values()) if measured.final else None
+            final = fmean(measured.final.values()) if measured.final and one.counts.failure is None else None
             of_seed[label] = Run(
                 seed,
                 str(folder.relative_to(campaign.out)),
@@ -175,10 +175,11 @@ def _line(
     def cost(name: str) -> Estimate | None:
         return mean_cost([getattr(target, name) for target in targets]) if targets else None
 
-    def against(cost: Callable[[Run], Cost | None]) -> Estimate | None:
-        both = [(cost(ours), cost(theirs)) for ours, theirs in _of_same_seeds(runs, first or [])]
+    def against(spent: Callable[[Run], Cost | None]) -> Estimate | None:
+        """None where that is not known of every run: one that is left out may be a bound."""
+        both = [(spent(ours), spent(theirs)) for ours, theirs in _of_same_seeds(runs, first or [])]
         known = [(ours, theirs) for ours, theirs in both if ours and theirs]
-        return ratio(*zip(*known, strict=True)) if known else None
+        return ratio(*zip(*known, strict=True)) if known and len(known) == len(both) else None
 
     ended = [run for run in runs if run.failure is None]
 
@@ -231,7 +232,7 @@ def _gains(runs: Sequence[Run], first: Sequence[Run]) -> list[dict[str, float]]:
     return [
         {key: reward - theirs.measured.final[key] for key, reward in ours.measured.final.items()}
         for ours, theirs in _of_same_seeds(runs, first)
-        if ours.measured.final and theirs.measured.final
+        if all(run.failure is None and run.measured.final for run in (ours, theirs))
     ]
 
 

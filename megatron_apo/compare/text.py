@@ -26,7 +26,7 @@ def share(value: float) -> str:
 
 
 def difference(value: float) -> str:
-    return f"{value:+.3f}"
+    return f"{round(value, 3) + 0.0:+.3f}"  # no -0.000
 
 
 def estimate(found: Estimate | None, tell: Tell = number, of: int = 0) -> str:
@@ -50,9 +50,9 @@ def headline(plan: Plan, lines: Sequence[Line]) -> tuple[list[str], list[list[st
     head, rows = ["method", "rate"], []
     if plan.target is not None:
         head += ["reached", "s to target", "of these stage 1", "x first", "x, steps alone"]
-        head += ["the same by evaluations", "samples", "tokens"]
+        head += ["x, steps in evaluations", "samples", "tokens"]
     head += ["reward at equal time", "final held-out", "over prompts"]
-    head += ["above first", "of it over prompts", "KL", "s a step"]
+    head += ["above first", "above first, over prompts", "KL", "s a step"]
     for line in lines:
         seeds, row = len(line.runs), [line.label, f"{line.rate:g}"]
         if plan.target is not None:
@@ -147,17 +147,16 @@ def notes(plan: Plan, setting: Setting, lines: Sequence[Line]) -> list[str]:
             f"{plan.recipe['train']['target_responses']} responses, rounded up to whole steps ({windows}; none can be "
             "there sooner). Seconds, samples and "
             "tokens have the store's whole stage 1 in them where a method asks for it; a step's time has no start, "
-            "evaluation or save in it. A run that missed the target counts with what it spent, which is a bound. "
-            "A mean over more steps sees a rise later."
+            "evaluation or save in it. A run that missed the target counts with what it spent, which is a bound. While "
+            "the reward rises, a mean over more steps reaches the target later."
         )
         if any(line.ratio_by_evaluations for line in lines):
             found.append(
-                "By evaluations: each run's seconds are divided by those of an evaluation of its own, which is the "
-                "same work for all methods as long as their responses are of about the same length, and tells how "
-                "fast the machine was in that run; the reference around it tells less."
+                "Steps in evaluations: each run's seconds divided by those of an evaluation of its own, which tells "
+                "how fast the machine was in that run, where the methods' responses are of about the same length."
             )
         if any(line.stage_1.samples for line in lines):
-            found.append("Stage 1's seconds are those of the one time that the store was made: no interval has more.")
+            found.append("Stage 1 was timed once, so no interval includes its error.")
     if num_seeds >= LEAST_SEEDS:
         spread = "[ , ]: 95 % over seeds, paired t on logarithms for ratios."
     elif num_seeds > 1:

@@ -22,14 +22,14 @@ from megatron_apo.runtime.job import Job
 def begun_early(recipe: Recipe, job: Job) -> Iterator[Fleet | None]:
     """The driver's fleet, whose engines are starting; stopped at the end, where `Engines` has not stopped it already.
 
-    None on other ranks, and where more must be known than recipe and job before an engine may start.
+    None on other ranks, and where it takes more than recipe, job and this host's GPUs to know that engines may start.
     """
     may_begin = (
         job.launched  # our launcher has looked at recipe and machine
         and job.num_nodes == 1
         and recipe.rollout.placement == "colocated"  # none joins from elsewhere
         and recipe.train.replay is None
-        and not visible_gpus()  # whose memory the ranks may want first
+        and not (visible_gpus() or recipe.rollout.sleep_while_training)  # whose memory may be wanted first
     )
     if job.rank or not may_begin:
         yield None

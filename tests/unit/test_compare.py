@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -257,15 +257,21 @@ def write_attempt(
     failed=0,
     evaluation_s=10.0,
 ) -> Path:
-    """An ended run of steps of 4 s; its held-out prompts have the last reward. failed: its exit code."""
+    """An ended run of steps of 4 s; its two held-out prompts have the last reward, one a little more and one less.
+    failed: its exit code. evaluation_s: of its first evaluation, whose last took longer."""
     folder = campaign.out / job.folder / f"attempt-{number}"
     campaign.plan.recipe_of(job, folder).save(folder / "recipe.yaml")
     rows = [{**ROWS[0], "eval/seconds": evaluation_s}]
     rows += [{**ROWS[1], "step": step, "reward/drawn": reward} for step, reward in enumerate(rewards, 1)]
+    rows += [{**ROWS[-1], "step": len(rewards), "eval/seconds": 1.4 * evaluation_s}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if rewards and not failed and not job.is_trial:
-        one = EvaluatedPrompt("p", "", "q", "a", rewards[-1], "r", "stop", 1.0)
-        write_samples(folder, len(rewards), [one])
+        spread = 0.2 if job.method.label == "grpo" else -0.1
+        ids = ("p", "q") if spread > 0 else ("q", "p")
+        means = {"p": rewards[-1] + spread, "q": rewards[-1] - spread}
+        write_samples(
+            folder, len(rewards), [EvaluatedPrompt(one, "", "q", "a", means[one], "r", "stop", 1.0) for one in ids]
+        )
         RunSummary(folder).add({"pass_at_1": {"after": {"mean": rewards[-1], "greedy": 1.0}}})
     references = None if job.is_trial else (before, after)
     attempt = Attempt(number, "now", "here", 100.0, 90.0, 120.0, references, "why" if failed else None, failed)
@@ -430,10 +436,11 @@ def test_stage_1_is_told_as_the_seconds_of_a_runs_engines(tmp_path: Path, monkey
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> tuple[Campaign, dict]:
-    """Two seeds. A*-PO, with a store that took no time, reaches 0.5 at steps 2 and 3; GRPO at step 4, and never, on a
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Campaign, dict]:
+    """Two seeds. A*-PO, with a store that took 2 s, reaches 0.5 at steps 2 and 3; GRPO at step 4, and never, on a
     machine that has become half as fast."""
     recipe = write_run(tmp_path / "made", "train.target_reward=0.5", "train.target_responses=8")
+    monkeypatch.setattr(VStarStore, "hours", lambda store: {"one": 2 / 3600})
     campaign = campaign_of(plan_of(recipe=recipe), tmp_path / "out")
     rewards = {
         ("apo", 0): [0.1, 0.5],
@@ -452,20 +459,31 @@ def told(tmp_path: Path) -> tuple[Campaign, dict]:
 def test_results_hold_the_methods_against_the_first(told: tuple[Campaign, dict]) -> None:
     campaign, found = told
     apo, grpo = found["equal-prompts"]
-    assert (apo.stage_1.seconds, apo.stage_1.samples, apo.stage_1.tokens) == (0.0, 64 * 4, 64 * 4 * 9)
+    assert apo.stage_1 == Stage1(pytest.approx(2.0), 64 * 4, 64 * 4 * 9)
     assert grpo.stage_1 == Stage1() and apo.ratio is None
-    assert (apo.seconds.kind, apo.seconds.value, apo.seconds.low, apo.seconds.high) == ("range", 10.0, 8.0, 12.0)
+    seconds = (apo.seconds.value, apo.seconds.low, apo.seconds.high)
+    assert apo.seconds.kind == "range" and seconds == pytest.approx((12.0, 10.0, 14.0))
     assert (grpo.seconds.kind, grpo.seconds.value) == ("at least", 20.0)
-    assert (grpo.ratio.kind, grpo.ratio.value) == ("at least", pytest.approx(2.0))  # 16 / 8 and 24 / 12
-    assert apo.samples.value == 256 + (2 + 3) / 2 * 8 and grpo.samples.value == (4 + 6) / 2 * 8 * 8
-    assert [run.at_equal_time for run in grpo.runs] == [0.1, 0.0]  # after 8 s and 12 s
-    assert apo.at_equal_time.value == pytest.approx(0.55)
+    assert (grpo.ratio.kind, grpo.ratio.value) == ("at least", pytest.approx((16 / 10 * 24 / 14) ** 0.5))
+    assert (grpo.ratio_of_steps.kind, grpo.ratio_of_steps.value) == ("at least", pytest.approx(2.0))  # 16 / 8, 24 / 12
+    assert grpo.runs[0].measured.evaluation_s == pytest.approx(24.0)  # the mean of 20 and 28
     by_evaluations = grpo.ratio_by_evaluations
-    assert (by_evaluations.kind, by_evaluations.value) == ("at least", pytest.approx(1.0))  # 0.8 / 0.8 and 1.2 / 1.2
+    assert (by_evaluations.kind, by_evaluations.value) == ("at least", pytest.approx(1.0))
+    assert apo.samples.value == 256 + (2 + 3) / 2 * 8 and grpo.samples.value == (4 + 6) / 2 * 8 * 8
+    assert [run.at_equal_time for run in grpo.runs] == [0.1, 0.0]  # after 10 s and 14 s
+    assert apo.at_equal_time.value == pytest.approx(0.55)
     assert apo.final.value == pytest.approx(0.55) and apo.gained is None
     gained = (grpo.gained.value, grpo.gained.low, grpo.gained.high)
     assert grpo.gained.kind == "range" and gained == pytest.approx((-0.15, -0.3, 0.0))  # 0.5 - 0.5 and 0.3 - 0.6
-    assert grpo.gained_of_prompts == pytest.approx((-0.15, -0.15))  # one prompt
+    assert grpo.gained_of_prompts == pytest.approx((-0.15 - 0.3, -0.15 + 0.3))  # one prompt twice, or the other
+
+
+def test_only_runs_of_the_same_seed_are_held_against_each_other(told: tuple[Campaign, dict]) -> None:
+    campaign, _ = told
+    shutil.rmtree(campaign.out / "equal-prompts/apo/seed-0")
+    grpo = results(campaign)["equal-prompts"][1]
+    assert grpo.gained.count == 1 and grpo.gained.value == pytest.approx(-0.3)
+    assert grpo.ratio_of_steps.count == 1 and grpo.ratio_of_steps.value == pytest.approx(24 / 12)
 
 
 def test_without_an_evaluation_nothing_is_said_by_evaluations(told: tuple[Campaign, dict]) -> None:
@@ -473,7 +491,7 @@ def test_without_an_evaluation_nothing_is_said_by_evaluations(told: tuple[Campai
     for path in campaign.out.glob("equal-prompts/grpo/seed-0/*/metrics.jsonl"):
         path.write_text("".join(line for line in path.read_text().splitlines(True) if "eval/seconds" not in line))
     grpo = results(campaign)["equal-prompts"][1]
-    assert grpo.ratio_by_evaluations.count == 1 and grpo.ratio_of_steps.count == 2
+    assert grpo.ratio_by_evaluations is None and grpo.ratio_of_steps.count == 2
 
 
 def test_equal_time_has_stage_1_in_it() -> None:
@@ -502,9 +520,14 @@ def test_tables_page_and_file_say_so(told: tuple[Campaign, dict]) -> None:
     head, rows = text.headline(campaign.plan, lines)
     of = [dict(zip(head, row, strict=True)) for row in rows]
     assert of[0]["reached"] == "2 of 2" and of[1]["reached"] == "1 of 2"
-    assert of[0]["s to target"] == "10 (8 to 12)" and of[1]["s to target"] == ">= 20" and of[1]["x first"] == ">= 2"
-    assert of[1]["above first"] == "-0.150 (-0.300 to +0.000)" and of[1]["of it over prompts"] == "[-0.150, -0.150]"
-    assert of[1]["the same by evaluations"] == ">= 1"
+    assert of[0]["s to target"] == "12 (10 to 14)" and of[1]["s to target"] == ">= 20" and of[1]["x first"] == ">= 1.66"
+    assert of[1]["x, steps alone"] == ">= 2" and of[1]["x, steps in evaluations"] == ">= 1"
+    assert of[1]["above first"] == "-0.150 (-0.300 to +0.000)"
+    assert of[1]["above first, over prompts"] == "[-0.450, 0.150]"
+    notes = text.notes(campaign.plan, "equal-prompts", lines)
+    assert [sum(note.startswith(begin) for note in notes) for begin in ("Steps in evaluations", "Stage 1")] == [1, 1]
+    without = [replace(line, ratio_by_evaluations=None, stage_1=Stage1()) for line in lines]
+    assert len(text.notes(campaign.plan, "equal-prompts", without)) == len(notes) - 2
     write_results(campaign, found)
     tree = json.loads((campaign.out / "results.json").read_text())["equal-prompts"]
     assert tree[1]["ratio"]["kind"] == "at least" and tree[1]["runs"][1]["target"]["step"] is None
@@ -513,17 +536,19 @@ def test_tables_page_and_file_say_so(told: tuple[Campaign, dict]) -> None:
     assert "reference before" in page and "&gt;= 20" in page
 
 
-def test_a_run_that_failed_is_censored_and_has_no_final_reward(told: tuple[Campaign, dict]) -> None:
+@pytest.mark.parametrize("is_evaluated", [False, True])
+def test_a_run_that_failed_is_censored_and_has_no_final_reward(is_evaluated: bool, told: tuple[Campaign, dict]) -> None:
     campaign, _ = told
     (job,) = [
         job for job in campaign.plan.jobs("equal-prompts", 0, {"apo": 1e-4, "grpo": 1e-4}) if job.method.label == "grpo"
     ]
     folder = write_attempt(campaign, job, 1, 2.0, 2.0, [0.1], failed=1)
-    for name in ("summary.json", "samples/step-000004.jsonl"):
-        (folder / name).unlink()
+    if not is_evaluated:
+        for name in ("summary.json", "samples/step-000004.jsonl"):
+            (folder / name).unlink()
     grpo = results(campaign)["equal-prompts"][1]
     assert grpo.runs[0].failure and grpo.runs[0].target.seconds == Cost(4.0, True) and grpo.runs[0].final is None
-    assert grpo.final.count == 1
+    assert grpo.final.count == grpo.gained.count == 1
 
 
 def test_a_band_goes_as_far_as_all_seeds_do() -> None:

@@ -75,6 +75,7 @@ def test_engines_are_begun_once_and_stopped_whatever_happens(
         (JOB, ["rollout.placement=dedicated", "rollout.driver=127.0.0.1:29600"], []),
         (JOB, ["train.replay=somewhere"], []),
         (JOB, [], [(9, 0)]),
+        (JOB, ["rollout.sleep_while_training=true"], []),  # engines with a Python of their own may see GPUs
     ],
 )
 def test_where_more_must_be_known_none_are_begun(
