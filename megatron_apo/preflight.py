@@ -32,6 +32,7 @@ from megatron_apo.model.precision import Layers, check_precision, layer_kind, op
 from megatron_apo.model.recompute import check_recompute
 from megatron_apo.model.tokenizer import StopIds, load_tokenizer
 from megatron_apo.objectives import objective_of
+from megatron_apo.rollout.early import begin_late, begins_with_stage_1
 from megatron_apo.rollout.evaluation import evaluation_job
 from megatron_apo.rollout.filling import Filling, SamplingJob
 from megatron_apo.rollout.inputs import load_inputs, store_fingerprint
@@ -121,6 +122,26 @@ def open_sampling(recipe: Recipe) -> SamplingJob:
     title = "V*: sampling the reference"
     model = recipe.model.reference_path
     return SamplingJob(recipe, inputs, model, vstar.dir, (store,), vstar.prefix_caching, title).checked()
+
+
+def check_training(recipe: Recipe, machine: Machine | None = None) -> None:
+    """What `train` needs before its ranks start: all that `open_training` does, or where training begins with stage 1
+    what that needs."""
+    if not begins_with_stage_1(recipe):
+        open_training(recipe, machine)
+        return
+    _refuse_shapes(recipe.folders)
+    _raise(_at_start_problems(recipe) + _run_problems(recipe, machine or Machine.here()))
+    open_sampling(recipe)
+    check_resume(recipe)
+
+
+def _at_start_problems(recipe: Recipe) -> list[str]:
+    """Why training cannot begin with stage 1."""
+    found = begin_late(recipe)
+    if recipe.model.reference_path != recipe.model.path:
+        found.append("model.reference: it is not model.path, which the engines hold")
+    return [f"vstar.at_start: true, but {line}; run estimate-vstar before" for line in found]
 
 
 def open_training(recipe: Recipe, machine: Machine | None = None) -> TrainingData:
@@ -248,7 +269,7 @@ def problems(recipe: Recipe, stage: Stage, machine: Machine | None = None) -> li
     checks: dict[Stage, Callable[[], object]] = {
         "warmup": lambda: open_warmup(recipe, machine),
         "estimate-vstar": estimate_vstar,
-        "train": lambda: open_training(recipe, machine),
+        "train": lambda: check_training(recipe, machine),
         "evaluate": evaluate,
         "serve": lambda: check_serving(recipe, machine=machine),
     }

@@ -163,7 +163,7 @@ class Plan:
     def recipe_of(self, job: Job, run_dir: Path) -> Recipe:
         """Raises `RecipeError`."""
         shared = [f"objective.name={job.method.name}", f"run.dir={run_dir}", f"run.seed={job.seed}"]
-        shared += ["eval.overlapped=false"]  # whose time is a method's alone
+        shared += ["eval.overlapped=false", "vstar.at_start=false"]  # nobody's time has another's work in it
         shared += [f"optimizer.lr={job.rate!r}", *job.method.own]
         if job.is_trial:  # nothing is said of its evaluations
             shared += [f"train.steps={self.trial_steps}", "train.target_reward=null", "train.max_minutes=null"]

@@ -43,6 +43,9 @@ class AdaptiveConfig(Section):
         return found
 
 
+MANIFEST = "manifest.json"  # of a store that is closed
+
+
 class VStarConfig(Section):
     dir: Path = Field(json_schema_extra=MAY_CHANGE | {"default": "RUN/vstar"}, description="folder of the V* store")
     samples_per_prompt: int = Field(
@@ -68,6 +71,12 @@ class VStarConfig(Section):
     success_rate: tuple[float, float] = Field(
         (0.0, 1.0), description="filter success_rate keeps prompts whose share of right samples lies in between"
     )
+    at_start: bool = Field(
+        False,
+        json_schema_extra=MAY_CHANGE,
+        description="train fills the store itself where it is not closed, before its first step, on the engines that "
+        "it goes on with (one machine without a GPU; rollout.prefix_caching holds)",
+    )
     prefix_caching: bool = Field(True, description="stage 1's samples of a prompt share its prefill")
     claim_expires_s: float = Field(
         300,
@@ -91,6 +100,11 @@ class VStarConfig(Section):
     keep_responses: bool = Field(
         False, json_schema_extra=SAME_IN_ALL_SHARDS | MAY_CHANGE, description="store the sampled token ids as well"
     )
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether stage 1 has been through with the store, whatever became of it since."""
+        return (self.dir / MANIFEST).exists()
 
     def problems(self, reward: RewardConfig) -> list[str]:
         """Combinations that cannot work, one line each."""

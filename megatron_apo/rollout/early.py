@@ -4,7 +4,8 @@
         ...
         with Engines(recipe, topology, fleet): ...
 
-Light: it is imported before those.
+They hold nobody's weights, so that a first sync that brings none is seen; or, where training begins with stage 1
+(vstar.at_start), the reference's. Light: it is imported before those.
 """
 
 from __future__ import annotations
@@ -24,16 +25,29 @@ def begun_early(recipe: Recipe, job: Job) -> Iterator[Fleet | None]:
 
     None on other ranks, and where it takes more than recipe, job and this host's GPUs to know that engines may start.
     """
-    may_begin = (
-        job.launched  # our launcher has looked at recipe and machine
-        and job.num_nodes == 1
-        and recipe.rollout.placement == "colocated"  # none joins from elsewhere
-        and recipe.train.replay is None
-        and not (visible_gpus() or recipe.rollout.sleep_while_training)  # whose memory may be wanted first
-    )
-    if job.rank or not may_begin:
+    # Our launcher has looked at recipe and machine.
+    if job.rank or not job.launched or job.num_nodes > 1 or begin_late(recipe):
         yield None
         return
-    with Fleet.to_be_synced(recipe) as fleet:
+    with Fleet.of(recipe, recipe.model.path) if begins_with_stage_1(recipe) else Fleet.to_be_synced(recipe) as fleet:
         fleet.begin_starts(fleet.engines)
         yield fleet
+
+
+def begin_late(recipe: Recipe) -> list[str]:
+    """Why a recipe's engines cannot begin before the ranks of a job on one host, one line each; nothing if they can."""
+    rollout, found = recipe.rollout, []
+    if recipe.train.replay is not None:
+        found.append(f"train.replay: {recipe.train.replay} needs no engine")
+    if rollout.placement != "colocated":
+        found.append(f"rollout.placement: {rollout.placement} engines join from elsewhere")
+    if rollout.sleep_while_training:
+        found.append("rollout.sleep_while_training: true, and the trainer's memory is not known before")
+    if visible_gpus():
+        found.append("CUDA_VISIBLE_DEVICES: there are GPUs, whose memory the ranks may need first")
+    return found
+
+
+def begins_with_stage_1(recipe: Recipe) -> bool:
+    """Whether training fills its store itself."""
+    return recipe.needs_store and recipe.vstar.at_start and not recipe.vstar.is_closed

@@ -72,7 +72,7 @@ class Engines(AbstractContextManager["Engines"]):
         assert self.fleet
         self._stack.callback(self.fleet.stop)
         if not self.shares_memory:
-            self.fleet.begin_starts(self.fleet.engines)
+            self.fleet.begin_starts([engine for engine in self.fleet.engines if not engine.answers])
 
     def _start_nodes(self) -> None:
         """Other hosts' first ranks join with the engines that are theirs, and start them when they are told to."""

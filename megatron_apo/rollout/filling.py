@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from rich.progress import Progress
 
@@ -25,6 +26,7 @@ from megatron_apo.rollout.inputs import Inputs
 from megatron_apo.rollout.offline import OfflineEngine, Sample
 from megatron_apo.rollout.server import device_name
 from megatron_apo.rollout.stored_prompts import check_prompts, check_shard
+from megatron_apo.runtime.ending import EndedEarly, request
 from megatron_apo.runtime.garbage import garbage_collection_frozen
 from megatron_apo.runtime.job import log_path
 from megatron_apo.values.claims import Claims
@@ -145,7 +147,31 @@ class SamplingJob:
         return -(-num_samples // worker.count)
 
 
-def fill(job: SamplingJob, worker: Worker, claims: Claims, log_name: str) -> None:
+class SamplingEngine(Protocol):
+    """`OfflineEngine`, or the servers of a training (`served.py`)."""
+
+    num_samples_open: int
+
+    def add(
+        self, key: Hashable, token_ids: Sequence[int], sampling: Sampling, *, num_samples: int, seed: int
+    ) -> None: ...
+    def step(self) -> list[tuple[Hashable, list[Sample]]]: ...
+
+
+def offline_engine(job: SamplingJob, log_name: str) -> OfflineEngine:
+    """One in this process."""
+    recipe = job.recipe
+    return OfflineEngine(
+        job.model,
+        recipe.rollout,
+        seed=job.stores[0].writer.fingerprint.seed,
+        max_sequence_tokens=recipe.max_sequence_tokens,
+        prefix_caching=job.prefix_caching,
+        log_path=log_path(recipe.run.dir, f"{log_name}.log"),
+    )
+
+
+def fill(job: SamplingJob, worker: Worker, claims: Claims, start_engine: Callable[[], SamplingEngine]) -> None:
     """Start an engine, if there is anything to sample, and work until every shard is written, by whomever."""
     if (shards := job.num_shards) < worker.count and worker.index == 0:
         key = job.stores[0].writer.fingerprint.words.prompts_per_shard
@@ -162,25 +188,19 @@ def fill(job: SamplingJob, worker: Worker, claims: Claims, log_name: str) -> Non
     start = time.monotonic()
     progress = Progress(disable=not recipe.telemetry.progress)
     with InlineRewardPool(recipe.reward, recipe.graders) as pool, progress:
-        engine = OfflineEngine(
-            job.model,
-            recipe.rollout,
-            seed=job.stores[0].writer.fingerprint.seed,
-            max_sequence_tokens=recipe.max_sequence_tokens,
-            prefix_caching=job.prefix_caching,
-            log_path=log_path(recipe.run.dir, f"{log_name}{worker.suffix}.log"),
-        )
-        sample_all(job, Sampler(job, worker, engine, pool, start), claims, index, progress)
+        sample_all(job, Sampler(job, worker, start_engine(), pool, start), claims, index, progress)
 
 
 def sample_all(job: SamplingJob, sampler: Sampler, claims: Claims, index: int | None, progress: Progress) -> None:
-    """Sample shards, `index` first, until all are written, by this worker or by others."""
+    """Sample shards, `index` first, until all are written, by this worker or by others. Raises EndedEarly in a run that
+    was asked to end."""
     bar = progress.add_task(job.title, total=job.num_prompts)
     while index is not None:
         sampler.open(index)
         ask_again = 0.0
         with garbage_collection_frozen():
             while sampler.is_busy:
+                _end_if_asked()
                 if sampler.wants_more and time.monotonic() >= ask_again:
                     if (following := claims.take()) is not None:
                         sampler.open(following)
@@ -196,6 +216,7 @@ def _wait_for_shard(job: SamplingJob, claims: Claims) -> int | None:
     """A shard to sample; None when all are written. Waits while the rest is with others, one of whom may die."""
     is_told = False
     while (index := claims.take()) is None:
+        _end_if_asked()
         num_missing = job.num_shards - len(job.written())
         if not num_missing:
             return None
@@ -204,6 +225,11 @@ def _wait_for_shard(job: SamplingJob, claims: Claims) -> int | None:
             is_told = True
         time.sleep(_WAIT_S)
     return index
+
+
+def _end_if_asked() -> None:
+    if request.why is not None:
+        raise EndedEarly(f"ended early in stage 1, whose written shards are kept ({request.why})")
 
 
 @dataclass(eq=False)
@@ -226,7 +252,7 @@ class Sampler:
     since: the time from which on the first shard is charged.
     """
 
-    def __init__(self, job: SamplingJob, worker: Worker, engine: OfflineEngine, pool: InlineRewardPool, since: float):
+    def __init__(self, job: SamplingJob, worker: Worker, engine: SamplingEngine, pool: InlineRewardPool, since: float):
         self._job, self._engine, self._pool, self._since = job, engine, pool, since
         # No more than its share where all is less than what engines hold: the others would have nothing to do.
         self._enough = min(2 * job.recipe.rollout.max_num_seqs, job.fair_share(worker))

@@ -31,6 +31,13 @@ class Sample:
     finish_reason: str
 
 
+def sample_of(token_ids: Sequence[int], finish_reason: str | None) -> Sample:
+    """Raises `ServerError` for a response that vLLM ended otherwise than as `Sample` knows."""
+    if finish_reason not in ("stop", "length"):
+        raise ServerError(f"vLLM ended a response by {finish_reason}: it is no sample")
+    return Sample(list(token_ids), finish_reason)
+
+
 class OfflineEngine:
     """One vLLM engine over `model`, whose talk goes to `log_path`. max_sequence_tokens: prompt and response.
 
@@ -91,9 +98,7 @@ class OfflineEngine:
                 key, num_samples = self._asked.pop(output.request_id)
                 self.num_samples_open -= num_samples
                 ordered = sorted(output.outputs, key=lambda one: one.index)
-                if other := {one.finish_reason for one in ordered} - {"stop", "length"}:
-                    raise ServerError(f"vLLM ended a response by {', '.join(map(str, other))}: it is no sample")
-                finished.append((key, [Sample(list(one.token_ids), one.finish_reason) for one in ordered]))
+                finished.append((key, [sample_of(one.token_ids, one.finish_reason) for one in ordered]))
         return finished
 
 

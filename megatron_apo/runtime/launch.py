@@ -6,6 +6,7 @@ a rank. Rank 0 writes to the terminal, the others to RUN/logs/rank<k>.log.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -251,9 +252,10 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
     """Index of the first rank that failed; None when all ended well. They are told once if the run is to end early.
 
     An error that all ranks raise together is the first's to tell, which writes to the terminal where it is rank 0: it
-    has a moment to end as well.
+    has a moment to end as well. When the first ends early the others do so together with it, or wait for what it has
+    not come to, and are not waited for.
     """
-    is_told = False
+    is_told, end_s = False, math.inf
     while True:
         codes = [rank.poll() for rank in ranks]
         if not is_told and (is_told := request.why is not None):
@@ -264,7 +266,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
             with suppress(subprocess.TimeoutExpired):
                 ranks[0].wait(_TOGETHER_S)
             return failed[0] if ranks[0].returncode in (None, 0, RANK_LOST) else 0
-        if None not in codes:  # those that ended early have done so together
+        if codes[0] == ENDED_EARLY:
+            end_s = min(end_s, time.monotonic() + _STOP_LIMIT_S)
+        if None not in codes or time.monotonic() > end_s:
             return codes.index(ENDED_EARLY) if ENDED_EARLY in codes else None
         time.sleep(0.05)
 

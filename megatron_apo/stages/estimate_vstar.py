@@ -9,11 +9,12 @@ The store keeps rewards; V* is derived when it is read. Any number of workers fi
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 from megatron_apo.config import Recipe
 from megatron_apo.preflight import open_sampling
-from megatron_apo.rollout.filling import SamplingJob, Worker, fill
+from megatron_apo.rollout.filling import SamplingEngine, SamplingJob, Worker, fill, offline_engine
 from megatron_apo.rollout.inputs import load_inputs, store_fingerprint
 from megatron_apo.rollout.stored_prompts import check_prompts
 from megatron_apo.telemetry.summary import RunSummary
@@ -22,14 +23,15 @@ from megatron_apo.values.store import NO_VALUE, VStarStore
 from megatron_apo.values.summary import summarize
 
 
-def run(recipe: Recipe, worker: Worker) -> None:
-    """Work on `recipe.vstar.dir` until it is finished, alone or with other workers."""
+def run(recipe: Recipe, worker: Worker, engine: SamplingEngine | None = None) -> None:
+    """Work on `recipe.vstar.dir` until it is finished, alone or with other workers. engine: None: one of its own."""
     job = open_sampling(recipe)
     with job.claims(worker) as claims, RunSummary(recipe.run.dir).phase("estimate_vstar") as summary:
         left_out = job.inputs.training.left_out
         if any(left_out.values()):
             (recipe.vstar.dir / "left_out.json").write_text(json.dumps(left_out, indent=1) + "\n")
-        fill(job, worker, claims, "vllm-estimate-vstar")
+        own = partial(offline_engine, job, f"vllm-estimate-vstar{worker.suffix}")
+        fill(job, worker, claims, (lambda: engine) if engine else own)
         summary["vstar"] = _close(job, claims)
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 
 from megatron_apo.config import Recipe
 from megatron_apo.preflight import open_evaluation
 from megatron_apo.rollout.evaluation import evaluation_of, evaluation_result
-from megatron_apo.rollout.filling import Worker, fill
+from megatron_apo.rollout.filling import Worker, fill, offline_engine
 from megatron_apo.runtime.files import write_whole
 from megatron_apo.telemetry.units import with_error
 
@@ -24,7 +25,7 @@ def run(recipe: Recipe, worker: Worker) -> None:
     """Work on the evaluation of `model.path` until it is finished, alone or with other workers."""
     job = open_evaluation(recipe)
     with job.claims(worker) as claims:
-        fill(job, worker, claims, "vllm-evaluate")
+        fill(job, worker, claims, partial(offline_engine, job, f"vllm-evaluate{worker.suffix}"))
         sampled, greedy = (one.finish() for one in job.stores)
         claims.remove()
     found, path = (

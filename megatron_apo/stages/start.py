@@ -6,19 +6,23 @@ Light: what needs Megatron is imported in the ranks alone, and there nothing hea
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from megatron_apo.config import Recipe
-from megatron_apo.rollout.early import begun_early
+from megatron_apo.rollout.early import begins_with_stage_1, begun_early
 from megatron_apo.runtime import launch
 from megatron_apo.runtime.garbage import not_collected
 from megatron_apo.runtime.job import Job, read_job
 from megatron_apo.telemetry.summary import RunSummary
 
 if TYPE_CHECKING:
+    from megatron_apo.rollout.fleet import Fleet
     from megatron_apo.runtime.topology import Topology
+
+_LOOK_EVERY_S = 0.5  # for the end of stage 1
 
 
 def warmup(recipe: Recipe) -> None:
@@ -102,17 +106,39 @@ def worker_commands(
 def train(recipe: Recipe) -> None:
     """Stage 2."""
     if job := read_job():
-        with _rank(job, "train", recipe), begun_early(recipe, job) as fleet, _joined(recipe) as topology:
-            with not_collected():
-                from megatron_apo.stages import train as stage
+        with _rank(job, "train", recipe), begun_early(recipe, job) as fleet:
+            _stage_1_at_start(recipe, job, fleet)
+            with _joined(recipe) as topology:
+                with not_collected():
+                    from megatron_apo.stages import train as stage
 
-            stage.train(recipe, topology, fleet)
+                stage.train(recipe, topology, fleet)
         return
     from megatron_apo import preflight
 
-    preflight.open_training(recipe)
+    preflight.check_training(recipe)
     with RunSummary(recipe.run.dir).phase("train"):
         launch.spawn_stage("train", recipe)
+
+
+def _stage_1_at_start(recipe: Recipe, job: Job, fleet: Fleet | None) -> None:
+    """Fill the store, where training begins with that. Ranks meet only then: how long it takes nobody knows."""
+    if job.rank:
+        while begins_with_stage_1(recipe):
+            time.sleep(_LOOK_EVERY_S)
+        return
+    if not begins_with_stage_1(recipe):
+        return
+    if fleet is None:
+        raise ValueError(
+            "vstar.at_start: true, but these ranks were not started by train itself; run estimate-vstar before"
+        )
+    from megatron_apo.rollout.filling import Worker
+    from megatron_apo.rollout.served import serving_reference
+    from megatron_apo.stages import estimate_vstar as stage
+
+    with serving_reference(fleet) as engine:
+        stage.run(recipe, Worker(), engine)
 
 
 def _rank(job: Job, command: str, recipe: Recipe) -> AbstractContextManager[object]:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from megatron_apo.config.vstar import MANIFEST
 from megatron_apo.values.estimators import ESTIMATORS
 from megatron_apo.values.fingerprint import SCHEMA_VERSION, Fingerprint, StoreError
 from megatron_apo.values.ids import RowsById, hex_of_ids, ids_of_hex
@@ -50,7 +51,6 @@ from megatron_apo.values.shards import (
     write_shard,
 )
 
-MANIFEST = "manifest.json"
 NO_VALUE = "each of its responses was cut at the length cap, and reward.truncated is mask"
 _READERS = 2  # shards read at once: waiting for files, hashing and decoding release the interpreter
 _MOST_TOLD = 8  # shards that an error names

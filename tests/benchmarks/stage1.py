@@ -5,6 +5,9 @@
 The three take turns in one process on one engine, so that they see the same machine: generate alone; stage 1's own loop
 (claims, shards, grading in processes of their own, Parquet); the same without decoding and grading the responses. The
 model is a warmed-up one, whose responses end by themselves and reach the grader.
+
+With --server stage 1 also takes turns with itself on a server as a training starts it: what it would cost to have one
+engine for both stages, beside the start that this would save.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
@@ -25,8 +29,10 @@ from megatron_apo.data.arithmetic import write_task
 from megatron_apo.data.order import sample_seed
 from megatron_apo.data.prompts import Prompt
 from megatron_apo.rewards.pool import Grade, InlineRewardPool
-from megatron_apo.rollout.filling import Sampler, SamplingJob, Worker, sample_all
+from megatron_apo.rollout.filling import Sampler, SamplingEngine, SamplingJob, Worker, sample_all
+from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.offline import OfflineEngine, Sample
+from megatron_apo.rollout.served import serving_reference
 from megatron_apo.rollout.server import engine_environment
 
 TARGET = 0.95  # of the bare throughput
@@ -45,12 +51,16 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2000)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--server", action="store_true")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        measure(Path(scratch), args.model, args.prompts, args.samples, args.rounds)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        measure(Path(scratch), args.model, args.prompts, args.samples, args.rounds, stack if args.server else None)
 
 
-def measure(folder: Path, model: Path, num_prompts: int, num_samples: int, rounds: int) -> None:
+def measure(
+    folder: Path, model: Path, num_prompts: int, num_samples: int, rounds: int, servers: ExitStack | None
+) -> None:
+    """servers: what ends a server, where there is to be one."""
     write_task(folder / "data", 0, num_train=num_prompts, num_eval=1, num_sft=0)
     tree = {
         "run": {"dir": str(folder / "run")},
@@ -77,19 +87,35 @@ def measure(folder: Path, model: Path, num_prompts: int, num_samples: int, round
     )
     seconds: dict[str, list[float]] = {"bare LLM.generate": [], "stage 1": [], "stage 1 without grading": []}
     bare, graded, ungraded = seconds.values()
+    turns: list[tuple[str, SamplingEngine, type[Sampler]]] = [
+        ("stage 1", engine, Sampler),
+        ("stage 1 without grading", engine, Ungraded),
+    ]
+    if servers is not None:
+        fleet = servers.enter_context(Fleet.of(recipe, recipe.model.path))
+        start = time.monotonic()
+        fleet.begin_starts(fleet.engines)
+        served = servers.enter_context(serving_reference(fleet))
+        print(f"a server's start: {time.monotonic() - start:.1f} s", flush=True)
+        turns.append(("stage 1 on a server", served, Sampler))
+        seconds["stage 1 on a server"] = []
+        warm = build_recipe(tree, [f"vstar.dir={folder / 'warm'}"])
+        stage_1(turns[-1][1], open_sampling(warm), Sampler)
     generate(engine, job)  # warm
     for turn in range(rounds):
         bare.append(generate(engine, job))
-        for kind, times in ((Sampler, graded), (Ungraded, ungraded)):
-            own = build_recipe(tree, [f"vstar.dir={folder / f'{kind.__name__}{turn}'}"])
-            times.append(stage_1(engine, open_sampling(own), kind))
-            print(f"round {turn}:", {name: times[turn] for name, times in seconds.items() if times[turn:]}, flush=True)
+        for number, (name, one, kind) in enumerate(turns):
+            own = build_recipe(tree, [f"vstar.dir={folder / f'vstar-{turn}-{number}'}"])
+            seconds[name].append(stage_1(one, open_sampling(own), kind))
+        print(f"round {turn}:", {name: times[turn] for name, times in seconds.items()}, flush=True)
     print(f"{num_prompts} prompts x {num_samples}, medians of {rounds} rounds, ratios within a round")
     for name, times in seconds.items():
         print(f"{name:24} {median(times):7.2f} s   {throughput(times, bare):6.1%} of bare throughput   {times}")
     ratio = throughput(graded, bare)
     print(f"target: stage 1 has at least {TARGET:.0%} of bare throughput: {'met' if ratio >= TARGET else 'missed'}")
     print(f"grading adds {1 / throughput(graded, ungraded) - 1:+.1%}")
+    if on_server := seconds.get("stage 1 on a server"):
+        print(f"a server adds {1 / throughput(on_server, graded) - 1:+.1%}")
     if ratio < TARGET:
         sys.exit(1)
 
@@ -116,7 +142,7 @@ def generate(engine: OfflineEngine, job: SamplingJob) -> float:
     return round(time.monotonic() - start, 2)
 
 
-def stage_1(engine: OfflineEngine, job: SamplingJob, kind: type[Sampler]) -> float:
+def stage_1(engine: SamplingEngine, job: SamplingJob, kind: type[Sampler]) -> float:
     with InlineRewardPool(job.recipe.reward, job.recipe.graders) as pool, job.claims(Worker()) as claims:
         start = time.monotonic()
         sample_all(job, kind(job, Worker(), engine, pool, start), claims, claims.take(), Progress(disable=True))

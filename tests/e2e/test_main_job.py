@@ -61,10 +61,11 @@ SMALL = [
 ]
 # A user's reward, which an untrained model earns about half of the time, so that three steps have something to learn.
 PARITY = """
-import os
+import os, time
 class Parity:
     name, version = "parity", "1"
     def __call__(self, request):
+        time.sleep(float(os.environ.get("SECONDS_EACH", 0)))
         if "GRADED" in os.environ:
             with open(os.environ["GRADED"], "a") as file:
                 file.write(request.prompt + request.response + "\\n")
@@ -149,6 +150,29 @@ def test_trained_model_loads_in_transformers(quickstart: Path) -> None:
     assert before.keys() == after.keys()
     change = max(float((after[name] - before[name]).abs().max()) for name in before)
     assert 0 < change < 1e-2  # six Adam steps of at most about 1e-4 each
+
+
+def test_training_begins_with_stage_1_on_its_engine(quickstart: Path, command, tmp_path: Path) -> None:
+    """Killed there, and then asked to end, it goes on with the shards that are written. The store is as estimate-vstar
+    has made it."""
+    run, folder = tmp_path / "run", tmp_path / "vstar"
+    own = [f"vstar.dir={folder}", "vstar.at_start=true", "vstar.prompts_per_shard=16", "train.steps=1"]
+    arguments = train_arguments(quickstart, run, *own)
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGUSR1, 75)):
+        before = len(list(folder.glob("shard-*")))
+        broken_off = command(*arguments, SECONDS_EACH="0.05")
+        broken_off.wait_for(lambda before=before: len(list(folder.glob("shard-*"))) > before)
+        assert broken_off.send(number) == code, broken_off.output
+        assert not (folder / "manifest.json").exists() and not training_rows(run)
+    assert "ended early in stage 1, whose written shards are kept (SIGUSR1)" in broken_off.output
+    last = command(*arguments)
+    assert last.wait() == 0, last.output
+    assert (run / "logs" / "vllm.log").read_text().count("Starting vLLM server on") == 3  # once each time
+    found, expected = (VStarStore.open(path) for path in (folder, quickstart / "vstar"))
+    assert found.prompt_ids == expected.prompt_ids and (found.rewards.flat == expected.rewards.flat).all()
+    (row,) = training_rows(run)
+    assert row["kl/per_token"] == 0.0 and row["mismatch/max"] <= 1e-4
+    assert {"estimate_vstar", "train"} <= json.loads((run / "summary.json").read_text())["phases_s"].keys()
 
 
 def test_store_of_another_run_is_refused(quickstart: Path, in_process, tmp_path: Path) -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_apo.config import build_recipe
+from megatron_apo import preflight
+from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.rollout import early as early_file
 from megatron_apo.rollout.early import begun_early
 from megatron_apo.rollout.engines import Engines
 from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.runtime.job import Job
+from megatron_apo.stages import start as start_file
 from tests.engines import until
+from tests.runs import write_run, write_store
 from tests.unit.test_imports import HEAVY
 from tests.unit.test_rollout_sharing import http, one_rank, start  # noqa: F401 (fixtures)
 
@@ -27,7 +32,8 @@ JOB = Job(rank=0, world_size=2, master_address="127.0.0.1", master_port=1, launc
 TRAINS = """
 import sys
 from contextlib import contextmanager
-from megatron_apo.config import build_recipe
+from megatron_apo import preflight
+from megatron_apo.config import Recipe, build_recipe
 from megatron_apo.stages import start
 
 @contextmanager
@@ -47,7 +53,9 @@ def test_a_rank_begins_them_before_it_imports_anything_heavy(tmp_path: Path) -> 
     assert "megatron_apo" in imported and not HEAVY & imported, asked.stderr
 
 
+@pytest.mark.parametrize("is_waited_for", [False, True])  # before there are ranks, as for stage 1
 def test_engines_are_begun_once_and_stopped_whatever_happens(
+    is_waited_for: bool,
     start: Any,  # noqa: F811
     http: Any,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -57,6 +65,8 @@ def test_engines_are_begun_once_and_stopped_whatever_happens(
     with pytest.raises(ZeroDivisionError), begun_early(recipe, JOB) as fleet:
         assert fleet is not None
         until(lambda: fleet.answering)
+        if is_waited_for:
+            fleet.finish_starts()
         with Engines(recipe, one_rank(), fleet) as engines:
             assert engines.fleet is fleet
             with start(engines=engines) as rollouts:
@@ -92,3 +102,69 @@ def test_they_begin_with_nobodys_weights() -> None:
     """A first sync that brings nothing would pass unseen otherwise."""
     fleet = Fleet.to_be_synced(build_recipe({}, ["model.path=m", "data.train=t", "rollout.replicas=2"]))
     assert [engine.server.load_format for engine in fleet.engines] == ["dummy", "dummy"]  # type: ignore[attr-defined]
+
+
+def at_start(folder: Path, *overrides: str) -> Recipe:
+    """A recipe whose store is not there."""
+    recipe = write_run(folder, "vstar.at_start=true", *overrides)
+    shutil.rmtree(recipe.vstar.dir)
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_there", "load_format"),
+    [([], False, "auto"), ([], True, "dummy"), (["objective.name=grpo"], False, "dummy")],
+)
+def test_where_training_begins_with_stage_1_they_have_the_references_weights(
+    overrides: list[str], is_there: bool, load_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = at_start(tmp_path, *overrides)
+    if is_there:
+        write_store(recipe)
+    monkeypatch.setattr(early_file, "visible_gpus", list)
+    monkeypatch.setattr(Fleet, "begin_starts", lambda fleet, engines: None)
+    with begun_early(recipe, JOB) as fleet:
+        assert fleet is not None
+        assert fleet.engines[0].server.load_format == load_format  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "says"),
+    [
+        (["rollout.placement=dedicated", "rollout.driver=127.0.0.1:29600"], [], "rollout.placement: dedicated"),
+        (["rollout.sleep_while_training=true"], [], "rollout.sleep_while_training: true"),
+        ([], [(9, 0)], "CUDA_VISIBLE_DEVICES: there are GPUs"),
+        (["model.reference={folder}/other"], [], "model.reference: it is not model.path"),
+    ],
+)
+def test_a_training_that_cannot_begin_with_stage_1_is_one_line(
+    overrides: list[str], gpus: list[tuple[int, int]], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(early_file, "visible_gpus", lambda: gpus)
+    recipe = at_start(tmp_path)
+    shutil.copytree(recipe.model.path, tmp_path / "other")
+    recipe = build_recipe(recipe.model_dump(), [one.format(folder=tmp_path) for one in overrides])
+    lines = [line for line in preflight.problems(recipe, "train") if line.startswith("vstar.at_start")]
+    assert lines == [f"vstar.at_start: true, but {lines[0].partition(', but ')[2]}"] and says in lines[0]
+    assert lines[0].endswith("; run estimate-vstar before")
+
+
+def test_a_training_may_begin_with_stage_1_and_without_a_store_may_not(tmp_path: Path) -> None:
+    recipe = at_start(tmp_path)
+    assert preflight.problems(recipe, "train") == []
+    (line,) = preflight.problems(build_recipe(recipe.model_dump(), ["vstar.at_start=false"]), "train")
+    assert "manifest.json" in line
+
+
+def test_later_ranks_wait_for_the_store_and_ranks_of_others_are_refused(tmp_path: Path) -> None:
+    recipe = at_start(tmp_path)
+    with pytest.raises(ValueError, match="vstar.at_start: true, but these ranks were not started by train itself"):
+        start_file._stage_1_at_start(recipe, replace(JOB, launched=False), None)
+    later = threading.Thread(target=start_file._stage_1_at_start, args=(recipe, replace(JOB, rank=1), None))
+    later.start()
+    later.join(1.0)
+    assert later.is_alive()
+    write_store(recipe)
+    later.join(20.0)
+    assert not later.is_alive()
+    start_file._stage_1_at_start(recipe, JOB, None)  # nothing is left to do

@@ -15,7 +15,7 @@ from megatron_apo.config import build_recipe
 from megatron_apo.runtime import guard, launch
 from megatron_apo.runtime.job import Node, read_job
 from megatron_apo.runtime.launch import RankFailed, run_command, spawn, spawn_node, spawn_stage
-from megatron_apo.runtime.signals import RANK_LOST
+from megatron_apo.runtime.signals import ENDED_EARLY, RANK_LOST
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +133,14 @@ def test_a_stopped_rank_is_ended_with_the_code_of_who_missed_it(monkeypatch):
     silent = started("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
     assert launch._supervise([started(f"import time; time.sleep(1); exit({RANK_LOST})"), silent]) == (0, RANK_LOST)
     assert launch._supervise([silent, started(f"import time; time.sleep(1); exit({RANK_LOST})")]) == (1, RANK_LOST)
+
+
+def test_who_does_not_end_early_with_the_first_is_not_waited_for(monkeypatch):
+    """It waits for what the first has not come to, such as the end of stage 1."""
+    monkeypatch.setattr(launch, "_STOP_LIMIT_S", 1.0)
+    early = started(f"exit({ENDED_EARLY})")
+    assert launch._supervise([early, started("import time; time.sleep(300)")]) == (0, ENDED_EARLY)
+    assert launch._supervise([early, started(f"import time; time.sleep(0.3); exit({RANK_LOST})")]) == (0, ENDED_EARLY)
 
 
 def test_the_first_failure_ends_the_others_and_what_they_started(monkeypatch):
