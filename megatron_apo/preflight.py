@@ -32,7 +32,7 @@ from megatron_apo.model.precision import Layers, check_precision, layer_kind, op
 from megatron_apo.model.recompute import check_recompute
 from megatron_apo.model.tokenizer import StopIds, load_tokenizer
 from megatron_apo.objectives import objective_of
-from megatron_apo.rollout.early import begin_late, begins_with_stage_1
+from megatron_apo.rollout.early import begins_with_stage_1, late_because
 from megatron_apo.rollout.evaluation import evaluation_job
 from megatron_apo.rollout.filling import Filling, SamplingJob
 from megatron_apo.rollout.inputs import load_inputs, store_fingerprint
@@ -47,7 +47,7 @@ from megatron_apo.runtime.machine import Machine
 from megatron_apo.runtime.telling import tell_once
 from megatron_apo.telemetry.units import data_size
 from megatron_apo.telemetry.weights_and_biases import wandb_problems
-from megatron_apo.values.store import MANIFEST, StoreWriter, VStarStore, is_whole
+from megatron_apo.values.store import StoreWriter, VStarStore, is_whole
 from megatron_apo.weights.hf_io import HFReader
 from megatron_apo.weights.plan import Plan
 from megatron_apo.weights.whole_folder import check_empty
@@ -130,18 +130,13 @@ def check_training(recipe: Recipe, machine: Machine | None = None) -> None:
     if not begins_with_stage_1(recipe):
         open_training(recipe, machine)
         return
+    machine = machine or Machine.here()
     _refuse_shapes(recipe.folders)
-    _raise(_at_start_problems(recipe) + _run_problems(recipe, machine or Machine.here()))
+    late = late_because(recipe, has_gpus=bool(machine.gpus))
+    found = [f"vstar.at_start: true, but {line}; run estimate-vstar before" for line in late]
+    _raise(found + _run_problems(recipe, machine))
     open_sampling(recipe)
     check_resume(recipe)
-
-
-def _at_start_problems(recipe: Recipe) -> list[str]:
-    """Why training cannot begin with stage 1."""
-    found = begin_late(recipe)
-    if recipe.model.reference_path != recipe.model.path:
-        found.append("model.reference: it is not model.path, which the engines hold")
-    return [f"vstar.at_start: true, but {line}; run estimate-vstar before" for line in found]
 
 
 def open_training(recipe: Recipe, machine: Machine | None = None) -> TrainingData:
@@ -308,7 +303,8 @@ def next_stage(recipe: Recipe) -> Stage:
     """The first stage whose outcome is not there yet."""
     if recipe.warmup.data is not None and not recipe.model.path.exists():
         return "warmup"
-    return "train" if (recipe.vstar.dir / MANIFEST).exists() or not recipe.needs_store else "estimate-vstar"
+    has_no_stage_1 = recipe.vstar.is_closed or not recipe.needs_store or recipe.vstar.at_start
+    return "train" if has_no_stage_1 else "estimate-vstar"
 
 
 def training_problems(recipe: Recipe, models: Mapping[str, Path], machine: Machine) -> list[str]:

@@ -263,7 +263,7 @@ def _run_of(folder: Path) -> RunState:
 
 
 def _store_hash(recipe: Recipe) -> str:
-    """Empty where training asks for no store."""
-    if not recipe.needs_store:
+    """Empty where training asks for no store, and where there is none."""
+    if not recipe.needs_store or not recipe.vstar.is_closed:
         return ""
     return hashlib.sha256((recipe.vstar.dir / MANIFEST).read_bytes()).hexdigest()

@@ -25,16 +25,22 @@ def begun_early(recipe: Recipe, job: Job) -> Iterator[Fleet | None]:
 
     None on other ranks, and where it takes more than recipe, job and this host's GPUs to know that engines may start.
     """
-    # Our launcher has looked at recipe and machine.
-    if job.rank or not job.launched or job.num_nodes > 1 or begin_late(recipe):
+    if job.rank or not may_begin(recipe, job):
         yield None
         return
-    with Fleet.of(recipe, recipe.model.path) if begins_with_stage_1(recipe) else Fleet.to_be_synced(recipe) as fleet:
+    has_stage_1 = begins_with_stage_1(recipe)
+    fleet = Fleet.of(recipe, recipe.model.reference_path) if has_stage_1 else Fleet.to_be_synced(recipe)
+    with fleet:
         fleet.begin_starts(fleet.engines)
         yield fleet
 
 
-def begin_late(recipe: Recipe) -> list[str]:
+def may_begin(recipe: Recipe, job: Job) -> bool:
+    """Whether a job's engines begin before its ranks meet. Our launcher has looked at recipe and machine then."""
+    return job.launched and job.num_nodes == 1 and not late_because(recipe, has_gpus=bool(visible_gpus()))
+
+
+def late_because(recipe: Recipe, *, has_gpus: bool) -> list[str]:
     """Why a recipe's engines cannot begin before the ranks of a job on one host, one line each; nothing if they can."""
     rollout, found = recipe.rollout, []
     if recipe.train.replay is not None:
@@ -43,11 +49,11 @@ def begin_late(recipe: Recipe) -> list[str]:
         found.append(f"rollout.placement: {rollout.placement} engines join from elsewhere")
     if rollout.sleep_while_training:
         found.append("rollout.sleep_while_training: true, and the trainer's memory is not known before")
-    if visible_gpus():
+    if has_gpus:
         found.append("CUDA_VISIBLE_DEVICES: there are GPUs, whose memory the ranks may need first")
     return found
 
 
 def begins_with_stage_1(recipe: Recipe) -> bool:
-    """Whether training fills its store itself."""
+    """Whether training is to fill its store itself."""
     return recipe.needs_store and recipe.vstar.at_start and not recipe.vstar.is_closed

@@ -84,13 +84,15 @@ class RequestQueue:
 class Fleet(AbstractContextManager["Fleet"]):
     """As a context manager it stops at the end what was started.
 
-    window: responses that an engine is asked for at most, where there are several engines. activity: what the run is
+    window: responses that an engine is asked for at most, where there are several engines. has_weights: whether its
+    engines hold a model's own when they have started. activity: what the run is
     at, for messages. may_start: whether an engine that is lost can be started again now, or memory must be made for it
     first (`sharing.py`).
     """
 
-    def __init__(self, engines: Sequence[Engine], window: int):
+    def __init__(self, engines: Sequence[Engine], window: int, has_weights: bool = True):
         self.engines = list(engines)
+        self.has_weights = has_weights
         self.activity = "the start"
         self.may_start = True
         self.is_interrupted = False
@@ -137,7 +139,8 @@ class Fleet(AbstractContextManager["Fleet"]):
             if isinstance(engine.server, RemoteServer):
                 engine.server.on_death = engine.lose
         # What an engine does not decode yet waits in it: the next sequence begins where one has ended.
-        return cls(engines, window=rollout.max_num_seqs + max(1, rollout.max_num_seqs // 8))
+        window = rollout.max_num_seqs + max(1, rollout.max_num_seqs // 8)
+        return cls(engines, window, has_weights=load_format != "dummy")
 
     @classmethod
     def to_be_synced(
@@ -195,6 +198,15 @@ class Fleet(AbstractContextManager["Fleet"]):
         self.may_start = False
         for engine in self.answering:
             engine.state = State.SERVING
+
+    def serve_no_longer(self) -> None:
+        """Let the engines be as those of `to_be_synced` that have just started, also those that start again."""
+        for engine in self.serving:
+            engine.state = State.STARTED
+        for engine in self.engines:
+            if isinstance(engine.server, VLLMServer):
+                engine.server.load_format = "dummy"
+        self.may_start = True
 
     def stop(self) -> None:
         for thread in self._threads:

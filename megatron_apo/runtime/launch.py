@@ -130,7 +130,8 @@ def spawn_node(arguments: Sequence[str], node: Node, log_dir: Path) -> None:
     if node.first_rank == 0 and not node.label:
         logs[0] = None  # the terminal
     failed, code = _supervise(
-        [partial(_start_rank, arguments, node.job(local_rank), log) for local_rank, log in enumerate(logs)]
+        [partial(_start_rank, arguments, node.job(local_rank), log) for local_rank, log in enumerate(logs)],
+        leads=node.first_rank == 0,
     )
     if failed is not None:
         raise RankFailed(_describe(node.first_rank + failed, code, logs[failed]), code)
@@ -181,8 +182,9 @@ def run_guarded(arguments: Sequence[str], environment: Mapping[str, str]) -> Non
         raise RankFailed(_killed(f"megatron-apo {arguments[0]}", code), code)
 
 
-def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple[int | None, int]:
-    """Start processes, wait for all. Returns (index of the first to fail or None, its exit code as a shell has it)."""
+def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]], leads: bool = False) -> tuple[int | None, int]:
+    """Start processes, wait for all (`_wait`). Returns (index of the first to fail or None, its exit code as a shell
+    has it)."""
     guard.LIBC.prctl(guard.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a killed child leaves becomes ours
     processes: list[subprocess.Popen[bytes]] = []
     callers_own, others = set(guard.descendants(os.getpid())), guard.shared_memory()
@@ -190,7 +192,7 @@ def _supervise(starts: Sequence[Callable[[], subprocess.Popen[bytes]]]) -> tuple
         with _heard_ask():
             for start in starts:
                 processes.append(start())
-            failed = _wait(processes)
+            failed = _wait(processes, leads)
         code = processes[failed].returncode if failed is not None else 0
     finally:
         _stop(processes, callers_own, others)
@@ -248,12 +250,12 @@ def _prepare(parent: int) -> None:
     guard.end_with(parent, END)  # SIGTERM may be blocked, and is then its children's as well
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+def _wait(ranks: list[subprocess.Popen[bytes]], leads: bool) -> int | None:
     """Index of the first rank that failed; None when all ended well. They are told once if the run is to end early.
 
     An error that all ranks raise together is the first's to tell, which writes to the terminal where it is rank 0: it
-    has a moment to end as well. When the first ends early the others do so together with it, or wait for what it has
-    not come to, and are not waited for.
+    has a moment to end as well. leads: the first is rank 0, and leaves last where all end early; who is still there a
+    moment later waits for what it has not come to, such as the end of stage 1.
     """
     is_told, end_s = False, math.inf
     while True:
@@ -266,8 +268,8 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
             with suppress(subprocess.TimeoutExpired):
                 ranks[0].wait(_TOGETHER_S)
             return failed[0] if ranks[0].returncode in (None, 0, RANK_LOST) else 0
-        if codes[0] == ENDED_EARLY:
-            end_s = min(end_s, time.monotonic() + _STOP_LIMIT_S)
+        if leads and codes[0] == ENDED_EARLY:
+            end_s = min(end_s, time.monotonic() + _TOGETHER_S)
         if None not in codes or time.monotonic() > end_s:
             return codes.index(ENDED_EARLY) if ENDED_EARLY in codes else None
         time.sleep(0.05)

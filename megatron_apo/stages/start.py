@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from megatron_apo.config import Recipe
-from megatron_apo.rollout.early import begins_with_stage_1, begun_early
+from megatron_apo.rollout.early import begins_with_stage_1, begun_early, may_begin
 from megatron_apo.runtime import launch
 from megatron_apo.runtime.garbage import not_collected
 from megatron_apo.runtime.job import Job, read_job
@@ -122,17 +122,14 @@ def train(recipe: Recipe) -> None:
 
 
 def _stage_1_at_start(recipe: Recipe, job: Job, fleet: Fleet | None) -> None:
-    """Fill the store, where training begins with that. Ranks meet only then: how long it takes nobody knows."""
+    """Have a fleet that holds the reference fill the store. Ranks meet only then: how long it takes nobody knows. Where
+    engines have not begun, ranks are refused together (`open_training`)."""
     if job.rank:
-        while begins_with_stage_1(recipe):
+        while begins_with_stage_1(recipe) and may_begin(recipe, job):
             time.sleep(_LOOK_EVERY_S)
         return
-    if not begins_with_stage_1(recipe):
+    if fleet is None or not fleet.has_weights:
         return
-    if fleet is None:
-        raise ValueError(
-            "vstar.at_start: true, but these ranks were not started by train itself; run estimate-vstar before"
-        )
     from megatron_apo.rollout.filling import Worker
     from megatron_apo.rollout.served import serving_reference
     from megatron_apo.stages import estimate_vstar as stage

@@ -20,6 +20,7 @@ from megatron_apo.rollout.early import begun_early
 from megatron_apo.rollout.engines import Engines
 from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.runtime.job import Job
+from megatron_apo.runtime.machine import Machine
 from megatron_apo.stages import start as start_file
 from tests.engines import until
 from tests.runs import write_run, write_store
@@ -32,8 +33,7 @@ JOB = Job(rank=0, world_size=2, master_address="127.0.0.1", master_port=1, launc
 TRAINS = """
 import sys
 from contextlib import contextmanager
-from megatron_apo import preflight
-from megatron_apo.config import Recipe, build_recipe
+from megatron_apo.config import build_recipe
 from megatron_apo.stages import start
 
 @contextmanager
@@ -92,10 +92,12 @@ def test_where_more_must_be_known_none_are_begun(
     monkeypatch: pytest.MonkeyPatch, job: Job, overrides: list[str], gpus: list[tuple[int, int]]
 ) -> None:
     monkeypatch.setattr(early_file, "visible_gpus", lambda: gpus)
-    monkeypatch.setattr(Fleet, "to_be_synced", lambda recipe: pytest.fail("an engine was begun"))
-    recipe = build_recipe({}, ["model.path=m", "data.train=t", *overrides])
-    with begun_early(recipe, job) as fleet:
-        assert fleet is None
+    for make in ("to_be_synced", "of"):
+        monkeypatch.setattr(Fleet, make, lambda *_: pytest.fail("an engine was begun"))
+    for at_start in ("false", "true"):
+        recipe = build_recipe({}, ["model.path=m", "data.train=t", f"vstar.at_start={at_start}", *overrides])
+        with begun_early(recipe, job) as fleet:
+            assert fleet is None
 
 
 def test_they_begin_with_nobodys_weights() -> None:
@@ -121,11 +123,16 @@ def test_where_training_begins_with_stage_1_they_have_the_references_weights(
     recipe = at_start(tmp_path, *overrides)
     if is_there:
         write_store(recipe)
+    recipe = build_recipe(recipe.model_dump(), ["model.reference=elsewhere"])
     monkeypatch.setattr(early_file, "visible_gpus", list)
     monkeypatch.setattr(Fleet, "begin_starts", lambda fleet, engines: None)
     with begun_early(recipe, JOB) as fleet:
         assert fleet is not None
-        assert fleet.engines[0].server.load_format == load_format  # type: ignore[attr-defined]
+        (server,) = [engine.server for engine in fleet.engines]
+        assert server.load_format == load_format and fleet.has_weights == (load_format == "auto")  # type: ignore
+        assert server.model == (recipe.model.reference_path if fleet.has_weights else recipe.model.path)  # type: ignore
+        fleet.serve_no_longer()
+        assert server.load_format == "dummy"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -134,19 +141,16 @@ def test_where_training_begins_with_stage_1_they_have_the_references_weights(
         (["rollout.placement=dedicated", "rollout.driver=127.0.0.1:29600"], [], "rollout.placement: dedicated"),
         (["rollout.sleep_while_training=true"], [], "rollout.sleep_while_training: true"),
         ([], [(9, 0)], "CUDA_VISIBLE_DEVICES: there are GPUs"),
-        (["model.reference={folder}/other"], [], "model.reference: it is not model.path"),
     ],
 )
 def test_a_training_that_cannot_begin_with_stage_1_is_one_line(
-    overrides: list[str], gpus: list[tuple[int, int]], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], gpus: list[tuple[int, int]], says: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(early_file, "visible_gpus", lambda: gpus)
     recipe = at_start(tmp_path)
-    shutil.copytree(recipe.model.path, tmp_path / "other")
-    recipe = build_recipe(recipe.model_dump(), [one.format(folder=tmp_path) for one in overrides])
-    lines = [line for line in preflight.problems(recipe, "train") if line.startswith("vstar.at_start")]
-    assert lines == [f"vstar.at_start: true, but {lines[0].partition(', but ')[2]}"] and says in lines[0]
-    assert lines[0].endswith("; run estimate-vstar before")
+    recipe = build_recipe(recipe.model_dump(), overrides)
+    machine = replace(Machine.here(), gpus=tuple(gpus), gpu_memory_bytes=(2**36,) * len(gpus))
+    (line,) = [line for line in preflight.problems(recipe, "train", machine) if line.startswith("vstar.at_start")]
+    assert line.startswith(f"vstar.at_start: true, but {says}") and line.endswith("; run estimate-vstar before")
 
 
 def test_a_training_may_begin_with_stage_1_and_without_a_store_may_not(tmp_path: Path) -> None:
@@ -156,15 +160,23 @@ def test_a_training_may_begin_with_stage_1_and_without_a_store_may_not(tmp_path:
     assert "manifest.json" in line
 
 
-def test_later_ranks_wait_for_the_store_and_ranks_of_others_are_refused(tmp_path: Path) -> None:
-    recipe = at_start(tmp_path)
-    with pytest.raises(ValueError, match="vstar.at_start: true, but these ranks were not started by train itself"):
-        start_file._stage_1_at_start(recipe, replace(JOB, launched=False), None)
-    later = threading.Thread(target=start_file._stage_1_at_start, args=(recipe, replace(JOB, rank=1), None))
+def test_later_ranks_wait_for_the_store_of_rank_0_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early_file, "visible_gpus", list)
+    recipe, second = at_start(tmp_path), replace(JOB, rank=1)
+    for other in (replace(second, launched=False), replace(second, num_nodes=2)):  # whose rank 0 fills none
+        start_file._stage_1_at_start(recipe, other, None)
+    start_file._stage_1_at_start(recipe, replace(JOB, launched=False), None)
+    later = threading.Thread(target=start_file._stage_1_at_start, args=(recipe, second, None))
     later.start()
     later.join(1.0)
     assert later.is_alive()
     write_store(recipe)
     later.join(20.0)
     assert not later.is_alive()
-    start_file._stage_1_at_start(recipe, JOB, None)  # nothing is left to do
+
+
+def test_engines_without_the_references_weights_fill_no_store(tmp_path: Path) -> None:
+    """Also where the store is gone since they have begun."""
+    recipe = at_start(tmp_path)
+    start_file._stage_1_at_start(recipe, JOB, Fleet.to_be_synced(recipe))
+    assert not recipe.vstar.dir.exists()

@@ -28,7 +28,7 @@ def nothing_left():
 
 
 def started(code, *arguments):
-    """What `_supervise` takes: a process of its own session that runs Python `code`."""
+    """What `_supervise` takes: starts a process of its own session that runs Python `code`."""
     return lambda: subprocess.Popen([sys.executable, "-c", code, *arguments], start_new_session=True)
 
 
@@ -135,12 +135,16 @@ def test_a_stopped_rank_is_ended_with_the_code_of_who_missed_it(monkeypatch):
     assert launch._supervise([silent, started(f"import time; time.sleep(1); exit({RANK_LOST})")]) == (1, RANK_LOST)
 
 
-def test_who_does_not_end_early_with_the_first_is_not_waited_for(monkeypatch):
-    """It waits for what the first has not come to, such as the end of stage 1."""
-    monkeypatch.setattr(launch, "_STOP_LIMIT_S", 1.0)
-    early = started(f"exit({ENDED_EARLY})")
-    assert launch._supervise([early, started("import time; time.sleep(300)")]) == (0, ENDED_EARLY)
-    assert launch._supervise([early, started(f"import time; time.sleep(0.3); exit({RANK_LOST})")]) == (0, ENDED_EARLY)
+def test_who_does_not_end_early_with_rank_0_is_not_waited_for(monkeypatch, tmp_path):
+    """It waits for what rank 0 has not come to, such as the end of stage 1. Of processes without a first all are."""
+    monkeypatch.setattr(launch, "_TOGETHER_S", 2.0)
+    early, begun_s = started(f"exit({ENDED_EARLY})"), time.monotonic()
+    late = "import pathlib, sys, time; time.sleep(float(sys.argv[1])); pathlib.Path(sys.argv[2]).touch()"
+    assert launch._supervise([early, started(late, "300", str(tmp_path / "a"))], leads=True) == (0, ENDED_EARLY)
+    assert time.monotonic() - begun_s < 60
+    assert launch._supervise([early, started(late, "0.2", str(tmp_path / "b"))], leads=True) == (0, ENDED_EARLY)
+    assert launch._supervise([early, started(late, "3", str(tmp_path / "c"))]) == (0, ENDED_EARLY)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["b", "c"]
 
 
 def test_the_first_failure_ends_the_others_and_what_they_started(monkeypatch):

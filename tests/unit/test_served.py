@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from rich.progress import Progress
 
 from megatron_apo.rollout import filling as filling_file
 from megatron_apo.rollout import served as served_file
-from megatron_apo.rollout.engine import State
+from megatron_apo.rollout.engine import Engine, State
 from megatron_apo.rollout.fleet import Fleet
 from megatron_apo.rollout.offline import Sample, sample_of
 from megatron_apo.rollout.served import ServedEngines, serving_reference
@@ -61,6 +62,16 @@ def test_samples_are_in_order_and_engines_share_the_work(begun: Begun) -> None:
     assert fleet.in_state(State.STARTED) == fleet.engines and fleet.may_start
 
 
+def test_prefix_caches_are_asked_so_that_a_sync_sees_whether_they_are_forgotten(
+    begun: Begun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, asked = begun[0], list[Engine]()
+    monkeypatch.setattr(Engine, "cached_tokens", lambda engine: asked.append(engine))
+    with serving_reference(fleet):
+        assert not asked
+    assert asked == fleet.engines
+
+
 def test_what_a_dead_engine_was_asked_the_other_answers(begun: Begun, capsys: pytest.CaptureFixture[str]) -> None:
     fleet, servers = begun
     with serving_reference(fleet) as engine:
@@ -100,6 +111,19 @@ def test_a_step_waits_no_longer_than_a_moment(begun: Begun, monkeypatch: pytest.
         ask(engine, range(1))
         until(lambda: servers[0].asked)
         assert engine.step() == [] and engine.num_samples_open == 2
+
+
+def test_a_run_that_is_asked_to_end_as_engines_start_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request, begin = Request(), threading.Event()
+    monkeypatch.setattr(served_file, "request", request)
+    server = Server(tmp_path / "engine")
+    server.start = begin.wait  # type: ignore[assignment]
+    fleet = Fleet(engines_of([server]), 3)
+    fleet.begin_starts(fleet.engines)
+    request.ask("SIGUSR1")
+    with pytest.raises(EndedEarly, match="as engines started .SIGUSR1"), serving_reference(fleet):
+        pass
+    begin.set()
 
 
 def test_a_run_that_is_asked_to_end_samples_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
