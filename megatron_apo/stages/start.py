@@ -125,8 +125,9 @@ def _stage_1_at_start(recipe: Recipe, job: Job, fleet: Fleet | None) -> None:
     """Have a fleet that holds the reference fill the store. Ranks meet only then: how long it takes nobody knows. Where
     engines have not begun, ranks are refused together (`open_training`)."""
     if job.rank:
-        while begins_with_stage_1(recipe) and may_begin(recipe, job):
-            time.sleep(_LOOK_EVERY_S)
+        if begins_with_stage_1(recipe) and may_begin(recipe, job):  # which asks for GPUs: once, and not at every look
+            while begins_with_stage_1(recipe):
+                time.sleep(_LOOK_EVERY_S)
         return
     if fleet is None or not fleet.has_weights:
         return

@@ -100,7 +100,7 @@ def measure(
         turns.append(("stage 1 on a server", served, Sampler))
         seconds["stage 1 on a server"] = []
         warm = build_recipe(tree, [f"vstar.dir={folder / 'warm'}"])
-        stage_1(turns[-1][1], open_sampling(warm), Sampler)
+        stage_1(served, open_sampling(warm), Sampler)
     generate(engine, job)  # warm
     for turn in range(rounds):
         bare.append(generate(engine, job))
